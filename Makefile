@@ -1,0 +1,43 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types tiny-model install clean
+
+demo: $(VENV)/.runtime install
+	$(BIN)/hfprune demo
+
+test: $(VENV)/.dev install lint types
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# From tests/, so that mypy sees the installed package and not the source tree, where kernels/ is not
+# yet hfprune_fast.kernels.
+types: $(VENV)/.dev install
+	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p hfprune_fast
+
+# Trains the model that ships with the package again, beside it; about half an hour on 2 cores.
+tiny-model: $(VENV)/.runtime
+	$(BIN)/python bench/tiny_model.py --out build/tiny
+
+# The package itself, as users get it: built and copied, not editable.
+install: $(VENV)/.runtime
+	rm -rf build/lib build/bdist*
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@echo "installing into $(VENV); torch is large, this takes a minute or more"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install --quiet -c constraints.txt '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,355 @@
+"""Makes `hfprune_fast/tiny/`: the small real language model that ships with the package.
+
+    python bench/tiny_model.py --out DIR
+
+The corpus is the documentation that every machine with the package already has: the docstrings of
+Python's standard library and the texts of its `help()` topics, and the docstrings of numpy, torch,
+transformers and huggingface_hub. They are read from the sources with `ast`; nothing is imported.
+A document is one module (or one help topic). A paragraph is used once, and no run of twelve words
+in the held-out or calibration text occurs in the training text, so the held-out loss is honest.
+
+From it come a byte-level BPE tokenizer and a LLaMA of about a million parameters (grouped query
+attention, tied embeddings), trained in fp32 on the CPU and saved in bf16, beside `calibration.txt`,
+`heldout.txt`, `training.json` (what was done and what came out) and `NOTICE`. The folder appears
+whole or not at all. The exit status is 1 when the held-out loss is outside HELDOUT_RANGE_NATS.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import platform
+import re
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PACKAGES = ("huggingface_hub", "numpy", "torch", "transformers")
+SKIPPED_FOLDERS = {"_bundled", "idlelib", "lib2to3", "site-packages", "test", "testing", "tests"}
+BOS, EOS = "<|bos|>", "<|eos|>"
+VOCAB, WINDOW_TOKENS, SHARD_WINDOWS = 2048, 256, 4
+SHIPPED_CHARS = 70_000  # of each shipped text: about 25,000 tokens
+SHINGLE_WORDS = 12
+HELDOUT_RANGE_NATS = (0.0, 99.0)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents by name; the three parts share no paragraph."""
+
+    train: dict[str, str]
+    calibration: dict[str, str]
+    heldout: dict[str, str]
+
+    def sha256(self) -> str:
+        parts = [sorted(part.items()) for part in (self.train, self.calibration, self.heldout)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def module_docstrings(root: Path, prefix: str) -> Iterator[tuple[str, str]]:
+    """Each module under `root`, sorted by path, with its docstrings in the order of the source."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
+        parts = path.relative_to(root).with_suffix("").parts
+        if SKIPPED_FOLDERS.intersection(parts) or parts[-1].startswith("test_"):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # templates and deliberately broken files
+            continue
+        nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+        nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+        name = ".".join((prefix, *parts))
+        yield name, "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes)))
+        if name.endswith("pydoc_data.topics"):
+            assign = next(node for node in tree.body if isinstance(node, ast.Assign))
+            for topic, text in sorted(ast.literal_eval(assign.value).items()):
+                yield f"{name}.{topic}", text
+
+
+def shingles(text: str) -> set[int]:
+    """Hashes of every run of SHINGLE_WORDS words, whatever the case, spacing and punctuation."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    runs = (words[i : i + SHINGLE_WORDS] for i in range(max(1, len(words) - SHINGLE_WORDS + 1)))
+    return {hash(tuple(run)) for run in runs}
+
+
+def gather() -> Corpus:
+    """Reads the corpus; Python's own documents with the lowest hashes are set aside, unseen."""
+    warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in the sources being parsed
+    warnings.simplefilter("ignore", DeprecationWarning)
+    paths = sysconfig.get_paths()
+    python = dict(module_docstrings(Path(paths["stdlib"]), "python"))
+    others = {
+        name: text
+        for package in PACKAGES
+        for name, text in module_docstrings(Path(paths["purelib"]) / package, package)
+    }
+    seen_paragraphs: set[str] = set()
+    shipped_shingles: set[int] = set()
+
+    def fresh(text: str) -> str:
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            key = " ".join(re.findall(r"\w+", paragraph.lower()))
+            if key and key not in seen_paragraphs and not shingles(paragraph) & shipped_shingles:
+                seen_paragraphs.add(key)
+                kept.append(paragraph.strip("\n"))
+        return "\n\n".join(kept)
+
+    # Modules that carry an author's own notice are left to training: only PSF text is shipped.
+    candidates = sorted(
+        (name for name, text in python.items() if not re.search(r"(?i)copyright|\w@\w", text)),
+        key=lambda name: hashlib.sha256(name.encode()).hexdigest(),
+    )
+    shipped: list[dict[str, str]] = []
+    for _ in ("heldout", "calibration"):
+        part: dict[str, str] = {}
+        while sum(map(len, part.values())) < SHIPPED_CHARS:
+            name = candidates.pop(0)
+            if 1_000 <= len(python[name]) <= 12_000:  # many documents, none of which dominates
+                part[name] = fresh(python.pop(name))
+        shipped_shingles.update(*map(shingles, part.values()))
+        shipped.append(part)
+    train = {name: fresh(text) for name, text in (python | others).items()}
+    heldout, calibration = shipped
+    return Corpus({name: text for name, text in train.items() if text}, calibration, heldout)
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; a text is encoded with BOS in front."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)  # type: ignore[no-untyped-call]
+
+
+def new_model(bos: int, eos: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.06,  # about hidden_size ** -0.5; 0.02 starts slowly at this width
+        tie_word_embeddings=True,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(stream: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Shuffled windows of the stream, (batch, WINDOW_TOKENS + 1), cut elsewhere in each epoch."""
+    while True:
+        start = int(torch.randint(WINDOW_TOKENS, (), generator=generator))
+        windows = stream[start:].unfold(0, WINDOW_TOKENS + 1, WINDOW_TOKENS)
+        order = torch.randperm(len(windows), generator=generator)
+        for chosen in order[: len(order) // batch * batch].view(-1, batch):
+            yield windows[chosen]
+
+
+def next_token_loss(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def train(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace) -> float:
+    """AdamW, linear warmup, cosine decay; returns the mean loss of the last 5 % of steps."""
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+    gains = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    warmup = min(100, args.steps // 10 + 1)
+
+    def rate(step: int) -> float:
+        progress = (step - warmup) / max(1, args.steps - warmup)
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+        return (step + 1) / warmup if step < warmup else cosine
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    source = batches(stream, args.batch, torch.Generator().manual_seed(args.seed))
+    losses: list[float] = []
+    started = time.monotonic()
+    weights = list(model.parameters())
+    shard_shape = (-1, SHARD_WINDOWS, WINDOW_TOKENS + 1)
+
+    def loss_and_gradients(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = next_token_loss(model, windows)
+        return loss.detach(), *torch.autograd.grad(loss, weights)
+
+    model.train()
+    # One thread a shard needs no barrier inside a step, and the sum over the shards, in their
+    # order, is the same for any number of threads.
+    pool = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
+    for step in range(args.steps):
+        shards = list(pool.map(loss_and_gradients, next(source).view(shard_shape)))
+        loss, *gradients = (sum(parts) / len(shards) for parts in zip(*shards, strict=True))
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(float(loss))
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            recent = sum(losses[-100:]) / len(losses[-100:])
+            rate_tokens = (step + 1) * args.batch * WINDOW_TOKENS / (time.monotonic() - started)
+            log(f"step {step + 1}/{args.steps}: loss {recent:.4f} nats, {rate_tokens:.0f} tokens/s")
+    last = losses[-max(1, args.steps // 20) :]
+    return sum(last) / len(last)
+
+
+@torch.no_grad()
+def heldout_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    """Nats a token over the whole windows of one text."""
+    windows = ids.unfold(0, WINDOW_TOKENS + 1, WINDOW_TOKENS)
+    losses = [next_token_loss(model, window[None]).item() for window in windows]
+    return sum(losses) / len(losses)
+
+
+def notice() -> str:
+    """Where the texts come from; the PSF asks that its agreement stays with its text."""
+    text = (Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt").read_text(encoding="utf-8")
+    pattern = r"PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2\n.*?(?=\s+BEOPEN)"
+    agreement = re.search(pattern, text, re.DOTALL)
+    if agreement is None:
+        raise SystemExit("LICENSE.txt of Python's standard library: expected the PSF agreement")
+    return NOTICE.format(python=platform.python_version()) + agreement.group() + "\n"
+
+
+NOTICE = """\
+calibration.txt and heldout.txt are documentation strings and help() topics of Python {python},
+Copyright (c) 2001 and later, Python Software Foundation; All Rights Reserved. They are used under
+the PSF License Agreement below. What was changed: documents were selected, repeated paragraphs
+were dropped and the rest was joined.
+
+The tokenizer and the weights were trained on other documentation strings of Python (PSF License)
+and on those of numpy and torch (BSD-3-Clause), transformers and huggingface_hub (Apache-2.0).
+None of that text is shipped.
+
+"""
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train the small model that ships with the package."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW_TOKENS} tokens")
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out: expected a folder that does not exist yet, got {args.out}")
+    for name in ("steps", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.batch < 1 or args.batch % SHARD_WINDOWS:
+        parser.error(f"--batch: expected a multiple of {SHARD_WINDOWS}, got {args.batch}")
+    return args
+
+
+def size(documents: dict[str, str], tokens: int) -> dict[str, int]:
+    return {
+        "documents": len(documents),
+        "chars": sum(map(len, documents.values())),
+        "tokens": tokens,
+    }
+
+
+def main() -> int:
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    notice_text = notice()
+    corpus = gather()
+    tokenizer = train_tokenizer(list(corpus.train.values()))
+    encoded = tokenizer(list(corpus.train.values()))["input_ids"]
+    stream = torch.tensor([i for ids in encoded for i in (*ids, tokenizer.eos_token_id)])
+    texts = {
+        "calibration": "\n\n".join(corpus.calibration.values()) + "\n",
+        "heldout": "\n\n".join(corpus.heldout.values()) + "\n",
+    }
+    ids = {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in texts.items()}
+    model = new_model(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    log(f"{len(stream)} tokens to train on, {model.num_parameters()} parameters")
+    training_loss = train(model, stream, args)
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tiny-", dir=args.out.parent) as beside:
+        folder = Path(beside) / args.out.name
+        folder.mkdir()
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # What is saved is what is measured: the weights rounded to bf16, computed with in fp32.
+        saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        loss = heldout_loss(saved, ids["heldout"])
+        record = {
+            "corpus": {
+                "sha256": corpus.sha256(),
+                "train": size(corpus.train, len(stream)),
+                "calibration": size(corpus.calibration, len(ids["calibration"])),
+                "heldout": size(corpus.heldout, len(ids["heldout"])),
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in (*PACKAGES, "tokenizers")},
+            },
+            "parameters": model.num_parameters(),
+            "window_tokens": WINDOW_TOKENS,
+            **{name: value for name, value in vars(args).items() if name != "out"},
+            "training_loss_nats": round(training_loss, 4),
+            "heldout_loss_nats": round(loss, 4),
+            "heldout_range_nats": HELDOUT_RANGE_NATS,
+        }
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "NOTICE").write_text(notice_text, encoding="utf-8")
+        for name, text in texts.items():
+            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(0o644)
+        folder.rename(args.out)
+    low, high = HELDOUT_RANGE_NATS
+    inside = low <= loss <= high
+    print(f"held-out loss {loss:.4f} nats, expected {low} to {high}{'' if inside else ': OUTSIDE'}")
+    return 0 if inside else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

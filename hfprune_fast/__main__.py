@@ -1,0 +1,5 @@
+"""`python -m hfprune_fast` is `hfprune`."""
+
+from hfprune_fast.cli import main
+
+main()

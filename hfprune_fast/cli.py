@@ -1,0 +1,283 @@
+"""Flags -> pipeline -> exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hfprune_fast._version import __version__
+from hfprune_fast.errors import ArgumentError, HFPruneError, OutputError
+
+Command = Callable[..., Any]
+
+_BUDGETS = ("prune_ratio", "param_ratio", "intermediate_size")
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_common = _options(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+_running = _options(
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float64"]),
+        default="auto",
+        show_default=True,
+        help="Dtype to run in; auto is the checkpoint's own.",
+    ),
+    click.option(
+        "--seq-len", type=int, help="Tokens a sample. [default: 1024, or the model's longest]"
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn."),
+    click.option(
+        "--batch-size", type=int, default=1, show_default=True, help="Samples that run at once."
+    ),
+)
+_calibration_samples = click.option(
+    "--samples", type=int, default=128, show_default=True, help="Calibration samples to draw."
+)
+_budget = _options(
+    click.option("--prune-ratio", type=float, help="Fraction of MLP neurons to remove, in [0, 1)."),
+    click.option("--param-ratio", type=float, help="Fraction of ALL parameters to remove."),
+    click.option("--intermediate-size", type=int, help="The MLP width to prune to."),
+    click.option(
+        "--round-to", type=int, default=1, show_default=True, help="Make the width a multiple."
+    ),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hfprune")
+def cli() -> None:
+    """Rank the MLP neurons of a language model by output entropy and cut out the least important.
+
+    MODEL is a folder, a hub name, or `demo`, the small model that ships with this package. A text
+    SOURCE is a .txt, .jsonl or .parquet file, a folder of them, `demo`, a hub data set, or a .npy
+    file of token ids.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--calibration", required=True, metavar="SOURCE", help="Text to score on.")
+@click.option("--out", required=True, type=Path, metavar="FILE", help="The scores file to write.")
+@_calibration_samples
+@_running
+@click.option("--force", is_flag=True, help="Replace an existing scores file.")
+@_common
+def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) -> None:
+    """Score every neuron, every statistic, in one pass: prune at any ratio later."""
+    from hfprune_fast import pipeline
+
+    _check_output_file(out, force)
+    as_json, running = _split(flags)
+    table = pipeline.score(model, calibration, progress=True, **running)
+    with _scores_saved_on_failure(table):
+        table.save(out)
+    _print(
+        as_json,
+        {"out": str(out), **asdict(table.model), "provenance": table.provenance},
+        f"{out}: {table.model.num_layers} layers x {table.model.intermediate_size} neurons scored "
+        f"on {table.provenance['tokens']} tokens\n"
+        f"next: hfprune prune {model} --scores {out} --prune-ratio 0.2 --out DIR",
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--out", required=True, type=Path, metavar="DIR", help="The folder to make.")
+@_budget
+@click.option("--scores", type=Path, metavar="FILE", help="Scores of `hfprune score`.")
+@click.option("--calibration", metavar="SOURCE", help="Text to score on now, instead of --scores.")
+@click.option(
+    "--statistic",
+    type=click.Choice(["l1", "l2", "mask", "act"]),
+    default="l1",
+    show_default=True,
+    help="Statistic to rank by; l1 is the paper's.",
+)
+@_calibration_samples
+@_running
+@click.option("--force", is_flag=True, help="Replace an existing model folder.")
+@_common
+def prune(
+    model: str,
+    out: Path,
+    scores: Path | None,
+    calibration: str | None,
+    statistic: str,
+    round_to: int,
+    force: bool,
+    **flags: Any,
+) -> None:
+    """Write a smaller checkpoint that transformers loads as it is."""
+    from hfprune_fast import pipeline
+    from hfprune_fast.importance import ImportanceTable
+
+    as_json, running = _split(flags)
+    budget = {name: running.pop(name) for name in _BUDGETS}
+    if (scores is None) == (calibration is None):
+        raise ArgumentError("give one of --scores FILE and --calibration SOURCE")
+    # Everything that can be refused is refused before hours of scoring.
+    pipeline.check_prune(model, out, round_to=round_to, force=force, **budget)
+    prune_to = partial(
+        pipeline.prune_to,
+        model,
+        out,
+        statistic=statistic,
+        round_to=round_to,
+        force=force,
+        **budget,
+    )
+    if scores is not None:
+        result = prune_to(ImportanceTable.load(scores))
+    else:
+        table = pipeline.score(model, str(calibration), progress=True, **running)
+        with _scores_saved_on_failure(table):
+            result = prune_to(table)
+    _print(
+        as_json,
+        result,
+        f"{out}: intermediate_size {result['dense_intermediate_size']} -> "
+        f"{result['intermediate_size']} "
+        f"({result['prune_ratio']:.2%} of the neurons), "
+        f"{result['dense_params']:,} -> {result['params']:,} parameters "
+        f"({result['param_ratio']:.2%} removed)\n"
+        f"next: hfprune evaluate {model} {out} --text SOURCE",
+    )
+
+
+@cli.command()
+@click.argument("dense")
+@click.argument("pruned")
+@click.option("--text", required=True, metavar="SOURCE", help="Held-out text.")
+@click.option("--samples", type=int, help="Samples to draw. [default: all of the text, in order]")
+@_running
+@_common
+def evaluate(dense: str, pruned: str, text: str, **flags: Any) -> None:
+    """Compare a pruned model with its dense one: KL, perplexity, top-1 agreement."""
+    from hfprune_fast import pipeline
+
+    as_json, running = _split(flags)
+    fidelity = pipeline.evaluate_paths(dense, pruned, text, progress=True, **running)
+    _print(
+        as_json,
+        asdict(fidelity),
+        f"KL(dense || pruned)  {fidelity.kl_nats:.4f} nats\n"
+        f"perplexity           {fidelity.ppl_dense:.3f} dense, {fidelity.ppl_pruned:.3f} pruned\n"
+        f"top-1 agreement      {fidelity.top1_agreement:.2%}\n"
+        f"over                 {fidelity.tokens} tokens",
+    )
+
+
+@cli.command()
+@click.argument("model")
+@_budget
+@click.option("--seq-len", type=int, help="For attention's FLOPs. [default: as in scoring]")
+@_common
+def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
+    """Say widths, parameters, bytes and FLOPs before any work; only config.json is read."""
+    from hfprune_fast import pipeline, report
+
+    result = pipeline.plan(model, **flags)
+
+    def row(name: str, key: str, show: Callable[[Any], str]) -> tuple[str, ...]:
+        dense, pruned = result[f"dense_{key}"], result[key]
+        return name, show(dense), show(pruned), f"{1 - pruned / dense:.2%}"
+
+    rows = [
+        row("MLP neurons a layer", "intermediate_size", str),
+        row("parameters", "params", "{:,}".format),
+        row(f"bytes in {result['dtype']}", "weights_bytes", report.human_bytes),
+        row(
+            f"MFLOPs a token at {result['seq_len']}", "flops_per_token", lambda f: f"{f / 1e6:,.1f}"
+        ),
+    ]
+    header = (result["model"], "dense", "pruned", "removed")
+    _print(as_json, result, report.text_table(header, rows))
+
+
+@cli.command()
+@click.option("--out", type=Path, metavar="DIR", help="Keep the pruned model here.")
+@click.option("--prune-ratio", type=float, default=0.2, show_default=True)
+@click.option("--force", is_flag=True, help="Replace an existing model folder.")
+@_common
+def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug: bool) -> None:
+    """Do the whole job on the small model that ships with this package, offline."""
+    from hfprune_fast import demo as demonstration
+
+    result = demonstration.run(out, prune_ratio=prune_ratio, force=force)
+    _print(as_json, result, demonstration.table(result))
+
+
+def _split(flags: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Separate the flags that are about printing from those that are about running."""
+    as_json = flags.pop("as_json")
+    del flags["debug"]
+    return as_json, flags
+
+
+@contextmanager
+def _scores_saved_on_failure(table: Any) -> Iterator[None]:
+    """Hours of scoring must not be lost to a full disk."""
+    try:
+        yield
+    except OutputError as error:
+        rescued = Path(tempfile.mkdtemp(prefix="hfprune-")) / "scores.safetensors"
+        table.save(rescued)
+        raise OutputError(f"{error}; the scores are kept in {rescued}") from None
+
+
+def _check_output_file(out: Path, force: bool) -> None:
+    if out.exists() and (not force or not out.is_file()):
+        raise OutputError(f"out {out} exists; --force replaces a file, but no folder")
+    if not out.parent.is_dir():
+        raise OutputError(f"out {out} cannot be written: there is no folder {out.parent}")
+
+
+def _print(as_json: bool, value: dict[str, Any], text: str) -> None:
+    click.echo(json.dumps(value) if as_json else text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `hfprune` command."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        code = cli.main(args, prog_name="hfprune", standalone_mode=False)
+    except HFPruneError as error:
+        if "--debug" in args:
+            raise
+        code = _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 0
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("hfprune: interrupted; nothing was written", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    click.echo(f"hfprune: error: {' '.join(message.split())}", err=True)
+    return 2

@@ -1,0 +1,107 @@
+"""The whole job on the small model that ships with the package, beside two yardsticks.
+
+Scores the model, removes a fraction of every layer's neurons, saves, reloads, and measures fidelity
+on held-out text; then does the same with neurons chosen by weight magnitude and at random.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from hfprune_fast import checkpoint, compaction, evaluation, pipeline, report, selection
+from hfprune_fast.architectures import parts_of
+
+SEQ_LEN = 256
+RANDOM_SEEDS = 5
+_BATCH_SIZE = 8
+
+
+def run(
+    out: Path | None = None, *, prune_ratio: float = 0.2, force: bool = False
+) -> dict[str, Any]:
+    """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
+    model_dir = checkpoint.TINY_MODEL
+    if out is not None:
+        compaction.check_output_folder(out, model_dir, force=force)
+    table = pipeline.score(
+        "demo",
+        "demo",
+        seq_len=SEQ_LEN,
+        samples=64,
+        batch_size=_BATCH_SIZE,
+        device="cpu",
+        progress=True,
+    )
+    held_out = pipeline.windows_for(model_dir, model_dir / "heldout.txt", SEQ_LEN, None, 0)
+    batches = held_out.ids.split(_BATCH_SIZE)
+    dense = checkpoint.load_model(model_dir, device="cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch) / "pruned"
+        achieved = pipeline.prune_to("demo", folder, table, prune_ratio=prune_ratio, force=force)
+        pruned = checkpoint.load_model(folder, device="cpu")
+    width = achieved["intermediate_size"]
+
+    def measure(model: Any) -> dict[str, Any]:
+        return asdict(evaluation.evaluate(dense, model, batches))
+
+    def measure_kept(importance: torch.Tensor) -> dict[str, Any]:
+        model = copy.deepcopy(dense)
+        compaction.prune(model, selection.keep_top(importance, width))
+        return measure(model)
+
+    rows = {"dense": measure(dense), "entropy": measure(pruned)}
+    rows["magnitude"] = measure_kept(_magnitude(dense))
+    pipeline.say(f"measuring {RANDOM_SEEDS} random choices")
+    at_random = []
+    for seed in range(RANDOM_SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        at_random.append(measure_kept(torch.rand(table.l1.shape, generator=generator)))
+    rows["random"] = {key: mean(row[key] for row in at_random) for key in at_random[0]}
+    for name, row in rows.items():
+        row["params"] = achieved["dense_params" if name == "dense" else "params"]
+    return {**achieved, "out": None if out is None else str(out), "fidelity": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Format the result of `run` as one table."""
+    names = {
+        "dense": "dense",
+        "entropy": "pruned by entropy",
+        "magnitude": "pruned by weight magnitude",
+        "random": f"pruned at random (mean of {RANDOM_SEEDS})",
+    }
+    rows = [
+        (
+            names[name],
+            f"{row['params']:,}",
+            f"{row['kl_nats']:.4f}",
+            f"{row['ppl_dense' if name == 'dense' else 'ppl_pruned']:.2f}",
+            f"{row['top1_agreement']:.1%}",
+        )
+        for name, row in result["fidelity"].items()
+    ]
+    header = ("", "parameters", "KL nats", "perplexity", "top-1 agreement")
+    title = (
+        f"{result['prune_ratio']:.1%} of the MLP neurons removed, measured on "
+        f"{result['fidelity']['dense']['tokens']} held-out tokens"
+    )
+    return f"{title}\n\n{report.text_table(header, rows)}"
+
+
+def _magnitude(model: Any) -> torch.Tensor:
+    """2-norm of all of a neuron's weights: its gate row, up row and down column. (L, F)"""
+    return torch.stack(
+        [
+            torch.cat([mlp.gate.weight, mlp.up.weight, mlp.down.weight.t()], dim=1)
+            .double()
+            .norm(dim=1)
+            for mlp in parts_of(model).mlps
+        ]
+    )

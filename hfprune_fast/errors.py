@@ -1,0 +1,33 @@
+"""What a user can do wrong, one class a kind; messages say what was got and what was expected."""
+
+
+class HFPruneError(ValueError):
+    """Base of every error that a change of input can cure; the command line exits with 2."""
+
+
+class ArgumentError(HFPruneError):
+    """An argument out of its range, or two that exclude each other."""
+
+
+class CheckpointError(HFPruneError):
+    """A model folder that is missing, incomplete, damaged or in a format that is not read."""
+
+
+class UnsupportedModelError(HFPruneError):
+    """A model whose architecture has no gated MLP that this package knows."""
+
+
+class CalibrationError(HFPruneError):
+    """Text or token ids that cannot be turned into token batches for this model."""
+
+
+class NumericsError(HFPruneError):
+    """NaN or inf in weights or activations."""
+
+
+class ScoresFileError(HFPruneError):
+    """A scores file that is not one, is damaged, or belongs to another model."""
+
+
+class OutputError(HFPruneError):
+    """An output that exists, would overwrite its source, or cannot be written."""

@@ -1,0 +1,22 @@
+"""The operations behind the scores, as plain functions of tensors.
+
+They stand on their own: another pruning pipeline can call them with tensors of its own.
+"""
+
+from hfprune_fast.kernels.entropy import softmax_entropy_grad_, softmax_entropy_grad_reference
+from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
+from hfprune_fast.kernels.taylor import (
+    TaylorStatistics,
+    taylor_statistics,
+    taylor_statistics_reference,
+)
+
+__all__ = [
+    "TaylorStatistics",
+    "linear_entropy",
+    "linear_entropy_reference",
+    "softmax_entropy_grad_",
+    "softmax_entropy_grad_reference",
+    "taylor_statistics",
+    "taylor_statistics_reference",
+]

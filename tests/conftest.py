@@ -1,0 +1,73 @@
+"""Small checkpoints, made on the spot, and the command line run in this process."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import random_llama
+from transformers import PreTrainedModel
+
+from hfprune_fast.checkpoint import TINY_MODEL, load_tokenizer
+from hfprune_fast.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches a network, also where there is one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def save_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Save a model with the shipped tokenizer: save_checkpoint(model, name="model")."""
+
+    def save(model: PreTrainedModel, name: str = "model", **kwargs: Any) -> Path:
+        folder = tmp_path / name
+        model.save_pretrained(folder, **kwargs)
+        load_tokenizer(TINY_MODEL).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def llama_dir(save_checkpoint: Callable[..., Path]) -> Path:
+    """A random fp32 Llama of 3 layers x 96 neurons with the shipped tokenizer."""
+    return save_checkpoint(random_llama())
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A few thousand tokens of text."""
+    path = tmp_path / "text.txt"
+    path.write_text((TINY_MODEL / "calibration.txt").read_text(encoding="utf-8")[:20_000])
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def hfprune(capfd: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Run a command line in this process: hfprune("plan", folder, "--prune-ratio", 0.2)."""
+
+    def run(*args: Any) -> Run:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(arg) for arg in args])
+        captured = capfd.readouterr()
+        return Run(int(exit_info.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -1,0 +1,224 @@
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import random_llama
+from safetensors.torch import load_file, save_file
+from truth import tiny_model
+
+from hfprune_fast import checkpoint
+from hfprune_fast.errors import ArgumentError, CheckpointError, UnsupportedModelError
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loads_what_save_pretrained_wrote(
+    save_checkpoint: Callable[..., Path], family: str, tied: bool
+) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16, tied=tied)
+    folder = save_checkpoint(model, max_shard_size="30KB")
+    assert len(checkpoint.weight_files(folder)) > 2
+    loaded = checkpoint.load_model(folder, device="cpu")
+    assert loaded.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in loaded.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert checkpoint.model_size(folder) == checkpoint.model_size_of(model)
+    assert checkpoint.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
+
+
+def test_float16_runs_in_float32(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(random_llama().half())
+    assert checkpoint.load_model(folder, device="cpu").dtype == torch.float32
+
+
+def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:
+    plain = checkpoint.model_size_of(tiny_model("llama"))
+    biased = checkpoint.model_size_of(tiny_model("llama", mlp_bias=True))
+    assert plain.params_per_neuron == 3 * 64
+    assert biased.params_per_neuron == 3 * 64 + 2  # down_proj's bias belongs to no neuron
+    for size, model in ((plain, {}), (biased, {"mlp_bias": True})):
+        smaller = checkpoint.model_size_of(tiny_model("llama", intermediate_size=50, **model))
+        assert size.params_at(50) == smaller.total_params
+        assert size.linear_params_at(50) == smaller.linear_params
+
+
+def test_old_rotary_buffers_are_tolerated(llama_dir: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    change_tensors(llama_dir, add)
+    checkpoint.load_model(llama_dir, device="cpu")
+
+
+def test_base_model_names_without_prefix(llama_dir: Path) -> None:
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_tensors(llama_dir, strip)
+    loaded = checkpoint.load_model(llama_dir, device="cpu")
+    assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
+
+
+def drop(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def put(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            drop("model.layers.1.mlp.up_proj.weight"),
+            r"lacks the tensor model\.layers\.1\.mlp\.up_p",
+        ),
+        (drop("lm_head.weight"), r"lacks the tensor lm_head\.weight"),
+        (put("model.layers.9.mlp.up_proj.weight", 4, 4), r"does not know: model\.layers\.9"),
+        (put("model.norm.weight", 3), r"shape is not its config's: model\.norm\.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    llama_dir: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    change_tensors(llama_dir, change)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load_model(llama_dir, device="cpu")
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_truncated_file(llama_dir: Path, size: int) -> None:
+    path = llama_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or not"):
+        checkpoint.tensor_headers(llama_dir)
+
+
+def test_hostile_header(llama_dir: Path) -> None:
+    path = llama_dir / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        checkpoint.load_model(llama_dir)
+
+
+def test_missing_shard(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(random_llama(), max_shard_size="50KB")
+    lost = checkpoint.weight_files(folder)[1]
+    lost.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks the shard {lost.name}"):
+        checkpoint.tensor_headers(folder)
+
+
+def test_index_that_is_wrong(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(random_llama(), max_shard_size="50KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"].values()))
+    for weight_map, message in (
+        ({"a": "../../secret.safetensors"}, "names a file outside its folder"),
+        ({"no.such.tensor": first}, "no.such.tensor is in the index .* but in no shard"),
+        (["a"], "has no weight_map"),
+    ):
+        path.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.tensor_headers(folder)
+
+
+def test_pickled_weights_are_not_opened(llama_dir: Path) -> None:
+    (llama_dir / "model.safetensors").unlink()
+    (llama_dir / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(CheckpointError, match=r"only pickled weights .*save_pretrained"):
+        checkpoint.load_model(llama_dir)
+
+
+def test_no_weights(llama_dir: Path) -> None:
+    (llama_dir / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has neither"):
+        checkpoint.load_model(llama_dir)
+
+
+def test_quantised(llama_dir: Path) -> None:
+    change_config(llama_dir, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match=r"quantised \(gptq\).*quantise the result"):
+        checkpoint.load_model(llama_dir)
+
+
+def test_unsupported_architecture_is_named(llama_dir: Path) -> None:
+    change_config(llama_dir, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is not supported.*mistral"):
+        checkpoint.load_model(llama_dir)
+
+
+def test_remote_code_is_never_run(llama_dir: Path) -> None:
+    flag = llama_dir / "ran"
+    (llama_dir / "modeling_evil.py").write_text(f"open({str(flag)!r}, 'w')\n")
+    change_config(llama_dir, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    checkpoint.load_model(llama_dir, device="cpu")  # the family's own class is used
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read as JSON"), ("[1]", "holds a list"), ("\x00", "cannot be read as JSON")],
+)
+def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
+    (llama_dir / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_config(llama_dir)
+
+
+def test_config_with_nonsense_values(llama_dir: Path) -> None:
+    change_config(llama_dir, num_hidden_layers="three")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        checkpoint.model_size(llama_dir)
+
+
+def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find_model("demo") == checkpoint.TINY_MODEL
+    (tmp_path / "demo").mkdir()
+    assert checkpoint.find_model("demo") == Path("demo")  # the user's own folder comes first
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("file", "is a file"),
+        ("./nowhere", "no model folder ./nowhere"),
+        ("a/b/c", "not a hub name either"),
+        ("org/no-such-model", "the hub says"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.find_model(name)
+
+
+def test_fingerprint_tells_siblings_apart(save_checkpoint: Callable[..., Path]) -> None:
+    model = random_llama()
+    first = checkpoint.fingerprint(save_checkpoint(model, "a"))
+    assert checkpoint.fingerprint(save_checkpoint(model, "b")) == first
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[-1, -1] += 1e-3
+    assert checkpoint.fingerprint(save_checkpoint(model, "c")) != first
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(ArgumentError, match="device 'nonsense'"):
+        checkpoint.torch_device("nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgumentError, match="device 'cuda'"):
+            checkpoint.torch_device("cuda")

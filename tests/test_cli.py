@@ -1,0 +1,361 @@
+"""What a user types, and above all mistypes: one line on stderr, exit code 2, nothing lost."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import random_llama
+from safetensors.torch import load_file, save_file
+
+import hfprune_fast as hf
+from hfprune_fast.checkpoint import TINY_MODEL
+
+Hfprune = Callable[..., Any]
+
+
+@pytest.fixture
+def scores_file(llama_dir: Path, text_file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "scores.safetensors"
+    hf.score(llama_dir, text_file, samples=2, seq_len=32).save(path)
+    return path
+
+
+def assert_refused(run: Any, message: str) -> None:
+    assert run.code == 2, run.err
+    last = run.err.strip().splitlines()[-1]
+    assert last.startswith("hfprune: error: ")
+    assert re.search(message, last), last
+    assert "Traceback" not in run.err
+    assert run.out == ""
+
+
+def test_score_prune_evaluate_in_json(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    scores, out = tmp_path / "s", tmp_path / "out"
+    running = ["--samples", 3, "--seq-len", 32, "--batch-size", 2, "--json"]
+    scored = hfprune("score", llama_dir, "--calibration", text_file, "--out", scores, *running)
+    assert scored.code == 0, scored.err
+    assert scored.json()["provenance"]["samples"] == 3
+    assert "scoring" in scored.err  # the progress bar
+    pruned = hfprune(
+        "prune", llama_dir, "--scores", scores, "--param-ratio", 0.05, "--out", out, "--json",
+        "--statistic", "l2", "--round-to", 4,
+    )  # fmt: skip
+    assert pruned.code == 0, pruned.err
+    result = pruned.json()
+    assert result["intermediate_size"] % 4 == 0
+    assert result["statistic"] == "l2"
+    record = json.loads((out / "hfprune.json").read_text())
+    assert record["asked"] == {"param_ratio": 0.05, "statistic": "l2", "round_to": 4}
+    assert record["provenance"]["samples"] == 3
+    card = (out / "README.md").read_text()
+    assert f"{result['intermediate_size']} of 96" in card
+    evaluated = hfprune(
+        "evaluate", llama_dir, out, "--text", text_file, "--seq-len", 32, "--samples", 4, "--json"
+    )
+    assert evaluated.code == 0, evaluated.err
+    assert evaluated.json()["kl_nats"] > 0
+    assert evaluated.json()["tokens"] == 128
+
+
+def test_prune_by_calibration_is_score_then_prune(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    running = ["--calibration", text_file, "--samples", 3, "--seq-len", 32]
+    hfprune("score", llama_dir, *running, "--out", tmp_path / "s")
+    hfprune(
+        "prune",
+        llama_dir,
+        "--scores",
+        tmp_path / "s",
+        "--prune-ratio",
+        0.3,
+        "--out",
+        tmp_path / "a",
+    )
+    run = hfprune("prune", llama_dir, *running, "--prune-ratio", 0.3, "--out", tmp_path / "b")
+    assert run.code == 0, run.err
+    assert "intermediate_size 96 -> 67" in run.out
+    for name in ("model.safetensors", "hfprune.json", "README.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_says_how_many_samples_the_text_made(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    run = hfprune(
+        "score", llama_dir, "--calibration", text_file, "--seq-len", 128, "--samples", 10**6,
+        "--out", tmp_path / "s", "--json",
+    )  # fmt: skip
+    made = run.json()["provenance"]["samples"]
+    assert re.search(rf"holds {made} samples of 128 tokens; 1000000 were asked for", run.err)
+
+
+def test_plan(llama_dir: Path, hfprune: Hfprune) -> None:
+    run = hfprune("plan", llama_dir, "--intermediate-size", 48)
+    assert run.code == 0, run.err
+    assert re.search(r"MLP neurons a layer +96 +48 +50.00%", run.out)
+
+
+def test_plan_needs_no_weights(llama_dir: Path, hfprune: Hfprune) -> None:
+    (llama_dir / "model.safetensors").unlink()
+    assert hfprune("plan", llama_dir, "--prune-ratio", 0.1).code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prune-ratio", "1.0"], r"prune_ratio must be in \[0, 1\), got 1.0"),
+        (["--prune-ratio", "-0.5"], r"prune_ratio must be in"),
+        (["--prune-ratio", "much"], r"--prune-ratio.*'much' is not a valid float"),
+        (["--param-ratio", "0.99"], r"param_ratio 0.99 cannot be reached"),
+        (["--intermediate-size", "97"], r"intermediate_size must be in 1\.\.96"),
+        (["--prune-ratio", "0.1", "--param-ratio", "0.1"], "exactly one .*prune_ratio and param_r"),
+        ([], "exactly one of prune_ratio, param_ratio, intermediate_size; got none"),
+        (["--prune-ratio", "0.1", "--round-to", "128"], "round_to 128 is more than .* 96"),
+        (["--prune-ratio", "0.1", "--statistic", "l7"], "'l7' is not one of"),
+        (["--prune-ratio", "0.1", "--no-such-flag"], "No such option"),
+    ],
+)
+def test_bad_budget(
+    llama_dir: Path,
+    scores_file: Path,
+    tmp_path: Path,
+    hfprune: Hfprune,
+    flags: list[str],
+    message: str,
+) -> None:
+    run = hfprune("prune", llama_dir, "--scores", scores_file, "--out", tmp_path / "out", *flags)
+    assert_refused(run, message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["score", "prune", "evaluate", "plan"])
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        ("no folder", "no model folder"),
+        ("a file", "is a file"),
+        ("no config", "has no config.json"),
+        ("other architecture", "BertModel is not supported.*llama, mistral, qwen2, qwen3"),
+        ("quantised", "quantised"),
+        ("only bin", "only pickled weights"),
+        ("missing shard", "lacks the shard model-00002"),
+        ("truncated shard", "model-00002.* is truncated"),
+        ("missing tensor", "lacks the tensor model.layers.0.mlp.up_proj.weight"),
+        ("nan weight", "tensor model.layers.0.mlp.up_proj.weight holds NaN"),
+    ],
+)
+def test_bad_model(
+    save_checkpoint: Callable[..., Path], scores_file: Path, text_file: Path, tmp_path: Path,
+    hfprune: Hfprune, command: str, break_it: str, message: str,
+) -> None:  # fmt: skip
+    shards = {"max_shard_size": "200KB"} if "shard" in break_it else {}
+    folder = save_checkpoint(random_llama(), "broken", **shards)
+    weights = folder / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
+    config = json.loads((folder / "config.json").read_text())
+    if break_it == "no folder":
+        folder = tmp_path / "nowhere"
+    elif break_it == "a file":
+        folder = text_file
+    elif break_it == "no config":
+        (folder / "config.json").unlink()
+    elif break_it == "other architecture":
+        config |= {"model_type": "bert", "architectures": ["BertModel"]}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif break_it == "quantised":
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    elif break_it == "only bin":
+        weights.rename(folder / "pytorch_model.bin")
+    elif break_it == "missing shard":
+        next(folder.glob("model-00002*")).unlink()
+    elif break_it == "truncated shard":
+        path = next(folder.glob("model-00002*"))
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        if break_it == "missing tensor":
+            del tensors[name]
+        else:
+            tensors[name][0, 0] = torch.nan
+        save_file(tensors, weights, {"format": "pt"})
+    running = ["--samples", 2, "--seq-len", 32]
+    arguments = {
+        "score": ["score", folder, "--calibration", text_file, "--out", tmp_path / "s", *running],
+        "prune": ["prune", folder, "--calibration", text_file, "--prune-ratio", 0.1, "--out",
+                  tmp_path / "out", *running],
+        "evaluate": ["evaluate", TINY_MODEL, folder, "--text", text_file, *running],
+        "plan": ["plan", folder, "--prune-ratio", 0.1],
+    }  # fmt: skip
+    from_config_alone = {
+        "only bin",
+        "missing shard",
+        "truncated shard",
+        "missing tensor",
+        "nan weight",
+    }
+    run = hfprune(*arguments[command])
+    if command == "plan" and break_it in from_config_alone:
+        assert run.code == 0  # plan does not open the weights
+    elif command == "evaluate" and break_it == "nan weight":
+        assert_refused(run, "NaN or inf in the logits")
+    else:
+        assert_refused(run, message)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file"),
+        ("", "holds no text"),
+        ("too short", "one sample takes 32; give more text or a smaller --seq-len"),
+        (np.array([[1, -2]]), r"token id -2; expected 0\.\."),
+        (np.array([[1.5, 2.5]]), "integer token ids"),
+        (np.array([[1, 10**6]]), "token id 1000000; expected"),
+    ],
+)
+@pytest.mark.parametrize("command", ["score", "prune", "evaluate"])
+def test_bad_text(
+    llama_dir: Path, tmp_path: Path, hfprune: Hfprune, command: str, content: Any, message: str
+) -> None:
+    source = tmp_path / "source.txt"
+    running = ["--seq-len", 32]
+    if isinstance(content, str):
+        source.write_text(content)
+    elif content is not None:
+        source = tmp_path / "source.npy"
+        np.save(source, content)
+        running = []
+    arguments = {
+        "score": ["score", llama_dir, "--calibration", source, "--out", tmp_path / "s"],
+        "prune": ["prune", llama_dir, "--calibration", source, "--prune-ratio", 0.1, "--out",
+                  tmp_path / "out"],
+        "evaluate": ["evaluate", llama_dir, llama_dir, "--text", source],
+    }  # fmt: skip
+    assert_refused(hfprune(*arguments[command], *running), message)
+
+
+def test_bad_scores_file(
+    llama_dir: Path, scores_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    arguments = ["prune", llama_dir, "--prune-ratio", 0.1, "--out", tmp_path / "out", "--scores"]
+    assert_refused(hfprune(*arguments, tmp_path / "nowhere"), "no scores file")
+    assert_refused(hfprune(*arguments, llama_dir / "config.json"), "not a scores file")
+    assert_refused(hfprune(*arguments, llama_dir / "model.safetensors"), "holds no scores")
+    other = ["prune", "demo", "--prune-ratio", 0.1, "--out", tmp_path / "out", "--scores"]
+    assert_refused(hfprune(*other, scores_file), "of another model")
+    assert_refused(
+        hfprune(*arguments, scores_file, "--calibration", "demo"),
+        "one of --scores .* --calibration",
+    )
+    assert_refused(hfprune(*arguments[:-1]), "one of --scores .* --calibration")
+
+
+def test_output_exists(
+    llama_dir: Path, scores_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["prune", llama_dir, "--scores", scores_file, "--prune-ratio", 0.1, "--out", out]
+    assert hfprune(*arguments).code == 0
+    assert_refused(hfprune(*arguments), "exists and is not empty; --force")
+    assert hfprune(*arguments, "--force").code == 0
+    scoring = ["score", llama_dir, "--calibration", "demo", "--out", scores_file]
+    assert_refused(hfprune(*scoring), "exists; --force")
+    assert_refused(
+        hfprune("score", llama_dir, "--calibration", "demo", "--out", tmp_path / "no" / "s"),
+        "no folder",
+    )
+
+
+@pytest.mark.parametrize("place", ["", "sub", ".."])
+def test_output_overlaps_source(
+    llama_dir: Path, scores_file: Path, hfprune: Hfprune, place: str
+) -> None:
+    run = hfprune(
+        "prune", llama_dir, "--scores", scores_file, "--prune-ratio", 0.1, "--force",
+        "--out", llama_dir / place,
+    )  # fmt: skip
+    assert_refused(run, "which is never written to")
+
+
+def test_refusals_come_before_the_scoring(
+    llama_dir: Path, tmp_path: Path, hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfprune_fast.pipeline.score", lambda *_, **__: pytest.fail("scored"))
+    arguments = ["prune", llama_dir, "--calibration", "demo"]
+    assert_refused(
+        hfprune(*arguments, "--prune-ratio", 2, "--out", tmp_path / "out"), "prune_ratio"
+    )
+    assert_refused(hfprune(*arguments, "--prune-ratio", 0.2, "--out", llama_dir), "never written")
+
+
+def test_scores_survive_an_output_that_fails(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hfprune_fast.compaction.save_file", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = hfprune(
+        "prune", llama_dir, "--calibration", text_file, "--samples", 2, "--seq-len", 32,
+        "--prune-ratio", 0.1, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert_refused(run, "No space left on device.*; the scores are kept in ")
+    kept = run.err.strip().split("kept in ")[-1]
+    assert hf.ImportanceTable.load(kept).l1.shape == (3, 96)
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    from hfprune_fast.cli import main
+    from hfprune_fast.errors import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        main(["plan", str(tmp_path / "nowhere"), "--prune-ratio", "0.1", "--debug"])
+
+
+def test_help_and_version(hfprune: Hfprune) -> None:
+    assert "Rank the MLP neurons" in hfprune("--help").out
+    assert hfprune().code == 0
+    assert hf.__version__ in hfprune("--version").out
+    for command in ("score", "prune", "evaluate", "plan", "demo"):
+        run = hfprune(command, "--help")
+        assert run.code == 0
+        assert "Usage: hfprune " + command in run.out
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_run_leaves_no_output(tmp_path: Path, how: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "hfprune_fast", "prune", "demo", "--calibration", "demo",
+        "--prune-ratio", "0.2", "--samples", "64", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stderr is not None
+    for line in iter(lambda: process.stderr.read(1), ""):  # type: ignore[union-attr]
+        if line == "s":  # the first letter of the bar "scoring"
+            break
+    time.sleep(1)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert not out.exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted; nothing was written" in err
+        assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,140 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_llama
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from truth import forward
+
+import hfprune_fast as hf
+from hfprune_fast import checkpoint, pipeline
+from hfprune_fast.errors import ArgumentError, CalibrationError, ScoresFileError
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(torch.arange(32)[None], use_cache=False).logits[0].double(), sys.argv[2])
+assert "hfprune_fast" not in sys.modules
+assert model.generate(torch.arange(4)[None], max_new_tokens=4, do_sample=False).shape[1] > 4
+"""
+
+
+@pytest.mark.parametrize("which", ["demo", "by path"])
+def test_pruned_checkpoint_in_another_process(
+    which: str, llama_dir: Path, tmp_path: Path, hfprune: Callable[..., object]
+) -> None:
+    """The whole job, then the logits against float64 with the removed neurons' acts at zero."""
+    model = "demo" if which == "demo" else llama_dir
+    folder = checkpoint.find_model(model)
+    out = tmp_path / "out"
+    flags = ["--calibration", "demo", "--samples", 4, "--seq-len", 32]
+    run = hfprune("prune", model, "--prune-ratio", 0.2, "--out", out, *flags)
+    assert run.code == 0, run.err  # type: ignore[attr-defined]
+    saved = tmp_path / "logits.pt"
+    # Not in the project's root: transformers would take kernels/ for the package of that name.
+    subprocess.run([sys.executable, "-c", RELOAD, str(out), str(saved)], check=True, cwd=tmp_path)
+    record = json.loads((out / "hfprune.json").read_text())
+    dense = checkpoint.load_model(folder, dtype="float32", device="cpu")
+    alive = torch.zeros(len(record["keep"]), dense.config.intermediate_size, dtype=torch.bool)
+    for layer, kept in record["keep"].items():
+        alive[int(layer), kept] = True
+    masked = forward(
+        dense.state_dict(), dense.config, torch.arange(32), alive=alive
+    ).logits.detach()
+    got = torch.load(saved, weights_only=True)
+    # A model of n layers in bf16 strays a few n eps from float64; in fp32 the norms' fp32 rules.
+    bf16 = checkpoint.load_model(out, device="cpu").dtype == torch.bfloat16
+    bound = 8 * len(alive) * torch.finfo(torch.bfloat16).eps if bf16 else 1e-5
+    assert (got - masked).norm() / masked.norm() < bound
+    in_fp32 = checkpoint.load_model(out, dtype="float32", device="cpu")
+    with torch.no_grad():
+        logits = in_fp32(torch.arange(32)[None]).logits[0]
+    assert (logits - masked).norm() / masked.norm() < 1e-5
+
+
+def test_one_scoring_run_serves_any_budget(
+    llama_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    table = hf.score(llama_dir, text_file, samples=2, seq_len=32)
+    table.save(tmp_path / "s")
+    loaded = hf.ImportanceTable.load(tmp_path / "s")
+    for number, budget in enumerate(
+        [{"prune_ratio": 0.5}, {"param_ratio": 0.05}, {"intermediate_size": 7}]
+    ):
+        out = tmp_path / str(number)
+        result = pipeline.prune_to(llama_dir, out, loaded, **budget)
+        counted = sum(p.numel() for p in checkpoint.load_model(out, device="cpu").parameters())
+        assert counted == result["params"]
+        assert abs(result.get(next(iter(budget))) - next(iter(budget.values()))) < 0.01
+
+
+def test_scores_of_another_model_are_refused(
+    save_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = random_llama()
+    first = save_checkpoint(model, "first")
+    table = hf.score(first, text_file, samples=1, seq_len=16)
+    other_shape = save_checkpoint(random_llama(intermediate_size=40), "other")
+    with pytest.raises(ScoresFileError, match="of another model"):
+        pipeline.prune_to(other_shape, tmp_path / "out", table, prune_ratio=0.1)
+    sibling = tmp_path / "sibling"
+    sibling.mkdir()
+    for path in first.iterdir():
+        (sibling / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(sibling / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, sibling / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ScoresFileError, match="same shape, other weights"):
+        pipeline.prune_to(sibling, tmp_path / "out", table, prune_ratio=0.1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_models_table_prunes_its_folder(llama_dir: Path, tmp_path: Path) -> None:
+    table = hf.score(random_llama(), torch.arange(64).view(2, 32))
+    pipeline.prune_to(llama_dir, tmp_path / "out", table, prune_ratio=0.25)
+    assert checkpoint.read_config(tmp_path / "out")["intermediate_size"] == 72
+
+
+def test_plan_counts_what_pruning_gives(llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    planned = pipeline.plan(llama_dir, prune_ratio=0.3, round_to=8, seq_len=64)
+    table = hf.score(llama_dir, text_file, samples=1, seq_len=16)
+    result = pipeline.prune_to(llama_dir, tmp_path / "out", table, prune_ratio=0.3, round_to=8)
+    assert {key: planned[key] for key in result if key in planned} == {
+        key: value for key, value in result.items() if key in planned
+    }
+    pruned = checkpoint.load_model(tmp_path / "out", device="cpu")
+    assert planned["weights_bytes"] == sum(p.nbytes for p in pruned.parameters())
+    pruned.set_attn_implementation("eager")  # the counter does not see the fused one on a CPU
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        pruned(torch.zeros(1, 64, dtype=torch.int64), use_cache=False)
+    # Some releases of transformers make the rotary table by a tiny product of their own.
+    rotary_flops = 2 * 64 * pruned.config.head_dim // 2
+    assert flops.get_total_flops() - planned["flops_per_token"] * 64 in (0, rotary_flops)
+
+
+def test_seq_len_beyond_the_model(llama_dir: Path, text_file: Path) -> None:
+    with pytest.raises(ArgumentError, match="seq_len must be at most 128"):
+        hf.score(llama_dir, text_file, seq_len=129)
+
+
+def test_text_for_a_loaded_model_is_refused(text_file: Path) -> None:
+    with pytest.raises(ArgumentError, match="give the model by path"):
+        hf.score(random_llama(), text_file)
+
+
+def test_text_that_is_too_short_is_refused_before_the_model_is_loaded(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short.txt").write_text("one two three")
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(CalibrationError, match="give more text"):
+        hf.score(llama_dir, tmp_path / "short.txt")

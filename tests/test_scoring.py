@@ -1,0 +1,235 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_llama
+from eager import eager_scores
+from tolerances import assert_no_worse, keep_differences_inside_band, relative_error
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from truth import scores as true_scores
+from truth import tiny_model
+
+import hfprune_fast as hf
+from hfprune_fast.checkpoint import TINY_MODEL, load_model
+from hfprune_fast.errors import CalibrationError, NumericsError, UnsupportedModelError
+from hfprune_fast.importance import STATISTICS
+from hfprune_fast.pipeline import windows_for
+from hfprune_fast.scoring import score_batches
+from hfprune_fast.selection import keep_top
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def random_ids(model: PreTrainedModel, samples: int = 4, seq_len: int = 48) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.config.vocab_size, (samples, seq_len), generator=generator)
+
+
+def models_and_ids(family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.Tensor]:
+    if family == "shipped":
+        name = str(dtype).removeprefix("torch.")
+        windows = windows_for(TINY_MODEL, "demo", seq_len=64, samples=6, seed=0)
+        return load_model(TINY_MODEL, dtype=name, device="cpu"), windows.ids
+    model = tiny_model(family, dtype=dtype, tied=family == "qwen3")
+    return model, random_ids(model)
+
+
+def true_state(family: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights before they were rounded to the dtype under test."""
+    exact = model if family == "shipped" else tiny_model(family, tied=family == "qwen3")
+    return dict(exact.state_dict())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
+def test_float64_is_the_truth(family: str) -> None:
+    model, ids = models_and_ids(family, torch.float64)
+    truth = true_scores(true_state(family, model), model.config, ids)
+    table = hf.score(model, ids.split(2))
+    # transformers computes norms and rotary tables in fp32 even in a float64 model; that alone
+    # leaves these distances.
+    for name, bound in (("l1", 1e-6), ("act", 1e-6), ("l2", 5e-6), ("mask", 2e-5)):
+        error = relative_error(getattr(table, name), truth[name]).max()
+        assert error < bound, f"{name}: {error:.1e}"
+    assert table.provenance["entropy_nats"] == pytest.approx(float(truth["loss"].mean()), rel=1e-6)
+    for statistic in ("l1", "l2", "act"):
+        importance = (
+            truth["act"].sqrt() * table.down_norm if statistic == "act" else truth[statistic]
+        )
+        for ratio in (0.1, 0.5):
+            keep = hf.select(table, prune_ratio=ratio, statistic=statistic)
+            expected = keep_top(importance, len(keep[0]))
+            assert all(torch.equal(keep[layer], expected[layer]) for layer in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
+def test_error_is_at_most_twice_eager_torch(family: str, dtype: torch.dtype) -> None:
+    model, ids = models_and_ids(family, dtype)
+    truth = true_scores(true_state(family, model), model.config, ids)
+    eager = eager_scores(model, ids)
+    table = hf.score(model, ids)
+    differing = {}
+    for name in STATISTICS:
+        ours = getattr(table, name)
+        assert_no_worse(ours, eager[name], truth[name], floor=4 * torch.finfo(dtype).eps)
+        width = round(0.8 * ours.shape[1])
+        for layer in range(len(ours)):
+            kept, expected = (keep_top(t[layer : layer + 1], width)[0] for t in (ours, truth[name]))
+            differing[name, layer] = keep_differences_inside_band(
+                ours[layer], truth[name][layer], kept, expected
+            )
+    print(f"{family} {dtype}: neurons kept by one side only: {differing}")
+
+
+def test_batches_equal_one_at_a_time() -> None:
+    model = tiny_model("qwen2")
+    ids = random_ids(model, samples=5)
+    single = hf.score(model, ids, batch_size=1)
+    for batch_size in (2, 5):
+        table = hf.score(model, ids, batch_size=batch_size)
+        for name in STATISTICS:
+            torch.testing.assert_close(
+                getattr(table, name), getattr(single, name), rtol=1e-9, atol=0
+            )
+    assert single.provenance["samples"] == 5
+    assert single.provenance["tokens"] == ids.numel()
+
+
+def test_sequences_of_different_lengths() -> None:
+    model = tiny_model("llama")
+    ids = random_ids(model)
+    batches = [ids[:2], ids[2:3, :7], ids[3:, :1]]
+    table = hf.score(model, batches)
+    parts = [true_scores(model.state_dict(), model.config, batch) for batch in batches]
+    for name in ("l1", "act"):
+        total = sum(part[name] for part in parts)
+        assert relative_error(getattr(table, name), total).max() < 1e-6
+
+
+def test_repeatable_bit_for_bit() -> None:
+    model = random_llama()
+    ids = random_ids(model)
+    first, second = hf.score(model, ids), hf.score(model, ids)
+    assert all(torch.equal(getattr(first, n), getattr(second, n)) for n in STATISTICS)
+
+
+def test_model_is_left_as_found() -> None:
+    model = random_llama().train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    hf.score(model, random_ids(model))
+    with pytest.raises(CalibrationError):
+        hf.score(model, [random_ids(model), torch.tensor([[-1]])])
+    assert [module.training for module in model.modules()] == modes
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_no_weight_gradient_and_no_backward_below_the_first_mlp() -> None:
+    """Backward products: d input of every linear above the first act, and nothing else."""
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = random_ids(model, samples=1, seq_len=32)
+    with FlopCounterMode(display=False) as flops:
+        score_batches(model, [ids])
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(ids, use_cache=False)
+    counts = flops.get_flop_counts()["Global"]
+    linear = {
+        n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    first_layer_skipped = sum(
+        size for n, size in linear.items() if n.startswith("model.layers.0.") and "down" not in n
+    )
+    expected_backward = 2 * ids.numel() * (sum(linear.values()) - first_layer_skipped)
+    products = sum(v for op, v in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+    forward_counts = forward.get_flop_counts()["Global"]
+    forward_products = sum(
+        v for op, v in forward_counts.items() if str(op) in ("aten.mm", "aten.addmm")
+    )
+    assert products - forward_products == expected_backward
+
+
+def test_nan_in_a_weight_is_named() -> None:
+    model = random_llama()
+    model.model.layers[2].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(NumericsError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        hf.score(model, random_ids(model))
+
+
+def test_overflow_in_a_layer_is_named() -> None:
+    model = random_llama()
+    model.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
+    model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+    with pytest.raises(NumericsError, match="layer 1"):
+        hf.score(model, random_ids(model))
+
+
+def test_overflow_in_the_head_is_named() -> None:
+    model = random_llama()
+    model.lm_head.weight.fill_(3e38)
+    with pytest.raises(NumericsError, match="logits"):
+        hf.score(model, random_ids(model))
+
+
+def test_float16_is_refused() -> None:
+    with pytest.raises(NumericsError, match="float16"):
+        hf.score(random_llama().half(), torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(1, 4),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(0, 4, dtype=torch.int64),
+        torch.tensor([[0, -1]]),
+        torch.tensor([[0, 10**6]]),
+    ],
+)
+def test_bad_batches(batch: torch.Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"must be"):
+        hf.score(random_llama(), [batch])
+
+
+def test_no_batches() -> None:
+    with pytest.raises(CalibrationError, match="no token batches"):
+        hf.score(random_llama(), [])
+
+
+def test_unknown_architecture_is_named() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    with pytest.raises(UnsupportedModelError, match=r"gpt2.*supported are llama"):
+        hf.score(model, torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_score_by_path_records_where_it_came_from(
+    save_checkpoint: Callable[..., Path], text_file: Path
+) -> None:
+    folder = save_checkpoint(random_llama())
+    table = hf.score(folder, text_file, samples=3, seq_len=32, seed=7)
+    record = table.provenance
+    assert record["model"] == "model"
+    assert record["calibration"]["seq_len"] == 32
+    assert record["calibration"]["seed"] == 7
+    assert len(record["model_fingerprint"]) == len(record["calibration"]["data_sha256"]) == 64
+    assert record["samples"] == 3
+    assert record["dtype"] == "float32"
+    assert set(record["versions"]) >= {"torch", "transformers", "hfprune_fast", "python", "triton"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_cpu() -> None:
+    model = tiny_model("qwen3")
+    ids = random_ids(model)
+    on_cpu, on_cuda = hf.score(model, ids), hf.score(model.cuda(), ids)
+    for name in STATISTICS:
+        assert relative_error(getattr(on_cuda, name), getattr(on_cpu, name)).max() < 1e-9

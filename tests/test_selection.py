@@ -1,0 +1,96 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hfprune_fast as hf
+from hfprune_fast.architectures import ModelSize
+from hfprune_fast.errors import ArgumentError
+from hfprune_fast.selection import keep_top, target_width
+
+# meta-llama/Llama-2-7b: 20 % and 30 % of all parameters are the paper's widths.
+LLAMA_2_7B = ModelSize("llama", 32, 4096, 11008, 6_738_415_616, 6_607_077_376, 3 * 4096)
+
+
+def size_of_width(width: int) -> ModelSize:
+    return ModelSize("llama", 2, 8, width, 2 * width * 24 + 1000, 2 * width * 24 + 500, 24)
+
+
+def table_of(l1: torch.Tensor) -> hf.ImportanceTable:
+    size = size_of_width(l1.shape[1])
+    ones = torch.ones_like(l1)
+    return hf.ImportanceTable(l1, l1 * 2, l1.flip(1), ones, l1 + 1, size, {})
+
+
+def test_the_papers_widths() -> None:
+    assert target_width(LLAMA_2_7B, param_ratio=0.2) == 7581
+    assert target_width(LLAMA_2_7B, param_ratio=0.3) == 5867
+    assert target_width(LLAMA_2_7B, param_ratio=0.2, round_to=128) == 7552
+    assert target_width(LLAMA_2_7B, prune_ratio=0.2) == 8806
+
+
+def test_the_most_important_are_kept_sorted_by_index() -> None:
+    l1 = torch.tensor([[5.0, 1, 4, 2, 3], [1, 2, 3, 4, 5]], dtype=torch.float64)
+    keep = hf.select(table_of(l1), intermediate_size=3)
+    assert {layer: k.tolist() for layer, k in keep.items()} == {0: [0, 2, 4], 1: [2, 3, 4]}
+    assert keep[0].dtype == torch.int64
+    by_mask = hf.select(table_of(l1), intermediate_size=1, statistic="mask")
+    assert [k.tolist() for k in by_mask.values()] == [[4], [0]]
+    by_act = hf.select(table_of(l1), intermediate_size=1, statistic="act")  # norm of down column
+    assert [k.tolist() for k in by_act.values()] == [[0], [4]]
+
+
+def test_ties_are_broken_by_index() -> None:
+    keep = keep_top(torch.zeros(2, 1000, dtype=torch.float64), 700)
+    assert keep[0].tolist() == keep[1].tolist() == list(range(700))
+
+
+@given(
+    width=st.integers(1, 400),
+    ratio=st.floats(0, 1, exclude_max=True),
+    step=st.integers(1, 500),
+)
+def test_rounding_stays_within_one_step(width: int, ratio: float, step: int) -> None:
+    size = size_of_width(width)
+    exact = width * (1 - ratio)
+    if step > width and exact != width:
+        with pytest.raises(ArgumentError, match="round_to"):
+            target_width(size, prune_ratio=ratio, round_to=step)
+        return
+    got = target_width(size, prune_ratio=ratio, round_to=step)
+    assert 1 <= got <= width
+    assert got % step == 0 or exact == width
+    # A width below half a step is asked up to one step: no layer is left without neurons.
+    assert abs(got - exact) < step or got == step
+
+
+def test_nothing_asked_nothing_cut() -> None:
+    assert target_width(size_of_width(172), prune_ratio=0.0, round_to=128) == 172
+    assert target_width(size_of_width(172), intermediate_size=172) == 172
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prune_ratio": 1.0}, r"prune_ratio must be in \[0, 1\), got 1.0"),
+        ({"prune_ratio": -0.1}, r"\[0, 1\)"),
+        ({"prune_ratio": float("nan")}, r"\[0, 1\)"),
+        ({"param_ratio": 1.5}, r"param_ratio must be in"),
+        ({"param_ratio": 0.9}, r"param_ratio 0.9 cannot be reached: the MLPs hold at most 0\.64"),
+        ({"intermediate_size": 0}, r"1\.\.11008"),
+        ({"intermediate_size": 11468}, r"1\.\.11008 \(the dense width\), got 11468"),
+        ({"prune_ratio": 0.2, "param_ratio": 0.2}, "exactly one of .* got prune_ratio and param"),
+        ({}, "exactly one of .* got none"),
+        ({"prune_ratio": 0.2, "round_to": 0}, "round_to must be at least 1"),
+    ],
+)
+def test_bad_budgets(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        target_width(LLAMA_2_7B, **arguments)
+
+
+def test_unknown_statistic() -> None:
+    with pytest.raises(ArgumentError, match="statistic must be one of l1, l2, mask, act"):
+        hf.select(table_of(torch.ones(2, 4).double()), prune_ratio=0.5, statistic="l3")
