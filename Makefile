@@ -22,6 +22,7 @@ types: $(VENV)/.dev install
 
 # Trains the model that ships with the package again, beside it; about half an hour on 2 cores.
 tiny-model: $(VENV)/.runtime
+	rm -rf build/tiny
 	$(BIN)/python bench/tiny_model.py --out build/tiny
 
 # The package itself, as users get it: built and copied, not editable.

@@ -271,7 +271,9 @@ def main(argv: list[str] | None = None) -> None:
         click.echo(error.format_message())
         code = 0
     except click.ClickException as error:
-        code = _fail(error.format_message())
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
+        code = _fail(error.format_message() + hint)
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("hfprune: interrupted; nothing was written", err=True)
         code = 130
