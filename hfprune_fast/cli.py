@@ -6,9 +6,8 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +138,14 @@ def prune(
         raise ArgumentError("give one of --scores FILE and --calibration SOURCE")
     # Everything that can be refused is refused before hours of scoring.
     pipeline.check_prune(model, out, round_to=round_to, force=force, **budget)
-    prune_to = partial(
-        pipeline.prune_to,
-        model,
-        out,
-        statistic=statistic,
-        round_to=round_to,
-        force=force,
-        **budget,
-    )
     if scores is not None:
-        result = prune_to(ImportanceTable.load(scores))
+        table = ImportanceTable.load(scores)
     else:
         table = pipeline.score(model, str(calibration), progress=True, **running)
-        with _scores_saved_on_failure(table):
-            result = prune_to(table)
+    with nullcontext() if scores else _scores_saved_on_failure(table):
+        result = pipeline.prune_to(
+            model, out, table, statistic=statistic, round_to=round_to, force=force, **budget
+        )
     _print(
         as_json,
         result,

@@ -6,6 +6,7 @@ tensor is copied byte for byte, so the dtype and all that is not MLP stay what t
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -206,6 +207,11 @@ def _write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> No
     path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
+def leftovers(out: Path) -> list[Path]:
+    """Folders that runs killed before their end left beside `out`."""
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*"))
+
+
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, or is removed on any error."""
@@ -215,7 +221,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in partial.iterdir():
-            with path.open("rb") as file:
+            with path.open("rb+") as file:  # Windows syncs no read-only handle
                 os.fsync(file.fileno())
         if out.exists():
             out.rename(replaced)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +32,7 @@ DEFAULT_SAMPLES = 128
 
 def score(
     model_or_path: PreTrainedModel | str | Path,
-    batches_or_source: Iterable[Tensor] | Tensor | str | Path,
+    batches_or_source: Iterable[Tensor] | Tensor | NDArray[Any] | str | Path,
     *,
     samples: int | None = DEFAULT_SAMPLES,
     seq_len: int | None = None,
@@ -44,8 +46,8 @@ def score(
 
     Args:
         model_or_path: a loaded causal language model, or a folder, hub name or `demo`.
-        batches_or_source: (B, T) integer token batches or one (N, T) tensor; or, for a model given
-            by path, a calibration source as `calibration.token_windows` takes it.
+        batches_or_source: (B, T) integer token batches or one (N, T) tensor or array; or, for a
+            model given by path, a calibration source as `calibration.token_windows` takes it.
         samples: sequences drawn from a source.
         seq_len: tokens a sequence; 1024, or the model's longest if that is less.
         seed: which documents and windows are drawn from a source.
@@ -82,8 +84,8 @@ def score(
             "seed": seed,
         }
         batches = windows.ids.split(batch_size)
-    elif isinstance(batches_or_source, Tensor):
-        batches = batches_or_source.split(batch_size)
+    elif isinstance(batches_or_source, Tensor | np.ndarray):
+        batches = torch.as_tensor(batches_or_source).split(batch_size)
     else:
         batches = batches_or_source
     if folder is None:
@@ -113,6 +115,8 @@ def check_prune(
     dense_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
     needed_bytes = dense_bytes * size.params_at(width) // size.total_params
     compaction.check_output_folder(Path(out), folder, force=force, needed_bytes=needed_bytes)
+    for leftover in compaction.leftovers(Path(out)):
+        say(f"{leftover} is left over from a run that was killed; it can be deleted")
 
 
 def prune_to(

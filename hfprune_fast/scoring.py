@@ -50,7 +50,8 @@ def score_batches(model: PreTrainedModel, batches: Iterable[Tensor]) -> dict[str
     samples = tokens = 0
     entropy_nats = 0.0
     with _left_as_found(model):
-        for ids in batches:
+        for batch in batches:
+            ids = torch.as_tensor(batch)
             _check_ids(ids, vocab)
             # Added only when the whole micro-batch is done and finite.
             staged, loss = _score_batch(parts, ids.to(device, torch.int64))
