@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from hfprune_fast.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -76,24 +77,40 @@ class ModelSize:
         """Weights of linear layers, each 2 FLOPs a token, when every MLP has `width` neurons."""
         return self.linear_params - self._removed(width) * 3 * self.hidden_size
 
+    def pruned_to(self, width: int) -> dict[str, Any]:
+        """Widths, parameters and ratios of pruning every MLP to `width` neurons."""
+        params = self.params_at(width)
+        return {
+            "intermediate_size": width,
+            "dense_intermediate_size": self.intermediate_size,
+            "prune_ratio": 1 - width / self.intermediate_size,
+            "params": params,
+            "dense_params": self.total_params,
+            "param_ratio": 1 - params / self.total_params,
+        }
+
     def _removed(self, width: int) -> int:
         return self.num_layers * (self.intermediate_size - width)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family of a parsed config.json, or raise UnsupportedModelError."""
-    family = FAMILIES.get(config.get("model_type", ""))
-    if family is None:
-        name = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
-        raise UnsupportedModelError(
-            f"{name} is not supported: no gated MLP is known for model_type "
-            f"{config.get('model_type')!r}; supported are {', '.join(FAMILIES)}"
-        )
-    return family
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    name = classes[0] if isinstance(classes, list) and classes else "this model"
+    raise UnsupportedModelError(
+        f"{name} is not supported: no gated MLP is known for model_type {model_type!r}; "
+        f"supported are {', '.join(FAMILIES)}"
+    )
 
 
 def parts_of(model: PreTrainedModel) -> ModelParts:
     """Find the decoder, the gated MLPs and the head of a loaded causal language model."""
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise UnsupportedModelError(
+            f"expected a causal language model of transformers, got {type(model).__name__}"
+        )
     family = family_of(model.config.to_dict())
     try:
         decoder = model.get_submodule(family.decoder)
@@ -109,6 +126,22 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
         for layer in layers
     )
     return ModelParts(decoder, mlps, head)  # type: ignore[arg-type]
+
+
+def size_of(model: PreTrainedModel) -> ModelSize:
+    """Count the parameters of a model, which may be on the meta device."""
+    mlps = parts_of(model).mlps
+    width, hidden = mlps[0].gate.weight.shape
+    biases = sum(linear.bias is not None for linear in (mlps[0].gate, mlps[0].up))
+    return ModelSize(
+        model_type=str(model.config.model_type),
+        num_layers=len(mlps),
+        hidden_size=hidden,
+        intermediate_size=width,
+        total_params=sum(p.numel() for p in model.parameters()),
+        linear_params=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
+        params_per_neuron=3 * hidden + biases,
+    )
 
 
 def neuron_axis(family: Family, tensor_name: str) -> tuple[int, int] | None:

@@ -2,7 +2,8 @@
 
 Documents go one after another into a stream of tokens, each between the tokenizer's BOS and EOS
 where it has them, and the stream is cut into windows of T tokens: short documents share a window,
-long ones fill several. Orders are drawn by sorting on sha256(seed, index), which no library's
+long ones fill several. (Files beyond a million characters count as several documents.) Orders are
+drawn by sorting on sha256(seed, index), which no library's
 random generator can change.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +20,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfprune_fast.errors import ArgumentError, CalibrationError
+from hfprune_fast.checkpoint import TINY_MODEL, build_config, load_tokenizer
+from hfprune_fast.errors import ArgumentError, CalibrationError, one_line
+from hfprune_fast.report import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEMO_TEXT = Path(__file__).parent / "tiny" / "calibration.txt"
+DEFAULT_SEQ_LEN = 1024
+DEMO_TEXT = TINY_MODEL / "calibration.txt"
 
 # A longer file is read as several documents of about this size, cut at line ends, so that samples
 # of a huge file come from all over it without tokenising it whole.
 _DOCUMENT_CHARS = 1 << 20
 # Windows to choose from, per window asked for.
 _CANDIDATES = 8
+_HUB_ROWS = 100_000
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-@dataclass(frozen=True)
-class TokenWindows:
-    """Token ids (N, T) int64, and what they were made from."""
+def windows_for(
+    folder: Path, source: str | Path, seq_len: int | None, samples: int | None, seed: int
+) -> Tensor:
+    """Make token windows for the model in a folder, saying when the text holds fewer than asked.
 
-    ids: Tensor
-    source: str
-    sha256: str
+    See `token_windows`; seq_len None is 1024, or the model's longest position if that is less.
+    """
+    config = build_config(folder)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        longest = DEFAULT_SEQ_LEN
+    is_ids = str(source).endswith(".npy")
+    if seq_len is None and not is_ids:
+        seq_len = min(DEFAULT_SEQ_LEN, longest)
+    ids = token_windows(
+        source,
+        None if is_ids else load_tokenizer(folder),
+        seq_len=seq_len,
+        samples=samples,
+        seed=seed,
+        vocab_size=config.vocab_size,
+    )
+    if ids.shape[1] > longest:
+        raise ArgumentError(
+            f"seq_len must be at most {longest}, the model's longest position; got {ids.shape[1]}"
+        )
+    if samples is not None and len(ids) < samples:
+        say(f"{source} holds {len(ids)} samples of {ids.shape[1]} tokens; {samples} were asked for")
+    return ids
 
 
 def token_windows(
@@ -51,13 +78,14 @@ def token_windows(
     samples: int | None,
     seed: int = 0,
     vocab_size: int,
-) -> TokenWindows:
-    """Make token windows from a source of text or ids.
+) -> Tensor:
+    """Return token windows, (N, T) int64, from a source of text or ids.
 
     Args:
         source: a .txt, .jsonl (objects with a "text") or .parquet (a "text" column) file, a folder
-            of them, `demo` (the text that ships with this package), a hub data set
-            (NAME or NAME:CONFIG, split train, column "text"), or a .npy file of (N, T) int ids.
+            of them, `demo` (the text that ships with this package), a hub data set (NAME or
+            NAME:CONFIG, the "text" of the first 100,000 rows of split train), or a .npy file of
+            (N, T) int ids.
         tokenizer: needed for every source but .npy.
         seq_len: T; for .npy the file decides, and a seq_len that differs is an error.
         samples: N, drawn by seed; None takes every window, in order.
@@ -92,8 +120,7 @@ def token_windows(
             f"the tokenizer makes id {int(array.max())}, but the model's vocabulary is "
             f"{vocab_size}; it is another model's tokenizer"
         )
-    digest = hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
-    return TokenWindows(torch.from_numpy(array), str(source), digest)
+    return torch.from_numpy(array)
 
 
 def _seeded_order(count: int, seed: int) -> list[int]:
@@ -143,8 +170,10 @@ def _load_ids(path: Path, seq_len: int | None, vocab_size: int) -> np.ndarray[An
         raise CalibrationError(f"no file {path}")
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise CalibrationError(f"{path} is not a .npy file of integers: {error}") from None
+    except Exception:  # a damaged header raises almost anything
+        ids = None
+    if not isinstance(ids, np.ndarray):
+        raise CalibrationError(f"{path} is not a .npy file of (N, T) integer token ids")
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
         raise CalibrationError(
             f"{path} must hold (N, T) integer token ids, got shape {ids.shape} of {ids.dtype}"
@@ -160,7 +189,7 @@ def _load_ids(path: Path, seq_len: int | None, vocab_size: int) -> np.ndarray[An
             f"{path} holds sequences of {ids.shape[1]} tokens, but --seq-len is {seq_len}; "
             "leave --seq-len out"
         )
-    return ids  # type: ignore[no-any-return]
+    return ids
 
 
 def _documents(source: str | Path) -> list[str]:
@@ -169,7 +198,9 @@ def _documents(source: str | Path) -> list[str]:
     if str(source) == "demo" and not path.exists():
         path = DEMO_TEXT
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES and p.is_file())
+        files = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in _TEXT_SUFFIXES and p.is_file()
+        )
         if not files:
             raise CalibrationError(
                 f"folder {path} holds no {', '.join(_TEXT_SUFFIXES)} file, at any depth"
@@ -177,7 +208,7 @@ def _documents(source: str | Path) -> list[str]:
         texts = [text for file in files for text in _read_file(file)]
     elif path.is_file():
         texts = list(_read_file(path))
-    elif path.suffix in _TEXT_SUFFIXES or path.is_absolute() or str(source).startswith("."):
+    elif path.suffix.lower() in _TEXT_SUFFIXES or path.is_absolute() or str(source).startswith("."):
         raise CalibrationError(f"no file or folder {path}")
     else:
         texts = _read_hub(str(source))
@@ -195,27 +226,43 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    if path.suffix not in _TEXT_SUFFIXES:
+    if path.suffix.lower() not in _TEXT_SUFFIXES:
         raise CalibrationError(
             f"{path} is not a calibration source; expected {', '.join(_TEXT_SUFFIXES)} or .npy"
         )
     try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if line.strip():
-                    yield _text_field(json.loads(line), f"{path}:{number}")
+        if path.suffix.lower() == ".txt":
+            yield path.read_text(encoding="utf-8-sig")
+        elif path.suffix.lower() == ".jsonl":
+            yield from _read_jsonl(path)
         else:
             yield from _read_parquet(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CalibrationError(f"{path}:{number} is not JSON: {one_line(error)}") from None
+            yield _text_field(record, f"{path}:{number}")
 
 
 def _text_field(record: Any, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise CalibrationError(f'{where} has no string field "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CalibrationError(
+            f'{where} has half a surrogate pair in "text"; it is no Unicode text'
+        ) from None
     return text
 
 
@@ -244,10 +291,11 @@ def _read_hub(name: str) -> list[str]:
         ) from None
     path, _, config = name.partition(":")
     try:
-        dataset = load_dataset(path, config or None, split="train")
-        return [_text_field({"text": text}, name) for text in dataset["text"]]
+        dataset = load_dataset(path, config or None, split="train", streaming=True)
+        return [_text_field(row, name) for row in islice(dataset, _HUB_ROWS)]
     except CalibrationError:
         raise
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(f"no file or folder {name}, and the hub says: {reason}") from None
+        raise CalibrationError(
+            f"no file or folder {name}, and the hub says: {one_line(error)}"
+        ) from None

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
-from hfprune_fast.architectures import ModelSize, family_of, parts_of
-from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError
+from hfprune_fast.architectures import ModelSize, family_of, size_of
+from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,12 +29,15 @@ if TYPE_CHECKING:
 TINY_MODEL = Path(__file__).parent / "tiny"
 
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 # What `from_pretrained` needs; nothing else is downloaded.
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+_HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 # Buffers that old LLaMA checkpoints carry and transformers computes itself.
+_FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 _IGNORED_TENSOR = re.compile(r".*rotary_emb\.inv_freq")
-_FINGERPRINT_ELEMENTS = 4096
+_FINGERPRINT_ROWS = 16
+# What changes when a checkpoint is saved again, but not what it computes.
+_CONFIG_NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,25 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
         return TINY_MODEL
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
         raise CheckpointError(f"no model folder {model}, and that is not a hub name either")
+    return _download(str(model), ("config.json",) if config_only else _HUB_FILES)
+
+
+@cache
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json"] if config_only else list(_HUB_FILES)
     try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except Exception as error:
-        # Offline, unknown, private and gated repositories each have a class of their own.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no model folder {model}, and the hub says: {reason}") from None
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # offline, unknown, private and gated each have their own class
+        raise CheckpointError(
+            f"no model folder {name}, and the hub says: {one_line(error)}"
+        ) from None
+
+
+def display_name(model: str | Path) -> str:
+    """A model's or text's name as others know it: hub names stay, paths give their last part."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else str(model)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -78,8 +93,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = read_json_object(folder / "config.json")
     family_of(config)
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown method")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
         raise CheckpointError(
             f"{folder} is quantised ({method}), so its neurons cannot be cut; "
             "prune the unquantised checkpoint and quantise the result"
@@ -91,38 +109,70 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Parse a JSON file that must hold an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
 def model_size(folder: Path) -> ModelSize:
-    """Count parameters from config.json alone, through a model on the meta device."""
+    """Count parameters from config.json alone."""
+    return size_of(_meta_model(folder))
+
+
+def _meta_model(folder: Path) -> PreTrainedModel:
     config = build_config(folder)
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), _one_line_errors(f"{folder}/config.json does not make a model"):
-        model = AutoModelForCausalLM.from_config(config)
-    return model_size_of(model)
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
-def model_size_of(model: PreTrainedModel) -> ModelSize:
-    """Count the parameters of a model in memory (tied ones once)."""
-    mlps = parts_of(model).mlps
-    mlp = mlps[0]
-    width, hidden = mlp.gate.weight.shape
-    biases = sum(linear.bias is not None for linear in (mlp.gate, mlp.up))
-    return ModelSize(
-        model_type=str(model.config.model_type),
-        num_layers=len(mlps),
-        hidden_size=hidden,
-        intermediate_size=width,
-        total_params=sum(p.numel() for p in model.parameters()),
-        linear_params=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
-        params_per_neuron=3 * hidden + biases,
-    )
+def check_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Return the headers of a checkpoint whose tensors are exactly those of its config.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape or not floating-point.
+    """
+    headers = tensor_headers(folder)
+    model = _meta_model(folder)
+    family = family_of(read_config(folder))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if not any(name.startswith(f"{family.decoder}.") for name in headers):  # saved as base model
+        expected = {n.removeprefix(f"{family.decoder}."): shape for n, shape in expected.items()}
+    stored = {name: info for name, info in headers.items() if not _IGNORED_TENSOR.fullmatch(name)}
+    head = f"{family.head}.weight"
+    if model.config.tie_word_embeddings and head not in stored:
+        del expected[head]
+    for problem, names in (
+        ("lacks the tensor", expected.keys() - stored.keys()),
+        ("has a tensor that its architecture does not know:", stored.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{folder} {problem} {min(names)}{more}")
+    for name, info in stored.items():
+        if info.shape != expected[name]:
+            raise CheckpointError(
+                f"{folder} has a tensor whose shape is not its config's: {name} is {info.shape}, "
+                f"expected {expected[name]}"
+            )
+        if info.dtype not in _FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{folder} has {name} in {info.dtype}, expected one of {', '.join(_FLOAT_DTYPES)}; "
+                "is it quantised?"
+            )
+    if model.config.tie_word_embeddings and head in stored:
+        # transformers unties a head that is stored beside the embedding and differs from it.
+        embedding = next(name for name in stored if name.endswith("embed_tokens.weight"))
+        weights = [read_tensor(folder, headers, name) for name in (head, embedding)]
+        if not torch.equal(weights[0], weights[1]):
+            raise CheckpointError(
+                f"{folder} ties its head to the embedding, yet {head} differs from {embedding}; "
+                "set tie_word_embeddings to false in its config.json"
+            )
+    return headers
 
 
 def build_config(folder: Path) -> Any:
@@ -138,11 +188,11 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint, in the order of its index."""
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
-    if (folder / _INDEX).exists():
+    if (folder / INDEX).exists():
         names = sorted(set(_weight_map(folder).values()))
         for name in names:
             if Path(name).name != name:
-                raise CheckpointError(f"{folder / _INDEX} names a file outside its folder: {name}")
+                raise CheckpointError(f"{folder / INDEX} names a file outside its folder: {name}")
             if not (folder / name).exists():
                 raise CheckpointError(
                     f"{folder} lacks the shard {name} that its index names; download it again"
@@ -153,13 +203,13 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has only pickled weights (.bin/.pth), which are never opened here; use a "
             "safetensors revision, or save it again with save_pretrained where you trust the file"
         )
-    raise CheckpointError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}")
+    raise CheckpointError(f"{folder} has neither {_WEIGHTS} nor {INDEX}, and no other file is read")
 
 
 def _weight_map(folder: Path) -> Mapping[str, str]:
-    weight_map = read_json_object(folder / _INDEX).get("weight_map")
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{folder / _INDEX} has no weight_map of tensor names to files")
+        raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files")
     return weight_map
 
 
@@ -175,10 +225,17 @@ def tensor_headers(folder: Path) -> dict[str, TensorInfo]:
                     )
                 view = tensors.get_slice(name)
                 headers[name] = TensorInfo(path.name, view.get_dtype(), tuple(view.get_shape()))
-    if (folder / _INDEX).exists() and not (folder / _WEIGHTS).exists():
+    if (folder / INDEX).exists() and not (folder / _WEIGHTS).exists():
         for name in sorted(set(_weight_map(folder)) - set(headers)):
             raise CheckpointError(f"tensor {name} is in the index of {folder} but in no shard")
     return headers
+
+
+def read_tensor(folder: Path, headers: Mapping[str, TensorInfo], name: str) -> torch.Tensor:
+    """Read one tensor of a checkpoint."""
+    with open_tensors(folder / headers[name].file) as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
 
 
 @contextmanager
@@ -194,31 +251,37 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a sha256 over names, dtypes, shapes and a sample of the data of every tensor.
+    """Return a sha256 over the configuration and a sample of every tensor, however sharded.
 
-    The sample is the first and the last rows (about 4096 elements each), so that it costs
-    milliseconds for a checkpoint of any size and still tells a fine-tuned sibling apart.
+    The sample is 16 rows of each matrix, evenly spaced from the first to the last, and all of each
+    vector: enough to tell a fine-tuned sibling apart, at the cost of a fraction of a second.
     """
     digest = hashlib.sha256()
+    config = {k: v for k, v in read_config(folder).items() if k not in _CONFIG_NOT_IN_FINGERPRINT}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    samples: dict[str, bytes] = {}
     for path in weight_files(folder):
         with open_tensors(path) as tensors:
-            for name in sorted(tensors.keys()):
-                view = tensors.get_slice(name)
-                shape = tuple(view.get_shape())
-                digest.update(f"{name} {view.get_dtype()} {shape}\n".encode())
-                for sample in _sample(tensors, view, name, shape):
-                    digest.update(sample.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                samples[name] = _sample(tensors.get_slice(name))
+    for name, sample in sorted(samples.items()):
+        digest.update(f"{name}\n".encode() + sample)
     return digest.hexdigest()
 
 
-def _sample(tensors: Any, view: Any, name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
-    if len(shape) == 0 or 0 in shape:
-        return [tensors.get_tensor(name)]
-    row_elements = 1
-    for size in shape[1:]:
-        row_elements *= size
-    rows = min(shape[0], max(1, _FINGERPRINT_ELEMENTS // row_elements))
-    return [view[:rows], view[shape[0] - rows :]]
+def _sample(view: Any) -> bytes:
+    """Return the digest of a tensor's dtype, shape and sampled rows."""
+    shape = tuple(view.get_shape())
+    digest = hashlib.sha256(f"{view.get_dtype()} {shape}".encode())
+    if len(shape) < 2:
+        rows = [view[:]] if shape else []
+    else:
+        last = shape[0] - 1
+        picked = {last * i // (_FINGERPRINT_ROWS - 1) for i in range(_FINGERPRINT_ROWS)}
+        rows = [view[row : row + 1] for row in sorted(picked)] if last >= 0 else []
+    for row in rows:
+        digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -226,44 +289,39 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Pr
 
     Args:
         folder: a model folder.
-        dtype: "auto" (the checkpoint's own; float32 for float16, whose gradients would underflow)
-            or "float32", "bfloat16", "float64".
+        dtype: "auto" (that of most of the checkpoint's parameters, but float32 for float16, whose
+            gradients would underflow) or "float32", "bfloat16", "float64".
         device: "auto" (cuda where there is one) or any torch device.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape; a shard is damaged.
         ArgumentError: an unknown or absent device.
     """
-    headers = tensor_headers(folder)
+    headers = check_tensors(folder)
     config = build_config(folder)
     target = torch_device(device)
     from transformers import AutoModelForCausalLM
 
-    if dtype == "auto" and any(info.dtype == "F16" for info in headers.values()):
-        dtype = "float32"
+    if dtype == "auto":
+        dtype = _dtype_to_run_in(headers)
     with _one_line_errors(f"{folder} cannot be loaded"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that they are listed, and refused below
-            output_loading_info=True,
             local_files_only=True,
         )
-    model, info = loaded
-    unexpected = [n for n in info["unexpected_keys"] if not _IGNORED_TENSOR.fullmatch(n)]
-    for problem, names in (
-        ("lacks the tensor", info["missing_keys"]),
-        ("has a tensor that its architecture does not know:", unexpected),
-        ("has a tensor whose shape is not its config's:", info["mismatched_keys"]),
-    ):
-        if names:
-            listed = sorted(str(n[0]) if isinstance(n, tuple) else str(n) for n in names)
-            more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
-            raise CheckpointError(f"{folder} {problem} {listed[0]}{more}")
     return model.eval().requires_grad_(False).to(target)  # type: ignore[no-any-return]
+
+
+def _dtype_to_run_in(headers: Mapping[str, TensorInfo]) -> str:
+    elements = Counter[str]()
+    for info in headers.values():
+        elements[info.dtype] += math.prod(info.shape)
+    most = elements.most_common(1)[0][0] if elements else "F32"
+    return {"F64": "float64", "BF16": "bfloat16"}.get(most, "float32")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -282,8 +340,9 @@ def torch_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"device {device!r} cannot be used here: {reason}") from None
+        raise ArgumentError(f"device {device!r} cannot be used here: {one_line(error)}") from None
+    if target.type in ("meta", "mps"):  # mps has no float64, in which scores are added
+        raise ArgumentError(f"device {device!r} cannot be used here; use cpu or cuda")
     return target
 
 
@@ -295,5 +354,4 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except HFPruneError:
         raise
     except Exception as error:  # it raises a dozen classes, some of them its dependencies'
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
+        raise CheckpointError(f"{what}: {one_line(error)}") from error

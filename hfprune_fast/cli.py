@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
+from hfprune_fast import demo as demonstration
+from hfprune_fast import pipeline, report
 from hfprune_fast._version import __version__
-from hfprune_fast.errors import ArgumentError, HFPruneError, OutputError
+from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
+from hfprune_fast.importance import STATISTICS, ImportanceTable
 
 Command = Callable[..., Any]
 
@@ -85,9 +91,7 @@ def cli() -> None:
 @_common
 def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) -> None:
     """Score every neuron, every statistic, in one pass: prune at any ratio later."""
-    from hfprune_fast import pipeline
-
-    _check_output_file(out, force)
+    pipeline.check_score(model, calibration, out, force=force)
     as_json, running = _split(flags)
     table = pipeline.score(model, calibration, progress=True, **running)
     with _scores_saved_on_failure(table):
@@ -109,7 +113,7 @@ def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) ->
 @click.option("--calibration", metavar="SOURCE", help="Text to score on now, instead of --scores.")
 @click.option(
     "--statistic",
-    type=click.Choice(["l1", "l2", "mask", "act"]),
+    type=click.Choice(STATISTICS),
     default="l1",
     show_default=True,
     help="Statistic to rank by; l1 is the paper's.",
@@ -129,9 +133,6 @@ def prune(
     **flags: Any,
 ) -> None:
     """Write a smaller checkpoint that transformers loads as it is."""
-    from hfprune_fast import pipeline
-    from hfprune_fast.importance import ImportanceTable
-
     as_json, running = _split(flags)
     budget = {name: running.pop(name) for name in _BUDGETS}
     if (scores is None) == (calibration is None):
@@ -167,8 +168,6 @@ def prune(
 @_common
 def evaluate(dense: str, pruned: str, text: str, **flags: Any) -> None:
     """Compare a pruned model with its dense one: KL, perplexity, top-1 agreement."""
-    from hfprune_fast import pipeline
-
     as_json, running = _split(flags)
     fidelity = pipeline.evaluate_paths(dense, pruned, text, progress=True, **running)
     _print(
@@ -188,8 +187,6 @@ def evaluate(dense: str, pruned: str, text: str, **flags: Any) -> None:
 @_common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Say widths, parameters, bytes and FLOPs before any work; only config.json is read."""
-    from hfprune_fast import pipeline, report
-
     result = pipeline.plan(model, **flags)
 
     def row(name: str, key: str, show: Callable[[Any], str]) -> tuple[str, ...]:
@@ -215,8 +212,6 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
 @_common
 def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug: bool) -> None:
     """Do the whole job on the small model that ships with this package, offline."""
-    from hfprune_fast import demo as demonstration
-
     result = demonstration.run(out, prune_ratio=prune_ratio, force=force)
     _print(as_json, result, demonstration.table(result))
 
@@ -229,21 +224,15 @@ def _split(flags: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
 
 
 @contextmanager
-def _scores_saved_on_failure(table: Any) -> Iterator[None]:
+def _scores_saved_on_failure(table: ImportanceTable) -> Iterator[None]:
     """Hours of scoring must not be lost to a full disk."""
     try:
         yield
-    except OutputError as error:
+    except Exception:
         rescued = Path(tempfile.mkdtemp(prefix="hfprune-")) / "scores.safetensors"
         table.save(rescued)
-        raise OutputError(f"{error}; the scores are kept in {rescued}") from None
-
-
-def _check_output_file(out: Path, force: bool) -> None:
-    if out.exists() and (not force or not out.is_file()):
-        raise OutputError(f"out {out} exists; --force replaces a file, but no folder")
-    if not out.parent.is_dir():
-        raise OutputError(f"out {out} cannot be written: there is no folder {out.parent}")
+        report.say(f"the scores are kept in {rescued}")
+        raise
 
 
 def _print(as_json: bool, value: dict[str, Any], text: str) -> None:
@@ -253,25 +242,39 @@ def _print(as_json: bool, value: dict[str, Any], text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `hfprune` command."""
     args = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in args
+    if not debug:  # libraries' warnings and retries must not hide the one line
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for library in ("huggingface_hub", "datasets"):
+            logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        code = cli.main(args, prog_name="hfprune", standalone_mode=False)
-    except HFPruneError as error:
-        if "--debug" in args:
-            raise
-        code = _fail(str(error))
+        code = cli.main(args, prog_name="hfprune", standalone_mode=False) or 0
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("hfprune: interrupted; no unfinished output is left", err=True)
+        code = 130
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = 0
-    except click.ClickException as error:
+    except Exception as error:
+        if debug:
+            raise
+        code, message = _explain(error)
+        click.echo(f"hfprune: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the line for an error: 2 for what the user can mend, else 1."""
+    if isinstance(error, HFPruneError):
+        return 2, str(error)
+    if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        code = _fail(error.format_message() + hint)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("hfprune: interrupted; nothing was written", err=True)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str) -> int:
-    click.echo(f"hfprune: error: {' '.join(message.split())}", err=True)
-    return 2
+        return 2, error.format_message() + hint
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        advice = "try a smaller --batch-size or --seq-len, or --dtype bfloat16"
+        return 2, f"out of memory; {advice} ({one_line(error)})"
+    if isinstance(error, OSError):  # what we write is OutputError: this is stdout
+        return 1, f"cannot print the result: {one_line(error)}"
+    what = f"{type(error).__name__}: {one_line(error)}"
+    return 1, f"unexpected {what}; please report it with the traceback that --debug shows"

@@ -6,35 +6,43 @@ tensor is copied byte for byte, so the dtype and all that is not MLP stay what t
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hfprune_fast._version import __version__
 from hfprune_fast.architectures import family_of, neuron_axis, parts_of
-from hfprune_fast.checkpoint import open_tensors, read_config, tensor_headers, weight_files
-from hfprune_fast.errors import ArgumentError, OutputError
-from hfprune_fast.report import human_bytes
+from hfprune_fast.checkpoint import (
+    INDEX,
+    TensorInfo,
+    check_tensors,
+    display_name,
+    find_model,
+    model_size,
+    open_tensors,
+    read_config,
+    weight_files,
+)
+from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
+from hfprune_fast.output import check_writable, whole_folder
+from hfprune_fast.report import model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "hfprune.json"
-_INDEX = "model.safetensors.index.json"
 # Weights in other formats are those of the dense model; the card and the index are made anew.
 _NOT_COPIED_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     *(".pkl", ".pickle", ".index.json"),
 )
+_TEMPLATES = "additional_chat_templates"
 _NOT_COPIED = ("config.json", RECORD, "README.md", ".gitattributes", ".gitignore")
 
 
@@ -46,11 +54,11 @@ def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
         keep: {layer: sorted int64 indices}, every layer, one width.
 
     Raises:
-        ArgumentError: keep does not fit the model.
+        ArgumentError: keep does not fit the model; nothing was cut.
     """
     mlps = parts_of(model).mlps
     dense = mlps[0].gate.out_features
-    width = _check_keep(keep, len(mlps), dense)
+    keep, width = _check_keep(keep, len(mlps), dense)
     for layer, mlp in enumerate(mlps):
         kept = keep[layer].to(mlp.gate.weight.device)
         for linear in (mlp.gate, mlp.up):
@@ -72,40 +80,52 @@ def prune_checkpoint(
     keep: Mapping[int, Tensor],
     *,
     force: bool = False,
-    record: dict[str, Any] | None = None,
-    card: str = "",
-) -> None:
-    """Write the pruned copy of a checkpoint folder, shard by shard; the model is never built.
+    record: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the pruned copy of a checkpoint, shard by shard; its weights are never loaded whole.
 
     Args:
-        source: a safetensors model folder; it is only read.
+        source: a model folder, hub name or `demo`; it is only read.
         out: the folder to make. It appears under this name only when whole.
         keep: {layer: sorted int64 indices}, every layer, one width.
         force: replace `out` if it is a model folder already.
-        record: what goes into hfprune.json beside the kept indices.
-        card: text of the README.md.
+        record: added to hfprune.json: "asked" and "provenance", which the model card shows too.
+
+    Returns:
+        What was achieved: widths, parameters, ratios.
 
     Raises:
         OutputError: out exists, overlaps the source or cannot be written.
-        CheckpointError: the source is damaged.
+        CheckpointError: the source is damaged, or its tensors are not those of its config.
         ArgumentError: keep does not fit the model.
 
     Memory: one shard. Shards keep their names; tokenizer, generation config etc. are copied.
     """
-    source, out = Path(source), Path(out)
-    check_output_folder(out, source, force=force)
-    config = read_config(source)
-    width = _check_keep(keep, config["num_hidden_layers"], config["intermediate_size"])
-    with _whole_folder(out) as partial:
-        _write_json(partial / "config.json", {**config, "intermediate_size": width})
-        _write_weights(source, partial, keep)
-        kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
-        _write_json(partial / RECORD, {**(record or {}), "keep": kept}, indent=None)
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not _is_replaced(path.name):
+    folder, target = find_model(source), Path(out).resolve()
+    check_output_folder(target, folder, force=force)
+    size = model_size(folder)
+    keep, width = _check_keep(keep, size.num_layers, size.intermediate_size)
+    headers = check_tensors(folder)
+    achieved = size.pruned_to(width)
+    full_record = {
+        "hfprune_fast": __version__,
+        "base_model": display_name(source),
+        "achieved": achieved,
+        **(record or {}),
+    }
+    kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
+    with whole_folder(target, force) as partial:
+        _write_json(partial / "config.json", {**read_config(folder), "intermediate_size": width})
+        _write_weights(folder, headers, partial, keep)
+        _write_json(partial / RECORD, {**full_record, "keep": kept}, indent=None)
+        (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
+        for path in sorted(folder.iterdir()):
+            replaced = path.name in _NOT_COPIED or path.name.endswith(_NOT_COPIED_SUFFIXES)
+            if path.is_file() and not replaced:
                 shutil.copyfile(path, partial / path.name)
+        if (folder / _TEMPLATES).is_dir():
+            shutil.copytree(folder / _TEMPLATES, partial / _TEMPLATES)
+    return achieved
 
 
 def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: int = 0) -> None:
@@ -118,44 +138,40 @@ def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: i
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"out {out} is a file; expected a folder that does not exist")
+    if target == Path.cwd() or target in Path.cwd().parents or target.is_mount():
+        raise OutputError(f"out {out} is the current folder or a mount point; name one below it")
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise OutputError(f"out {out} exists and is not empty; --force replaces it")
-        if not (out / "config.json").exists():
+        others = sorted(p.name for p in out.iterdir() if not _may_be_replaced(p, source))
+        if others or not (out / RECORD).exists():
+            why = f"it holds {others[0]}" if others else f"it has no {RECORD}"
             raise OutputError(
-                f"out {out} exists and is no model folder; --force replaces only model folders"
+                f"out {out} is not just a pruned model ({why}); --force replaces nothing else"
             )
-    parent = _nearest_folder(target.parent)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"out {out} cannot be made: no permission to write in {parent}")
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise OutputError(
-            f"out {out} takes {human_bytes(needed_bytes)}, "
-            f"but only {human_bytes(free_bytes)} are free in {parent}"
-        )
+    check_writable(out, needed_bytes)
 
 
-def _nearest_folder(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir():
-        raise OutputError(f"{path} is a file, expected a folder to write in")
-    return path
+def _may_be_replaced(path: Path, source: Path) -> bool:
+    """Whether a file of an existing output is one that pruning this source writes."""
+    ours = path.name in _NOT_COPIED or path.name.endswith((".safetensors", ".index.json"))
+    return ours or (source / path.name).exists()
 
 
-def _check_keep(keep: Mapping[int, Tensor], num_layers: int, dense: int) -> int:
-    """Return the one width of keep."""
-    if sorted(keep) != list(range(num_layers)):
+def _check_keep(
+    keep: Mapping[int, Tensor], num_layers: int, dense: int
+) -> tuple[dict[int, Tensor], int]:
+    """Return keep as int64 tensors, and its one width."""
+    if not isinstance(keep, Mapping) or sorted(keep) != list(range(num_layers)):
+        got = sorted(keep) if isinstance(keep, Mapping) else f"a {type(keep).__name__}"
         raise ArgumentError(
-            f"keep must have an entry for each layer 0..{num_layers - 1}, got {sorted(keep)}"
+            f"keep must have an entry for each layer 0..{num_layers - 1}, got {got}"
         )
-    widths = {len(indices) for indices in keep.values()}
-    if len(widths) != 1:
-        raise ArgumentError(f"keep must have one width for all layers, got {sorted(widths)}")
-    for layer, indices in keep.items():
+    tensors = {layer: torch.as_tensor(indices) for layer, indices in keep.items()}
+    for layer, indices in tensors.items():
         ok = (
-            len(indices) > 0
+            indices.dim() == 1
+            and len(indices) > 0
             and indices.dtype == torch.int64
             and bool((indices.diff() > 0).all())
             and int(indices[0]) >= 0
@@ -165,7 +181,10 @@ def _check_keep(keep: Mapping[int, Tensor], num_layers: int, dense: int) -> int:
             raise ArgumentError(
                 f"keep[{layer}] must be sorted, distinct int64 indices in 0..{dense - 1}"
             )
-    return widths.pop()
+    widths = {len(indices) for indices in tensors.values()}
+    if len(widths) != 1:
+        raise ArgumentError(f"keep must have one width for all layers, got {sorted(widths)}")
+    return tensors, widths.pop()
 
 
 def _cut_parameter(parameter: Tensor, axis: int, kept: Tensor) -> nn.Parameter:
@@ -173,9 +192,10 @@ def _cut_parameter(parameter: Tensor, axis: int, kept: Tensor) -> nn.Parameter:
     return nn.Parameter(cut, requires_grad=parameter.requires_grad)
 
 
-def _write_weights(source: Path, partial: Path, keep: Mapping[int, Tensor]) -> None:
+def _write_weights(
+    source: Path, headers: Mapping[str, TensorInfo], partial: Path, keep: Mapping[int, Tensor]
+) -> None:
     family = family_of(read_config(source))
-    headers = tensor_headers(source)
     total_bytes = 0
     for path in weight_files(source):
         tensors: dict[str, Tensor] = {}
@@ -183,6 +203,8 @@ def _write_weights(source: Path, partial: Path, keep: Mapping[int, Tensor]) -> N
             metadata = opened.metadata() or {"format": "pt"}
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 tensor = opened.get_tensor(name)
+                if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+                    raise NumericsError(f"{path}: tensor {name} holds NaN or inf")
                 place = neuron_axis(family, name)
                 if place is not None:
                     tensor = tensor.index_select(place[1], keep[place[0]])
@@ -191,47 +213,13 @@ def _write_weights(source: Path, partial: Path, keep: Mapping[int, Tensor]) -> N
         save_file(tensors, partial / path.name, metadata)
         # save_file makes files that only their owner may read.
         shutil.copymode(partial / "config.json", partial / path.name)
-    if (source / _INDEX).exists():
+    if (source / INDEX).exists():
         index = {
             "metadata": {"total_size": total_bytes},
             "weight_map": {name: info.file for name, info in sorted(headers.items())},
         }
-        _write_json(partial / _INDEX, index)
-
-
-def _is_replaced(name: str) -> bool:
-    return name in _NOT_COPIED or name.endswith(_NOT_COPIED_SUFFIXES)
+        _write_json(partial / INDEX, index)
 
 
 def _write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
     path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-
-
-def leftovers(out: Path) -> list[Path]:
-    """Folders that runs killed before their end left beside `out`."""
-    return sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*"))
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or is removed on any error."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb+") as file:  # Windows syncs no read-only handle
-                os.fsync(file.fileno())
-        if out.exists():
-            out.rename(replaced)
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {out}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists():
-            if out.exists():
-                shutil.rmtree(replaced)
-            else:
-                replaced.rename(out)

@@ -17,6 +17,7 @@ import torch
 
 from hfprune_fast import checkpoint, compaction, evaluation, pipeline, report, selection
 from hfprune_fast.architectures import parts_of
+from hfprune_fast.calibration import windows_for
 
 SEQ_LEN = 256
 RANDOM_SEEDS = 5
@@ -27,25 +28,24 @@ def run(
     out: Path | None = None, *, prune_ratio: float = 0.2, force: bool = False
 ) -> dict[str, Any]:
     """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
-    model_dir = checkpoint.TINY_MODEL
-    if out is not None:
-        compaction.check_output_folder(out, model_dir, force=force)
-    table = pipeline.score(
-        "demo",
-        "demo",
-        seq_len=SEQ_LEN,
-        samples=64,
-        batch_size=_BATCH_SIZE,
-        device="cpu",
-        progress=True,
-    )
-    held_out = pipeline.windows_for(model_dir, model_dir / "heldout.txt", SEQ_LEN, None, 0)
-    batches = held_out.ids.split(_BATCH_SIZE)
-    dense = checkpoint.load_model(model_dir, device="cpu")
+    source = checkpoint.TINY_MODEL
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch) / "pruned"
-        achieved = pipeline.prune_to("demo", folder, table, prune_ratio=prune_ratio, force=force)
+        pipeline.check_prune(source, folder, prune_ratio=prune_ratio, force=force)
+        table = pipeline.score(
+            source,
+            source / "calibration.txt",
+            seq_len=SEQ_LEN,
+            samples=64,
+            batch_size=_BATCH_SIZE,
+            device="cpu",
+            progress=True,
+        )
+        achieved = pipeline.prune_to(source, folder, table, prune_ratio=prune_ratio, force=force)
         pruned = checkpoint.load_model(folder, device="cpu")
+    dense = checkpoint.load_model(source, device="cpu")
+    held_out = windows_for(source, source / "heldout.txt", SEQ_LEN, None, 0)
+    batches = held_out.split(_BATCH_SIZE)
     width = achieved["intermediate_size"]
 
     def measure(model: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run(
 
     rows = {"dense": measure(dense), "entropy": measure(pruned)}
     rows["magnitude"] = measure_kept(_magnitude(dense))
-    pipeline.say(f"measuring {RANDOM_SEEDS} random choices")
+    report.say(f"measuring {RANDOM_SEEDS} random choices")
     at_random = []
     for seed in range(RANDOM_SEEDS):
         generator = torch.Generator().manual_seed(seed)

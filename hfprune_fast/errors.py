@@ -1,6 +1,14 @@
 """What a user can do wrong, one class a kind; messages say what was got and what was expected."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what a library's error says as one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):  # which says the key alone
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 class HFPruneError(ValueError):
     """Base of every error that a change of input can cure; the command line exits with 2."""
 

@@ -9,21 +9,25 @@ Both models run over the same token windows, and each row of logits is compared 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hfprune_fast.architectures import parts_of
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
+from hfprune_fast.forward import as_batches, check_ids, check_model, final_hidden, left_as_found
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Rows of logits compared at a time, over this many elements, bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 24
+# exp of more is no finite number; a model that far off is told by its KL.
+_MOST_NATS = 700.0
 
 
 @dataclass(frozen=True)
@@ -37,62 +41,57 @@ class Fidelity:
     tokens: int
 
 
-def evaluate(
-    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Tensor]
-) -> Fidelity:
-    """Compare two loaded models over (B, T) batches of token ids, T at least 2.
+def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Any]) -> Fidelity:
+    """Compare two loaded models over (B, T) batches, or one (N, T) tensor, of ids; T at least 2.
+
+    Both models are left as they were found.
 
     Raises:
-        ArgumentError: the models have different vocabularies.
-        CalibrationError: no batch.
-        NumericsError: NaN or inf in a model's logits.
+        ArgumentError: the models have different vocabularies, or one is spread over devices.
+        CalibrationError: no batch, or ids that the models do not have.
+        NumericsError: NaN or inf in a weight, named, or in the logits.
     """
-    heads = [parts_of(model).head.weight for model in (dense, pruned)]
-    vocab = heads[0].shape[0]
-    if heads[1].shape[0] != vocab:
+    p_parts, q_parts = parts_of(dense), parts_of(pruned)
+    vocab = p_parts.head.weight.shape[0]
+    if q_parts.head.weight.shape[0] != vocab:
         raise ArgumentError(
-            f"dense and pruned must share a vocabulary, got {vocab} and {heads[1].shape[0]} ids"
+            "dense and pruned must share a vocabulary, "
+            f"got {vocab} and {q_parts.head.weight.shape[0]} ids"
         )
+    check_model(dense)
+    check_model(pruned)
+    rows = max(1, _CHUNK_ELEMENTS // vocab)
     sums = torch.zeros(4, dtype=torch.float64)  # kl, cross entropy dense and pruned, agreements
     positions = predicted = 0
-    with torch.inference_mode():
-        for ids in batches:
+    with torch.inference_mode(), left_as_found(dense), left_as_found(pruned):
+        for batch in as_batches(batches):
+            ids = check_ids(batch, vocab)
             if ids.shape[1] < 2:
                 raise CalibrationError(
                     f"evaluation needs windows of 2 tokens or more, got {ids.shape[1]}"
                 )
-            hidden = [_final_hidden(model, ids) for model in (dense, pruned)]
+            p_hidden = final_hidden(p_parts, ids).flatten(0, 1)
+            q_hidden = final_hidden(q_parts, ids).flatten(0, 1)
             # The last position of a window has no next token in it: -1 leaves it out.
             labels = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
-            rows = max(1, _CHUNK_ELEMENTS // vocab)
             for start in range(0, len(labels), rows):
                 chunk = slice(start, start + rows)
-                p_logits, q_logits = (
-                    parts_of(model).head(h[chunk])
-                    for model, h in zip((dense, pruned), hidden, strict=True)
-                )
+                p_logits, q_logits = p_parts.head(p_hidden[chunk]), q_parts.head(q_hidden[chunk])
                 sums += _compare(p_logits, q_logits, labels[chunk])
             positions += labels.numel()
             predicted += labels.numel() - len(ids)
     if positions == 0:
         raise CalibrationError("no token batches to evaluate on; expected at least one sequence")
-    if not bool(sums.isfinite().all()):
+    kl, ce_dense, ce_pruned, agreements = sums.tolist()
+    if not all(math.isfinite(x) for x in (kl, ce_dense, ce_pruned)):
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
-    kl, ce_dense, ce_pruned, agree = sums.tolist()
     return Fidelity(
         kl_nats=kl / positions,
-        ppl_dense=float(torch.tensor(ce_dense / predicted, dtype=torch.float64).exp()),
-        ppl_pruned=float(torch.tensor(ce_pruned / predicted, dtype=torch.float64).exp()),
-        top1_agreement=agree / positions,
+        ppl_dense=math.exp(min(ce_dense / predicted, _MOST_NATS)),
+        ppl_pruned=math.exp(min(ce_pruned / predicted, _MOST_NATS)),
+        top1_agreement=agreements / positions,
         tokens=positions,
     )
-
-
-def _final_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    parts = parts_of(model)
-    ids = ids.to(parts.head.weight.device, torch.int64)
-    hidden: Tensor = parts.decoder(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)
 
 
 def _compare(dense: Tensor, pruned: Tensor, labels: Tensor) -> Tensor:

@@ -4,16 +4,17 @@ The scores file is a safetensors file, so any tool can read it. Layout, version 
 
     tensors   l1, l2, mask, act    (L, F) float64   sums over the calibration (kernels/taylor)
               down_norm            (L, F) float64   2-norm of each neuron's down_proj column
-    metadata  format               "hfprune_scores"
-              format_version       "1"
-              model                JSON: the fields of ModelSize
-              provenance           JSON: model fingerprint, data hash, samples, seed, versions
+    metadata  hfprune_scores: JSON with
+              format_version       1
+              model                the fields of ModelSize
+              provenance           model fingerprint, data hash, samples, tokens, seed, versions
 
 Row l, column j of a tensor is neuron j of layer l.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -26,15 +27,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hfprune_fast.architectures import ModelSize
-from hfprune_fast.errors import ArgumentError, OutputError, ScoresFileError
+from hfprune_fast.errors import ArgumentError, OutputError, ScoresFileError, one_line
 
 STATISTICS = ("l1", "l2", "mask", "act")
 _TENSORS = (*STATISTICS, "down_norm")
 _FORMAT = "hfprune_scores"
-_VERSION = "1"
+_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of equality
 class ImportanceTable:
     """Statistics of all neurons, (L, F) float64 each; the model's size; the scores' provenance."""
 
@@ -76,21 +77,26 @@ class ImportanceTable:
         """Write the scores file; it appears under its name only when whole."""
         path = Path(file)
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        metadata = {
-            "format": _FORMAT,
+        header = {
             "format_version": _VERSION,
-            "model": json.dumps(asdict(self.model)),
-            "provenance": json.dumps(self.provenance),
+            "model": asdict(self.model),
+            "provenance": self.provenance,
         }
+        # One key, because safetensors writes several in an order that changes from run to run.
+        metadata = {_FORMAT: json.dumps(header)}
         try:
-            partial.write_bytes(
-                save({n: getattr(self, n).contiguous() for n in _TENSORS}, metadata)
-            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = save({name: getattr(self, name).contiguous() for name in _TENSORS}, metadata)
+            with partial.open("wb") as opened:
+                opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
             partial.replace(path)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error}") from None
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     @classmethod
     def load(cls, file: str | Path) -> ImportanceTable:
@@ -101,23 +107,25 @@ class ImportanceTable:
         try:
             with safe_open(path, framework="pt") as tensors:
                 metadata = tensors.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if _FORMAT not in metadata:
                     raise ScoresFileError(
                         f"{path} is a safetensors file but holds no scores; "
                         "expected one written by `hfprune score`"
                     )
-                if metadata.get("format_version") != _VERSION:
+                header = json.loads(metadata[_FORMAT])
+                if header["format_version"] != _VERSION:
                     raise ScoresFileError(
-                        f"{path} has scores of format version {metadata.get('format_version')}; "
+                        f"{path} has scores of format version {header['format_version']}; "
                         f"this release reads version {_VERSION}"
                     )
                 tables = {name: tensors.get_tensor(name) for name in _TENSORS}
-            model = json.loads(metadata["model"])
-            size = ModelSize(**{f.name: model[f.name] for f in fields(ModelSize)})
-            provenance = json.loads(metadata["provenance"])
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            size = ModelSize(**{f.name: header["model"][f.name] for f in fields(ModelSize)})
+            provenance = dict(header["provenance"])
+        except ScoresFileError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ScoresFileError(
-                f"{path} is not a scores file, or is damaged ({error}); "
+                f"{path} is not a scores file, or is damaged ({one_line(error)}); "
                 "expected one written by `hfprune score`"
             ) from None
         return cls(**tables, model=size, provenance=provenance)

@@ -5,34 +5,37 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from hfprune_fast import checkpoint, compaction, evaluation, report, selection
+from hfprune_fast import architectures, checkpoint, compaction, evaluation, output, selection
 from hfprune_fast._version import __version__
-from hfprune_fast.architectures import ModelSize
-from hfprune_fast.calibration import TokenWindows, token_windows
-from hfprune_fast.errors import ArgumentError, ScoresFileError
+from hfprune_fast.calibration import DEFAULT_SEQ_LEN, windows_for
+from hfprune_fast.errors import ArgumentError, OutputError, ScoresFileError
+from hfprune_fast.forward import as_batches
 from hfprune_fast.importance import ImportanceTable
-from hfprune_fast.kernels._triton import TRITON_VERSION
-from hfprune_fast.scoring import score_batches
+from hfprune_fast.kernels import TRITON_VERSION
+from hfprune_fast.report import say
+from hfprune_fast.scoring import column_norms, score_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEFAULT_SEQ_LEN = 1024
 DEFAULT_SAMPLES = 128
+
+Budget = float | int | None
 
 
 def score(
     model_or_path: PreTrainedModel | str | Path,
-    batches_or_source: Iterable[Tensor] | Tensor | NDArray[Any] | str | Path,
+    batches_or_source: Iterable[Any] | Tensor | NDArray[Any] | str | Path,
     *,
     samples: int | None = DEFAULT_SAMPLES,
     seq_len: int | None = None,
@@ -63,59 +66,76 @@ def score(
     """
     if batch_size < 1:
         raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
+    batches: Iterable[Any]
     provenance: dict[str, Any] = {"criterion": "entropy", "versions": _versions()}
+    folder = None
     if isinstance(model_or_path, str | Path):
         folder = checkpoint.find_model(model_or_path)
-        provenance["model"] = _name(model_or_path)
+        provenance["model"] = checkpoint.display_name(model_or_path)
         provenance["model_fingerprint"] = checkpoint.fingerprint(folder)
-    else:
-        folder = None
-    batches: Iterable[Tensor]
+    elif (device, dtype) != ("auto", "auto"):
+        raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
+    calibration: dict[str, Any] = {"source": "token batches"}
     if isinstance(batches_or_source, str | Path):
         if folder is None:
             raise ArgumentError(
                 "a loaded model is scored over token batches; give the model by path to use text"
             )
         windows = windows_for(folder, batches_or_source, seq_len, samples, seed)
-        provenance["calibration"] = {
-            "source": windows.source,
-            "data_sha256": windows.sha256,
-            "seq_len": windows.ids.shape[1],
+        batches = as_batches(windows, batch_size)
+        calibration = {
+            "source": checkpoint.display_name(batches_or_source),
+            "seq_len": windows.shape[1],
             "seed": seed,
         }
-        batches = windows.ids.split(batch_size)
-    elif isinstance(batches_or_source, Tensor | np.ndarray):
-        batches = torch.as_tensor(batches_or_source).split(batch_size)
     else:
-        batches = batches_or_source
+        batches = as_batches(batches_or_source, batch_size)
     if folder is None:
         model: Any = model_or_path
     else:
         model = checkpoint.load_model(folder, dtype=dtype, device=device)
-    provenance["dtype"] = str(model.dtype).removeprefix("torch.")
-    scored = score_batches(model, _with_bar(batches, "scoring", progress))
-    for key in ("samples", "tokens", "entropy_nats"):
-        provenance[key] = scored.pop(key)
-    return ImportanceTable(**scored, model=checkpoint.model_size_of(model), provenance=provenance)
+    with _bar(batches, "scoring", progress) as shown:
+        scored = score_batches(model, shown)
+    provenance |= {
+        "calibration": {**calibration, "data_sha256": scored.data_sha256},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "samples": scored.samples,
+        "tokens": scored.tokens,
+        "entropy_nats": scored.entropy_nats,
+    }
+    return ImportanceTable(
+        **scored.statistics._asdict(),
+        down_norm=scored.down_norm,
+        model=architectures.size_of(model),
+        provenance=provenance,
+    )
+
+
+def check_score(model: str | Path, calibration: str | Path, out: Path, *, force: bool) -> None:
+    """Raise what would spoil the end of `score`'s run, before any work."""
+    folder, target = checkpoint.find_model(model).resolve(), out.resolve()
+    source = Path(calibration).resolve()
+    if folder in target.parents or target == source or source in target.parents:
+        raise OutputError(
+            f"out {out} is in the model folder or the calibration text, which are never written to"
+        )
+    if out.exists() and (not force or not out.is_file()):
+        raise OutputError(f"out {out} exists; --force replaces a file, but no folder")
+    output.check_writable(out)
 
 
 def check_prune(
-    model: str | Path,
-    out: str | Path,
-    *,
-    round_to: int = 1,
-    force: bool = False,
-    **budget: float | int | None,
+    model: str | Path, out: str | Path, *, round_to: int = 1, force: bool = False, **budget: Budget
 ) -> None:
     """Raise what `prune_to` would refuse of its model, output and budget, before any work."""
     folder = checkpoint.find_model(model)
-    checkpoint.tensor_headers(folder)
+    checkpoint.check_tensors(folder)
     size = checkpoint.model_size(folder)
     width = selection.target_width(size, round_to=round_to, **budget)  # type: ignore[arg-type]
     dense_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
     needed_bytes = dense_bytes * size.params_at(width) // size.total_params
     compaction.check_output_folder(Path(out), folder, force=force, needed_bytes=needed_bytes)
-    for leftover in compaction.leftovers(Path(out)):
+    for leftover in output.leftovers(Path(out)):
         say(f"{leftover} is left over from a run that was killed; it can be deleted")
 
 
@@ -127,27 +147,46 @@ def prune_to(
     statistic: str = "l1",
     round_to: int = 1,
     force: bool = False,
-    **budget: float | int | None,
+    **budget: Budget,
 ) -> dict[str, Any]:
     """Select by a table and write the pruned checkpoint; return what was achieved."""
-    folder = checkpoint.find_model(model)
-    check_table(table, folder, str(model))
+    check_table(table, model)
     keep = selection.select(table, statistic=statistic, round_to=round_to, **budget)  # type: ignore[arg-type]
-    result = {
-        **achieved(table.model, len(keep[0])),
-        "statistic": statistic,
-    }
     asked = {name: value for name, value in budget.items() if value is not None}
     record = {
-        "hfprune_fast": __version__,
-        "base_model": _name(model),
         "asked": {**asked, "statistic": statistic, "round_to": round_to},
-        "achieved": result,
         "provenance": table.provenance,
     }
-    card = report.model_card(_name(model), result, table.provenance)
-    compaction.prune_checkpoint(folder, out, keep, force=force, record=record, card=card)
-    return {"out": str(out), **result}
+    achieved = compaction.prune_checkpoint(model, out, keep, force=force, record=record)
+    return {"out": str(out), **achieved, "statistic": statistic}
+
+
+def check_table(table: ImportanceTable, model: str | Path) -> None:
+    """Refuse a table that was scored on another model."""
+    folder = checkpoint.find_model(model)
+    size = checkpoint.model_size(folder)
+    theirs, ours = asdict(table.model), asdict(size)
+    differing = [
+        f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]
+    ]
+    if differing:
+        raise ScoresFileError(
+            f"the scores are of another model than {model}: {'; '.join(differing)}"
+        )
+    scored = table.provenance.get("model_fingerprint")
+    if scored is not None:
+        same = scored == checkpoint.fingerprint(folder)
+    else:
+        # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
+        headers = checkpoint.check_tensors(folder)
+        last = f".{size.num_layers - 1}.{architectures.FAMILIES[size.model_type].down}.weight"
+        down = checkpoint.read_tensor(folder, headers, next(n for n in headers if n.endswith(last)))
+        same = torch.allclose(column_norms(down), table.down_norm[-1], rtol=2**-8)
+    if not same:
+        raise ScoresFileError(
+            f"the scores are of another model than {model}: same shape, other weights "
+            f"(they are of {table.provenance.get('model', 'a model in memory')})"
+        )
 
 
 def evaluate_paths(
@@ -164,73 +203,17 @@ def evaluate_paths(
     progress: bool = False,
 ) -> evaluation.Fidelity:
     """Load two checkpoints and compare them over a text; by default over all of it, in order."""
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
     folders = [checkpoint.find_model(dense), checkpoint.find_model(pruned)]
     windows = windows_for(folders[0], source, seq_len, samples, seed)
     models = [checkpoint.load_model(f, dtype=dtype, device=device) for f in folders]
-    batches = _with_bar(windows.ids.split(batch_size), "evaluating", progress)
-    return evaluation.evaluate(models[0], models[1], batches)
-
-
-def windows_for(
-    folder: Path, source: str | Path, seq_len: int | None, samples: int | None, seed: int
-) -> TokenWindows:
-    """Make the token windows for a model folder, telling when the text holds fewer than asked."""
-    config = checkpoint.read_config(folder)
-    longest = config.get("max_position_embeddings", DEFAULT_SEQ_LEN)
-    if seq_len is not None and seq_len > longest:
-        raise ArgumentError(
-            f"seq_len must be at most {longest}, the model's longest position; got {seq_len}"
-        )
-    is_ids = str(source).endswith(".npy")
-    windows = token_windows(
-        source,
-        None if is_ids else checkpoint.load_tokenizer(folder),
-        seq_len=seq_len if is_ids else seq_len or min(DEFAULT_SEQ_LEN, longest),
-        samples=samples,
-        seed=seed,
-        vocab_size=config["vocab_size"],
-    )
-    made, length = windows.ids.shape
-    if samples is not None and made < samples:
-        say(f"{source} holds {made} samples of {length} tokens; {samples} were asked for")
-    return windows
-
-
-def check_table(table: ImportanceTable, folder: Path, name: str) -> None:
-    """Refuse a table that was scored on another model."""
-    size = checkpoint.model_size(folder)
-    scored = table.provenance.get("model_fingerprint")
-    if size != table.model:
-        raise ScoresFileError(
-            f"the scores are of another model than {name}: they are of {table.model}, "
-            f"expected {size}"
-        )
-    if scored is not None and scored != checkpoint.fingerprint(folder):
-        raise ScoresFileError(
-            f"the scores are of another model than {name}: same shape, other weights "
-            f"(they were made from {table.provenance.get('model')})"
-        )
-
-
-def achieved(size: ModelSize, width: int) -> dict[str, Any]:
-    """Widths, parameters and ratios of pruning to a width."""
-    params = size.params_at(width)
-    return {
-        "intermediate_size": width,
-        "dense_intermediate_size": size.intermediate_size,
-        "prune_ratio": 1 - width / size.intermediate_size,
-        "params": params,
-        "dense_params": size.total_params,
-        "param_ratio": 1 - params / size.total_params,
-    }
+    with _bar(windows.split(batch_size), "evaluating", progress) as shown:
+        return evaluation.evaluate(models[0], models[1], shown)
 
 
 def plan(
-    model: str | Path,
-    *,
-    round_to: int = 1,
-    seq_len: int | None = None,
-    **budget: float | int | None,
+    model: str | Path, *, round_to: int = 1, seq_len: int | None = None, **budget: Budget
 ) -> dict[str, Any]:
     """Say what pruning to a budget would give, from config.json alone.
 
@@ -241,46 +224,44 @@ def plan(
     size = checkpoint.model_size(folder)
     config = checkpoint.build_config(folder)
     width = selection.target_width(size, round_to=round_to, **budget)  # type: ignore[arg-type]
-    seq_len = seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
+    if seq_len is None:
+        seq_len = min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
+    if seq_len < 1:
+        raise ArgumentError(f"seq_len must be at least 1, got {seq_len}")
     dtype = config.dtype or torch.float32
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = 4 * seq_len * heads * head_dim * size.num_layers
-    result = achieved(size, width)
+    result = size.pruned_to(width)
     for prefix, neurons in (("dense_", size.intermediate_size), ("", width)):
         result[f"{prefix}weights_bytes"] = size.params_at(neurons) * dtype.itemsize
         result[f"{prefix}flops_per_token"] = 2 * size.linear_params_at(neurons) + attention
-    return {"model": _name(model), **result, "dtype": str(dtype).split(".")[-1], "seq_len": seq_len}
+    name = checkpoint.display_name(model)
+    return {"model": name, **result, "dtype": str(dtype).split(".")[-1], "seq_len": seq_len}
 
 
-def say(message: str) -> None:
-    """One line to the user, past the progress bar, on stderr."""
-    tqdm.write(f"hfprune: {message}", file=sys.stderr)
-
-
-def _with_bar(batches: Iterable[Tensor], what: str, show: bool) -> Iterator[Tensor]:
+@contextmanager
+def _bar(batches: Iterable[Any], what: str, show: bool) -> Iterator[Iterable[Any]]:
+    """Count tokens on stderr as batches are taken; an error closes the bar before it is told."""
     if not show:
-        yield from batches
+        yield batches
         return
     items = list(batches)
-    tty = sys.stderr.isatty()
     with tqdm(
-        total=sum(b.numel() for b in items),
+        total=sum(batch.numel() for batch in items),
         desc=what,
         unit="tok",
         unit_scale=True,
         file=sys.stderr,
-        mininterval=0.2 if tty else 30,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
     ) as bar:
-        for batch in items:
-            yield batch
-            bar.update(batch.numel())
 
+        def counted() -> Iterator[Any]:
+            for batch in items:
+                yield batch
+                bar.update(batch.numel())
 
-def _name(model: str | Path) -> str:
-    """A model's name as others know it: hub names stay, folders give their last part."""
-    path = Path(model)
-    return path.resolve().name if path.is_dir() else str(model)
+        yield counted()
 
 
 def _versions() -> dict[str, str | None]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from hfprune_fast._version import __version__
 
 PAPER = "arXiv 2603.08083"
+
+
+def say(message: str) -> None:
+    """Print one line to the user on stderr, past a progress bar."""
+    tqdm.write(f"hfprune: {message}", file=sys.stderr)
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,42 +37,44 @@ def human_bytes(count: int) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def model_card(base_model: str, result: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """Return README.md of a pruned checkpoint."""
-    calibration = provenance.get("calibration", {})
+def model_card(record: dict[str, Any]) -> str:
+    """Return README.md of a pruned checkpoint, from the record that becomes its hfprune.json."""
+    base_model, achieved = record["base_model"], record["achieved"]
+    provenance = record.get("provenance", {})
     rows = [
         ("base model", base_model),
         (
             "MLP neurons a layer",
-            f"{result['intermediate_size']} of {result['dense_intermediate_size']}",
+            f"{achieved['intermediate_size']} of {achieved['dense_intermediate_size']}",
         ),
-        ("neurons removed", f"{result['prune_ratio']:.2%}"),
-        ("parameters", f"{result['params']:,} of {result['dense_params']:,}"),
-        ("parameters removed", f"{result['param_ratio']:.2%}"),
-        ("criterion", f"entropy of the model's own output, statistic `{result['statistic']}`"),
-        ("calibration", f"{calibration.get('source', 'token batches')}"),
-        (
-            "calibration size",
-            f"{provenance.get('samples')} samples, {provenance.get('tokens')} tokens",
-        ),
+        ("neurons removed", f"{achieved['prune_ratio']:.2%}"),
+        ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
+        ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]
+    if "statistic" in record.get("asked", {}):
+        rows.append(("ranked by", f"output entropy, statistic `{record['asked']['statistic']}`"))
+    calibration = provenance.get("calibration")
+    if isinstance(calibration, dict) and "source" in calibration:
+        rows.append(("calibration", str(calibration["source"])))
+    if {"samples", "tokens"} <= provenance.keys():
+        size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
+        rows.append(("calibration size", size))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    on_hub = f"base_model: {base_model}\n" if "/" in base_model else ""
     return f"""---
 library_name: transformers
-base_model: {base_model}
-tags: [pruned, hfprune]
+{on_hub}tags: [pruned, hfprune]
 ---
 
-# {base_model.rstrip("/").split("/")[-1]}, pruned
+# {base_model.split("/")[-1]}, pruned
 
-MLP neurons were ranked by the first-order Taylor term of the model's output entropy
-(HFPrune, {PAPER}) and the least important were cut out with hfprune_fast {__version__}. The
-architecture is unchanged; only `intermediate_size` is smaller.
+The least important MLP neurons were cut out with hfprune_fast {__version__}, after HFPrune
+({PAPER}). The architecture is unchanged; only `intermediate_size` is smaller. No training followed.
 
 | | |
 |---|---|
 {table}
 
-Load it with `AutoModelForCausalLM.from_pretrained`. Which neurons were kept, and what they were
-chosen by, is in `hfprune.json`. No training followed the pruning.
+Load it with `AutoModelForCausalLM.from_pretrained`. Which neurons were kept, and by what they were
+chosen, is in `hfprune.json`.
 """

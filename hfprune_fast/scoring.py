@@ -8,75 +8,93 @@ head runs through `linear_entropy`, which never holds all logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_fast.architectures import ModelParts, parts_of
-from hfprune_fast.errors import CalibrationError, NumericsError
-from hfprune_fast.importance import STATISTICS
+from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
+from hfprune_fast.forward import check_ids, check_model, final_hidden, left_as_found
 from hfprune_fast.kernels import TaylorStatistics, linear_entropy, taylor_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def score_batches(model: PreTrainedModel, batches: Iterable[Tensor]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scored:
+    """What one run over the batches adds up to."""
+
+    statistics: TaylorStatistics  # (L, F) fp64 each, on the CPU
+    down_norm: Tensor  # (L, F) fp64: 2-norm of each neuron's down_proj column
+    samples: int
+    tokens: int
+    entropy_nats: float  # mean over the samples
+    data_sha256: str  # of each sequence's length and ids, so of the data and not of its batches
+
+
+def score_batches(model: PreTrainedModel, batches: Iterable[Any]) -> Scored:
     """Score every MLP neuron of a loaded model over batches of token ids.
 
     Args:
-        model: a causal language model of a known family, in float32, bfloat16 or float64; it is
-            left as it was found.
-        batches: (B, T) integer tensors of whole sequences.
-
-    Returns:
-        l1, l2, mask, act: (L, F) float64 sums, on the CPU; down_norm: (L, F) float64;
-        samples, tokens: what was read; entropy_nats: the mean entropy of the model's output.
+        model: a causal language model of a known family, in float32, bfloat16 or float64, on one
+            device; it is left as it was found.
+        batches: (B, T) integer tensors or arrays of whole sequences.
 
     Raises:
+        ArgumentError: a float16 model, or one spread over devices.
         NumericsError: NaN or inf in a weight or a layer's activations or gradients, named.
         CalibrationError: no batch, or token ids that the model does not have.
         UnsupportedModelError: no known gated MLP.
     """
     parts = parts_of(model)
-    _check_weights(model)
-    vocab = parts.head.weight.shape[0]
-    shape = (len(parts.mlps), parts.mlps[0].gate.weight.shape[0])
-    device = parts.head.weight.device
-    total = torch.zeros(len(STATISTICS), *shape, dtype=torch.float64, device=device)
+    if model.dtype == torch.float16:
+        raise ArgumentError(
+            "the model is float16, in which these gradients underflow to zero; "
+            "load it in bfloat16 or float32"
+        )
+    check_model(model)
+    head = parts.head.weight
+    shape = (len(TaylorStatistics._fields), len(parts.mlps), parts.mlps[0].gate.weight.shape[0])
+    total = torch.zeros(shape, dtype=torch.float64, device=head.device)
     samples = tokens = 0
     entropy_nats = 0.0
-    with _left_as_found(model):
+    digest = hashlib.sha256()
+    with left_as_found(model):
         for batch in batches:
-            ids = torch.as_tensor(batch)
-            _check_ids(ids, vocab)
+            ids = check_ids(batch, head.shape[0])
             # Added only when the whole micro-batch is done and finite.
-            staged, loss = _score_batch(parts, ids.to(device, torch.int64))
-            _check_activations(staged, loss)
+            staged, loss = _score_batch(parts, ids)
+            _check_finite(staged, loss)
             total += staged
             entropy_nats += loss
             samples += ids.shape[0]
             tokens += ids.numel()
+            for row in ids.cpu().numpy().astype("<i8"):
+                digest.update(f"{len(row)}:".encode() + row.tobytes())
     if samples == 0:
         raise CalibrationError("no token batches to score with; expected at least one sequence")
-    down_norm = torch.stack([_column_norms(mlp.down.weight) for mlp in parts.mlps])
-    return {
-        **dict(zip(STATISTICS, total.cpu().unbind(), strict=True)),
-        "down_norm": down_norm.cpu(),
-        "samples": samples,
-        "tokens": tokens,
-        "entropy_nats": entropy_nats / samples,
-    }
+    down_norm = torch.stack([column_norms(mlp.down.weight) for mlp in parts.mlps])
+    return Scored(
+        statistics=TaylorStatistics(*total.cpu().unbind()),
+        down_norm=down_norm.cpu(),
+        samples=samples,
+        tokens=tokens,
+        entropy_nats=entropy_nats / samples,
+        data_sha256=digest.hexdigest(),
+    )
 
 
 def _score_batch(parts: ModelParts, ids: Tensor) -> tuple[Tensor, float]:
     """Return the micro-batch's (4, L, F) statistics and the sum of its sequences' losses."""
-    statistics: list[TaylorStatistics | None] = [None] * len(parts.mlps)
+    statistics: dict[int, TaylorStatistics] = {}
 
-    def watch(layer: int) -> Any:
+    def watch(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def at_down_proj(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             act = args[0]
             if layer == 0:
@@ -96,7 +114,7 @@ def _score_batch(parts: ModelParts, ids: Tensor) -> tuple[Tensor, float]:
     ]
     try:
         with torch.enable_grad():
-            hidden = parts.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = final_hidden(parts, ids)
             flat = hidden.detach().flatten(0, 1)
             dtype = torch.promote_types(flat.dtype, torch.float32)
             row_weight = flat.new_full((len(flat),), 1 / ids.shape[1], dtype=dtype)
@@ -107,67 +125,27 @@ def _score_batch(parts: ModelParts, ids: Tensor) -> tuple[Tensor, float]:
     finally:
         for handle in handles:
             handle.remove()
-    stacked = [torch.stack(layer) for layer in statistics if layer is not None]
-    assert len(stacked) == len(parts.mlps)
-    return torch.stack(stacked, dim=1), float(loss)
+    layers = [torch.stack(statistics[layer]) for layer in range(len(parts.mlps))]
+    return torch.stack(layers, dim=1), float(loss)
 
 
-@contextmanager
-def _left_as_found(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside, both restored afterwards."""
-    training = {module: module.training for module in model.modules()}
-    wanted_grad = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in wanted_grad:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter in wanted_grad:
-            parameter.requires_grad_(True)
-
-
-def _column_norms(weight: Tensor) -> Tensor:
-    """2-norm of each column of (D, F), in fp64, a block of rows at a time."""
-    squares = sum(block.double().square().sum(dim=0) for block in weight.detach().split(256))
-    assert isinstance(squares, Tensor)
+def column_norms(weight: Tensor) -> Tensor:
+    """Return the 2-norm of each column of a (D, F) weight, fp64, a block of rows at a time."""
+    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for block in weight.detach().split(256):
+        squares += block.double().square().sum(dim=0)
     return squares.sqrt()
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.float16:
-            raise NumericsError(
-                f"{name} is float16, in which these gradients underflow to zero; "
-                "load the model in bfloat16 or float32"
-            )
-        extremes = torch.stack(torch.aminmax(parameter.detach()))
-        if not bool(extremes.isfinite().all()):
-            raise NumericsError(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
-
-
-def _check_activations(staged: Tensor, loss: float) -> None:
-    acts_finite = staged[STATISTICS.index("act")].isfinite().all(dim=1)
-    if not bool(acts_finite.all()):
-        layer = int((~acts_finite).nonzero()[0])
+def _check_finite(staged: Tensor, loss: float) -> None:
+    """Name where NaN or inf appeared first: forward through the layers, the head, and back."""
+    statistics = TaylorStatistics(*staged.isfinite().all(dim=2).unbind())
+    if not bool(statistics.act.all()):
+        layer = int((~statistics.act).nonzero()[0])
         raise NumericsError(f"NaN or inf in the MLP activations of layer {layer}; try float32")
-    if not torch.isfinite(torch.tensor(loss)):
+    if not math.isfinite(loss):
         raise NumericsError("NaN or inf in the logits, after finite MLP activations; try float32")
-    finite = staged.isfinite().all(dim=2).all(dim=0)
+    finite = torch.stack(statistics).all(dim=0)
     if not bool(finite.all()):
         layer = int((~finite).nonzero()[-1])  # the backward meets the last layer first
         raise NumericsError(f"NaN or inf in the gradient at the MLP of layer {layer}; try float32")
-
-
-def _check_ids(ids: Tensor, vocab: int) -> None:
-    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise CalibrationError(
-            f"token batches must be non-empty (B, T) integers, got {tuple(ids.shape)} {ids.dtype}"
-        )
-    low, high = (int(x) for x in torch.aminmax(ids))
-    if low < 0 or high >= vocab:
-        raise CalibrationError(
-            f"token ids must be in 0..{vocab - 1} (the vocabulary), got {low if low < 0 else high}"
-        )

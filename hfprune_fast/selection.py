@@ -95,7 +95,7 @@ def target_width(
         exact = dense - per_layer
     else:
         assert intermediate_size is not None
-        if not 1 <= intermediate_size <= dense:
+        if not isinstance(intermediate_size, int) or not 1 <= intermediate_size <= dense:
             raise ArgumentError(
                 f"intermediate_size must be in 1..{dense} (the dense width), "
                 f"got {intermediate_size}"

@@ -3,6 +3,7 @@
 They stand on their own: another pruning pipeline can call them with tensors of its own.
 """
 
+from hfprune_fast.kernels._triton import TRITON_VERSION
 from hfprune_fast.kernels.entropy import softmax_entropy_grad_, softmax_entropy_grad_reference
 from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
 from hfprune_fast.kernels.taylor import (
@@ -12,6 +13,7 @@ from hfprune_fast.kernels.taylor import (
 )
 
 __all__ = [
+    "TRITON_VERSION",
     "TaylorStatistics",
     "linear_entropy",
     "linear_entropy_reference",

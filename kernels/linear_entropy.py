@@ -11,8 +11,9 @@ The logits are never whole: rows go through one reused buffer, chunk by chunk, w
 from __future__ import annotations
 
 import torch
-from hfprune_fast.kernels.entropy import softmax_entropy_grad_, softmax_entropy_grad_reference
 from torch import Tensor
+
+from hfprune_fast.kernels.entropy import softmax_entropy_grad_, softmax_entropy_grad_reference
 
 _ROWS_MULTIPLE = 128
 
@@ -62,7 +63,8 @@ def linear_entropy(
     tokens, vocab = hidden.shape[0], weight.shape[0]
     if row_weight.shape != (tokens,):
         raise ValueError(f"row_weight must be ({tokens},), got {tuple(row_weight.shape)}")
-    chunk = min(tokens, _chunk_rows(vocab * hidden.element_size(), logits_budget_bytes))
+    rows_at_once = _chunk_rows(vocab * hidden.element_size(), logits_budget_bytes)
+    chunk = max(1, min(tokens, rows_at_once))
     buffer = hidden.new_empty(chunk, vocab)
     d_hidden = torch.empty_like(hidden)
     loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)).to(hidden.device)
@@ -80,5 +82,5 @@ def linear_entropy(
 
 
 def _chunk_rows(row_bytes: int, budget_bytes: int) -> int:
-    rows = budget_bytes // row_bytes // _ROWS_MULTIPLE * _ROWS_MULTIPLE
+    rows = budget_bytes // max(1, row_bytes) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
     return max(_ROWS_MULTIPLE, rows)

@@ -22,7 +22,7 @@ _BLOCK_TOKENS = 128
 
 
 class TaylorStatistics(NamedTuple):
-    """The four statistics of one layer, each (F,) fp64; the default is the order of the files."""
+    """The four statistics, fp64: (F,) of one layer here, (L, F) of a model in scoring."""
 
     l1: Tensor
     l2: Tensor

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hfprune_fast.calibration import _DOCUMENT_CHARS, TokenWindows, token_windows
+from hfprune_fast.calibration import _DOCUMENT_CHARS, token_windows
 from hfprune_fast.checkpoint import TINY_MODEL, load_tokenizer
 from hfprune_fast.errors import ArgumentError, CalibrationError
 
@@ -23,7 +23,7 @@ def words(count: int, offset: int = 0) -> str:
     return " ".join(WORDS[(i * 7 + offset) % len(WORDS)] for i in range(count))
 
 
-def windows(source: Path | str, tokenizer: Any, **changes: Any) -> TokenWindows:
+def windows(source: Path | str, tokenizer: Any, **changes: Any) -> torch.Tensor:
     arguments = {"seq_len": 16, "samples": 4, "vocab_size": 1 << 20, **changes}
     return token_windows(source, tokenizer, **arguments)
 
@@ -32,7 +32,7 @@ def test_short_documents_are_packed_between_bos_and_eos(tmp_path: Path, tokenize
     documents = [words(5, i) for i in range(6)]
     path = tmp_path / "short.jsonl"
     path.write_text("\n".join(json.dumps({"text": d}) for d in documents))
-    ids = windows(path, tokenizer, samples=None).ids
+    ids = windows(path, tokenizer, samples=None)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     stream = [
         token
@@ -49,14 +49,13 @@ def test_same_seed_same_windows_on_every_machine(tmp_path: Path) -> None:
     path = tmp_path / "ids.npy"
     np.save(path, np.arange(60).reshape(10, 6))
     drawn = token_windows(path, None, seq_len=None, samples=4, seed=3, vocab_size=60)
-    assert drawn.ids[:, 0].tolist() == [30, 24, 48, 6]
-    assert drawn.sha256.startswith("cdc36a34ddb4f44d")
+    assert drawn[:, 0].tolist() == [30, 24, 48, 6]
     other = token_windows(path, None, seq_len=None, samples=4, seed=4, vocab_size=60)
-    assert other.ids.tolist() != drawn.ids.tolist()
+    assert other.tolist() != drawn.tolist()
 
 
 def test_seed_zero_counts(text_file: Path, tokenizer: Any) -> None:
-    zero, again, one = (windows(text_file, tokenizer, seed=s).ids for s in (0, 0, 1))
+    zero, again, one = (windows(text_file, tokenizer, seed=s) for s in (0, 0, 1))
     assert torch.equal(zero, again)
     assert not torch.equal(zero, one)
 
@@ -64,7 +63,7 @@ def test_seed_zero_counts(text_file: Path, tokenizer: Any) -> None:
 def test_fewer_windows_than_asked(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.txt"
     path.write_text(words(40))
-    ids = windows(path, tokenizer, samples=10_000).ids
+    ids = windows(path, tokenizer, samples=10_000)
     assert 1 <= len(ids) < 10_000
 
 
@@ -77,7 +76,7 @@ def test_folder_reads_every_kind_of_file_in_order(tmp_path: Path, tokenizer: Any
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": words(30, 2)}) + "\n\n")
     parquet.write_table(pyarrow.table({"text": [words(30, 3)]}), tmp_path / "sub" / "c.parquet")
     (tmp_path / "ignored.md").write_text("not read")
-    ids = windows(tmp_path, tokenizer, samples=None).ids
+    ids = windows(tmp_path, tokenizer, samples=None)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     stream: list[int] = []
     for offset in (1, 2, 3):
@@ -91,7 +90,7 @@ def test_a_long_file_gives_windows_from_all_over_it(tmp_path: Path, tokenizer: A
     lines = [f"line {i} {words(8, i)}\n" for i in range(60_000)]
     path.write_text("".join(lines))
     assert path.stat().st_size > 2 * _DOCUMENT_CHARS
-    ids = windows(path, tokenizer, seq_len=32, samples=24).ids
+    ids = windows(path, tokenizer, seq_len=32, samples=24)
     text = " ".join(tokenizer.batch_decode(ids))
     numbers = [int(n) for n in re.findall(r"line (\d{4,5}) ", text)]
     assert len(numbers) > 5
@@ -102,12 +101,12 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     asked: list[Any] = []
 
-    def load_dataset(path: str, name: str | None, split: str) -> Any:
+    def load_dataset(path: str, name: str | None, split: str, streaming: bool) -> Any:
         asked.append((path, name, split))
         return datasets.Dataset.from_dict({"text": [words(50), words(50, 3)]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert windows("org/corpus:en", tokenizer).ids.shape == (4, 16)
+    assert windows("org/corpus:en", tokenizer).shape == (4, 16)
     assert asked == [("org/corpus", "en", "train")]
 
 
@@ -115,8 +114,8 @@ def test_npy_ids(tmp_path: Path) -> None:
     path = tmp_path / "ids.npy"
     np.save(path, np.arange(12, dtype=np.uint16).reshape(3, 4))
     got = token_windows(path, None, seq_len=None, samples=None, vocab_size=12)
-    assert got.ids.tolist() == np.arange(12).reshape(3, 4).tolist()
-    assert got.ids.dtype == torch.int64
+    assert got.tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert got.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_npy_ids(tmp_path: Path) -> None:
         (np.zeros((0, 4), dtype=np.int64), r"\(N, T\)"),
         (np.array([[0, -3]]), "token id -3"),
         (np.array([[0, 50]]), r"token id 50; expected 0\.\.49"),
-        (np.array([[0, None]]), "not a .npy file of integers"),  # pickled inside
+        (np.array([[0, None]]), "not a .npy file of"),  # pickled inside
     ],
 )
 def test_bad_npy(tmp_path: Path, array: Any, message: str) -> None:
@@ -151,7 +150,7 @@ def test_npy_of_another_length(tmp_path: Path) -> None:
         ("blank.txt", b" \n\t\n", "holds no text"),
         ("short.txt", b"too short", r"holds \d+ tokens, but one sample takes 16; give more text"),
         ("bad.txt", b"\xff\xfe\xfa", "cannot be read"),
-        ("bad.jsonl", b'{"text": "a"', "cannot be read"),
+        ("bad.jsonl", b'{"text": "a"', "bad.jsonl:1 is not JSON"),
         ("field.jsonl", b'{"content": "a"}', 'field.jsonl:1 has no string field "text"'),
         ("null.jsonl", b'{"text": "a"}\n{"text": null}', 'null.jsonl:2 has no string field "text"'),
         ("text.md", b"words", "is not a calibration source"),

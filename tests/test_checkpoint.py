@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from truth import tiny_model
 
 from hfprune_fast import checkpoint
+from hfprune_fast.architectures import size_of
 from hfprune_fast.errors import ArgumentError, CheckpointError, UnsupportedModelError
 
 
@@ -38,7 +39,7 @@ def test_loads_what_save_pretrained_wrote(
     assert not any(p.requires_grad for p in loaded.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert checkpoint.model_size(folder) == checkpoint.model_size_of(model)
+    assert checkpoint.model_size(folder) == size_of(model)
     assert checkpoint.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
 
 
@@ -48,12 +49,12 @@ def test_float16_runs_in_float32(save_checkpoint: Callable[..., Path]) -> None:
 
 
 def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:
-    plain = checkpoint.model_size_of(tiny_model("llama"))
-    biased = checkpoint.model_size_of(tiny_model("llama", mlp_bias=True))
+    plain = size_of(tiny_model("llama"))
+    biased = size_of(tiny_model("llama", mlp_bias=True))
     assert plain.params_per_neuron == 3 * 64
     assert biased.params_per_neuron == 3 * 64 + 2  # down_proj's bias belongs to no neuron
     for size, model in ((plain, {}), (biased, {"mlp_bias": True})):
-        smaller = checkpoint.model_size_of(tiny_model("llama", intermediate_size=50, **model))
+        smaller = size_of(tiny_model("llama", intermediate_size=50, **model))
         assert size.params_at(50) == smaller.total_params
         assert size.linear_params_at(50) == smaller.linear_params
 

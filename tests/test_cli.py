@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,12 @@ def scores_file(llama_dir: Path, text_file: Path, tmp_path: Path) -> Path:
 
 def assert_refused(run: Any, message: str) -> None:
     assert run.code == 2, run.err
-    last = run.err.strip().splitlines()[-1]
-    assert last.startswith("hfprune: error: ")
-    assert re.search(message, last), last
-    assert "Traceback" not in run.err
+    lines = re.split(r"[\r\n]+", run.err.strip())
+    assert lines[-1].startswith("hfprune: error: ")
+    assert re.search(message, lines[-1]), lines[-1]
+    # Nothing else is there but progress bars and what was said before.
+    bars = re.compile(r"(Loading weights|Writing model shards|scoring|evaluating): |hfprune: |$")
+    assert all(bars.match(line) for line in lines), run.err
     assert run.out == ""
 
 
@@ -208,8 +209,6 @@ def test_bad_model(
     run = hfprune(*arguments[command])
     if command == "plan" and break_it in from_config_alone:
         assert run.code == 0  # plan does not open the weights
-    elif command == "evaluate" and break_it == "nan weight":
-        assert_refused(run, "NaN or inf in the logits")
     else:
         assert_refused(run, message)
     assert not (tmp_path / "out").exists()
@@ -274,10 +273,6 @@ def test_output_exists(
     assert hfprune(*arguments, "--force").code == 0
     scoring = ["score", llama_dir, "--calibration", "demo", "--out", scores_file]
     assert_refused(hfprune(*scoring), "exists; --force")
-    assert_refused(
-        hfprune("score", llama_dir, "--calibration", "demo", "--out", tmp_path / "no" / "s"),
-        "no folder",
-    )
 
 
 @pytest.mark.parametrize("place", ["", "sub", ".."])
@@ -315,8 +310,8 @@ def test_scores_survive_an_output_that_fails(
         "prune", llama_dir, "--calibration", text_file, "--samples", 2, "--seq-len", 32,
         "--prune-ratio", 0.1, "--out", tmp_path / "out",
     )  # fmt: skip
-    assert_refused(run, "No space left on device.*; the scores are kept in ")
-    kept = run.err.strip().split("kept in ")[-1]
+    assert_refused(run, "No space left on device")
+    kept = re.search(r"the scores are kept in (.*)", run.err)[1]  # type: ignore[index]
     assert hf.ImportanceTable.load(kept).l1.shape == (3, 96)
     assert not (tmp_path / "out").exists()
 
@@ -339,23 +334,39 @@ def test_help_and_version(hfprune: Hfprune) -> None:
         assert "Usage: hfprune " + command in run.out
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_run_leaves_no_output(tmp_path: Path, how: signal.Signals) -> None:
-    out = tmp_path / "out"
-    command = [
-        sys.executable, "-m", "hfprune_fast", "prune", "demo", "--calibration", "demo",
-        "--prune-ratio", "0.2", "--samples", "64", "--out", str(out),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert process.stderr is not None
-    for line in iter(lambda: process.stderr.read(1), ""):  # type: ignore[union-attr]
-        if line == "s":  # the first letter of the bar "scoring"
-            break
-    time.sleep(1)
-    process.send_signal(how)
-    _, err = process.communicate(timeout=60)
-    assert not out.exists()
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert "interrupted; nothing was written" in err
-        assert list(tmp_path.iterdir()) == []
+PRUNE_DEMO = ["prune", "demo", "--calibration", "demo", "--samples", "8", "--prune-ratio", "0.2"]
+
+
+def test_ctrl_c_while_scoring_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hfprune_fast", *PRUNE_DEMO, "--out", "out"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        seen = ""
+        while "scoring:" not in seen:
+            character = process.stderr.read(1)
+            assert character, seen
+            seen += character
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1] == "hfprune: interrupted; no unfinished output is left"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigkill_while_writing_leaves_no_output(tmp_path: Path, hfprune: Hfprune) -> None:
+    """Killed when weights and config are written and the tokenizer is about to be copied."""
+    code = """
+import os, shutil, signal, sys
+from hfprune_fast.cli import main
+shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, *PRUNE_DEMO, "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".out.partial-")
+    assert (leftover / "model.safetensors").exists()
+    again = hfprune(*PRUNE_DEMO, "--out", tmp_path / "out")  # the next run says so, and works
+    assert again.code == 0, again.err
+    assert f"{leftover} is left over from a run that was killed" in again.err

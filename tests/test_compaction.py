@@ -84,7 +84,7 @@ def test_everything_else_is_byte_identical(
 ) -> None:
     folder = save_checkpoint(random_llama().to(dtype), max_shard_size="100KB")
     before = snapshot(folder)
-    hf.prune_checkpoint(folder, tmp_path / "out", some_keep(), record={"asked": 1}, card="# card")
+    hf.prune_checkpoint(folder, tmp_path / "out", some_keep(), record={"asked": {}})
     assert snapshot(folder) == before
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == sorted(
@@ -109,9 +109,10 @@ def test_everything_else_is_byte_identical(
     config = json.loads((out / "config.json").read_text())
     assert config == {**json.loads((folder / "config.json").read_text()), "intermediate_size": 61}
     record = json.loads((out / "hfprune.json").read_text())
-    assert record["asked"] == 1
+    assert record["asked"] == {}
     assert record["keep"]["2"] == some_keep()[2].tolist()
-    assert (out / "README.md").read_text() == "# card"
+    assert "61 of 96" in (out / "README.md").read_text()
+    assert record["achieved"]["intermediate_size"] == 61
     assert oct((out / "config.json").stat().st_mode) == oct(
         (out / checkpoint.weight_files(out)[0].name).stat().st_mode
     )
@@ -174,7 +175,7 @@ def test_output_that_exists(llama_dir: Path, tmp_path: Path) -> None:
 def test_force_does_not_remove_what_is_no_model(llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="only model folders"):
+    with pytest.raises(OutputError, match=r"not just a pruned model \(it holds thesis.tex\)"):
         hf.prune_checkpoint(llama_dir, tmp_path / "thesis", some_keep(), force=True)
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"
 

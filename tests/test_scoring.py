@@ -12,10 +12,15 @@ from truth import scores as true_scores
 from truth import tiny_model
 
 import hfprune_fast as hf
+from hfprune_fast.calibration import windows_for
 from hfprune_fast.checkpoint import TINY_MODEL, load_model
-from hfprune_fast.errors import CalibrationError, NumericsError, UnsupportedModelError
+from hfprune_fast.errors import (
+    ArgumentError,
+    CalibrationError,
+    NumericsError,
+    UnsupportedModelError,
+)
 from hfprune_fast.importance import STATISTICS
-from hfprune_fast.pipeline import windows_for
 from hfprune_fast.scoring import score_batches
 from hfprune_fast.selection import keep_top
 
@@ -30,8 +35,9 @@ def random_ids(model: PreTrainedModel, samples: int = 4, seq_len: int = 48) -> t
 def models_and_ids(family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.Tensor]:
     if family == "shipped":
         name = str(dtype).removeprefix("torch.")
-        windows = windows_for(TINY_MODEL, "demo", seq_len=64, samples=6, seed=0)
-        return load_model(TINY_MODEL, dtype=name, device="cpu"), windows.ids
+        text = TINY_MODEL / "calibration.txt"
+        ids = windows_for(TINY_MODEL, text, seq_len=64, samples=6, seed=0)
+        return load_model(TINY_MODEL, dtype=name, device="cpu"), ids
     model = tiny_model(family, dtype=dtype, tied=family == "qwen3")
     return model, random_ids(model)
 
@@ -178,7 +184,7 @@ def test_overflow_in_the_head_is_named() -> None:
 
 
 def test_float16_is_refused() -> None:
-    with pytest.raises(NumericsError, match="float16"):
+    with pytest.raises(ArgumentError, match="float16"):
         hf.score(random_llama().half(), torch.zeros(1, 4, dtype=torch.int64))
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from hfprune_fast.kernels import softmax_entropy_grad_, softmax_entropy_grad_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from hfprune_fast.kernels import softmax_entropy_grad_, softmax_entropy_grad_reference
 
 POISON = float("nan")
 

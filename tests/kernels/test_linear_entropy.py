@@ -1,9 +1,10 @@
 import pytest
 import torch
-from hfprune_fast.kernels import linear_entropy, linear_entropy_reference
 from tolerances import assert_no_worse
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune_fast.kernels import linear_entropy, linear_entropy_reference
 
 
 def inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from hfprune_fast.kernels import taylor_statistics, taylor_statistics_reference
 
 

@@ -1,0 +1,65 @@
+"""Outputs that appear under their name when they are whole, or not at all."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hfprune_fast.errors import OutputError, one_line
+from hfprune_fast.report import human_bytes
+
+
+def check_writable(out: Path, needed_bytes: int = 0) -> None:
+    """Refuse an output in a place that cannot be written or has too little room."""
+    parent = out.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"out {out} cannot be made: {parent} is a file, expected a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"out {out} cannot be made: no permission to write in {parent}")
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"out {out} takes {human_bytes(needed_bytes)}, "
+            f"but only {human_bytes(free_bytes)} are free in {parent}"
+        )
+
+
+def leftovers(out: Path) -> list[Path]:
+    """Folders that runs killed before their end left beside `out`."""
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*"))
+
+
+@contextmanager
+def whole_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, or is removed on any error."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            if path.is_file():
+                with path.open("rb+") as file:  # Windows syncs no read-only handle
+                    os.fsync(file.fileno())
+        if force and out.exists():
+            out.rename(replaced)
+        elif out.exists():
+            out.rmdir()  # it was empty at the start; what has appeared in it since stays
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {out}: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists():
+            if out.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(out)
