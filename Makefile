@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint types tiny-model install clean
 
-demo: $(VENV)/.runtime install
+demo: install
 	$(BIN)/hfprune demo
 
 test: $(VENV)/.dev install lint types
@@ -20,24 +20,25 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev install
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p hfprune_fast
 
-# Trains the model that ships with the package again, beside it; about half an hour on 2 cores.
+# Trains the model that ships with the package again, beside it; about a quarter of an hour on 2 cores.
 tiny-model: $(VENV)/.runtime
 	rm -rf build/tiny
 	$(BIN)/python bench/tiny_model.py --out build/tiny
 
-# The package itself, as users get it: built and copied, not editable.
+# The package itself, as users get it: built and copied, not editable. Needs no network.
 install: $(VENV)/.runtime
 	rm -rf build/lib build/bdist*
-	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --force-reinstall .
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "installing into $(VENV); torch is large, this takes a minute or more"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt .
+	$(BIN)/pip install --quiet -c constraints.txt setuptools
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/pip install --quiet -c constraints.txt '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[dev]'
 	touch $@
 
 clean:

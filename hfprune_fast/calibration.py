@@ -50,8 +50,17 @@ def windows_for(
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
         longest = DEFAULT_SEQ_LEN
+
+    def check_length(tokens: int) -> None:
+        if tokens > longest:
+            raise ArgumentError(
+                f"seq_len must be at most {longest}, the model's longest position; got {tokens}"
+            )
+
     is_ids = str(source).endswith(".npy")
-    if seq_len is None and not is_ids:
+    if seq_len is not None:
+        check_length(seq_len)
+    elif not is_ids:
         seq_len = min(DEFAULT_SEQ_LEN, longest)
     ids = token_windows(
         source,
@@ -61,10 +70,7 @@ def windows_for(
         seed=seed,
         vocab_size=config.vocab_size,
     )
-    if ids.shape[1] > longest:
-        raise ArgumentError(
-            f"seq_len must be at most {longest}, the model's longest position; got {ids.shape[1]}"
-        )
+    check_length(ids.shape[1])
     if samples is not None and len(ids) < samples:
         say(f"{source} holds {len(ids)} samples of {ids.shape[1]} tokens; {samples} were asked for")
     return ids

@@ -13,6 +13,22 @@ from transformers import PreTrainedModel
 from hfprune_fast.checkpoint import TINY_MODEL, load_tokenizer
 from hfprune_fast.cli import main
 
+_MEASURED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Note a figure that is printed after the tests, passed or not."""
+    lines = request.config.stash.setdefault(_MEASURED, [])
+    return lambda line: lines.append(line)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    lines = config.stash.get(_MEASURED, [])
+    if lines:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(lines))
+
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:

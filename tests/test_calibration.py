@@ -97,6 +97,41 @@ def test_a_long_file_gives_windows_from_all_over_it(tmp_path: Path, tokenizer: A
     assert max(numbers) - min(numbers) > 5_000
 
 
+def test_jsonl_lines_end_at_line_feeds_alone(tmp_path: Path, tokenizer: Any) -> None:
+    """U+2028 and U+0085 end lines for str.splitlines, not in JSON; BOM and CRLF are common."""
+    text = "one\u2028two\u0085three\x0bfour " + words(20)
+    path = tmp_path / "a.JSONL"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n" + line.encode() + b"\n")
+    got = windows(path, tokenizer, samples=None)
+    once = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    stream = 2 * [*once, tokenizer.eos_token_id]
+    assert got.flatten().tolist() == stream[: got.numel()]
+
+
+def test_tokenizer_without_bos_and_eos(tmp_path: Path, tokenizer: Any) -> None:
+    class Plain:
+        bos_token_id = None
+        eos_token_id = None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    path = tmp_path / "a.txt"
+    path.write_text(words(60))
+    got = windows(path, Plain(), samples=None)
+    assert got.flatten().tolist() == Plain()(words(60))["input_ids"][: got.numel()]
+
+
+def test_documents_are_drawn_from_the_whole_source(tmp_path: Path, tokenizer: Any) -> None:
+    """Tokenising stops early in a large source; what it read is not simply its beginning."""
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{i} " * 40}) for i in range(400)))
+    text = " ".join(tokenizer.batch_decode(windows(path, tokenizer, samples=4)))
+    numbers = {int(n) for n in re.findall(r"\b\d+\b", text)}
+    assert max(numbers) > 200
+
+
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     asked: list[Any] = []
@@ -151,6 +186,11 @@ def test_npy_of_another_length(tmp_path: Path) -> None:
         ("short.txt", b"too short", r"holds \d+ tokens, but one sample takes 16; give more text"),
         ("bad.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("bad.jsonl", b'{"text": "a"', "bad.jsonl:1 is not JSON"),
+        ("deep.jsonl", b"[" * 200_000, "deep.jsonl:1 is not JSON"),
+        ("digits.jsonl", b'{"text": ' + b"9" * 6000 + b"}", "digits.jsonl:1 is not JSON"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1 has half a surrogate pair"),
+        ("archive.npy", b"PK\x03\x04", "not a .npy file"),
+        ("header.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (-1,)}\n", "not a .npy file"),
         ("field.jsonl", b'{"content": "a"}', 'field.jsonl:1 has no string field "text"'),
         ("null.jsonl", b'{"text": "a"}\n{"text": null}', 'null.jsonl:2 has no string field "text"'),
         ("text.md", b"words", "is not a calibration source"),

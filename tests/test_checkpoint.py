@@ -12,7 +12,7 @@ from truth import tiny_model
 
 from hfprune_fast import checkpoint
 from hfprune_fast.architectures import size_of
-from hfprune_fast.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, UnsupportedModelError
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -192,6 +192,59 @@ def test_config_with_nonsense_values(llama_dir: Path) -> None:
         checkpoint.model_size(llama_dir)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": ["llama"]},
+        {"architectures": 5, "model_type": "gpt2"},
+        {"architectures": "G", "model_type": None},
+        {"quantization_config": "gptq"},
+        {"hidden_act": "nope"},
+        {"intermediate_size": "96"},
+        {"num_attention_heads": 0},
+        {"rope_parameters": {"rope_type": "zzz"}},
+    ],
+)
+def test_config_values_of_the_wrong_kind(llama_dir: Path, changes: dict[str, Any]) -> None:
+    change_config(llama_dir, **changes)
+    with pytest.raises(HFPruneError) as raised:
+        checkpoint.model_size(llama_dir)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_config_that_is_deeper_than_a_parser(llama_dir: Path) -> None:
+    (llama_dir / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        checkpoint.read_config(llama_dir)
+
+
+def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
+    change_config(llama_dir, quantization_config=None)
+    checkpoint.load_model(llama_dir, device="cpu")
+
+
+def test_tied_head_that_is_stored_and_differs(llama_dir: Path) -> None:
+    change_config(llama_dir, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"yet lm_head.weight differs from .*embed_tokens"):
+        checkpoint.check_tensors(llama_dir)
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change_tensors(llama_dir, tie)
+    checkpoint.check_tensors(llama_dir)
+    checkpoint.load_model(llama_dir, device="cpu")
+
+
+@pytest.mark.parametrize("config_dtype", ["float16", "bfloat16", "float64", None])
+def test_auto_dtype_is_that_of_the_weights(llama_dir: Path, config_dtype: str | None) -> None:
+    change_config(llama_dir, dtype=config_dtype)
+    model = checkpoint.load_model(llama_dir, device="cpu")
+    assert model.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, random_llama().lm_head.weight)
+
+
 def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert checkpoint.find_model("demo") == checkpoint.TINY_MODEL
@@ -211,15 +264,24 @@ def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_fingerprint_tells_siblings_apart(save_checkpoint: Callable[..., Path]) -> None:
     model = random_llama()
     first = checkpoint.fingerprint(save_checkpoint(model, "a"))
-    assert checkpoint.fingerprint(save_checkpoint(model, "b")) == first
+    assert checkpoint.fingerprint(save_checkpoint(model, "b", max_shard_size="50KB")) == first
     with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[-1, -1] += 1e-3
+        model.model.layers[2].mlp.down_proj.weight[40:45] += 1e-3
     assert checkpoint.fingerprint(save_checkpoint(model, "c")) != first
 
 
+def test_fingerprint_knows_the_configuration(llama_dir: Path) -> None:
+    before = checkpoint.fingerprint(llama_dir)
+    change_config(llama_dir, transformers_version="9.9", use_cache=False)
+    assert checkpoint.fingerprint(llama_dir) == before
+    change_config(llama_dir, rms_norm_eps=0.5)
+    assert checkpoint.fingerprint(llama_dir) != before
+
+
 def test_unknown_device() -> None:
-    with pytest.raises(ArgumentError, match="device 'nonsense'"):
-        checkpoint.torch_device("nonsense")
+    for device in ("nonsense", "meta", "mps"):
+        with pytest.raises(ArgumentError, match=f"device '{device}' cannot be used here"):
+            checkpoint.torch_device(device)
     if not torch.cuda.is_available():
         with pytest.raises(ArgumentError, match="device 'cuda'"):
             checkpoint.torch_device("cuda")

@@ -16,7 +16,9 @@ from checkpoints import random_llama
 from safetensors.torch import load_file, save_file
 
 import hfprune_fast as hf
+from hfprune_fast import cli
 from hfprune_fast.checkpoint import TINY_MODEL
+from hfprune_fast.errors import CheckpointError
 
 Hfprune = Callable[..., Any]
 
@@ -275,6 +277,84 @@ def test_output_exists(
     assert_refused(hfprune(*scoring), "exists; --force")
 
 
+def test_score_never_overwrites_what_it_reads(
+    llama_dir: Path, text_file: Path, hfprune: Hfprune
+) -> None:
+    weights, text = (llama_dir / "model.safetensors").read_bytes(), text_file.read_bytes()
+    for out in (llama_dir / "model.safetensors", llama_dir / "new", text_file):
+        run = hfprune("score", llama_dir, "--calibration", text_file, "--out", out, "--force")
+        assert_refused(run, "which are never written to")
+    assert (llama_dir / "model.safetensors").read_bytes() == weights
+    assert text_file.read_bytes() == text
+    assert not (llama_dir / "new").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError("too much"), torch.OutOfMemoryError("CUDA: no")])
+def test_out_of_memory_says_what_to_do(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune,
+    monkeypatch: pytest.MonkeyPatch, error: Exception,
+) -> None:  # fmt: skip
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("hfprune_fast.scoring._score_batch", full)
+    run = hfprune("score", llama_dir, "--calibration", text_file, "--out", tmp_path / "s")
+    assert_refused(run, "out of memory; try a smaller --batch-size or --seq-len")
+
+
+def test_activations_that_overflow_are_told_on_the_last_line(
+    save_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    model = random_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+    run = hfprune(
+        "score", save_checkpoint(model), "--calibration", text_file, "--out", tmp_path / "s"
+    )
+    assert_refused(run, "NaN or inf in the MLP activations of layer 1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", 0], "batch_size must be at least 1"),
+        (["--samples", 0], "samples must be at least 1"),
+        (["--seq-len", 0], "seq_len must be at least 1"),
+        (["--seq-len", 10**6], "seq_len must be at most 128"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--dtype", "float16"], "'float16' is not one of"),
+    ],
+)
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+def test_bad_running_flags(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune, command: str,
+    flags: list[Any], message: str,
+) -> None:  # fmt: skip
+    arguments = {
+        "score": ["score", llama_dir, "--calibration", text_file, "--out", tmp_path / "s"],
+        "evaluate": ["evaluate", llama_dir, llama_dir, "--text", text_file],
+    }
+    assert_refused(hfprune(*arguments[command], *flags), message)
+
+
+def test_a_folder_called_demo_does_not_change_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    scored: list[Any] = []
+
+    def score(model: Any, text: Any, **_: Any) -> None:
+        scored.extend([model, text])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hfprune_fast.pipeline.score", score)
+    with pytest.raises(SystemExit):
+        cli.main(["demo"])
+    assert scored == [TINY_MODEL, TINY_MODEL / "calibration.txt"]
+
+
 @pytest.mark.parametrize("place", ["", "sub", ".."])
 def test_output_overlaps_source(
     llama_dir: Path, scores_file: Path, hfprune: Hfprune, place: str
@@ -317,11 +397,8 @@ def test_scores_survive_an_output_that_fails(
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    from hfprune_fast.cli import main
-    from hfprune_fast.errors import CheckpointError
-
     with pytest.raises(CheckpointError):
-        main(["plan", str(tmp_path / "nowhere"), "--prune-ratio", "0.1", "--debug"])
+        cli.main(["plan", str(tmp_path / "nowhere"), "--prune-ratio", "0.1", "--debug"])
 
 
 def test_help_and_version(hfprune: Hfprune) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import random_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from truth import forward, tiny_model
 
 import hfprune_fast as hf
 from hfprune_fast import checkpoint, compaction
-from hfprune_fast.errors import ArgumentError, CheckpointError, OutputError
+from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError, OutputError
 
 
 def some_keep(layers: int = 3, dense: int = 96, width: int = 61) -> dict[int, torch.Tensor]:
@@ -170,6 +170,114 @@ def test_output_that_exists(llama_dir: Path, tmp_path: Path) -> None:
     assert snapshot(out) == old
     hf.prune_checkpoint(llama_dir, out, some_keep(width=20), force=True)
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 20
+
+
+def test_force_replaces_only_what_pruning_writes(llama_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hf.prune_checkpoint(llama_dir, out, some_keep())
+    for name in ("calibration.txt", "pytorch_model.bin", "checkpoint-500/model.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        with pytest.raises(OutputError, match=f"it holds {name.split('/')[0]}"):
+            hf.prune_checkpoint(llama_dir, out, some_keep(), force=True)
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    (out / "checkpoint-500").rmdir()
+    (out / "hfprune.json").unlink()  # now it may be anybody's model
+    with pytest.raises(OutputError, match=r"it has no hfprune\.json"):
+        hf.prune_checkpoint(llama_dir, out, some_keep(), force=True)
+
+
+def test_two_runs_to_one_output(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", shutil.copyfile
+
+    def another_run_ends_first(source: Path, target: Path) -> None:
+        monkeypatch.setattr(shutil, "copyfile", real)
+        out.mkdir()
+        (out / "config.json").write_text("the other's")
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", another_run_ends_first)
+    with pytest.raises(OutputError, match="cannot write"):
+        hf.prune_checkpoint(llama_dir, out, some_keep())
+    assert (out / "config.json").read_text() == "the other's"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_output_by_roundabout_paths(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "to_real").symlink_to(real)
+    hf.prune_checkpoint(llama_dir, tmp_path / "to_real", some_keep())
+    assert (tmp_path / "to_real").is_symlink()
+    assert (real / "config.json").exists()
+    hf.prune_checkpoint(llama_dir, real / ".." / "real", some_keep(width=9), force=True)
+    assert json.loads((real / "config.json").read_text())["intermediate_size"] == 9
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    for out in (".", "", "../empty"):
+        with pytest.raises(OutputError, match="current folder"):
+            hf.prune_checkpoint(llama_dir, out, some_keep())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "model", "real", "to_real"]
+
+
+def test_chat_templates_are_carried_over(llama_dir: Path, tmp_path: Path) -> None:
+    (llama_dir / "chat_template.jinja").write_text("one")
+    (llama_dir / "additional_chat_templates").mkdir()
+    (llama_dir / "additional_chat_templates" / "tool.jinja").write_text("two")
+    hf.prune_checkpoint(llama_dir, tmp_path / "out", some_keep())
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "one"
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "two"
+
+
+def test_the_shipped_model_by_name(tmp_path: Path) -> None:
+    result = hf.prune_checkpoint("demo", tmp_path / "out", some_keep(4, 384, 300))
+    assert result["intermediate_size"] == 300
+    assert "300 of 384" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.__delitem__("model.layers.1.mlp.up_proj.weight"),
+            "lacks the tensor .*up_proj",
+        ),
+        (
+            lambda t: t.update({"model.layers.3.x": torch.zeros(2)}),
+            "does not know: model.layers.3.x",
+        ),
+        (lambda t: t["model.norm.weight"].fill_(torch.nan), r"model\.norm\.weight holds NaN"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
+            "model.norm.weight in I8, expected one of F64, .*is it quantised",
+        ),
+    ],
+)
+def test_source_that_is_not_what_its_config_says(
+    llama_dir: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    tensors = load_file(llama_dir / "model.safetensors")
+    change(tensors)
+    save_file(tensors, llama_dir / "model.safetensors", {"format": "pt"})
+    with pytest.raises((CheckpointError, NumericsError), match=message):
+        hf.prune_checkpoint(llama_dir, tmp_path / "out", some_keep())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_keep_may_be_lists(llama_dir: Path, tmp_path: Path) -> None:
+    keep = {layer: indices.tolist() for layer, indices in some_keep().items()}
+    hf.prune_checkpoint(llama_dir, tmp_path / "out", keep)  # type: ignore[arg-type]
+    model = random_llama()
+    hf.prune(model, keep)  # type: ignore[arg-type]
+    assert model.config.intermediate_size == 61
+    with pytest.raises(ArgumentError, match="got a list"):
+        hf.prune(model, [[1, 2]])  # type: ignore[arg-type]
 
 
 def test_force_does_not_remove_what_is_no_model(llama_dir: Path, tmp_path: Path) -> None:

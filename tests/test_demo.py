@@ -1,3 +1,5 @@
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,24 @@ def test_entropy_beats_magnitude_and_random(result: dict[str, Any]) -> None:
     assert kl["entropy"] > 0
     assert kl["magnitude"] > 1.2 * kl["entropy"]
     assert kl["random"] > 1.2 * kl["entropy"]
+
+
+def test_dense_loss_is_in_the_range_that_training_states(result: dict[str, Any]) -> None:
+    training = json.loads((TINY_MODEL / "training.json").read_text())
+    low, high = training["heldout_range_nats"]
+    assert low < math.log(result["fidelity"]["dense"]["ppl_dense"]) < high
+
+
+def test_readme_table_is_what_the_demo_prints(result: dict[str, Any]) -> None:
+    """Within 2 %: other machines round bf16 in other places."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = {"entropy": "by entropy", "magnitude": "by weight magnitude", "random": "at random"}
+    for name, title in rows.items():
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| pruned {title}")]
+        kl, ppl = (float(cell.strip(" *")) for cell in line.split("|")[3:5])
+        row = result["fidelity"][name]
+        assert kl == pytest.approx(row["kl_nats"], rel=0.02)
+        assert ppl == pytest.approx(row["ppl_pruned"], rel=0.02)
 
 
 def test_a_fifth_of_the_neurons_is_gone(result: dict[str, Any]) -> None:

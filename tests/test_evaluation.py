@@ -7,7 +7,12 @@ from truth import forward, kl_nats, tiny_model
 
 import hfprune_fast as hf
 from hfprune_fast import evaluation
-from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
+from hfprune_fast.errors import (
+    ArgumentError,
+    CalibrationError,
+    NumericsError,
+    UnsupportedModelError,
+)
 
 
 def test_matches_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +43,13 @@ def test_a_model_agrees_with_itself() -> None:
     assert got.ppl_dense == got.ppl_pruned
 
 
+def test_models_are_evaluated_and_left_as_found() -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    got = hf.evaluate(model, model, torch.arange(60).view(3, 20))  # one (N, T) tensor
+    assert (got.kl_nats, got.tokens) == (0.0, 60)
+    assert all(module.training for module in model.modules())
+
+
 def test_bad_input() -> None:
     model = tiny_model("llama")
     with pytest.raises(CalibrationError, match="no token batches"):
@@ -46,7 +58,16 @@ def test_bad_input() -> None:
         hf.evaluate(model, model, [torch.zeros(3, 1, dtype=torch.int64)])
     with pytest.raises(ArgumentError, match="share a vocabulary, got 127 and 130"):
         hf.evaluate(model, tiny_model("llama", vocab_size=130), [])
+    for batch in (torch.tensor([[0, 127]]), torch.tensor([[0, -1]]), torch.zeros(1, 4)):
+        with pytest.raises(CalibrationError, match="must be"):
+            hf.evaluate(model, model, [batch])
+    with pytest.raises(UnsupportedModelError, match="got str"):
+        hf.evaluate("demo", model, [])  # type: ignore[arg-type]
+    ids = torch.zeros(1, 4, dtype=torch.int64)
     broken = tiny_model("llama")
     broken.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(NumericsError, match="NaN"):
-        hf.evaluate(model, broken, [torch.zeros(1, 4, dtype=torch.int64)])
+    with pytest.raises(NumericsError, match=r"tensor model\.norm\.weight holds NaN"):
+        hf.evaluate(model, broken, ids)
+    broken.model.norm.weight.fill_(1e300)
+    with pytest.raises(NumericsError, match="in the logits"):
+        hf.evaluate(model, broken, ids)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from eager import eager_scores
+from exact import make_float64_exact
 from tolerances import assert_no_worse, keep_differences_inside_band, relative_error
 from torch import Tensor
 from truth import entropy, forward, kl_nats, scores, tiny_model
@@ -87,17 +88,7 @@ def test_equals_transformers_once_its_fp32_is_replaced(
     # float64 roundings is left: this sees what 1e-5 cannot, an eps or an fp32 of our own.
     model, sequences = tiny_model(family, tied=tied), random_ids(2, 32)
 
-    def norm(self: Any, h: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(h, h.shape[-1:], self.weight, self.variance_epsilon)
-
-    def rope(self: Any, h: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        head_dim = 2 * len(self.inv_freq)
-        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        angles = position_ids[..., None] / self.config.rope_parameters["rope_theta"] ** pairs
-        return angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
-
-    monkeypatch.setattr(type(model.model.norm), "forward", norm)
-    monkeypatch.setattr(type(model.model.rotary_emb), "forward", rope)
+    make_float64_exact(model, monkeypatch)
     expected = model(sequences[:1], use_cache=False).logits[0]
     logits = forward(model.state_dict(), model.config, sequences[0]).logits.detach()
     assert relative_error(logits.flatten(), expected.flatten()) < 1e-13

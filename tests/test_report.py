@@ -1,0 +1,45 @@
+from typing import Any
+
+import pytest
+
+from hfprune_fast.architectures import ModelSize
+from hfprune_fast.report import human_bytes, model_card, text_table
+
+
+def test_table_is_aligned() -> None:
+    table = text_table(("", "KL"), [("dense", "0"), ("at random", "12.5")])
+    assert table == "             KL\n---------  ----\ndense         0\nat random  12.5"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (14 << 30, "14.0 GiB"),
+        (5 << 50, "5120.0 TiB"),
+    ],
+)
+def test_human_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_model_card() -> None:
+    size = ModelSize("llama", 2, 8, 100, 10_000, 9_000, 24)
+    record: dict[str, Any] = {"base_model": "org/name", "achieved": size.pruned_to(80)}
+    card = model_card(record)
+    assert card.startswith("---\nlibrary_name: transformers\nbase_model: org/name\n")
+    assert "| MLP neurons a layer | 80 of 100 |" in card
+    assert "| parameters | 9,040 of 10,000 |" in card
+    assert "calibration" not in card
+    record |= {
+        "base_model": "local",
+        "asked": {"statistic": "l2"},
+        "provenance": {"samples": 3, "tokens": 96, "calibration": {"source": "a.txt"}},
+    }
+    card = model_card(record)
+    assert "base_model:" not in card  # a folder's name is no hub name
+    assert "| ranked by | output entropy, statistic `l2` |" in card
+    assert "| calibration size | 3 samples, 96 tokens |" in card
+    assert model_card({**record, "provenance": {"calibration": "edited by hand"}})
