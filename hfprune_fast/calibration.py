@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfprune_fast.checkpoint import TINY_MODEL, build_config, load_tokenizer
+from hfprune_fast.checkpoint import TINY_MODEL
 from hfprune_fast.errors import ArgumentError, CalibrationError, one_line
+from hfprune_fast.loading import build_config, load_tokenizer
 from hfprune_fast.report import say
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A model folder on disk: found, read without trust, and loaded whole or not at all.
+"""A model folder on disk: found, and read without trust.
 
 Only safetensors are read; nothing is ever unpickled and no code that came with a model is run.
 """
@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hfprune_fast.architectures import ModelSize, family_of, size_of
-from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, one_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from hfprune_fast.architectures import family_of
+from hfprune_fast.errors import CheckpointError, one_line
 
 TINY_MODEL = Path(__file__).parent / "tiny"
 
@@ -32,9 +27,6 @@ _WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What `from_pretrained` needs; nothing else is downloaded.
 _HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-# Buffers that old LLaMA checkpoints carry and transformers computes itself.
-_FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
-_IGNORED_TENSOR = re.compile(r".*rotary_emb\.inv_freq")
 _FINGERPRINT_ROWS = 16
 # What changes when a checkpoint is saved again, but not what it computes.
 _CONFIG_NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "use_cache"}
@@ -114,74 +106,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
-
-
-def model_size(folder: Path) -> ModelSize:
-    """Count parameters from config.json alone."""
-    return size_of(_meta_model(folder))
-
-
-def _meta_model(folder: Path) -> PreTrainedModel:
-    config = build_config(folder)
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"), _one_line_errors(f"{folder}/config.json does not make a model"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
-
-
-def check_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Return the headers of a checkpoint whose tensors are exactly those of its config.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, of another shape or not floating-point.
-    """
-    headers = tensor_headers(folder)
-    model = _meta_model(folder)
-    family = family_of(read_config(folder))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if not any(name.startswith(f"{family.decoder}.") for name in headers):  # saved as base model
-        expected = {n.removeprefix(f"{family.decoder}."): shape for n, shape in expected.items()}
-    stored = {name: info for name, info in headers.items() if not _IGNORED_TENSOR.fullmatch(name)}
-    head = f"{family.head}.weight"
-    if model.config.tie_word_embeddings and head not in stored:
-        del expected[head]
-    for problem, names in (
-        ("lacks the tensor", expected.keys() - stored.keys()),
-        ("has a tensor that its architecture does not know:", stored.keys() - expected.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{folder} {problem} {min(names)}{more}")
-    for name, info in stored.items():
-        if info.shape != expected[name]:
-            raise CheckpointError(
-                f"{folder} has a tensor whose shape is not its config's: {name} is {info.shape}, "
-                f"expected {expected[name]}"
-            )
-        if info.dtype not in _FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{folder} has {name} in {info.dtype}, expected one of {', '.join(_FLOAT_DTYPES)}; "
-                "is it quantised?"
-            )
-    if model.config.tie_word_embeddings and head in stored:
-        # transformers unties a head that is stored beside the embedding and differs from it.
-        embedding = next(name for name in stored if name.endswith("embed_tokens.weight"))
-        weights = [read_tensor(folder, headers, name) for name in (head, embedding)]
-        if not torch.equal(weights[0], weights[1]):
-            raise CheckpointError(
-                f"{folder} ties its head to the embedding, yet {head} differs from {embedding}; "
-                "set tie_word_embeddings to false in its config.json"
-            )
-    return headers
-
-
-def build_config(folder: Path) -> Any:
-    """Return the transformers config of a folder that `read_config` accepts."""
-    read_config(folder)
-    from transformers import AutoConfig
-
-    with _one_line_errors(f"{folder}/config.json is not a valid configuration"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -282,76 +206,3 @@ def _sample(view: Any) -> bytes:
     for row in rows:
         digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.digest()
-
-
-def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load a checkpoint for inference, or raise CheckpointError; never half of it.
-
-    Args:
-        folder: a model folder.
-        dtype: "auto" (that of most of the checkpoint's parameters, but float32 for float16, whose
-            gradients would underflow) or "float32", "bfloat16", "float64".
-        device: "auto" (cuda where there is one) or any torch device.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape; a shard is damaged.
-        ArgumentError: an unknown or absent device.
-    """
-    headers = check_tensors(folder)
-    config = build_config(folder)
-    target = torch_device(device)
-    from transformers import AutoModelForCausalLM
-
-    if dtype == "auto":
-        dtype = _dtype_to_run_in(headers)
-    with _one_line_errors(f"{folder} cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    return model.eval().requires_grad_(False).to(target)  # type: ignore[no-any-return]
-
-
-def _dtype_to_run_in(headers: Mapping[str, TensorInfo]) -> str:
-    elements = Counter[str]()
-    for info in headers.values():
-        elements[info.dtype] += math.prod(info.shape)
-    most = elements.most_common(1)[0][0] if elements else "F32"
-    return {"F64": "float64", "BF16": "bfloat16"}.get(most, "float32")
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    with _one_line_errors(f"{folder} has no tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def torch_device(device: str) -> torch.device:
-    """Resolve "auto" and check that the device exists."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device {device!r} cannot be used here: {one_line(error)}") from None
-    if target.type in ("meta", "mps"):  # mps has no float64, in which scores are added
-        raise ArgumentError(f"device {device!r} cannot be used here; use cpu or cuda")
-    return target
-
-
-@contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
-    """Turn what transformers raises over a bad folder into one line."""
-    try:
-        yield
-    except HFPruneError:
-        raise
-    except Exception as error:  # it raises a dozen classes, some of them its dependencies'
-        raise CheckpointError(f"{what}: {one_line(error)}") from error

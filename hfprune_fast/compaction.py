@@ -21,15 +21,14 @@ from hfprune_fast.architectures import family_of, neuron_axis, parts_of
 from hfprune_fast.checkpoint import (
     INDEX,
     TensorInfo,
-    check_tensors,
     display_name,
     find_model,
-    model_size,
     open_tensors,
     read_config,
     weight_files,
 )
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
+from hfprune_fast.loading import check_tensors, model_size
 from hfprune_fast.output import check_writable, whole_folder
 from hfprune_fast.report import model_card
 

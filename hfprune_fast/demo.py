@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hfprune_fast import checkpoint, compaction, evaluation, pipeline, report, selection
+from hfprune_fast import checkpoint, compaction, evaluation, loading, pipeline, report, selection
 from hfprune_fast.architectures import parts_of
 from hfprune_fast.calibration import windows_for
 
@@ -42,8 +42,8 @@ def run(
             progress=True,
         )
         achieved = pipeline.prune_to(source, folder, table, prune_ratio=prune_ratio, force=force)
-        pruned = checkpoint.load_model(folder, device="cpu")
-    dense = checkpoint.load_model(source, device="cpu")
+        pruned = loading.load_model(folder, device="cpu")
+    dense = loading.load_model(source, device="cpu")
     held_out = windows_for(source, source / "heldout.txt", SEQ_LEN, None, 0)
     batches = held_out.split(_BATCH_SIZE)
     width = achieved["intermediate_size"]

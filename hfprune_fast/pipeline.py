@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from hfprune_fast import architectures, checkpoint, compaction, evaluation, output, selection
+from hfprune_fast import (
+    architectures,
+    checkpoint,
+    compaction,
+    evaluation,
+    loading,
+    output,
+    selection,
+)
 from hfprune_fast._version import __version__
 from hfprune_fast.calibration import DEFAULT_SEQ_LEN, windows_for
 from hfprune_fast.errors import ArgumentError, OutputError, ScoresFileError
@@ -55,7 +63,7 @@ def score(
         seq_len: tokens a sequence; 1024, or the model's longest if that is less.
         seed: which documents and windows are drawn from a source.
         batch_size: sequences that run at once; the scores do not depend on it but for rounding.
-        device, dtype: where and in what a model given by path runs, see `checkpoint.load_model`.
+        device, dtype: where and in what a model given by path runs, see `loading.load_model`.
         progress: show a bar on stderr.
 
     Returns:
@@ -93,7 +101,7 @@ def score(
     if folder is None:
         model: Any = model_or_path
     else:
-        model = checkpoint.load_model(folder, dtype=dtype, device=device)
+        model = loading.load_model(folder, dtype=dtype, device=device)
     with _bar(batches, "scoring", progress) as shown:
         scored = score_batches(model, shown)
     provenance |= {
@@ -129,8 +137,8 @@ def check_prune(
 ) -> None:
     """Raise what `prune_to` would refuse of its model, output and budget, before any work."""
     folder = checkpoint.find_model(model)
-    checkpoint.check_tensors(folder)
-    size = checkpoint.model_size(folder)
+    loading.check_tensors(folder)
+    size = loading.model_size(folder)
     width = selection.target_width(size, round_to=round_to, **budget)  # type: ignore[arg-type]
     dense_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
     needed_bytes = dense_bytes * size.params_at(width) // size.total_params
@@ -164,7 +172,7 @@ def prune_to(
 def check_table(table: ImportanceTable, model: str | Path) -> None:
     """Refuse a table that was scored on another model."""
     folder = checkpoint.find_model(model)
-    size = checkpoint.model_size(folder)
+    size = loading.model_size(folder)
     theirs, ours = asdict(table.model), asdict(size)
     differing = [
         f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]
@@ -178,7 +186,7 @@ def check_table(table: ImportanceTable, model: str | Path) -> None:
         same = scored == checkpoint.fingerprint(folder)
     else:
         # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
-        headers = checkpoint.check_tensors(folder)
+        headers = loading.check_tensors(folder)
         last = f".{size.num_layers - 1}.{architectures.FAMILIES[size.model_type].down}.weight"
         down = checkpoint.read_tensor(folder, headers, next(n for n in headers if n.endswith(last)))
         same = torch.allclose(column_norms(down), table.down_norm[-1], rtol=2**-8)
@@ -207,7 +215,7 @@ def evaluate_paths(
         raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
     folders = [checkpoint.find_model(dense), checkpoint.find_model(pruned)]
     windows = windows_for(folders[0], source, seq_len, samples, seed)
-    models = [checkpoint.load_model(f, dtype=dtype, device=device) for f in folders]
+    models = [loading.load_model(f, dtype=dtype, device=device) for f in folders]
     with _bar(windows.split(batch_size), "evaluating", progress) as shown:
         return evaluation.evaluate(models[0], models[1], shown)
 
@@ -221,8 +229,8 @@ def plan(
     layer, and 4 · seq_len · heads · head_dim a layer for attention's two products.
     """
     folder = checkpoint.find_model(model, config_only=True)
-    size = checkpoint.model_size(folder)
-    config = checkpoint.build_config(folder)
+    size = loading.model_size(folder)
+    config = loading.build_config(folder)
     width = selection.target_width(size, round_to=round_to, **budget)  # type: ignore[arg-type]
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, config.max_position_embeddings)

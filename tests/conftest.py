@@ -10,8 +10,9 @@ import pytest
 from checkpoints import random_llama
 from transformers import PreTrainedModel
 
-from hfprune_fast.checkpoint import TINY_MODEL, load_tokenizer
+from hfprune_fast.checkpoint import TINY_MODEL
 from hfprune_fast.cli import main
+from hfprune_fast.loading import load_tokenizer
 
 _MEASURED = pytest.StashKey[list[str]]()
 

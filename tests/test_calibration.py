@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hfprune_fast.calibration import _DOCUMENT_CHARS, token_windows
-from hfprune_fast.checkpoint import TINY_MODEL, load_tokenizer
+from hfprune_fast.checkpoint import TINY_MODEL
 from hfprune_fast.errors import ArgumentError, CalibrationError
+from hfprune_fast.loading import load_tokenizer
 
 WORDS = ["the", "module", "returns", "a", "string", "and", "raises", "when", "value", "is", "not"]
 

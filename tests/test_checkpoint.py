@@ -10,7 +10,7 @@ from checkpoints import random_llama
 from safetensors.torch import load_file, save_file
 from truth import tiny_model
 
-from hfprune_fast import checkpoint
+from hfprune_fast import checkpoint, loading
 from hfprune_fast.architectures import size_of
 from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, UnsupportedModelError
 
@@ -34,18 +34,18 @@ def test_loads_what_save_pretrained_wrote(
     model = tiny_model(family, dtype=torch.bfloat16, tied=tied)
     folder = save_checkpoint(model, max_shard_size="30KB")
     assert len(checkpoint.weight_files(folder)) > 2
-    loaded = checkpoint.load_model(folder, device="cpu")
+    loaded = loading.load_model(folder, device="cpu")
     assert loaded.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in loaded.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert checkpoint.model_size(folder) == size_of(model)
-    assert checkpoint.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
+    assert loading.model_size(folder) == size_of(model)
+    assert loading.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
 
 
 def test_float16_runs_in_float32(save_checkpoint: Callable[..., Path]) -> None:
     folder = save_checkpoint(random_llama().half())
-    assert checkpoint.load_model(folder, device="cpu").dtype == torch.float32
+    assert loading.load_model(folder, device="cpu").dtype == torch.float32
 
 
 def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:
@@ -64,7 +64,7 @@ def test_old_rotary_buffers_are_tolerated(llama_dir: Path) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
     change_tensors(llama_dir, add)
-    checkpoint.load_model(llama_dir, device="cpu")
+    loading.load_model(llama_dir, device="cpu")
 
 
 def test_base_model_names_without_prefix(llama_dir: Path) -> None:
@@ -73,7 +73,7 @@ def test_base_model_names_without_prefix(llama_dir: Path) -> None:
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
     change_tensors(llama_dir, strip)
-    loaded = checkpoint.load_model(llama_dir, device="cpu")
+    loaded = loading.load_model(llama_dir, device="cpu")
     assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
 
 
@@ -102,7 +102,7 @@ def test_tensors_that_do_not_fit(
 ) -> None:
     change_tensors(llama_dir, change)
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load_model(llama_dir, device="cpu")
+        loading.load_model(llama_dir, device="cpu")
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, -1])
@@ -117,7 +117,7 @@ def test_hostile_header(llama_dir: Path) -> None:
     path = llama_dir / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
-        checkpoint.load_model(llama_dir)
+        loading.load_model(llama_dir)
 
 
 def test_missing_shard(save_checkpoint: Callable[..., Path]) -> None:
@@ -147,32 +147,32 @@ def test_pickled_weights_are_not_opened(llama_dir: Path) -> None:
     (llama_dir / "model.safetensors").unlink()
     (llama_dir / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
     with pytest.raises(CheckpointError, match=r"only pickled weights .*save_pretrained"):
-        checkpoint.load_model(llama_dir)
+        loading.load_model(llama_dir)
 
 
 def test_no_weights(llama_dir: Path) -> None:
     (llama_dir / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has neither"):
-        checkpoint.load_model(llama_dir)
+        loading.load_model(llama_dir)
 
 
 def test_quantised(llama_dir: Path) -> None:
     change_config(llama_dir, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(CheckpointError, match=r"quantised \(gptq\).*quantise the result"):
-        checkpoint.load_model(llama_dir)
+        loading.load_model(llama_dir)
 
 
 def test_unsupported_architecture_is_named(llama_dir: Path) -> None:
     change_config(llama_dir, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is not supported.*mistral"):
-        checkpoint.load_model(llama_dir)
+        loading.load_model(llama_dir)
 
 
 def test_remote_code_is_never_run(llama_dir: Path) -> None:
     flag = llama_dir / "ran"
     (llama_dir / "modeling_evil.py").write_text(f"open({str(flag)!r}, 'w')\n")
     change_config(llama_dir, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
-    checkpoint.load_model(llama_dir, device="cpu")  # the family's own class is used
+    loading.load_model(llama_dir, device="cpu")  # the family's own class is used
     assert not flag.exists()
 
 
@@ -189,7 +189,7 @@ def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
 def test_config_with_nonsense_values(llama_dir: Path) -> None:
     change_config(llama_dir, num_hidden_layers="three")
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        checkpoint.model_size(llama_dir)
+        loading.model_size(llama_dir)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_config_with_nonsense_values(llama_dir: Path) -> None:
 def test_config_values_of_the_wrong_kind(llama_dir: Path, changes: dict[str, Any]) -> None:
     change_config(llama_dir, **changes)
     with pytest.raises(HFPruneError) as raised:
-        checkpoint.model_size(llama_dir)
+        loading.model_size(llama_dir)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500
 
@@ -221,26 +221,26 @@ def test_config_that_is_deeper_than_a_parser(llama_dir: Path) -> None:
 
 def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
     change_config(llama_dir, quantization_config=None)
-    checkpoint.load_model(llama_dir, device="cpu")
+    loading.load_model(llama_dir, device="cpu")
 
 
 def test_tied_head_that_is_stored_and_differs(llama_dir: Path) -> None:
     change_config(llama_dir, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"yet lm_head.weight differs from .*embed_tokens"):
-        checkpoint.check_tensors(llama_dir)
+        loading.check_tensors(llama_dir)
 
     def tie(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     change_tensors(llama_dir, tie)
-    checkpoint.check_tensors(llama_dir)
-    checkpoint.load_model(llama_dir, device="cpu")
+    loading.check_tensors(llama_dir)
+    loading.load_model(llama_dir, device="cpu")
 
 
 @pytest.mark.parametrize("config_dtype", ["float16", "bfloat16", "float64", None])
 def test_auto_dtype_is_that_of_the_weights(llama_dir: Path, config_dtype: str | None) -> None:
     change_config(llama_dir, dtype=config_dtype)
-    model = checkpoint.load_model(llama_dir, device="cpu")
+    model = loading.load_model(llama_dir, device="cpu")
     assert model.dtype == torch.float32
     assert torch.equal(model.lm_head.weight, random_llama().lm_head.weight)
 
@@ -281,7 +281,7 @@ def test_fingerprint_knows_the_configuration(llama_dir: Path) -> None:
 def test_unknown_device() -> None:
     for device in ("nonsense", "meta", "mps"):
         with pytest.raises(ArgumentError, match=f"device '{device}' cannot be used here"):
-            checkpoint.torch_device(device)
+            loading.torch_device(device)
     if not torch.cuda.is_available():
         with pytest.raises(ArgumentError, match="device 'cuda'"):
-            checkpoint.torch_device("cuda")
+            loading.torch_device("cuda")

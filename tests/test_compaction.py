@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from truth import forward, tiny_model
 
 import hfprune_fast as hf
-from hfprune_fast import checkpoint, compaction
+from hfprune_fast import checkpoint, compaction, loading
 from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError, OutputError
 
 
@@ -54,7 +54,7 @@ def test_logits_equal_the_dense_model_with_removed_acts_at_zero(
     masked = forward(model.state_dict(), model.config, ids, alive=alive(keep)).logits
     folder = save_checkpoint(model, max_shard_size="200KB")
     hf.prune_checkpoint(folder, tmp_path / "out", keep)
-    from_disk = checkpoint.load_model(tmp_path / "out", device="cpu")
+    from_disk = loading.load_model(tmp_path / "out", device="cpu")
     hf.prune(model, keep)
     with torch.no_grad():
         in_memory, loaded = (m(ids[None]).logits[0] for m in (model, from_disk))

@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hfprune_fast import demo
-from hfprune_fast.checkpoint import TINY_MODEL, load_tokenizer
+from hfprune_fast.checkpoint import TINY_MODEL
+from hfprune_fast.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from truth import forward
 
 import hfprune_fast as hf
-from hfprune_fast import checkpoint, pipeline
+from hfprune_fast import checkpoint, loading, pipeline
 from hfprune_fast.errors import ArgumentError, CalibrationError, ScoresFileError
 
 RELOAD = """
@@ -46,7 +46,7 @@ def test_pruned_checkpoint_in_another_process(
     # Not in the project's root: transformers would take kernels/ for the package of that name.
     subprocess.run([sys.executable, "-c", RELOAD, str(out), str(saved)], check=True, cwd=tmp_path)
     record = json.loads((out / "hfprune.json").read_text())
-    dense = checkpoint.load_model(folder, dtype="float32", device="cpu")
+    dense = loading.load_model(folder, dtype="float32", device="cpu")
     alive = torch.zeros(len(record["keep"]), dense.config.intermediate_size, dtype=torch.bool)
     for layer, kept in record["keep"].items():
         alive[int(layer), kept] = True
@@ -68,7 +68,7 @@ def test_one_scoring_run_serves_any_budget(
     ):
         out = tmp_path / str(number)
         result = pipeline.prune_to(llama_dir, out, loaded, **budget)
-        counted = sum(p.numel() for p in checkpoint.load_model(out, device="cpu").parameters())
+        counted = sum(p.numel() for p in loading.load_model(out, device="cpu").parameters())
         assert counted == result["params"]
         assert abs(result.get(next(iter(budget))) - next(iter(budget.values()))) < 0.01
 
@@ -132,7 +132,7 @@ def test_plan_counts_what_pruning_gives(llama_dir: Path, text_file: Path, tmp_pa
     assert {key: planned[key] for key in result if key in planned} == {
         key: value for key, value in result.items() if key in planned
     }
-    pruned = checkpoint.load_model(tmp_path / "out", device="cpu")
+    pruned = loading.load_model(tmp_path / "out", device="cpu")
     assert planned["weights_bytes"] == sum(p.nbytes for p in pruned.parameters())
     pruned.set_attn_implementation("eager")  # the counter does not see the fused one on a CPU
     with FlopCounterMode(display=False) as flops, torch.no_grad():
@@ -170,6 +170,6 @@ def test_text_that_is_too_short_is_refused_before_the_model_is_loaded(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "short.txt").write_text("one two three")
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("was loaded"))
     with pytest.raises(CalibrationError, match="give more text"):
         hf.score(llama_dir, tmp_path / "short.txt")

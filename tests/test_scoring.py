@@ -14,7 +14,7 @@ from truth import tiny_model
 
 import hfprune_fast as hf
 from hfprune_fast.calibration import windows_for
-from hfprune_fast.checkpoint import TINY_MODEL, load_model
+from hfprune_fast.checkpoint import TINY_MODEL
 from hfprune_fast.errors import (
     ArgumentError,
     CalibrationError,
@@ -22,6 +22,7 @@ from hfprune_fast.errors import (
     UnsupportedModelError,
 )
 from hfprune_fast.importance import STATISTICS
+from hfprune_fast.loading import load_model
 from hfprune_fast.scoring import score_batches
 from hfprune_fast.selection import keep_top
 

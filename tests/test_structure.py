@@ -11,14 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hfprune_fast"
 
 LEAVES = {
-    "_version",
-    "errors",
-    "architectures",
-    "checkpoint",
-    "forward",
-    "importance",
-    "output",
-    "report",
+    *("_version", "architectures", "checkpoint", "errors", "forward", "importance", "loading"),
+    *("output", "report"),
 }
 STAGES = {"calibration", "scoring", "selection", "compaction", "evaluation"}
 WHOLE_JOB = {"pipeline", "demo", "cli", "__init__", "__main__"}
@@ -101,10 +95,10 @@ def test_everything_runs_without_triton(tmp_path: Path) -> None:
 import sys
 sys.modules["triton"] = None  # import triton now raises ImportError
 import torch, hfprune_fast as hf
-from hfprune_fast import checkpoint
+from hfprune_fast import checkpoint, loading
 from hfprune_fast.kernels._triton import TRITON_VERSION
 assert TRITON_VERSION is None
-model = checkpoint.load_model(checkpoint.TINY_MODEL, device="cpu")
+model = loading.load_model(checkpoint.TINY_MODEL, device="cpu")
 table = hf.score(model, torch.arange(64).view(2, 32))
 assert table.provenance["versions"]["triton"] is None
 hf.prune(model, hf.select(table, prune_ratio=0.5))

@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from truth import tiny_model
 
-from hfprune_fast.checkpoint import TINY_MODEL, load_tokenizer
+from hfprune_fast.checkpoint import TINY_MODEL
+from hfprune_fast.loading import load_tokenizer
 
 
 def random_llama(**overrides: Any) -> PreTrainedModel:
