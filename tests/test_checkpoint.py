@@ -64,7 +64,8 @@ def test_old_rotary_buffers_are_tolerated(llama_dir: Path) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
     change_tensors(llama_dir, add)
-    loading.load_model(llama_dir, device="cpu")
+    loaded = loading.load_model(llama_dir, device="cpu")
+    assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
 
 
 def test_base_model_names_without_prefix(llama_dir: Path) -> None:
@@ -221,7 +222,7 @@ def test_config_that_is_deeper_than_a_parser(llama_dir: Path) -> None:
 
 def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
     change_config(llama_dir, quantization_config=None)
-    loading.load_model(llama_dir, device="cpu")
+    assert loading.load_model(llama_dir, device="cpu").config.intermediate_size == 96
 
 
 def test_tied_head_that_is_stored_and_differs(llama_dir: Path) -> None:
