@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) ->
 )
 @_calibration_samples
 @_running
-@click.option("--force", is_flag=True, help="Replace an existing model folder.")
+@click.option("--force", is_flag=True, help="Replace an earlier output.")
 @_common
 def prune(
     model: str,
@@ -208,7 +209,7 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
 @cli.command()
 @click.option("--out", type=Path, metavar="DIR", help="Keep the pruned model here.")
 @click.option("--prune-ratio", type=float, default=0.2, show_default=True)
-@click.option("--force", is_flag=True, help="Replace an existing model folder.")
+@click.option("--force", is_flag=True, help="Replace an earlier output.")
 @_common
 def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug: bool) -> None:
     """Do the whole job on the small model that ships with this package, offline."""
@@ -225,10 +226,10 @@ def _split(flags: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
 
 @contextmanager
 def _scores_saved_on_failure(table: ImportanceTable) -> Iterator[None]:
-    """Hours of scoring must not be lost to a full disk."""
+    """Hours of scoring must not be lost to a full disk or a late Ctrl-C."""
     try:
         yield
-    except Exception:
+    except BaseException:  # Ctrl-C too
         rescued = Path(tempfile.mkdtemp(prefix="hfprune-")) / "scores.safetensors"
         table.save(rescued)
         report.say(f"the scores are kept in {rescued}")
@@ -243,6 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `hfprune` command."""
     args = sys.argv[1:] if argv is None else argv
     debug = "--debug" in args
+    # So that `docker stop` and job schedulers leave no unfinished output either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not debug:  # libraries' warnings and retries must not hide the one line
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         for library in ("huggingface_hub", "datasets"):

@@ -25,9 +25,10 @@ from hfprune_fast.checkpoint import (
     find_model,
     open_tensors,
     read_config,
+    read_json_object,
     weight_files,
 )
-from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
+from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError, OutputError
 from hfprune_fast.loading import check_tensors, model_size
 from hfprune_fast.output import check_writable, whole_folder
 from hfprune_fast.report import model_card
@@ -87,7 +88,7 @@ def prune_checkpoint(
         source: a model folder, hub name or `demo`; it is only read.
         out: the folder to make. It appears under this name only when whole.
         keep: {layer: sorted int64 indices}, every layer, one width.
-        force: replace `out` if it is a model folder already.
+        force: replace `out` if all it holds was written by this function.
         record: added to hfprune.json: "asked" and "provenance", which the model card shows too.
 
     Returns:
@@ -116,7 +117,6 @@ def prune_checkpoint(
     with whole_folder(target, force) as partial:
         _write_json(partial / "config.json", {**read_config(folder), "intermediate_size": width})
         _write_weights(folder, headers, partial, keep)
-        _write_json(partial / RECORD, {**full_record, "keep": kept}, indent=None)
         (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
         for path in sorted(folder.iterdir()):
             replaced = path.name in _NOT_COPIED or path.name.endswith(_NOT_COPIED_SUFFIXES)
@@ -124,6 +124,8 @@ def prune_checkpoint(
                 shutil.copyfile(path, partial / path.name)
         if (folder / _TEMPLATES).is_dir():
             shutil.copytree(folder / _TEMPLATES, partial / _TEMPLATES)
+        files = sorted(_files_in(partial) | {RECORD})
+        _write_json(partial / RECORD, {**full_record, "files": files, "keep": kept}, indent=None)
     return achieved
 
 
@@ -142,19 +144,27 @@ def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: i
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise OutputError(f"out {out} exists and is not empty; --force replaces it")
-        others = sorted(p.name for p in out.iterdir() if not _may_be_replaced(p, source))
-        if others or not (out / RECORD).exists():
-            why = f"it holds {others[0]}" if others else f"it has no {RECORD}"
+        others = sorted(_files_in(out) - _files_written(out))
+        if others:
             raise OutputError(
-                f"out {out} is not just a pruned model ({why}); --force replaces nothing else"
+                f"out {out} holds {others[0]}, which hfprune did not write; --force replaces "
+                f"only what its {RECORD} lists"
             )
     check_writable(out, needed_bytes)
 
 
-def _may_be_replaced(path: Path, source: Path) -> bool:
-    """Whether a file of an existing output is one that pruning this source writes."""
-    ours = path.name in _NOT_COPIED or path.name.endswith((".safetensors", ".index.json"))
-    return ours or (source / path.name).exists()
+def _files_in(folder: Path) -> set[str]:
+    """Relative paths of all files and links in a folder, at any depth."""
+    paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def _files_written(out: Path) -> set[str]:
+    """What the record of an earlier output says was written into it."""
+    try:
+        return set(read_json_object(out / RECORD)["files"])
+    except (CheckpointError, KeyError, TypeError):
+        return set()
 
 
 def _check_keep(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,20 +33,31 @@ def check_writable(out: Path, needed_bytes: int = 0) -> None:
         )
 
 
-def leftovers(out: Path) -> list[Path]:
-    """Folders that runs killed before their end left beside `out`."""
-    return sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*"))
+def leftovers(out: Path) -> list[str]:
+    """Say what runs killed before their end left beside `out`, a line each."""
+    target = out.resolve()
+    what = {
+        "partial": "is left over from a run that was killed; it can be deleted",
+        "replaced": "is an earlier output; its replacement was killed: rename it back or delete it",
+    }
+    return [
+        f"{path} {text}"
+        for kind, text in what.items()
+        for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"))
+    ]
 
 
 @contextmanager
 def whole_folder(out: Path, force: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, or is removed on any error."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    # Not the process id, which is 1 for every run in a container.
+    run = uuid.uuid4().hex[:8]
+    partial = out.with_name(f".{out.name}.partial-{run}")
+    replaced = out.with_name(f".{out.name}.replaced-{run}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        for path in partial.iterdir():
+        for path in partial.rglob("*"):
             if path.is_file():
                 with path.open("rb+") as file:  # Windows syncs no read-only handle
                     os.fsync(file.fileno())

@@ -144,7 +144,7 @@ def check_prune(
     needed_bytes = dense_bytes * size.params_at(width) // size.total_params
     compaction.check_output_folder(Path(out), folder, force=force, needed_bytes=needed_bytes)
     for leftover in output.leftovers(Path(out)):
-        say(f"{leftover} is left over from a run that was killed; it can be deleted")
+        say(leftover)
 
 
 def prune_to(

@@ -68,8 +68,8 @@ library_name: transformers
 
 # {base_model.split("/")[-1]}, pruned
 
-The least important MLP neurons were cut out with hfprune_fast {__version__}, after HFPrune
-({PAPER}). The architecture is unchanged; only `intermediate_size` is smaller. No training followed.
+MLP neurons were cut out with hfprune_fast {__version__}, after HFPrune ({PAPER}). The
+architecture is unchanged; only `intermediate_size` is smaller. No training followed.
 
 | | |
 |---|---|

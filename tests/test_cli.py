@@ -415,7 +415,10 @@ def test_help_and_version(hfprune: Hfprune) -> None:
 PRUNE_DEMO = ["prune", "demo", "--calibration", "demo", "--samples", "32", "--prune-ratio", "0.2"]
 
 
-def test_ctrl_c_while_scoring_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_while_scoring_leaves_nothing(
+    tmp_path: Path, how: signal.Signals, code: int
+) -> None:
     command = [sys.executable, "-m", "hfprune_fast", *PRUNE_DEMO, "--out", "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
@@ -425,10 +428,11 @@ def test_ctrl_c_while_scoring_leaves_nothing(tmp_path: Path) -> None:
             assert character, seen
             seen += character
         time.sleep(0.2)  # the bar is being made
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "hfprune: interrupted; no unfinished output is left" in err.splitlines()
+    assert process.returncode == code, err
+    if how == signal.SIGINT:
+        assert "hfprune: interrupted; no unfinished output is left" in err.splitlines()
     assert list(tmp_path.iterdir()) == []
 
 

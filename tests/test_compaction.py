@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from truth import forward, tiny_model
 
 import hfprune_fast as hf
-from hfprune_fast import checkpoint, compaction, loading
+from hfprune_fast import checkpoint, compaction, loading, output
 from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError, OutputError
 
 
@@ -110,6 +110,7 @@ def test_everything_else_is_byte_identical(
     assert config == {**json.loads((folder / "config.json").read_text()), "intermediate_size": 61}
     record = json.loads((out / "hfprune.json").read_text())
     assert record["asked"] == {}
+    assert record["files"] == sorted(p.name for p in out.iterdir())
     assert record["keep"]["2"] == some_keep()[2].tolist()
     assert "61 of 96" in (out / "README.md").read_text()
     assert record["achieved"]["intermediate_size"] == 61
@@ -172,20 +173,42 @@ def test_output_that_exists(llama_dir: Path, tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 20
 
 
-def test_force_replaces_only_what_pruning_writes(llama_dir: Path, tmp_path: Path) -> None:
+def test_force_replaces_only_what_pruning_wrote(
+    llama_dir: Path, save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    (llama_dir / "LICENSE").write_text("theirs")
+    (llama_dir / "original").mkdir()
     out = tmp_path / "out"
     hf.prune_checkpoint(llama_dir, out, some_keep())
-    for name in ("calibration.txt", "pytorch_model.bin", "checkpoint-500/model.safetensors"):
+    others = save_checkpoint(random_llama(), "another", max_shard_size="100KB")
+    hf.prune_checkpoint(others, out, some_keep(), force=True)  # another source's files are ours too
+    for name in ("adapter_model.safetensors", "original/mine", ".git/HEAD", "pytorch_model.bin"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
-        with pytest.raises(OutputError, match=f"it holds {name.split('/')[0]}"):
+        with pytest.raises(OutputError, match=f"holds {name}, which hfprune did not write"):
             hf.prune_checkpoint(llama_dir, out, some_keep(), force=True)
         assert (out / name).read_text() == "mine"
         (out / name).unlink()
-    (out / "checkpoint-500").rmdir()
-    (out / "hfprune.json").unlink()  # now it may be anybody's model
-    with pytest.raises(OutputError, match=r"it has no hfprune\.json"):
+    (out / "link").symlink_to("nowhere")
+    with pytest.raises(OutputError, match="holds link"):
         hf.prune_checkpoint(llama_dir, out, some_keep(), force=True)
+    (out / "link").unlink()
+    for record in ("[]", "{}", '{"files": 3}'):  # now it may be anybody's model
+        (out / "hfprune.json").write_text(record)
+        with pytest.raises(OutputError, match="which hfprune did not write"):
+            hf.prune_checkpoint(llama_dir, out, some_keep(), force=True)
+
+
+def test_what_a_killed_run_left_is_said_and_not_touched(llama_dir: Path, tmp_path: Path) -> None:
+    for kind in ("partial", "replaced"):
+        (tmp_path / f".out.{kind}-1").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    said = output.leftovers(tmp_path / "link")
+    assert ["can be deleted" in line for line in said] == [True, False]
+    assert "rename it back" in said[1]
+    hf.prune_checkpoint(llama_dir, tmp_path / "out", some_keep())
+    assert (tmp_path / ".out.partial-1").is_dir()
+    assert (tmp_path / ".out.replaced-1").is_dir()
 
 
 def test_two_runs_to_one_output(
@@ -283,7 +306,7 @@ def test_keep_may_be_lists(llama_dir: Path, tmp_path: Path) -> None:
 def test_force_does_not_remove_what_is_no_model(llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match=r"not just a pruned model \(it holds thesis.tex\)"):
+    with pytest.raises(OutputError, match=r"holds thesis.tex, which hfprune did not write"):
         hf.prune_checkpoint(llama_dir, tmp_path / "thesis", some_keep(), force=True)
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"
 
