@@ -144,7 +144,7 @@ def _pack(
     limit: int | None,
     source: str,
 ) -> list[np.ndarray[Any, Any]]:
-    """Cut the stream of documents into at most `limit` windows; what is left over is dropped."""
+    """Cut the stream of documents into windows, until there are `limit`; a last part is dropped."""
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     windows: list[np.ndarray[Any, Any]] = []

@@ -277,7 +277,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         advice = "try a smaller --batch-size or --seq-len, or --dtype bfloat16"
         return 2, f"out of memory; {advice} ({one_line(error)})"
-    if isinstance(error, OSError):  # what we write is OutputError: this is stdout
-        return 1, f"cannot print the result: {one_line(error)}"
+    if isinstance(error, OSError):  # no permission to read, no room for what is printed: it says so
+        return 2, one_line(error)
     what = f"{type(error).__name__}: {one_line(error)}"
     return 1, f"unexpected {what}; please report it with the traceback that --debug shows"

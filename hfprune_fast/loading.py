@@ -17,7 +17,7 @@ import torch
 
 from hfprune_fast.architectures import ModelSize, family_of, size_of
 from hfprune_fast.checkpoint import TensorInfo, read_config, read_tensor, tensor_headers
-from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, one_line
+from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,7 +162,5 @@ def _one_line_errors(what: str) -> Iterator[None]:
     """Turn what transformers raises over a bad folder into one line."""
     try:
         yield
-    except HFPruneError:
-        raise
     except Exception as error:  # it raises a dozen classes, some of them its dependencies'
         raise CheckpointError(f"{what}: {one_line(error)}") from error

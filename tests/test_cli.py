@@ -290,6 +290,16 @@ def test_score_never_overwrites_what_it_reads(
     assert not (llama_dir / "new").exists()
 
 
+def test_what_the_system_refuses_is_one_line(
+    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/locked/config.json")
+
+    monkeypatch.setattr("hfprune_fast.pipeline.plan", locked)
+    assert_refused(hfprune("plan", "demo", "--prune-ratio", 0.1), "Permission denied: '/locked/con")
+
+
 @pytest.mark.parametrize("error", [MemoryError("too much"), torch.OutOfMemoryError("CUDA: no")])
 def test_out_of_memory_says_what_to_do(
     llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune,

@@ -293,6 +293,18 @@ def test_source_that_is_not_what_its_config_says(
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_tied_head_that_is_stored_stays_stored(llama_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((llama_dir / "config.json").read_text())
+    (llama_dir / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(llama_dir / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, llama_dir / "model.safetensors", {"format": "pt"})
+    result = hf.prune_checkpoint(llama_dir, tmp_path / "out", some_keep())
+    assert "lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    loaded = loading.load_model(tmp_path / "out", device="cpu")
+    assert sum(p.numel() for p in loaded.parameters()) == result["params"]  # counted once
+
+
 def test_keep_may_be_lists(llama_dir: Path, tmp_path: Path) -> None:
     keep = {layer: indices.tolist() for layer, indices in some_keep().items()}
     hf.prune_checkpoint(llama_dir, tmp_path / "out", keep)  # type: ignore[arg-type]
