@@ -4,7 +4,12 @@ They stand on their own: another pruning pipeline can call them with tensors of 
 """
 
 from hfprune_fast.kernels._triton import TRITON_VERSION
-from hfprune_fast.kernels.entropy import softmax_entropy_grad_, softmax_entropy_grad_reference
+from hfprune_fast.kernels.entropy import (
+    softmax_entropy,
+    softmax_entropy_grad_,
+    softmax_entropy_grad_reference,
+)
+from hfprune_fast.kernels.gated_taylor import gated_taylor, gated_taylor_reference
 from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
 from hfprune_fast.kernels.taylor import (
     TaylorStatistics,
@@ -15,8 +20,11 @@ from hfprune_fast.kernels.taylor import (
 __all__ = [
     "TRITON_VERSION",
     "TaylorStatistics",
+    "gated_taylor",
+    "gated_taylor_reference",
     "linear_entropy",
     "linear_entropy_reference",
+    "softmax_entropy",
     "softmax_entropy_grad_",
     "softmax_entropy_grad_reference",
     "taylor_statistics",

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+tl: Any
+TRITON_VERSION: str | None
 try:
     import triton
+    import triton.language as tl
 
-    TRITON_VERSION: str | None = triton.__version__
+    TRITON_VERSION = triton.__version__
+    # Triton's interpreter runs kernels on a CPU; @jit looks once, when a kernel is defined.
+    INTERPRETED: bool = triton.knobs.runtime.interpret
 except ImportError:
+    tl = None
     TRITON_VERSION = None
+    INTERPRETED = False
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`; without triton, the function as it is, which nothing then launches."""
+    return function if TRITON_VERSION is None else triton.jit(function)
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Return the quotient rounded up."""
+    return -(-numerator // denominator)
