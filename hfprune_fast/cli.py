@@ -22,6 +22,7 @@ from hfprune_fast import pipeline, report
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 from hfprune_fast.importance import STATISTICS, ImportanceTable
+from hfprune_fast.kernels import BACKENDS
 
 Command = Callable[..., Any]
 
@@ -45,7 +46,7 @@ _running = _options(
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float64"]),
+        type=click.Choice(["auto", "float32", "bfloat16", "float16", "float64"]),
         default="auto",
         show_default=True,
         help="Dtype to run in; auto is the checkpoint's own.",
@@ -58,8 +59,18 @@ _running = _options(
         "--batch-size", type=int, default=1, show_default=True, help="Samples that run at once."
     ),
 )
-_calibration_samples = click.option(
-    "--samples", type=int, default=128, show_default=True, help="Calibration samples to draw."
+_scoring = _options(
+    click.option(
+        "--samples", type=int, default=128, show_default=True, help="Calibration samples to draw."
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        help="Kernels to score with. [default: HFPRUNE_BACKEND, else triton on a GPU, else torch]",
+    ),
+    click.option(
+        "--parity", is_flag=True, help="Round as the paper's code does, to reproduce its ranking."
+    ),
 )
 _budget = _options(
     click.option("--prune-ratio", type=float, help="Fraction of MLP neurons to remove, in [0, 1)."),
@@ -86,7 +97,7 @@ def cli() -> None:
 @click.argument("model")
 @click.option("--calibration", required=True, metavar="SOURCE", help="Text to score on.")
 @click.option("--out", required=True, type=Path, metavar="FILE", help="The scores file to write.")
-@_calibration_samples
+@_scoring
 @_running
 @click.option("--force", is_flag=True, help="Replace an existing scores file.")
 @_common
@@ -119,7 +130,7 @@ def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) ->
     show_default=True,
     help="Statistic to rank by; l1 is the paper's.",
 )
-@_calibration_samples
+@_scoring
 @_running
 @click.option("--force", is_flag=True, help="Replace an earlier output.")
 @_common

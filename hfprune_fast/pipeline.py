@@ -51,6 +51,8 @@ def score(
     batch_size: int = 1,
     device: str = "auto",
     dtype: str = "auto",
+    backend: str | None = None,
+    parity: bool = False,
     progress: bool = False,
 ) -> ImportanceTable:
     """Score every MLP neuron of a model by the entropy criterion (arXiv 2603.08083).
@@ -64,6 +66,11 @@ def score(
         seed: which documents and windows are drawn from a source.
         batch_size: sequences that run at once; the scores do not depend on it but for rounding.
         device, dtype: where and in what a model given by path runs, see `loading.load_model`.
+        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
+            torch elsewhere.
+        parity: round products and totals to the model's dtype, one sequence at a time, as the
+            paper's code does: only for reproducing it, since bfloat16 totals lose most of their
+            digits.
         progress: show a bar on stderr.
 
     Returns:
@@ -103,10 +110,12 @@ def score(
     else:
         model = loading.load_model(folder, dtype=dtype, device=device)
     with _bar(batches, "scoring", progress) as shown:
-        scored = score_batches(model, shown)
+        scored = score_batches(model, shown, backend=backend, parity=parity)
     provenance |= {
         "calibration": {**calibration, "data_sha256": scored.data_sha256},
         "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": scored.backend,
+        "parity": parity,
         "samples": scored.samples,
         "tokens": scored.tokens,
         "entropy_nats": scored.entropy_nats,

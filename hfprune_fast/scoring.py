@@ -3,7 +3,11 @@
 The loss of a sequence is the mean of its positions' entropy; a micro-batch's loss is the sum over
 its sequences, so each sequence's gradient is its own. The autograd graph begins at the input of the
 first layer's down_proj: no parameter ever requires grad and nothing below it is differentiated. The
-head runs through `linear_entropy`, which never holds all logits.
+head runs through `linear_entropy`, which never holds all logits, and `taylor_statistics` adds up
+each layer as its gradient arrives.
+
+In float16 the gradients carry a power of two, which the statistics take out again, exactly; where
+it overflows, the micro-batch is run again with a smaller one.
 """
 
 from __future__ import annotations
@@ -20,7 +24,12 @@ from torch import Tensor, nn
 from hfprune_fast.architectures import ModelParts, parts_of
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 from hfprune_fast.forward import check_ids, check_model, final_hidden, left_as_found
-from hfprune_fast.kernels import TaylorStatistics, linear_entropy, taylor_statistics
+from hfprune_fast.kernels import (
+    TaylorStatistics,
+    linear_entropy,
+    resolve_backend,
+    taylor_statistics,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,43 +45,54 @@ class Scored:
     tokens: int
     entropy_nats: float  # mean over the samples
     data_sha256: str  # of each sequence's length and ids, so of the data and not of its batches
+    backend: str  # "triton" or "torch"
 
 
-def score_batches(model: PreTrainedModel, batches: Iterable[Any]) -> Scored:
+def score_batches(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    *,
+    backend: str | None = None,
+    parity: bool = False,
+) -> Scored:
     """Score every MLP neuron of a loaded model over batches of token ids.
 
     Args:
-        model: a causal language model of a known family, in float32, bfloat16 or float64, on one
-            device; it is left as it was found.
+        model: a causal language model of a known family, on one device; it is left as it was found.
         batches: (B, T) integer tensors or arrays of whole sequences.
+        backend: "triton" or "torch"; by default triton on a GPU and torch elsewhere.
+        parity: one sequence at a time, with products and totals rounded to the model's dtype, as
+            the reference implementation does.
 
     Raises:
-        ArgumentError: a float16 model, or one spread over devices.
+        ArgumentError: a model spread over devices, or a backend that cannot run.
         NumericsError: NaN or inf in a weight or a layer's activations or gradients, named.
         CalibrationError: no batch, or token ids that the model does not have.
         UnsupportedModelError: no known gated MLP.
     """
     parts = parts_of(model)
-    if model.dtype == torch.float16:
-        raise ArgumentError(
-            "the model is float16, in which these gradients underflow to zero; "
-            "load it in bfloat16 or float32"
-        )
     check_model(model)
     head = parts.head.weight
+    try:
+        backend = resolve_backend(backend or ("torch" if parity else None), head)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    if parity and backend == "triton":
+        raise ArgumentError("parity rounds as plain torch does; backend must be torch, got triton")
     shape = (len(TaylorStatistics._fields), len(parts.mlps), parts.mlps[0].gate.weight.shape[0])
-    total = torch.zeros(shape, dtype=torch.float64, device=head.device)
+    dtype = head.dtype if parity else torch.float64
+    total = torch.zeros(shape, dtype=dtype, device=head.device)
     samples = tokens = 0
     entropy_nats = 0.0
     digest = hashlib.sha256()
     with left_as_found(model):
         for batch in batches:
             ids = check_ids(batch, head.shape[0])
-            # Added only when the whole micro-batch is done and finite.
-            staged, loss = _score_batch(parts, ids)
-            _check_finite(staged, loss)
-            total += staged
-            entropy_nats += loss
+            for part in ids.split(1) if parity else (ids,):
+                # Added only when the whole micro-batch is done and finite.
+                staged, loss = _finite_scores(parts, part, backend, parity)
+                total += staged
+                entropy_nats += loss
             samples += ids.shape[0]
             tokens += ids.numel()
             for row in ids.cpu().numpy().astype("<i8"):
@@ -81,16 +101,36 @@ def score_batches(model: PreTrainedModel, batches: Iterable[Any]) -> Scored:
         raise CalibrationError("no token batches to score with; expected at least one sequence")
     down_norm = torch.stack([column_norms(mlp.down.weight) for mlp in parts.mlps])
     return Scored(
-        statistics=TaylorStatistics(*total.cpu().unbind()),
+        statistics=TaylorStatistics(*total.double().cpu().unbind()),
         down_norm=down_norm.cpu(),
         samples=samples,
         tokens=tokens,
         entropy_nats=entropy_nats / samples,
         data_sha256=digest.hexdigest(),
+        backend=backend,
     )
 
 
-def _score_batch(parts: ModelParts, ids: Tensor) -> tuple[Tensor, float]:
+def _finite_scores(
+    parts: ModelParts, ids: Tensor, backend: str, parity: bool
+) -> tuple[Tensor, float]:
+    """Return `_score_batch`'s result for the largest gradient scale that does not overflow."""
+    scales = [1.0]
+    if parts.head.weight.dtype == torch.float16:
+        # 64 to 128 in each row of the loss, whatever the length; a sixteenth each time it is run.
+        first = 2.0 ** (6 + math.ceil(math.log2(ids.shape[1])))
+        scales = [first / 16**attempt for attempt in range(5)]
+    for grad_scale in scales:
+        staged, loss = _score_batch(parts, ids, backend, parity, grad_scale)
+        if bool(staged.isfinite().all()) or not math.isfinite(loss):
+            break
+    _check_finite(staged, loss)
+    return staged, loss
+
+
+def _score_batch(
+    parts: ModelParts, ids: Tensor, backend: str, parity: bool, grad_scale: float
+) -> tuple[Tensor, float]:
     """Return the micro-batch's (4, L, F) statistics and the sum of its sequences' losses."""
     statistics: dict[int, TaylorStatistics] = {}
 
@@ -102,7 +142,9 @@ def _score_batch(parts: ModelParts, ids: Tensor) -> tuple[Tensor, float]:
             held = act.detach()
 
             def at_gradient(grad: Tensor) -> None:
-                statistics[layer] = taylor_statistics(grad, held)
+                statistics[layer] = taylor_statistics(
+                    grad, held, parity=parity, grad_scale=grad_scale, backend=backend
+                )
 
             act.register_hook(at_gradient)
             return (act, *args[1:])
@@ -119,7 +161,12 @@ def _score_batch(parts: ModelParts, ids: Tensor) -> tuple[Tensor, float]:
             dtype = torch.promote_types(flat.dtype, torch.float32)
             row_weight = flat.new_full((len(flat),), 1 / ids.shape[1], dtype=dtype)
             loss, d_hidden = linear_entropy(
-                flat, parts.head.weight, row_weight, bias=parts.head.bias
+                flat,
+                parts.head.weight,
+                row_weight,
+                bias=parts.head.bias,
+                grad_scale=grad_scale,
+                backend=backend,
             )
             hidden.backward(d_hidden.view_as(hidden))
     finally:

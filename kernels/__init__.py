@@ -3,6 +3,7 @@
 They stand on their own: another pruning pipeline can call them with tensors of its own.
 """
 
+from hfprune_fast.kernels._dispatch import BACKENDS, resolve_backend
 from hfprune_fast.kernels._triton import TRITON_VERSION
 from hfprune_fast.kernels.entropy import (
     softmax_entropy,
@@ -18,12 +19,14 @@ from hfprune_fast.kernels.taylor import (
 )
 
 __all__ = [
+    "BACKENDS",
     "TRITON_VERSION",
     "TaylorStatistics",
     "gated_taylor",
     "gated_taylor_reference",
     "linear_entropy",
     "linear_entropy_reference",
+    "resolve_backend",
     "softmax_entropy",
     "softmax_entropy_grad_",
     "softmax_entropy_grad_reference",

@@ -127,7 +127,9 @@ def _softmax_entropy_kernel(
 
     if WRITE_GRAD:
         grad_ptr += row * stride_gt
-        factor = -LOGIT_SCALE * tl.load(row_scale_ptr + row) / s_sum
+        row_scale = tl.load(row_scale_ptr + row)
+        # 0, and not NaN, where row_scale is 0 and the row holds NaN.
+        factor = tl.where(row_scale == 0, 0.0, -LOGIT_SCALE * row_scale / s_sum)
         # Backwards, so that what was read last, and is still in the cache, is read first.
         if whole < V:
             _store_grad(
@@ -347,6 +349,10 @@ def _check(
         )
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits must have unit stride along V, got strides {logits.stride()}")
+    if row_scale is not None and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"rows of logits must not overlap to be overwritten, got strides {logits.stride()}"
+        )
     if row_scale is not None and row_scale.shape != logits.shape[:1]:
         raise ValueError(
             f"row_scale must be ({logits.shape[0]},), one factor a row, "

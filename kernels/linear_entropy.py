@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from hfprune_fast.kernels._arguments import check_grad_scale, check_transform
 from hfprune_fast.kernels._triton import cdiv
@@ -96,8 +97,8 @@ def _product(
         hidden = hidden.to(logits.dtype)
         for start in range(0, len(weight), tile):
             entries = slice(start, start + tile)
-            wide = weight[entries].to(logits.dtype)
-            torch.mm(hidden, wide.t(), out=logits[:, entries])
+            # The upcast tile has no name, so that it is gone before the next one is made.
+            torch.mm(hidden, weight[entries].to(logits.dtype).t(), out=logits[:, entries])
     elif logits.dtype != hidden.dtype:
         torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
     elif bias is None:
@@ -150,7 +151,7 @@ def _linear_entropy(
         dz_scale = max(grad_scale, _FP16_DZ_SCALE)
     row_weight = row_weight.to(sum_dtype)
     row_scale = row_weight * dz_scale
-    chunk = buffers.logits.shape[0]
+    chunk = max(1, buffers.logits.shape[0])
     for start in range(0, hidden.shape[0], chunk):
         rows = slice(start, min(start + chunk, hidden.shape[0]))
         logits = buffers.logits[: rows.stop - start]
@@ -170,6 +171,12 @@ def _linear_entropy(
 def _(hidden, *_):  # type: ignore[no-untyped-def]
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, torch.empty_like(hidden)
+
+
+@register_flop_formula(torch.ops.hfprune_fast.linear_entropy)
+def _flops(hidden: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """What FlopCounterMode, which sees the operation as one, is told."""
+    return 4 * hidden[0] * hidden[1] * weight[0]
 
 
 def linear_entropy(

@@ -43,9 +43,10 @@ def test_loads_what_save_pretrained_wrote(
     assert loading.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
 
 
-def test_float16_runs_in_float32(save_checkpoint: Callable[..., Path]) -> None:
+def test_float16_runs_in_float32_on_a_cpu(save_checkpoint: Callable[..., Path]) -> None:
     folder = save_checkpoint(random_llama().half())
     assert loading.load_model(folder, device="cpu").dtype == torch.float32
+    assert loading.load_model(folder, device="cpu", dtype="float16").dtype == torch.float16
 
 
 def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hfprune_fast.errors import (
     UnsupportedModelError,
 )
 from hfprune_fast.importance import STATISTICS
+from hfprune_fast.kernels import TaylorStatistics, linear_entropy, taylor_statistics
 from hfprune_fast.loading import load_model
 from hfprune_fast.scoring import score_batches
 from hfprune_fast.selection import keep_top
@@ -190,7 +192,8 @@ def test_no_weight_gradient_and_no_backward_below_the_first_mlp() -> None:
         size for n, size in linear.items() if n.startswith("model.layers.0.") and "down" not in n
     )
     expected_backward = 2 * ids.numel() * (sum(linear.values()) - first_layer_skipped)
-    products = sum(v for op, v in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+    ours = ("aten.mm", "aten.addmm", "hfprune_fast.linear_entropy")
+    products = sum(v for op, v in counts.items() if str(op) in ours)
     forward_counts = forward.get_flop_counts()["Global"]
     forward_products = sum(
         v for op, v in forward_counts.items() if str(op) in ("aten.mm", "aten.addmm")
@@ -268,9 +271,96 @@ def test_what_is_no_causal_model_is_refused() -> None:
             hf.score(model, torch.zeros(1, 4, dtype=torch.int64))  # type: ignore[arg-type]
 
 
-def test_float16_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="float16"):
-        hf.score(random_llama().half(), torch.zeros(1, 4, dtype=torch.int64))
+@pytest.mark.parametrize("family", ["llama", "shipped"])
+def test_float16_rounds_less_than_bfloat16(family: str) -> None:
+    """With 3 more bits, and a gradient scale, an eighth of what bfloat16 loses in eager torch."""
+    model, ids = models_and_ids(family, torch.bfloat16)
+    truth = true_scores(true_state(family, model), model.config, ids)
+    bf16_error = {
+        name: relative_error(value, truth[name])
+        for name, value in eager_scores(model, ids).items()
+        if name in STATISTICS
+    }
+    model, ids = models_and_ids(family, torch.float16)
+    table = hf.score(model, ids)
+    for name in STATISTICS:
+        error = relative_error(getattr(table, name), truth[name])
+        assert (error <= 2 * bf16_error[name] / 8 + torch.finfo(torch.float16).eps).all(), name
+
+
+def test_a_gradient_scale_that_overflows_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_llama().half()
+    ids = random_ids(model)
+    expected = hf.score(model, ids)
+    tried: list[float] = []
+
+    def overflowing(*args: Any, grad_scale: float, **options: Any) -> tuple[torch.Tensor, ...]:
+        loss, d_hidden = linear_entropy(*args, grad_scale=grad_scale, **options)
+        tried.append(grad_scale)
+        return loss, d_hidden if grad_scale < 1024 else d_hidden * torch.inf
+
+    monkeypatch.setattr("hfprune_fast.scoring.linear_entropy", overflowing)
+    table = hf.score(model, ids[:1])
+    assert tried == [4096, 256]
+    assert table.provenance["samples"] == 1
+    table = hf.score(model, ids)
+    # At a sixteenth of the scale a few small gradients lose bits, and nothing else changes.
+    assert relative_error(table.l1, expected.l1).max() < 1e-2
+    monkeypatch.setattr(
+        "hfprune_fast.scoring.linear_entropy",
+        lambda hidden, *_, **__: (torch.ones(()), torch.full_like(hidden, torch.inf)),
+    )
+    with pytest.raises(NumericsError, match="gradient at the MLP of layer 2"):
+        hf.score(model, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_kernels_score_within_the_error_rule(dtype: torch.dtype) -> None:
+    """In Triton's interpreter on a CPU, on the device itself on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model("llama", dtype=dtype, num_hidden_layers=2)
+    ids = random_ids(model, samples=2, seq_len=20)
+    truth = true_scores(true_state("llama", model), model.config, ids)
+    eager = eager_scores(model, ids)
+    table = hf.score(model.to(device), ids, batch_size=2, backend="triton")
+    assert table.provenance["backend"] == "triton"
+    for name in STATISTICS:
+        floor = torch.finfo(dtype).eps / 2
+        assert_no_worse(getattr(table, name), eager[name], truth[name], floor=floor)
+
+
+def test_backend_is_asked_for_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = random_llama(), torch.zeros(1, 4, dtype=torch.int64)
+    monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
+    with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
+        hf.score(model, ids)
+    assert hf.score(model, ids, backend="torch").provenance["backend"] == "torch"
+    with pytest.raises(ArgumentError, match="backend must be torch"):
+        hf.score(model, ids, backend="triton", parity=True)
+    with pytest.raises(ArgumentError, match="float64"):
+        hf.score(model.double(), ids, backend="triton")
+
+
+def test_parity_adds_up_in_bfloat16_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """score += (act * grad).abs().sum() for each sequence, all in bfloat16."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watched(grad: torch.Tensor, act: torch.Tensor, **options: Any) -> TaylorStatistics:
+        seen.append((grad.clone(), act.clone()))
+        return taylor_statistics(grad, act, **options)
+
+    monkeypatch.setattr("hfprune_fast.scoring.taylor_statistics", watched)
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    layers = model.config.num_hidden_layers
+    ids = random_ids(model, samples=5)
+    table = hf.score(model, ids, batch_size=2, parity=True)
+    assert table.provenance["parity"] is True
+    score = torch.zeros(layers, model.config.intermediate_size, dtype=torch.bfloat16)
+    for call, (grad, act) in enumerate(seen):  # the backward meets the last layer first
+        score[layers - 1 - call % layers] += (act * grad).abs().sum(dim=(0, 1))
+    assert len(seen) == 5 * layers
+    assert torch.equal(table.l1, score.double())
+    assert not torch.equal(table.l1, hf.score(model, ids).l1)
 
 
 @pytest.mark.parametrize(
