@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types tiny-model install clean
+.PHONY: demo test lint types aot tiny-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
@@ -19,6 +19,11 @@ lint: $(VENV)/.dev
 # yet hfprune_fast.kernels.
 types: $(VENV)/.dev install
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p hfprune_fast
+
+# Every kernel for every architecture, without a GPU: registers, shared memory, spills, wide loads and
+# stores. About a minute on 2 cores.
+aot: install
+	$(BIN)/python bench/aot.py
 
 # Trains the model that ships with the package again, beside it; about a quarter of an hour on 2 cores.
 tiny-model: $(VENV)/.runtime

@@ -1,26 +1,49 @@
 """Compile every kernel ahead of time, on a machine without a GPU, and read what the compiler made.
 
-    python bench/aot.py [--arch sm_90 ...] [--jobs 2] [--json FILE]
+    python bench/aot.py [--arch sm_90 ...] [--json FILE] [--jobs N]
 
-The launchers themselves are called, with tensors that have a shape and no memory, so what is
-compiled has the configuration, the divisibility and the options of a real launch. The exit status is
-1 if a kernel spills registers, asks for more shared memory than the chip has, or lacks 16-byte loads
-and stores where its data allow them.
+The launchers are called, with tensors that have a shape and no memory, and triton works out the
+launch as it always does; it is only stopped where it would compile for this machine's GPU. So
+configurations, options and divisibility are a real launch's (in triton 3.6 and 3.7). What it was
+about to compile is compiled for each architecture. The exit status is 1, with a line for each
+fault, where a kernel
+
+- spills registers or has a stack,
+- asks for more shared memory than the chip gives one program,
+- moves rows by loads or stores narrower than 16 bytes though the data allow 16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hfprune_fast.kernels import _dispatch, entropy, taylor
+from hfprune_fast.kernels._activations import ACTIVATIONS
+from hfprune_fast.kernels._triton import INTERPRETED, cdiv
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,52 +52,309 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Of the bytes loaded in loops, and of those stored there: the remainder leaves room for a byte of
+# token_mask beside 32 or more of the rows. One tensor of three in narrow loads leaves 2 in 3.
+WIDE_SHARE = 0.9
+LAUNCHING_MODULES = (entropy, taylor)
+ROW = "{:<32} {:<24} {:<7} {:>5} {:>10} {:>8} {:>7} {:>10} {:>10}"
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile, and what to ask of it."""
+
+    kernel: str
+    name: str
+    launch: Callable[[], object]
+    wide: bool = True  # the data allow 16-byte loads and stores
+    stores: bool = True  # rows are written, not only read
+
+
+class Launch(NamedTuple):
+    """What triton was about to compile for a launch; arguments by path, (i,) for the i-th."""
+
+    kernel: JITFunction[Any]
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    options: Any
+    attributes: dict[tuple[int, ...], Any]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says of one kernel on one architecture."""
+    """What the compiler made of a case."""
 
     case: str
     kernel: str
     arch: str
-    num_warps: int
-    registers: int
-    shared_bytes: int
-    spills: int
-    wide_loads: int
-    loads: int
-    wide_stores: int
-    stores: int
+    warps: int
+    registers: int = 0
+    shared_bytes: int = 0
+    spills: int = 0  # bytes of stack and local memory; on gfx942 registers and bytes of stack
+    loads: tuple[int, ...] = ()  # bytes a thread moves by each load in a loop
+    stores: tuple[int, ...] = ()
+    faults: tuple[str, ...] = ()
+
+    def row(self) -> str:
+        loads, stores = (f"{sum(n >= 16 for n in a)}/{len(a)}" for a in (self.loads, self.stores))
+        numbers = self.warps, self.registers, self.shared_bytes, self.spills
+        return ROW.format(self.case, self.kernel, self.arch, *numbers, loads, stores)
 
 
-@contextmanager
-def recorded_launches(
-    arch: str,
-) -> Iterator[list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]]]:
-    """Make kernel[grid](...) note its arguments and do nothing, as if on a GPU of arch."""
-    launches: list[Any] = []
-
-    def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        from hfprune_fast.kernels import entropy, taylor
-
-        for module in (entropy, taylor):
-            stack.enter_context(mock.patch.object(module, "architecture", lambda _: arch))
-            stack.enter_context(mock.patch.object(module, "resolve_backend", lambda *_: "triton"))
-        yield launches
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def compile_launch(kernel, args, kwargs, target):
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*args, **kwargs, debug=False)
-    options, signature, constexprs, attrs = kernel._pack_args(
-        backend, kwargs, bound, specialization, options
+def _launch_entropy(
+    dtype: torch.dtype, grad_dtype: torch.dtype | None, vocab: int = 128_256, *,
+    softcap: float | None = None, logit_scale: float = 1.0,
+) -> None:  # fmt: skip
+    def rows(dtype: torch.dtype) -> Tensor:
+        # As the buffer of linear_entropy: 16-byte aligned for any vocab.
+        return _meta(8192, cdiv(vocab, 16) * 16, dtype=dtype)[:, :vocab]
+
+    logits, row_scale, grad = rows(dtype), None, None
+    if grad_dtype is not None:
+        row_scale = _meta(8192, dtype=torch.float32)
+        grad = logits if grad_dtype == dtype else rows(grad_dtype)
+    entropy.entropy_rows(
+        logits, row_scale, grad, softcap=softcap, logit_scale=logit_scale, backend=None
     )
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _launch_taylor(
+    dtype: torch.dtype, activation: str | None, masked: bool = False, *, layout: str = "separate",
+    shape: tuple[int, int, int] = (8, 1024, 14_336),
+) -> None:  # fmt: skip
+    grad, gate, up = (_meta(*shape, dtype=dtype) for _ in range(3))
+    if layout == "fused":
+        gate, up = _meta(*shape[:2], 2 * shape[2], dtype=dtype).chunk(2, dim=2)
+    gated = () if activation is None else (up, gate, up)
+    taylor.taylor_sums(
+        grad, gate, *gated, activation=activation or "silu",
+        token_mask=_meta(*shape[:2], dtype=torch.bool) if masked else None,
+        parity=False, grad_scale=1.0, backend=None,
+    )  # fmt: skip
+
+
+def _cases() -> Iterator[Case]:
+    case = partial(Case, "_softmax_entropy_kernel")
+    for name, dtype in _DTYPES.items():
+        yield case(f"{name} forward", partial(_launch_entropy, dtype, None), stores=False)
+        yield case(f"{name} gradient in place", partial(_launch_entropy, dtype, dtype))
+    bf16, fp16, fp32 = _DTYPES.values()
+    yield case("fp32 logits, bf16 gradient", partial(_launch_entropy, fp32, bf16))
+    yield case("fp32 logits, fp16 gradient", partial(_launch_entropy, fp32, fp16))
+    transform = {"softcap": 30.0, "logit_scale": 0.5}
+    yield case("bf16 softcap, scale", partial(_launch_entropy, bf16, bf16, **transform))
+    yield case("bf16 odd V", partial(_launch_entropy, bf16, bf16, 32_001))
+    yield case("fp32 odd V, bf16 gradient", partial(_launch_entropy, fp32, bf16, 32_001))
+
+    case = partial(Case, "_taylor_kernel")
+    for (name, dtype), masked in product(_DTYPES.items(), (False, True)):
+        suffix = " token_mask" if masked else ""
+        yield case(f"{name}{suffix}", partial(_launch_taylor, dtype, None, masked), stores=False)
+        for activation in ACTIVATIONS:
+            launch = partial(_launch_taylor, dtype, activation, masked)
+            yield case(f"{name} gated {activation}{suffix}", launch)
+    gated = partial(_launch_taylor, bf16, "silu")
+    yield case("bf16 gated silu fused", partial(gated, layout="fused"))
+    odd = partial(gated, shape=(8, 1024, 7581))  # as pruned without rounding
+    yield case("bf16 gated silu odd F", odd, wide=False)
+
+    case = partial(Case, "_add_partials_kernel", stores=False)
+    yield case("partials", gated)
+    yield case("partials of one sequence", partial(gated, shape=(1, 1024, 14_336)))
+    yield case("partials odd F", odd, wide=False)
+
+
+CASES = tuple(_cases())
+
+
+def record(launch: Callable[[], object], arch: str) -> list[Launch]:
+    """Return what a call's launches would compile on a GPU of arch; nothing runs."""
+    launches = []
+
+    def note(kernel: JITFunction[Any], *args: Any) -> None:
+        _key, signature, _device, constants, options, attributes, _warmup = args
+        launches.append(Launch(kernel, signature, constants, options, attributes))
+
+    fake_driver = SimpleNamespace(
+        get_current_device=lambda: arch,
+        get_current_stream=lambda _device: 0,
+        get_current_target=lambda: TARGETS[arch],
+    )
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", fake_driver))
+        # Without a compiled kernel to come back, triton launches nothing.
+        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
+        stack.enter_context(mock.patch.object(_dispatch, "architecture", return_value=arch))
+        for module in LAUNCHING_MODULES:
+            stack.enter_context(mock.patch.object(module, "resolve_backend", return_value="triton"))
+        launch()
+    return launches
+
+
+def check(case: Case, arch: str) -> list[Report]:
+    """Compile the launches of a case's kernel."""
+    launches = [one for one in record(case.launch, arch) if one.kernel.__name__ == case.kernel]
+    assert launches, f"{case.name} does not launch {case.kernel}"
+    return [_report(case, arch, launch) for launch in launches]
+
+
+def _report(case: Case, arch: str, launch: Launch) -> Report:
+    report = Report(case.name, case.kernel, arch, launch.options.num_warps)
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    try:
+        compiled = triton.compile(source, TARGETS[arch], launch.options.__dict__)
+    except Exception as error:  # of the front end, LLVM or ptxas: a fault as any other
+        return replace(report, faults=(f"does not compile: {' '.join(str(error).split())}",))
+    if arch.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        registers, spills = _amd_resources(assembly)
+    else:
+        registers, spills, assembly = _nvidia_resources(compiled.asm["cubin"])
+    loads, stores = _access_bytes(_in_loops(assembly))
+    shared_bytes = compiled.metadata.shared
+    made = replace(
+        report, registers=registers, shared_bytes=shared_bytes, spills=spills,
+        loads=loads, stores=stores,
+    )  # fmt: skip
+    return replace(made, faults=tuple(_faults(case, made)))
+
+
+def _faults(case: Case, report: Report) -> Iterator[str]:
+    if report.spills:
+        unit = "registers or bytes of stack" if report.arch.startswith("gfx") else "bytes"
+        yield f"spills {report.spills} {unit}"
+    limit = SHARED_LIMIT_BYTES[report.arch]
+    if report.shared_bytes > limit:
+        yield f"asks for {report.shared_bytes} bytes of shared memory, more than {limit}"
+    for what, sizes, present in (
+        ("loads", report.loads, True), ("stores", report.stores, case.stores)
+    ):  # fmt: skip
+        narrow = [size for size in sizes if size < 16]
+        if present and not sizes:
+            yield f"has no {what} in a loop: its hot path is not where this check looks"
+        elif case.wide and sum(narrow) > (1 - WIDE_SHARE) * sum(sizes):
+            yield f"{len(narrow)} of {len(sizes)} {what} in loops are narrower than 16 bytes"
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """(registers, spilled registers or bytes of stack) from the kernel's metadata."""
+    registers, *spills = (
+        int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
+        for key in
+        ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    )  # fmt: skip
+    return registers, sum(spills)
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, bytes of stack and local memory, disassembly), by NVIDIA's own tools."""
+
+    def output(tool: Any, option: str) -> str:
+        command = [tool.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = output(triton.knobs.nvidia.cuobjdump, "-res-usage")
+        assembly = output(triton.knobs.nvidia.nvdisasm, "-c")
+    registers, stack, local = (
+        int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL")
+    )
+    return registers, stack + local, assembly
+
+
+_LABEL = re.compile(r"(\.L(?:_x_|BB)\w+):")
+_TARGET = re.compile(r"\.L(?:_x_|BB)\w+\b(?!:)")
+_NO_FALL_THROUGH = re.compile(r"\*/\s+(?:BRA\s+`|EXIT|RET)|\bs_(?:branch|endpgm|setpc)")
+
+
+def _in_loops(assembly: str) -> Iterator[str]:
+    """The instructions that can run more than once: the hot path of kernels like ours.
+
+    The rest is done once a program: a pipeline's first loads, a row's masked end, a program's sums.
+    A block of instructions is in a loop if it can be reached from itself. Order in the text says
+    little, as compilers move blocks.
+    """
+    blocks = [[""]]
+    for line in assembly.splitlines():
+        code, last = line.partition(";")[0], blocks[-1][-1]  # a comment or nothing after ";"
+        if _LABEL.match(code) or _TARGET.search(last) or _NO_FALL_THROUGH.search(last):
+            blocks.append([])
+        blocks[-1].append(code)
+    starts = {found[1]: i for i, block in enumerate(blocks) if (found := _LABEL.match(block[0]))}
+    followers: list[set[int]] = [set() for _ in range(len(blocks) + 1)]
+    for i, block in enumerate(blocks):
+        followers[i] = {starts[name] for name in _TARGET.findall(block[-1]) if name in starts}
+        if not _NO_FALL_THROUGH.search(block[-1]):
+            followers[i].add(i + 1)
+    for i, block in enumerate(blocks):
+        reached: set[int] = set()
+        ahead = [i]
+        while ahead:
+            new = followers[ahead.pop()] - reached
+            reached |= new
+            ahead += new
+        if i in reached:
+            yield from block
+
+
+_NVIDIA_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)((?:\.\w+)*)\s")
+_NVIDIA_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+_AMD_ACCESS = re.compile(r"\b(?:buffer|global|flat)_(load|store)_[su]?(byte|short|dword(?:x\d)?)")
+_AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def _access_bytes(instructions: Iterator[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes a thread moves by each load from global memory, and by each store to it."""
+    loads: list[int] = []
+    stores: list[int] = []
+    for line in instructions:
+        if found := _NVIDIA_ACCESS.search(line):
+            sizes = (_NVIDIA_BYTES.get(suffix) for suffix in found[2].split("."))
+            size = next((size for size in sizes if size), 4)
+            (stores if found[1] == "STG" else loads).append(size)
+        elif found := _AMD_ACCESS.search(line):
+            (stores if found[1] == "store" else loads).append(_AMD_BYTES[found[2]])
+    return tuple(loads), tuple(stores)
+
+
+def _check_job(job: tuple[int, str]) -> list[Report]:
+    return check(CASES[job[0]], job[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="by default one a core")
+    args = parser.parse_args()
+    if INTERPRETED:
+        sys.exit("aot.py: TRITON_INTERPRET is set, and nothing compiles under it; unset it")
+    header = "case", "kernel", "arch", "warps", "registers", "shared", "spills", "loads", "stores"
+    print(ROW.format(*header), "  (loads and stores in loops: 16 bytes / all)", sep="")
+    reports = []
+    # A cache of its own, where none is named: nothing stale is read, and no home is needed.
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TRITON_CACHE_DIR", folder)
+        with ProcessPoolExecutor(args.jobs) as pool:
+            for made in pool.map(_check_job, product(range(len(CASES)), args.arch)):
+                reports += made
+                print(*(report.row() for report in made), sep="\n", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+    faults = [f"{r.case}, {r.kernel}, {r.arch}: {fault}" for r in reports for fault in r.faults]
+    print("", *faults, sep="\n")
+    kernels = {report.kernel for report in reports}
+    print(f"{len(reports)} compilations of {len(kernels)} kernels, {len(faults)} faults")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

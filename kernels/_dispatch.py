@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ def _check_triton(asked_by: str, tensor: Tensor) -> None:
 def architecture(device: torch.device) -> str:
     """Return the name of a GPU's architecture, such as sm_90 or gfx942; "cpu" for a CPU."""
     return _gpu_architecture(device.index) if device.type == "cuda" else "cpu"
+
+
+def configuration(table: Mapping[str, dict[str, int]], device: torch.device) -> dict[str, int]:
+    """Return a launch configuration: the architecture's own, else NVIDIA's (sm) or AMD's (gfx)."""
+    name = architecture(device)
+    return table.get(name) or table["gfx" if name.startswith("gfx") else "sm"]
 
 
 @functools.cache

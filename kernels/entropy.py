@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._arguments import check_transform
-from hfprune_fast.kernels._dispatch import architecture, resolve_backend
+from hfprune_fast.kernels._dispatch import configuration, resolve_backend
 from hfprune_fast.kernels._triton import jit, tl
 
 # Elements of one block of rows: two fp32 temporaries of it stay in a CPU's last-level cache.
 _BLOCK_ELEMENTS = 1 << 20
 # One row a program. BLOCK_V logits a step, STAGES - 1 steps loaded ahead; one program of 32 warps
 # fills a multiprocessor, so that the rows in flight (132 x 256 KB of bf16 on an H200) stay in L2.
-_CONFIG = {"BLOCK_V": 8192, "STAGES": 3, "num_warps": 32}
-_CONFIGS = {"gfx942": {"BLOCK_V": 8192, "STAGES": 2, "num_warps": 8}}
+_CONFIGS = {
+    "sm": {"BLOCK_V": 8192, "STAGES": 3, "num_warps": 32},
+    "gfx": {"BLOCK_V": 8192, "STAGES": 2, "num_warps": 8},
+}
 
 
 def softmax_entropy_grad_reference(
@@ -159,7 +161,7 @@ def _rows_triton(
         SOFTCAP=softcap,
         LOGIT_SCALE=logit_scale,
         WRITE_GRAD=grad is not None,
-        **_CONFIGS.get(architecture(logits.device), _CONFIG),
+        **configuration(_CONFIGS, logits.device),
     )
     return entropy
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._activations import activate
 from hfprune_fast.kernels.taylor import (
     TaylorStatistics,
-    eager_gated,
     sum_dtype,
     taylor_statistics_reference,
     taylor_sums,
@@ -26,8 +26,11 @@ def gated_taylor_reference(
     grad: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu"
 ) -> tuple[TaylorStatistics, Tensor, Tensor]:
     """Return (statistics, d_gate, d_up), through autograd and out of place."""
-    act, d_gate, d_up = eager_gated(grad, gate, up, activation)
-    return taylor_statistics_reference(grad, act), d_gate, d_up
+    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    with torch.enable_grad():
+        act = activate(activation, gate) * up
+        d_gate, d_up = torch.autograd.grad(act, (gate, up), grad)
+    return taylor_statistics_reference(grad, act.detach()), d_gate, d_up
 
 
 @torch.library.custom_op("hfprune_fast::gated_taylor_", mutates_args=("gate", "up"))

@@ -27,16 +27,19 @@ from hfprune_fast.kernels._activations import (
     value_and_slope_kernel,
 )
 from hfprune_fast.kernels._arguments import check_grad_scale
-from hfprune_fast.kernels._dispatch import architecture, resolve_backend
+from hfprune_fast.kernels._dispatch import configuration, resolve_backend
 from hfprune_fast.kernels._triton import cdiv, jit, tl
 
 # Tokens a program walks, and a block of the torch path. At 16 bytes for 128 tokens of a neuron,
 # writing and reading the partials adds 2.5 % to the 10 bytes an element of bf16.
 _CHUNK_T = 128
 # A program's tile; STAGES - 1 tiles are loaded ahead. 8 bf16 a thread make 16-byte loads.
-_CONFIG = {"BLOCK_T": 8, "BLOCK_F": 128, "STAGES": 3, "num_warps": 4}
-_CONFIGS = {"gfx942": {"BLOCK_T": 16, "BLOCK_F": 128, "STAGES": 2, "num_warps": 4}}
-_SUM_CONFIG = {"BLOCK_C": 16, "BLOCK_F": 64, "num_warps": 4}
+# maxnreg keeps 4 programs on a multiprocessor and ptxas from spilling to have 6 (seen on sm_100).
+_CONFIGS = {
+    "sm": {"BLOCK_T": 8, "BLOCK_F": 128, "STAGES": 3, "num_warps": 4, "maxnreg": 128},
+    "gfx": {"BLOCK_T": 16, "BLOCK_F": 128, "STAGES": 2, "num_warps": 4},
+}
+_SUM_CONFIG = {"BLOCK_C": 32, "BLOCK_F": 32, "num_warps": 4}
 
 
 class TaylorStatistics(NamedTuple):
@@ -159,7 +162,7 @@ def _statistics_triton(
     chunks = cdiv(seq_len, _CHUNK_T)
     partial = grad.new_empty(batch * chunks, 4, width, dtype=torch.float32)
     out = grad.new_empty(4, width, dtype=torch.float64)
-    config = _CONFIGS.get(architecture(grad.device), _CONFIG)
+    config = configuration(_CONFIGS, grad.device)
     tensors = [_rows(t) for t in (grad, act_or_gate, up, d_gate, d_up)]
     _taylor_kernel[(batch * chunks * cdiv(width, config["BLOCK_F"]),)](
         *tensors,
@@ -182,7 +185,7 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     """(B, S, F) as (B·S, F) with unit stride along F; a copy where strides allow no view."""
     if tensor is None:
         return None
-    rows = tensor.reshape(-1, tensor.shape[2])
+    rows = tensor.flatten(0, 1)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -227,12 +230,17 @@ def _statistics_torch(
 def eager_gated(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(act, d_gate, d_up) as transformers' own modules compute and round them."""
-    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-    with torch.enable_grad():
-        act = activate(activation, gate) * up
-        d_gate, d_up = torch.autograd.grad(act, (gate, up), grad)
-    return act.detach(), d_gate, d_up
+    """(act, d_gate, d_up) as transformers' own modules and autograd compute and round them.
+
+    By the operations that autograd calls: inside a custom operation it does not record.
+    """
+    value, d_value = activate(activation, gate), grad * up
+    if activation == "silu":
+        d_gate = torch.ops.aten.silu_backward(d_value, gate)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        d_gate = torch.ops.aten.gelu_backward(d_value, gate, approximate=approximate)
+    return value * up, d_gate, grad * value
 
 
 def _statistics_parity(grad: Tensor, act: Tensor) -> Tensor:

@@ -1,5 +1,19 @@
 """Small checkpoints, made on the spot, and the command line run in this process."""
 
+import contextlib
+import os
+
+# Triton's interpreter, which runs kernels on a CPU, is chosen where triton and the kernels are
+# first imported: here. The choice is kept for this process and hidden from those that tests start.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+with contextlib.suppress(ImportError):
+    import triton
+
+    triton.knobs.runtime.interpret = os.environ["TRITON_INTERPRET"] == "1"
+import hfprune_fast.kernels  # noqa: F401
+
+del os.environ["TRITON_INTERPRET"]
+
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,116 +1,296 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from entropy_truth import entropy_truth, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import every_path
 from torch import Tensor
 
-from hfprune_fast.kernels import softmax_entropy_grad_, softmax_entropy_grad_reference
+from hfprune_fast.kernels import (
+    softmax_entropy,
+    softmax_entropy_grad_,
+    softmax_entropy_grad_reference,
+)
+from hfprune_fast.kernels.entropy import (
+    _softmax_entropy,
+    _softmax_entropy_backward,
+    _softmax_entropy_grad_,
+)
 
-POISON = float("nan")
-
-
-def truth(logits: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """H and its gradient in float64, from the definition; rows may hold -inf."""
-    z = logits.double()
-    p = torch.softmax(z, dim=-1).nan_to_num(0.0)  # a row of only -inf has no probabilities
-    log_p = torch.where(p > 0, p.log(), 0.0)
-    entropy = -(p * log_p).sum(dim=-1)
-    return entropy, -p * (log_p + entropy[:, None]) * row_scale.double()[:, None]
-
-
-def assert_close_to_truth(logits: Tensor, row_scale: Tensor) -> None:
-    """Error <= 2 x autograd's in the same dtype + the roundings of one store and of fp32 sums."""
-    entropy, grad = truth(logits, row_scale)
-    eager_entropy, eager_grad = softmax_entropy_grad_reference(logits, row_scale)
-    got_grad = logits.clone()
-    got_entropy = softmax_entropy_grad_(got_grad, row_scale)
-    eps = torch.finfo(got_entropy.dtype).eps
-    # Each z - max and log p carries a few roundings of the largest logit's size; a sum of V terms
-    # in any order is off by λ √V u with λ = 4 for all practical purposes (Higham and Mary 2019),
-    # and there are two: Σ exp, of relative size 1, and H.
-    largest = 1 + logits.double().masked_fill(logits == -torch.inf, 0).abs().amax(dim=1)
-    floor = eps * (8 * largest + 2 * logits.shape[1] ** 0.5 * (1 + entropy))
-    eager_error = (eager_entropy.double() - entropy).abs().nan_to_num(0.0)
-    assert ((got_entropy.double() - entropy).abs() <= 2 * eager_error + floor).all()
-    stored = torch.finfo(logits.dtype).eps
-    scale = row_scale.double().abs()[:, None]
-    tiny = torch.finfo(logits.dtype).smallest_normal  # below it a store keeps no relative precision
-    eager_error = (eager_grad.double() - grad).abs().nan_to_num(0.0)
-    allowed = 2 * eager_error + stored * grad.abs() + scale * floor[:, None] + tiny
-    assert ((got_grad.double() - grad).abs() <= allowed).all()
+NAN, INF = float("nan"), float("inf")
+TRANSFORMS: list[dict[str, Any]] = [
+    {},
+    {"softcap": 30.0},
+    {"logit_scale": 0.25},
+    {"softcap": 5.0, "logit_scale": 1.7},
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (5, 2), (3, 127), (7, 4099), (2, 32000)])
-def test_matches_float64(dtype: torch.dtype, rows: int, vocab: int) -> None:
-    generator = torch.Generator().manual_seed(vocab)
-    logits = (3 * torch.randn(rows, vocab, generator=generator)).to(dtype)
-    assert_close_to_truth(logits, torch.rand(rows, generator=generator))
+def normal(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + vocab)
+    return (3 * torch.randn(rows, vocab, generator=generator)).to(dtype)
 
 
-@settings(deadline=None, max_examples=60)
+def assert_right(logits: Tensor, row_scale: Tensor, backend: str, **transform: Any) -> None:
+    """Overwrites logits; error <= 2 x autograd's in the same dtype + the bound on rounding."""
+    truth = entropy_truth(logits, **transform)
+    eager_entropy, eager_grad = softmax_entropy_grad_reference(logits, row_scale, **transform)
+    # In float64 the truth is rounded as well.
+    share = 2 if logits.dtype == torch.float64 else 1
+    entropy = softmax_entropy_grad_(logits, row_scale, backend=backend, **transform)
+    # Autograd makes NaN of rows of only -inf, which excuses nothing.
+    eager_error = (eager_entropy - truth.entropy).abs().nan_to_num(0.0)
+    error = (entropy - truth.entropy).abs()
+    assert (error <= 2 * eager_error + share * truth.entropy_bound).all()
+
+    scale = row_scale.double()[:, None]
+    grad, bound = scale * truth.grad, scale.abs() * truth.grad_bound
+    bound += stored(grad.abs() + bound, logits.dtype, backend)
+    eager_error = (eager_grad - grad).abs().nan_to_num(0.0)
+    assert ((logits - grad).abs() <= 2 * eager_error + share * bound).all()
+
+
+@every_path
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    # 8192 logits are one step of the kernel.
+    ("rows", "vocab"), [(1, 1), (5, 2), (3, 127), (2, 8191), (1, 8192), (1, 8193), (2, 20000)],
+)  # fmt: skip
+def test_equals_float64(
+    backend: str, dtype: torch.dtype, transform: dict[str, Any], rows: int, vocab: int
+) -> None:
+    assert_right(normal(rows, vocab, dtype), torch.linspace(-1, 2, rows), backend, **transform)
+
+
+@pytest.mark.parametrize("where", ["first", "last", "rising", "falling"])
+def test_maximum_anywhere_among_steps(backend: str, where: str) -> None:
+    logits = normal(1, 3 * 8192 + 5)
+    ramp = torch.linspace(0, 30, logits.shape[1])
+    if where in ("rising", "falling"):
+        logits += ramp if where == "rising" else -ramp
+    else:
+        logits[0, 0 if where == "first" else -1] = 17.0
+    assert_right(logits, torch.ones(1), backend)
+
+
+@every_path
+@settings(deadline=None, max_examples=30)
 @given(
-    rows=st.integers(1, 6),
+    rows=st.integers(1, 5),
     vocab=st.integers(1, 300),
+    gap=st.integers(0, 3),
+    kind=st.sampled_from(["normal", "constant", "one-hot"]),
     spread=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
-    masked=st.floats(0, 1),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    masked=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    transform=st.sampled_from(TRANSFORMS),
     seed=st.integers(0, 2**31),
 )
 def test_extreme_logits(
-    rows: int, vocab: int, spread: float, masked: float, dtype: torch.dtype, seed: int
+    backend: str,
+    dtype: torch.dtype,
+    rows: int,
+    vocab: int,
+    gap: int,
+    kind: str,
+    spread: float,
+    masked: float,
+    transform: dict[str, Any],
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    logits = (spread * torch.randn(rows, vocab, generator=generator).clamp(-2, 2)).to(dtype)
-    logits[torch.rand(rows, vocab, generator=generator) < masked] = -torch.inf
-    assert_close_to_truth(logits, torch.rand(rows, generator=generator))
+    memory = torch.full((rows, vocab + gap), NAN, dtype=dtype)
+    logits = memory[:, :vocab]
+    if kind == "normal":
+        logits.copy_(spread * torch.randn(rows, vocab, generator=generator).clamp(-2, 2))
+    else:
+        logits.fill_(spread if kind == "constant" else -spread)
+    if kind == "one-hot":
+        logits[:, vocab // 2] = spread
+    logits[torch.rand(rows, vocab, generator=generator) < masked] = -INF
+    row_scale = 2 * torch.rand(rows, generator=generator, dtype=torch.float64) - 1
+    row_scale[0] *= seed % 2
+    assert_right(logits, row_scale, backend, **transform)
+    assert memory[:, vocab:].isnan().all()  # what lies between the rows was not touched
 
 
-def test_known_rows() -> None:
-    logits = torch.full((4, 8), -torch.inf)
+def test_known_rows(backend: str) -> None:
+    logits = torch.full((4, 8), -INF)
     logits[0] = 5.0  # uniform
     logits[1, 3] = 2.0  # all mass on one
     logits[2, :2] = 1.0  # half and half, the rest masked; row 3 is only -inf
-    entropy = softmax_entropy_grad_(logits, torch.ones(4))
-    assert entropy.tolist() == pytest.approx([torch.log(torch.tensor(8.0)).item(), 0, 0.6931472, 0])
+    entropy = softmax_entropy_grad_(logits, torch.ones(4), backend=backend)
+    assert entropy.tolist() == pytest.approx([2.0794415, 0, 0.6931472, 0])
     assert logits.abs().max() < 1e-6  # each is a stationary point of H
-    assert (logits[2, 2:] == 0).all()
-    assert (logits[3] == 0).all()
+    assert entropy[3] == 0
 
 
-def test_many_blocks_and_strided_rows() -> None:
-    wide = torch.full((40, 2 * 60_000), POISON)
-    wide[:, ::2] = torch.randn(40, 60_000, generator=torch.Generator().manual_seed(0))
-    logits = wide[:, ::2]
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_masked_entries_have_no_gradient(backend: str, transform: dict[str, Any]) -> None:
+    logits = normal(3, 50)
+    kept = logits[:2, ::5].clone()
+    masked = torch.arange(50) % 5 > 0
+    logits[:, masked] = -INF
+    logits[2] = -INF
+    entropy = softmax_entropy_grad_(logits, torch.ones(3), backend=backend, **transform)
+    assert (logits[:, masked] == 0).all()
+    assert (logits[2] == 0).all()
+    assert entropy[2] == 0
+    truth = entropy_truth(kept, **transform)  # as if they were not there
+    assert ((entropy[:2] - truth.entropy).abs() <= truth.entropy_bound).all()
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("vocab", [2, 9000])
+def test_nan_and_inf_are_not_hidden(backend: str, value: float, vocab: int) -> None:
+    logits = torch.zeros(2, vocab)
+    logits[0, 1] = value
+    logits[1, :] = value
+    assert softmax_entropy(logits, backend=backend).isnan().all()
+    softmax_entropy_grad_(logits, torch.ones(2), backend=backend)
+    assert logits.isnan().any(dim=1).all()
+
+
+@every_path
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_row_scale_zero_makes_exact_zeros(
+    backend: str, dtype: torch.dtype, transform: dict[str, Any]
+) -> None:
+    logits = normal(4, 9000, dtype)
+    logits[1] = NAN
+    logits[2, 5] = INF
+    logits[3] = 6e4
+    softmax_entropy_grad_(logits, torch.tensor([1.0, 0, 0, 0]), backend=backend, **transform)
+    assert (logits[1:] == 0).all()
+    assert (logits[0] != 0).any()
+
+
+@every_path
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_forward_and_backward_equal_the_pass_in_place(
+    backend: str, dtype: torch.dtype, transform: dict[str, Any]
+) -> None:
+    logits = normal(3, 100, dtype)[:, :77].requires_grad_()  # rows with a gap
+    row_scale = torch.tensor([0.5, 0.0, -3.0, 9.0])[::2]
+    row_scale = torch.cat((row_scale, row_scale[:1]))
+    entropy = softmax_entropy(logits, backend=backend, **transform)
+    (grad,) = torch.autograd.grad(entropy, logits, row_scale.to(entropy.dtype))
+    in_place = logits.detach().clone()
+    assert torch.equal(
+        softmax_entropy_grad_(in_place, row_scale, backend=backend, **transform), entropy
+    )
+    assert torch.equal(in_place, grad)
+    assert grad.dtype == dtype
+
+
+def test_factors_of_rows_with_any_stride(backend: str) -> None:
+    logits = normal(6, 40).requires_grad_()
+    (grad,) = torch.autograd.grad(softmax_entropy(logits, backend=backend).sum(), logits)
+    factors = torch.full((6, 3), NAN, dtype=torch.float64)
+    factors[:, 1] = 1  # .sum() hands back one number with stride 0, this is every third
+    in_place = logits.detach().clone()
+    softmax_entropy_grad_(in_place, factors[:, 1], backend=backend)
+    assert torch.equal(grad, in_place)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradient_equals_finite_differences(transform: dict[str, Any]) -> None:
+    logits = normal(3, 7, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: softmax_entropy(z, **transform), logits)
+
+
+def test_second_derivative_is_refused(backend: str) -> None:
+    logits = normal(2, 5).requires_grad_()
+    entropy = softmax_entropy(logits, backend=backend).sum()
+    (grad,) = torch.autograd.grad(entropy, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        grad.sum().backward()
+
+
+def test_many_blocks_of_rows() -> None:
+    logits = normal(40, 60_000)  # the torch path takes about a million logits at a time
+    assert_right(logits, torch.linspace(0, 1, 40), "torch")
+
+
+def test_repeats_bit_for_bit(backend: str) -> None:
+    first, second = normal(3, 9000), normal(3, 9000)
+    entropy = [softmax_entropy_grad_(z, torch.ones(3), backend=backend) for z in (first, second)]
+    assert torch.equal(*entropy)
+    assert torch.equal(first, second)
+
+
+def test_rows_beyond_2_to_the_31_elements(backend: str, tmp_path: Path) -> None:
+    # Row 2 starts 2^31 elements after row 0, and 2^31 before it if the offset wraps. The file is
+    # sparse: nothing but the rows takes memory or disk.
+    stride, vocab, middle = 2**30, 5, 2**31
+    memory = torch.from_file(
+        str(tmp_path / "sparse"), shared=True, size=2**32 + 8, dtype=torch.bfloat16
+    )
+    logits = memory.as_strided((3, vocab), (stride, 1), middle)
+    logits.copy_(normal(3, vocab))
     expected = logits.clone()
-    row_scale = torch.linspace(0, 1, 40)
-    expected_entropy = softmax_entropy_grad_(expected, row_scale)
-    entropy, grad = truth(logits, row_scale)
-    got = softmax_entropy_grad_(logits, row_scale)
-    assert torch.equal(got, expected_entropy)
+    entropy = softmax_entropy_grad_(logits, torch.ones(3), backend=backend)
+    expected_entropy = softmax_entropy_grad_(expected, torch.ones(3), backend=backend)
+    assert torch.equal(entropy, expected_entropy)
     assert torch.equal(logits, expected)
-    assert wide[:, 1::2].isnan().all()  # what lies between was not touched
-    assert (got - entropy).abs().max() < 1e-4
-    assert (logits - grad).abs().max() < 1e-8
+    assert (memory[:vocab] == 0).all()
 
 
-def test_nan_is_not_hidden() -> None:
-    logits = torch.tensor([[0.0, POISON], [0.0, torch.inf]])
-    assert softmax_entropy_grad_(logits, torch.ones(2)).isnan().all()
-
-
-def test_empty() -> None:
-    assert softmax_entropy_grad_(torch.empty(0, 5), torch.empty(0)).shape == (0,)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_empty(backend: str, shape: tuple[int, int]) -> None:
+    logits = torch.empty(shape, requires_grad=True)
+    entropy = softmax_entropy(logits, backend=backend)
+    assert torch.equal(entropy, torch.zeros(shape[0]))
+    (grad,) = torch.autograd.grad(entropy.sum(), logits)
+    assert grad.shape == shape
 
 
 @pytest.mark.parametrize(
-    ("logits", "row_scale"),
+    ("logits", "row_scale", "options", "message"),
     [
-        (torch.zeros(3), torch.zeros(3)),
-        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3)),
-        (torch.zeros(3, 2), torch.zeros(2)),
+        (torch.zeros(3), torch.zeros(3), {}, r"logits must be a \(T, V\)"),
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3), {}, "logits must be .* float"),
+        (torch.zeros(3, 2), torch.zeros(2), {}, r"row_scale must be \(3,\)"),
+        (torch.zeros(3, 4)[:, ::2], torch.zeros(3), {}, r"unit stride along V, got .*\(4, 2\)"),
+        (torch.zeros(2).expand(3, 2), torch.zeros(3), {}, "rows of logits must not overlap"),
+        (torch.zeros(3, 2), torch.zeros(3), {"softcap": 0.0}, "softcap must be .* got 0.0"),
+        (torch.zeros(3, 2), torch.zeros(3), {"logit_scale": -1.0}, "logit_scale must be"),
+        (torch.zeros(3, 2), torch.zeros(3), {"softcap": NAN}, "softcap must be"),
     ],
 )
-def test_bad_arguments(logits: Tensor, row_scale: Tensor) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        softmax_entropy_grad_(logits, row_scale)
+def test_bad_arguments(
+    backend: str, logits: Tensor, row_scale: Tensor, options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        softmax_entropy_grad_(logits, row_scale, backend=backend, **options)
+    if "row" not in message:  # what is wrong with logits is wrong for both
+        with pytest.raises(ValueError, match=message):
+            softmax_entropy(logits, backend=backend, **options)
+
+
+def test_operations_are_registered_as_torch_asks(backend: str) -> None:
+    logits, row_scale = normal(2, 7), torch.ones(2)
+    tests = torch.library.opcheck(
+        _softmax_entropy, (logits.clone().requires_grad_(), 30.0, 1.0, backend)
+    )
+    torch.library.opcheck(_softmax_entropy_backward, (logits, row_scale, None, 1.0, backend))
+    torch.library.opcheck(_softmax_entropy_grad_, (logits, row_scale, None, 1.0, backend))
+    assert set(tests.values()) == {"SUCCESS"}
+
+
+def test_compiles_whole(backend: str) -> None:
+    def both(logits: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        copy = logits.detach() * 1
+        in_place = softmax_entropy_grad_(copy, row_scale, softcap=30.0, backend=backend)
+        return softmax_entropy(logits, softcap=30.0, backend=backend), in_place, copy
+
+    logits, row_scale = normal(3, 50).requires_grad_(), torch.rand(3)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (both, compiled):
+        entropy, *in_place = run(logits, row_scale)
+        results.append([entropy, *torch.autograd.grad(entropy, logits, row_scale), *in_place])
+    for eager, got in zip(*results, strict=True):
+        assert torch.equal(eager, got)

@@ -1,96 +1,330 @@
+from typing import Any
+
 import pytest
 import torch
-from tolerances import assert_no_worse
+from entropy_truth import entropy_truth, stored
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paths import every_path
+from tolerances import assert_no_worse, relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from truth import entropy
+from watch import Watch
 
 from hfprune_fast.kernels import linear_entropy, linear_entropy_reference
+from hfprune_fast.kernels.linear_entropy import _linear_entropy
+
+NAN = float("nan")
+FP16_SCALE = 4096  # what an fp16 head's dz carries at least, by the docs
 
 
-def inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(tokens + vocab)
-    return (
-        torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).to(dtype),
-        torch.randn(vocab, hidden, generator=generator, dtype=torch.float64).to(dtype) / 4,
-        torch.rand(tokens, generator=generator, dtype=torch.float64) / tokens,
-        torch.randn(vocab, generator=generator, dtype=torch.float64).to(dtype),
+def dyadic(
+    tokens: int, width: int, vocab: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight and bias whose logits are exact in every dtype, in any order of summation.
+
+    Multiples of 1/16 of size at most width + 1 <= 16: 8 bits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def multiples(step: float, *shape: int) -> Tensor:
+        most = round(1 / step)
+        return (step * torch.randint(-most, most + 1, shape, generator=generator)).to(dtype)
+
+    return multiples(1 / 2, tokens, width), multiples(1 / 8, vocab, width), multiples(1 / 16, vocab)
+
+
+def assert_right(
+    hidden: Tensor, weight: Tensor, row_weight: Tensor, backend: str, *,
+    bias: Tensor | None = None, fp32_logits: bool = False, grad_scale: float = 1.0,
+    logits_budget_bytes: int | None = None, **transform: Any,
+) -> None:  # fmt: skip
+    """For dyadic inputs: error <= 2 x autograd's + the bound on rounding after the logits."""
+    loss, d_hidden = linear_entropy(
+        hidden, weight, row_weight, bias=bias, fp32_logits=fp32_logits, grad_scale=grad_scale,
+        logits_budget_bytes=logits_budget_bytes, backend=backend, **transform,
+    )  # fmt: skip
+    dtype, wide = hidden.dtype, weight.double()
+    logits = hidden.double() @ wide.T + (0 if bias is None else bias.double())
+    rows = entropy_truth(logits.to(dtype), **transform)
+    true_loss = (row_weight * rows.entropy).sum()
+    dz = row_weight[:, None] * rows.grad
+    truth = dz @ wide
+    # The weights, the sum of the terms and the loss are each rounded once.
+    eps = torch.finfo(loss.dtype).eps
+    loss_bound = (row_weight * (rows.entropy_bound + 2 * eps * rows.entropy)).sum()
+    # dz is rounded to the dtype of the head unless the logits are fp32, in fp16 after it is scaled;
+    # then V products are added in fp32, in any order, and the sum is rounded.
+    scale = max(grad_scale, FP16_SCALE) if dtype == torch.float16 and not fp32_logits else 1
+    kept = torch.promote_types(dtype, torch.float32) if fp32_logits else dtype
+    dz_bound = row_weight[:, None] * rows.grad_bound
+    dz_bound += stored(scale * (dz.abs() + dz_bound), kept, backend) / scale
+    sums = 2 * eps * len(weight) ** 0.5
+    bound = (dz_bound + sums * dz.abs()) @ wide.abs()
+    bound += stored(grad_scale * (truth.abs() + bound), dtype, "torch") / grad_scale
+
+    share = 2 if dtype == torch.float64 else 1  # the truth is rounded as well
+    loss_error, error = (loss - true_loss).abs(), (d_hidden / grad_scale - truth).abs()
+    if dtype == torch.float16:  # whose gradients eager torch loses: it excuses nothing
+        assert loss_error <= loss_bound
+        assert (error <= bound).all()
+        return
+    eager_loss, eager = linear_entropy_reference(
+        hidden, weight, row_weight.to(dtype), bias=bias, **transform
     )
+    assert loss_error <= 2 * (eager_loss - true_loss).abs() + share * loss_bound
+    assert (error <= 2 * (eager - truth).abs() + share * bound).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (7, 127), (300, 1000)])
-def test_matches_float64(dtype: torch.dtype, has_bias: bool, tokens: int, vocab: int) -> None:
-    hidden, weight, row_weight, bias = inputs(tokens, 32, vocab, dtype)
-    bias_or_none = bias if has_bias else None
+@every_path
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 80)),
+    has_bias=st.booleans(),
+    transform=st.sampled_from(
+        [{}, {"softcap": 8.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit_scale": 2.0}]
+    ),
+    fp32_logits=st.booleans(),
+    logits_budget_bytes=st.sampled_from([None, 1, 3000]),
+    grad_scale=st.sampled_from([1.0, 1024.0]),
+    padding=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_float64(
+    backend: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    has_bias: bool,
+    transform: dict[str, float],
+    padding: bool,
+    seed: int,
+    **options: Any,
+) -> None:
+    hidden, weight, bias = dyadic(*sizes, dtype, seed)
+    row_weight = torch.rand(sizes[0], generator=torch.Generator().manual_seed(seed)).double()
+    row_weight[: sizes[0] // 2] *= not padding
+    options["bias"] = bias if has_bias else None
+    assert_right(hidden, weight, row_weight, backend, **transform, **options)
+
+
+@every_path
+@pytest.mark.parametrize("fp32_logits", [False, True])
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (7, 127), (150, 1000)])
+def test_no_worse_than_autograd(
+    backend: str, dtype: torch.dtype, fp32_logits: bool, tokens: int, vocab: int
+) -> None:
+    # With inputs of full precision, so that the logits are rounded too.
+    generator = torch.Generator().manual_seed(tokens)
+    double = {"generator": generator, "dtype": torch.float64}
+    hidden = torch.randn(tokens, 32, **double).to(dtype)
+    weight = (torch.randn(vocab, 32, **double) / 4).to(dtype)
+    row_weight = torch.rand(tokens, **double)
     h = hidden.double().requires_grad_()
-    z = h @ weight.double().T + (bias.double() if has_bias else 0)
-    true_loss = (entropy(z) * row_weight).sum()
+    true_loss = (entropy(h @ weight.double().T) * row_weight).sum()
     (true_grad,) = torch.autograd.grad(true_loss, h)
-    true_loss = true_loss.detach()
-    eager_loss, eager_grad = linear_entropy_reference(hidden, weight, row_weight, bias=bias_or_none)
+    eager_loss, eager_grad = linear_entropy_reference(hidden, weight, row_weight.to(dtype))
     loss, grad = linear_entropy(
-        hidden, weight, row_weight, bias=bias_or_none, logits_budget_bytes=1
+        hidden, weight, row_weight, fp32_logits=fp32_logits, backend=backend
     )
-    # In float64 eager is the truth itself; a sum of V terms in another order moves V eps at most.
+    # dz and d_hidden are rounded once each. In float64 eager is the truth itself, and a sum of V
+    # terms in another order moves by V eps at most.
     eps = torch.finfo(dtype).eps
     floor = (vocab if dtype == torch.float64 else 4) * eps
-    assert_no_worse(loss[None], eager_loss[None], true_loss[None], floor=floor)
+    assert_no_worse(loss[None], eager_loss[None], true_loss.detach()[None], floor=floor)
     assert_no_worse(grad.flatten(), eager_grad.flatten(), true_grad.flatten(), floor=floor)
 
 
-def test_rows_of_weight_zero_do_not_count() -> None:
-    hidden, weight, row_weight, _ = inputs(10, 16, 50, torch.float64)
-    row_weight[4:] = 0
-    hidden[4:] = 1e3
-    loss, grad = linear_entropy(hidden, weight, row_weight)
-    expected, _ = linear_entropy(hidden[:4], weight, row_weight[:4])
-    assert loss == pytest.approx(expected)
-    assert (grad[4:] == 0).all()
+@every_path
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_padding_counts_for_nothing(backend: str, dtype: torch.dtype, fp32_logits: bool) -> None:
+    hidden, weight, bias = dyadic(9, 12, 50, dtype)
+    row_weight = torch.tensor([0.25, 0, 0, 0.5, 0, 1, 1, 0, 0])
+    padding = row_weight == 0
+    options: dict[str, Any] = {"bias": bias, "fp32_logits": fp32_logits, "backend": backend}
+    clean_loss, clean = linear_entropy(hidden, weight, row_weight, **options)
+    hidden[padding] = torch.tensor([NAN, torch.inf, -torch.inf, 6e4, NAN], dtype=dtype)[:, None]
+    loss, d_hidden = linear_entropy(hidden, weight, row_weight, **options)
+    assert torch.equal(loss, clean_loss)
+    assert torch.equal(d_hidden, clean)
+    assert (d_hidden[padding] == 0).all()
+    assert (d_hidden[~padding] != 0).any(dim=1).all()
 
 
-def test_no_rows() -> None:
-    loss, grad = linear_entropy(torch.zeros(0, 4), torch.zeros(7, 4), torch.zeros(0))
+@pytest.mark.parametrize("logits_budget_bytes", [None, 1])
+def test_sequences_of_unequal_length_weigh_the_same(
+    backend: str, logits_budget_bytes: int | None
+) -> None:
+    lengths = [5, 1, 11]
+    hidden, weight, _ = dyadic(sum(lengths), 12, 90, torch.float32)
+    row_weight = torch.cat([torch.full((n,), 1 / n, dtype=torch.float64) for n in lengths])
+    options: dict[str, Any] = {"logits_budget_bytes": logits_budget_bytes, "backend": backend}
+    loss, d_hidden = linear_entropy(hidden, weight, row_weight, **options)
+    # By default a row weighs 1 / T: the loss of a sequence is the mean over its tokens.
+    single = [linear_entropy(h, weight, **options) for h in hidden.split(lengths)]
+    eps = torch.finfo(torch.float32).eps  # each loss is rounded once, and so is their sum
+    mean = sum(float(loss) for loss, _ in single)
+    assert abs(float(loss) - mean) <= eps * mean
+    # Same rows, same logits; products over V in another order, of terms of both signs.
+    rounding = 2 * eps * 90**0.5 * weight.abs().amax() * row_weight[:, None] * 5
+    assert ((d_hidden - torch.cat([d for _, d in single])).abs() <= rounding).all()
+
+
+HEADS = [
+    (torch.float32, False),
+    (torch.bfloat16, False),
+    (torch.bfloat16, True),
+    (torch.float16, True),
+]
+
+
+def watched(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool, budget: int | None,
+    backend: str,
+) -> Watch:  # fmt: skip
+    row_weight = torch.ones(len(hidden))
+    with Watch(hidden, weight, row_weight) as watch:
+        # Inside the custom operation, which a mode would see as one.
+        _linear_entropy._init_fn(
+            hidden, weight, row_weight, bias, None, 1.0, fp32_logits, 1.0, budget, backend
+        )
+    return watch
+
+
+@pytest.mark.parametrize(("dtype", "fp32_logits"), HEADS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_memory_stays_within_the_budget(
+    backend: str, dtype: torch.dtype, fp32_logits: bool, has_bias: bool
+) -> None:
+    tokens, vocab, budget = (48, 4001, 1 << 18) if backend == "triton" else (300, 16001, 4 << 20)
+    hidden, weight, bias = dyadic(tokens, 64, vocab, dtype)
+    watch = watched(hidden, weight, bias if has_bias else None, fp32_logits, budget, backend)
+    rows = 8 * 5 * tokens  # five numbers of 8 bytes a row at most
+    d_hidden = hidden.numel() * hidden.element_size()
+    # The torch path's pass over the logits keeps three fp32 blocks of a million elements at most.
+    block = 0 if backend == "triton" else 4 << 20
+    assert budget // 2 < watch.peak <= budget + d_hidden + rows + 3 * block
+    assert watch.largest <= max(budget, block) < tokens * vocab * hidden.element_size()
+
+
+@pytest.mark.parametrize(("dtype", "fp32_logits"), HEADS)
+def test_nothing_waits_for_the_device(backend: str, dtype: torch.dtype, fp32_logits: bool) -> None:
+    watch = watched(*dyadic(20, 12, 333, dtype), fp32_logits, 5000, backend)
+    waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
+    assert not {name.removeprefix("aten::").split(".")[0] for name in watch.names} & waits
+
+
+@pytest.mark.parametrize(("dtype", "fp32_logits"), HEADS)
+def test_flops(backend: str, dtype: torch.dtype, fp32_logits: bool) -> None:
+    hidden, weight, bias = dyadic(20, 12, 333, dtype)
+    watch = watched(hidden, weight, bias, fp32_logits, 5000, backend)
+    with FlopCounterMode(display=False) as flops:
+        linear_entropy(hidden, weight, fp32_logits=fp32_logits, backend=backend)
+    counted = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in watch.products)
+    assert counted == flops.get_total_flops() == 4 * 20 * 12 * 333
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 1001])
+def test_rows_of_the_buffer_are_aligned_for_odd_vocabularies(vocab: int) -> None:
+    hidden, weight, _ = dyadic(3, 4, vocab, torch.bfloat16)
+    watch = watched(hidden, weight, None, False, None, "torch")
+    (hidden, _), (dz, _) = watch.products
+    assert dz.stride() == (-(-vocab // 16) * 16, 1)
+
+
+@pytest.mark.parametrize(("fit", "expected"), [(140, [128, 128, 44]), (100, [100, 100, 100])])
+def test_chunks_are_multiples_of_128_rows_where_so_many_fit(fit: int, expected: list[int]) -> None:
+    hidden, weight, _ = dyadic(300, 4, 32, torch.bfloat16)
+    watch = watched(hidden, weight, None, False, fit * 32 * 2, "torch")
+    assert [len(h) for h, _ in watch.products[::2]] == expected
+
+
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_fp16_gradients_survive_a_large_vocabulary(backend: str, fp32_logits: bool) -> None:
+    hidden, weight, _ = dyadic(3, 12, 32000, torch.float16)
+    row_weight = torch.full((3,), 1 / 1024, dtype=torch.float64)
+    assert_right(hidden, weight, row_weight, backend, fp32_logits=fp32_logits)
+    _, d_hidden = linear_entropy(
+        hidden, weight, row_weight, fp32_logits=fp32_logits, backend=backend
+    )
+    dz = entropy_truth(hidden.double() @ weight.double().T).grad / 1024
+    truth = dz @ weight.double()
+    # u = eps / 2 from the rounding of d_hidden, and less from those of dz, many and small.
+    eps = torch.finfo(torch.float16).eps
+    assert relative_error(d_hidden, truth).max() < eps
+    unscaled = dz.half()
+    assert (unscaled == 0).double().mean() > 0.6
+    assert relative_error(unscaled.double() @ weight.double(), truth).min() > 10 * eps
+
+
+@every_path
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_grad_scale_is_exact(backend: str, dtype: torch.dtype, fp32_logits: bool) -> None:
+    hidden, weight, _ = dyadic(4, 12, 40, dtype)
+    results = {
+        scale: linear_entropy(
+            hidden, weight, grad_scale=scale, fp32_logits=fp32_logits, backend=backend
+        )
+        for scale in (1.0, 1024.0, 8192.0)
+    }
+    for scale, (loss, d_hidden) in results.items():
+        assert torch.equal(loss, results[1][0])
+        assert torch.equal(d_hidden.double() / scale, results[1][1].double())
+
+
+@every_path
+def test_repeats_bit_for_bit(backend: str, dtype: torch.dtype) -> None:
+    hidden, weight, _ = dyadic(5, 12, 1000, dtype)
+    first, second = (linear_entropy(hidden, weight, backend=backend) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(0, 7), (3, 0), (0, 0)])
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_empty(backend: str, tokens: int, vocab: int, fp32_logits: bool) -> None:
+    hidden, weight, _ = dyadic(tokens, 4, vocab, torch.bfloat16)
+    loss, d_hidden = linear_entropy(hidden, weight, fp32_logits=fp32_logits, backend=backend)
     assert loss == 0
-    assert grad.shape == (0, 4)
-
-
-def test_flops_and_largest_tensor() -> None:
-    tokens, width, vocab = 1024, 16, 1000
-    hidden, weight, row_weight, _ = inputs(tokens, width, vocab, torch.float32)
-    budget = 128 * vocab * 4
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple) else (result,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.untyped_storage().nbytes())
-            return result
-
-    with FlopCounterMode(display=False) as flops, Watch():
-        linear_entropy(hidden, weight, row_weight, logits_budget_bytes=budget)
-    assert flops.get_total_flops() == 4 * tokens * width * vocab
-    assert largest == budget  # the logits buffer; never tokens x vocab
+    assert torch.equal(d_hidden, torch.zeros_like(hidden))
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"hidden": torch.zeros(3, 4)},
-        {"hidden": torch.zeros(3, 5).double()},
-        {"row_weight": torch.zeros(4)},
-        {"weight": torch.zeros(5)},
+        ({"hidden": torch.zeros(3, 4)}, r"hidden must be \(T, D\).*got \(3, 4\) and \(7, 5\)"),
+        ({"weight": torch.zeros(5)}, r"weight \(V, D\), got \(3, 5\) and \(5,\)"),
+        ({"hidden": torch.zeros(3, 5).double()}, "dtype, got torch.float64 and torch.float32"),
+        ({"hidden": torch.zeros(3, 5).int(), "weight": torch.zeros(7, 5).int()}, "floating"),
+        ({"row_weight": torch.zeros(4)}, r"row_weight must be \(3,\), got \(4,\)"),
+        ({"bias": torch.zeros(5)}, r"bias must be \(7,\)"),
+        ({"bias": torch.zeros(7).double()}, "bias must be .* got .*float64"),
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"grad_scale": 3.0}, "grad_scale must be a power of two, got 3.0"),
+        ({"grad_scale": torch.inf}, "grad_scale must be"),
+        ({"logits_budget_bytes": 0}, "logits_budget_bytes must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments(change: dict[str, Tensor]) -> None:
-    arguments = {
-        "hidden": torch.zeros(3, 5),
-        "weight": torch.zeros(7, 5),
-        "row_weight": torch.zeros(3),
-    }
-    with pytest.raises(ValueError, match="must"):
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {"hidden": torch.zeros(3, 5), "weight": torch.zeros(7, 5)}
+    with pytest.raises(ValueError, match=message):
         linear_entropy(**(arguments | change))
+
+
+def test_operation_is_registered_as_torch_asks(backend: str) -> None:
+    hidden, weight, bias = dyadic(3, 4, 7, torch.bfloat16)
+    for options in [(None, 1.0, False, 1.0, None), (8.0, 0.5, True, 2.0, 100)]:
+        torch.library.opcheck(
+            _linear_entropy, (hidden, weight, torch.ones(3), bias, *options, backend)
+        )
+
+
+def test_compiles_whole(backend: str) -> None:
+    hidden, weight, bias = dyadic(3, 4, 7, torch.float32)
+
+    def run(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_entropy(hidden, weight, bias=bias, softcap=8.0, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, eager in zip(compiled(hidden), run(hidden), strict=True):
+        assert torch.equal(got, eager)

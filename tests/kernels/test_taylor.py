@@ -1,62 +1,185 @@
-import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paths import every_path
+from taylor_cases import LAYOUTS, batches, random, sparse_memory, token_mask
+from taylor_truth import eager_sums, integers, sums, sums_bound
+from torch import Tensor
 
-from hfprune_fast.kernels import taylor_statistics, taylor_statistics_reference
+from hfprune_fast.kernels import TaylorStatistics, taylor_statistics, taylor_statistics_reference
+from hfprune_fast.kernels.taylor import _taylor_statistics
 
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 130, 5), (2, 257, 64), (4, 128, 7)])
-def test_matches_exact_sums(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    generator = torch.Generator().manual_seed(sum(shape))
-    grad = (1e-9 * torch.randn(shape, generator=generator)).to(dtype)
-    act = torch.randn(shape, generator=generator).to(dtype)
-    got = taylor_statistics(grad, act)
-    for name, tensor in zip(got._fields, got, strict=True):
-        assert tensor.dtype == torch.float64, name
-    for j in {0, shape[2] - 1}:
-        a, g = act[..., j].double(), grad[..., j].double()
-        x = [[float(v) for v in row] for row in g * a]
-        flat = [v for row in x for v in row]
-        expected = (
-            math.fsum(abs(v) for v in flat),
-            math.fsum(v * v for v in flat),
-            math.fsum(math.fsum(row) ** 2 for row in x),
-            math.fsum(float(v) ** 2 for v in a.flatten()),
-        )
-        # fp64 sums of n terms of one sign: relative error <= n eps. `mask` squares a sum of terms
-        # of both signs, so its error is relative to (Σ|x|)².
-        n_eps = 2 * len(flat) * torch.finfo(torch.float64).eps
-        bounds = [n_eps * expected[0], n_eps * expected[1], 2 * n_eps * expected[0] ** 2]
-        for name, bound, want in zip(
-            got._fields, [*bounds, n_eps * expected[3]], expected, strict=True
-        ):
-            assert abs(float(getattr(got, name)[j]) - want) <= bound, name
+NAN = float("nan")
 
 
-def test_reference_agrees() -> None:
-    grad, act = torch.randn(2, 3, 200, 9).unbind()
-    for got, want in zip(
-        taylor_statistics(grad, act), taylor_statistics_reference(grad, act), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+@every_path
+@settings(deadline=None, max_examples=20)
+@given(
+    batch=batches(),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 2),
+    seed=st.integers(0, 2**31),
+)
+def test_whole_numbers_give_exact_sums(
+    backend: str,
+    dtype: torch.dtype,
+    batch: tuple[tuple[int, int, int], Tensor | None],
+    layouts: tuple[str, str],
+    seed: int,
+) -> None:
+    shape, mask = batch
+    tensors = [integers(*shape, dtype=dtype, seed=seed + i) for i in range(2)]
+    expected = sums(tensors[0] * tensors[1], tensors[1], mask)
+    if mask is not None:
+        tensors = [tensor.masked_fill(~mask[:, :, None], NAN) for tensor in tensors]
+    grad, act = (LAYOUTS[name](t) for name, t in zip(layouts, tensors, strict=True))
+    got = taylor_statistics(grad, act, token_mask=mask, backend=backend)
+    assert torch.equal(torch.stack(got), expected)
+    for tensor, before in zip((grad, act), tensors, strict=True):  # inputs are left alone
+        assert torch.equal(tensor.nan_to_num(9.0), before.nan_to_num(9.0))
 
 
-def test_inputs_are_left_alone_and_sequences_add_up() -> None:
-    grad, act = torch.randn(2, 4, 150, 6, dtype=torch.float64).unbind()
-    copies = grad.clone(), act.clone()
-    whole = taylor_statistics(grad, act)
-    assert torch.equal(grad, copies[0])
-    assert torch.equal(act, copies[1])
-    single = [taylor_statistics(grad[b : b + 1], act[b : b + 1]) for b in range(4)]
-    for name in whole._fields:
-        summed = sum(getattr(s, name) for s in single)
-        torch.testing.assert_close(getattr(whole, name), summed, rtol=1e-13, atol=0)
+@every_path
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 130, 5), (2, 257, 64)])
+def test_rounding_is_bounded(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    grad, act = 1e-3 * random(*shape), random(*shape, seed=1)
+    grad, act = grad.to(dtype), act.to(dtype)
+    a, x = act.double(), grad.double() * act.double()
+    u = 2.0**-24 if backend == "triton" else 2.0**-53
+    bound = sums_bound(x, u * x.abs(), a, torch.zeros_like(a), backend)
+    got = torch.stack(taylor_statistics(grad, act, backend=backend))
+    reference = torch.stack(taylor_statistics_reference(grad, act))
+    # Truth and reference are fp64 as well, and round as the torch path does.
+    share = 2.0**-53 / u
+    truth = sums(x, a)
+    assert ((got - truth).abs() <= (1 + share) * bound).all()
+    assert ((reference - truth).abs() <= 2 * share * bound).all()
 
 
-def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"\(B, S, F\)"):
-        taylor_statistics(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
-    with pytest.raises(ValueError, match=r"\(B, S, F\)"):
-        taylor_statistics(torch.zeros(3, 4), torch.zeros(3, 4))
+@pytest.mark.parametrize("seq_len", [300, 4100])  # the second stage reads 16 chunks at a time
+def test_mask_squares_the_sum_of_a_whole_sequence(backend: str, seq_len: int) -> None:
+    # One sequence cancels only from one chunk of 128 tokens to the next, the other adds up.
+    grad = torch.ones(2, seq_len, 3)
+    grad[0, : seq_len // 2] = -1
+    got = taylor_statistics(grad, torch.full_like(grad, 2), backend=backend)
+    assert got.mask.tolist() == [(2.0 * seq_len) ** 2] * 3
+    assert got.l1.tolist() == [4.0 * seq_len] * 3
+
+
+def test_sums_over_sequences_are_fp64(backend: str) -> None:
+    grad = torch.tensor([2.0**30, 2.0**-10, 2.0**-10])[:, None, None]
+    got = taylor_statistics(grad, torch.ones(3, 1, 1), backend=backend)
+    assert got.l1.item() == 2.0**30 + 2.0**-9
+    assert got.l2.item() == got.mask.item() == 2.0**60  # + 2^-19, which fp64 cannot hold
+
+
+@every_path
+def test_a_padded_batch_equals_one_sequence_at_a_time(backend: str, dtype: torch.dtype) -> None:
+    lengths = [129, 1, 300, 128]
+    grad, act = random(4, 300, 5, dtype=dtype), random(4, 300, 5, dtype=dtype, seed=1)
+    for side in ("right", "left"):
+        mask = token_mask(lengths, 300, side)
+        got = torch.stack(taylor_statistics(grad, act, token_mask=mask, backend=backend))
+        one_at_a_time = torch.zeros_like(got)
+        for b in range(4):
+            single = grad[b][mask[b]][None], act[b][mask[b]][None]
+            one_at_a_time += torch.stack(taylor_statistics(*single, backend=backend))
+        if side == "right" and backend == "triton":  # the same sums in the same order
+            assert torch.equal(got, one_at_a_time)
+        a = act.double().masked_fill(~mask[:, :, None], 0)
+        x = grad.double() * a
+        u = 2.0**-24 if backend == "triton" else 2.0**-53
+        bound = sums_bound(x, u * x.abs(), a, torch.zeros_like(a), backend)
+        assert ((got - one_at_a_time).abs() <= 2 * bound).all()
+
+
+def test_repeats_bit_for_bit(backend: str) -> None:
+    grad, act = random(2, 300, 130), random(2, 300, 130, seed=1)
+    first, second = (taylor_statistics(grad, act, backend=backend) for _ in range(2))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+
+
+@every_path
+def test_grad_scale_is_taken_out_exactly(backend: str, dtype: torch.dtype) -> None:
+    grad, act = random(2, 130, 5, dtype=dtype), random(2, 130, 5, dtype=dtype, seed=1)
+    expected = taylor_statistics(grad, act, backend=backend)
+    for scale in (1024.0, 2.0**-4):
+        got = taylor_statistics(grad * scale, act, grad_scale=scale, backend=backend)
+        assert torch.equal(torch.stack(got), torch.stack(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parity_rounds_as_the_reference_implementation(dtype: torch.dtype) -> None:
+    grad, act = random(40, 20, 30, dtype=dtype), random(40, 20, 30, dtype=dtype, seed=1)
+    got = taylor_statistics(grad, act, parity=True)
+    for name, tensor in zip(got._fields, eager_sums(grad, act), strict=True):
+        assert torch.equal(getattr(got, name), tensor), name
+    assert got.l1.dtype == dtype
+    assert not torch.equal(got.l1.double(), taylor_statistics(grad, act).l1)
+
+
+def test_parity_saturates_in_bfloat16() -> None:
+    ones = torch.ones(1000, 1, 1, dtype=torch.bfloat16)
+    assert taylor_statistics(ones, ones, parity=True).l1.item() == 256  # 256 + 1 rounds to 256
+    assert taylor_statistics(ones, ones).l1.item() == 1000
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (3, 1, 5)])
+def test_tokens_beyond_2_to_the_31_elements(
+    backend: str, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    # The third token starts 2^31 elements after the first: if the offset wraps, as far before it.
+    memory, stride = sparse_memory(tmp_path / "sparse"), 2**30
+    grad, act = (
+        memory.as_strided(shape, (shape[1] * stride, stride, 1), 2**31 + 8 * i) for i in range(2)
+    )
+    grad.copy_(integers(*shape, dtype=torch.bfloat16, seed=0))
+    act.copy_(integers(*shape, dtype=torch.bfloat16, seed=1))
+    got = taylor_statistics(grad, act, backend=backend)
+    assert torch.equal(torch.stack(got), sums(grad * act, act))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("parity", [False, True])
+def test_empty(shape: tuple[int, int, int], parity: bool) -> None:
+    got = taylor_statistics(torch.empty(shape), torch.empty(shape), parity=parity)
+    assert torch.equal(torch.stack(got), torch.zeros(4, shape[2], dtype=got.l1.dtype))
+    assert got.l1.dtype == (torch.float32 if parity else torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act": torch.zeros(2, 3, 5)}, r"\(B, S, F\).*\(2, 3, 4\) .* and \(2, 3, 5\)"),
+        ({"grad": torch.zeros(3, 4), "act": torch.zeros(3, 4)}, r"\(B, S, F\)"),
+        ({"act": torch.zeros(2, 3, 4).double()}, "of one dtype"),
+        ({"token_mask": torch.ones(2, 3)}, r"token_mask must be \(2, 3\) bool, got .*float32"),
+        ({"token_mask": torch.ones(3, 2, dtype=torch.bool)}, r"token_mask must be \(2, 3\) bool"),
+        ({"grad_scale": 3.0}, "grad_scale must be a power of two, got 3.0"),
+        ({"grad_scale": 0.0}, "grad_scale must be"),
+        ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
+        ({"parity": True, "token_mask": torch.ones(2, 3, dtype=torch.bool)}, "no token_mask"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        taylor_statistics(**({"grad": torch.zeros(2, 3, 4), "act": torch.zeros(2, 3, 4)} | change))
+
+
+def test_operation_is_registered_as_torch_asks(backend: str) -> None:
+    grad, act = random(2, 3, 4).bfloat16(), random(2, 3, 4).bfloat16()
+    mask = token_mask([3, 1], 3, "left")
+    torch.library.opcheck(_taylor_statistics, (grad, act, mask, False, 2.0, backend))
+    torch.library.opcheck(_taylor_statistics, (grad, act, None, True, 1.0, None))
+
+
+def test_compiles_whole(backend: str) -> None:
+    def run(grad: Tensor, act: Tensor) -> TaylorStatistics:
+        return taylor_statistics(grad, act, backend=backend)
+
+    grad, act = random(2, 3, 4), random(2, 3, 4, seed=1)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.stack(compiled(grad, act)), torch.stack(run(grad, act)))

@@ -1,0 +1,322 @@
+"""Check and time every kernel on the GPU at hand; under 8 minutes, no network, nothing to install.
+
+    python bench/gpu_check.py --out bench/results/2026-11-22-h200
+
+It needs what a stock CUDA image has: torch, triton, transformers, pytest, pip and setuptools. It
+builds the package into a temporary folder, runs `tests/gpu` there, times each kernel against its
+floor (`gpu_times.py`), and writes DIR/result.json and DIR/result.md, and a log of each phase. Each
+phase has a process and a time limit of its own, so one that fails loses no other. `--tune` adds a
+sweep of the kernels' configurations, up to 6 minutes. `--rehearse` runs every phase on a CPU.
+
+The exit status is 0 when all ran and was correct, whatever the times; 1 when a phase or a test
+failed; 2 when there is no CUDA device or the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+# Seconds a phase may take. The first three are all of a run without --tune: under 8 minutes.
+LIMITS_S = {"build": 90, "correctness": 215, "timing": 170, "tune": 355}
+HEADER = [
+    "op", "shape", "ours ms", "floor ms", "% of floor", "target", "eager ms", "eager/ours", "",
+]  # fmt: skip
+# Before the limit a process is asked to end, and a worker this long before that starts nothing new.
+GRACE_S = 25
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", choices=["correctness", "timing", "tune"])
+    parser.add_argument("--tune", action="store_true", help="sweep configurations as well")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    if args.rehearse and out.is_relative_to(BENCH / "results"):
+        parser.error("a rehearsal measures nothing; give --out a folder outside bench/results")
+    if not args.rehearse and (reason := no_device()):
+        print(f"gpu_check.py: {reason}; --rehearse runs all of it on a CPU", file=sys.stderr)
+        sys.exit(2)
+    phases = [args.only] if args.only else ["correctness", "timing"]
+    if args.tune and "tune" not in phases:
+        phases.append("tune")
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
+    result = {**provenance(args.rehearse), "phases": {}}
+    with tempfile.TemporaryDirectory(prefix="hfprune_gpu_check_") as folder:
+        run = Run(Path(folder), out, args.rehearse, result)
+        if run.phase("build"):
+            for phase in phases:
+                run.phase(phase)
+    table = report(result)
+    (out / "result.md").write_text(table, encoding="utf-8")
+    print("\n" + table, end="")
+    sys.exit(any(phase["error"] for phase in result["phases"].values()))
+
+
+def no_device() -> str | None:
+    """Why nothing can run here, in a few words."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported ({error})"
+    if torch.cuda.is_available():
+        return None
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    return f"no CUDA device (torch {torch.__version__}, built with {built})"
+
+
+def provenance(rehearsal: bool) -> dict[str, Any]:
+    def output(*command: str) -> str | None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    sources = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        sources.update(path.read_bytes())
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return {
+        "rehearsal": rehearsal,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+        "kernels_sha256": sources.hexdigest(),
+        "driver": driver.splitlines()[0] if driver else None,
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in ("torch", "triton", "transformers")},
+    }
+
+
+class Run:
+    """The phases; each writes what it found into result, and result.json is kept up to date."""
+
+    def __init__(self, folder: Path, out: Path, rehearse: bool, result: dict[str, Any]) -> None:
+        self.folder, self.out, self.result = folder, out, result
+        self.site = folder / "site"
+        hidden = ("HFPRUNE_BACKEND", "PYTEST_ADDOPTS")  # they would change what runs
+        env = {name: value for name, value in os.environ.items() if name not in hidden}
+        path = [str(self.site), str(BENCH), env.get("PYTHONPATH", "")]
+        self.env = {
+            **env,
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # fp32 products are fp32
+            "TRITON_INTERPRET": str(int(rehearse)),
+        }
+        if rehearse:
+            self.env["CUDA_VISIBLE_DEVICES"] = ""
+
+    def phase(self, name: str) -> bool:
+        print(f"{name} ...", flush=True)
+        start = time.monotonic()
+        self.deadline = start + LIMITS_S[name]
+        (self.out / f"{name}.log").unlink(missing_ok=True)
+        entry: dict[str, Any] = {"error": None}
+        self.result["phases"][name] = entry
+        try:
+            entry["error"] = getattr(self, name)()
+        except Exception as error:
+            entry["error"] = f"{type(error).__name__}: {error}"
+        entry["seconds"] = round(time.monotonic() - start, 1)
+        print(f"{name}: {entry['seconds']:.0f} s, {entry['error'] or 'ok'}", flush=True)
+        (self.out / "result.json").write_text(json.dumps(self.result, indent=1) + "\n")
+        return entry["error"] is None
+
+    def command(self, name: str, *command: str | Path) -> str | None:
+        """Run to the end or the limit; say in a line what went wrong, and print the log's end."""
+        log, error = self.out / f"{name}.log", None
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], env=self.env, cwd=self.folder,
+                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0,
+            )  # fmt: skip
+            try:
+                process.wait(self.deadline - GRACE_S - time.monotonic())
+            except subprocess.TimeoutExpired:
+                error = f"stopped, as {LIMITS_S[name]} s were running out"
+                os.killpg(process.pid, signal.SIGINT)  # pytest then still reports what it has
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if process.returncode == 0 and error is None:
+            return None
+        lines = log.read_text(errors="replace").rstrip().splitlines()
+        print("\n".join(f"  {name}| {line[:200]}" for line in lines[-25:]), flush=True)
+        return error or f"exit status {process.returncode}; the log's last line: {lines[-1:]}"
+
+    def build(self) -> str | None:
+        """Build as pip does for any user, from a copy, so that nothing is written beside it."""
+        tree = self.folder / "tree"
+        skipped = (
+            ".git", ".venv", "build", "tests", "bench", "*.egg-info", "__pycache__", ".*_cache"
+        )  # fmt: skip
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*skipped))
+        pip = "-m pip --isolated install --no-index --no-deps --no-build-isolation"
+        error = self.command("build", *pip.split(), "--target", self.site, tree)
+        info = self.folder / "info.json"
+        error = error or self.command("build", BENCH / "gpu_times.py", "info", "--out", info)
+        if error:
+            return error
+        found = json.loads(info.read_text())
+        self.result["device"] = found["device"]
+        if not Path(found["package"]).resolve().is_relative_to(self.site.resolve()):
+            return f"the package was imported from {found['package']}, not from {self.site}"
+        return None
+
+    def correctness(self) -> str | None:
+        xml = self.folder / "junit.xml"
+        error = self.command(
+            "correctness", "-m", "pytest", ROOT / "tests" / "gpu", "--rootdir", ROOT,
+            "-c", ROOT / "pyproject.toml", "-q", "--durations=15", "--tb=short",
+            "-p", "no:cacheprovider", f"--junitxml={xml}",
+        )  # fmt: skip
+        if not xml.exists():
+            return error or "pytest left no report"
+        counts: dict[str, Any] = {
+            "passed": 0,
+            "failed": 0,
+            "skipped": 0,
+            "failures": [],
+            "skips": [],
+        }
+        for case in ElementTree.parse(xml).iter("testcase"):
+            problem = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
+            if problem is None:
+                counts["passed"] += 1
+                continue
+            message = (problem.get("message") or "").strip().splitlines()[:1]
+            text = f"{case.get('name')}: {''.join(message)[:300]}"
+            skip = problem.tag == "skipped"
+            counts["skipped" if skip else "failed"] += 1
+            counts["skips" if skip else "failures"].append(text)
+        self.result["correctness"] = counts
+        if not counts["passed"] and not self.result["rehearsal"]:
+            return error or "no test ran"
+        return error
+
+    def timing(self) -> str | None:
+        return self._times("timing")
+
+    def tune(self) -> str | None:
+        return self._times("tune")
+
+    def _times(self, name: str) -> str | None:
+        found = self.folder / f"{name}.json"
+        seconds = str(LIMITS_S[name] - 2 * GRACE_S)
+        worker = BENCH / "gpu_times.py", name, "--out", found, "--seconds", seconds
+        error = self.command(name, *worker)
+        if found.exists():
+            self.result.update(json.loads(found.read_text()))
+        if name == "timing" and self.result.get("errors"):
+            error = error or "; ".join(self.result["errors"])
+        return error
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as Markdown that is also readable as it is."""
+    device = result.get("device", {}).get("name", "unknown device")
+    lines = [
+        f"# {device}",
+        "",
+        f"{result['date']}, commit {result['commit']}"
+        + (" with uncommitted changes" if result["uncommitted_changes"] else "")
+        + f", kernels {result['kernels_sha256'][:12]}",
+        f"driver {result['driver']}, torch {result['torch']}, triton {result['triton']}, "
+        f"transformers {result['transformers']}, Python {result['python']}",
+        "",
+    ]
+    for name, phase in result["phases"].items():
+        lines.append(f"- {name}: {phase['error'] or 'ok'} ({phase['seconds']:.0f} s)")
+    counts = result.get("correctness")
+    if counts:
+        lines.append(
+            f"- tests: {counts['passed']} passed, {counts['failed']} failed, "
+            f"{counts['skipped']} skipped"
+        )
+        lines += [f"  - {text}" for text in (*counts["failures"][:10], *counts["skips"][:3])]
+    if ceilings := result.get("ceilings"):
+        lines += [
+            f"- copy: {ceilings['copy_gb_per_s']:.0f} GB/s read and written; "
+            f"bf16 product of {ceilings['gemm_size']}³: {ceilings['gemm_tflops']:.0f} TFLOP/s",
+            "",
+        ]
+        lines += table([HEADER, *map(_cells, result["rows"])])
+    for name, found in result.get("tune", {}).items():
+        lines += ["", f"{name}, best first (* is in use):", ""]
+        timed = [r for r in found if "median_ms" in r]
+        rows = [
+            [f"{'*' if r['current'] else ''}{i}", *map(str, r["config"].values()),
+             f"{r['median_ms']:.3f}", f"{r['iqr_ms']:.3f}"]
+            for i, r in enumerate(timed, 1)
+            if i <= 8 or r["current"]
+        ]  # fmt: skip
+        lines += table([["", *found[0]["config"], "median ms", "IQR ms"], *rows])
+        lines.append(f"\n{len(found) - len(timed)} of {len(found)} not timed")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ours_ms = row["times"]["ours"]["median_ms"]
+    eager_ms = row["times"].get("eager", {}).get("median_ms")
+    target = row["target_percent"]
+    return [
+        row["op"], row["shape"], f"{ours_ms:.3f}", f"{row['floor_ms']:.3f}",
+        f"{row['percent_of_floor']:.1f}",
+        "" if target is None else f"{target:.0f}: {row['verdict']}",
+        "" if eager_ms is None else f"{eager_ms:.2f}",
+        "" if eager_ms is None else f"{eager_ms / ours_ms:.1f}",
+        row["note"],
+    ]  # fmt: skip
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """A Markdown table with its columns aligned; numbers are not, as the first two are names."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Inputs that hurt a kernel which sums over the tokens of sequences."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.clone(),
+    "slice of columns": lambda t: torch.cat((t, t, t), dim=2)[..., t.shape[2] : 2 * t.shape[2]],
+    "every second column": lambda t: t.repeat_interleave(2, dim=2)[..., ::2],
+    "slice of tokens": lambda t: torch.cat((t, t), dim=1)[:, t.shape[1] :],
+    "tokens first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "neurons first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+def token_mask(lengths: list[int], seq_len: int, side: str) -> Tensor:
+    """(B, S) bool of sequences padded to seq_len on one side."""
+    position = torch.arange(seq_len) if side == "right" else torch.arange(seq_len).flip(0)
+    return position < torch.tensor(lengths)[:, None]
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[tuple[int, int, int], Tensor | None]:
+    """A shape (B, S, F) around the sizes of chunks and tiles, and a mask of its tokens."""
+    batch, seq_len = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 9, 127, 128, 129, 300]))
+    shape = batch, seq_len, draw(st.sampled_from([1, 5, 64, 127, 128, 130]))
+    if draw(st.booleans()):
+        return shape, None
+    lengths = draw(st.lists(st.integers(0, seq_len), min_size=batch, max_size=batch))
+    return shape, token_mask(lengths, seq_len, draw(st.sampled_from(["left", "right"])))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def sparse_memory(path: Path) -> Tensor:
+    """2^32 + 64 bfloat16 zeros in a file; they take no memory or disk until they are written to."""
+    return torch.from_file(str(path), shared=True, size=2**32 + 64, dtype=torch.bfloat16)

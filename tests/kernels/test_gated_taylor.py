@@ -1,0 +1,312 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from entropy_truth import stored
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paths import every_path
+from taylor_cases import LAYOUTS, batches, random, sparse_memory, token_mask
+from taylor_truth import ACTIVATIONS, EXACT_GATES, eager_sums, gated_truth, integers, sums
+from torch import Tensor, nn
+
+from hfprune_fast.kernels import TaylorStatistics, gated_taylor, gated_taylor_reference
+from hfprune_fast.kernels.gated_taylor import _gated_taylor_, _gated_taylor_out
+
+NAN = float("nan")
+MODES = ["fresh", "out", "overwrite"]
+each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+def exact_inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """grad, gate and up whose gradients and sums are exact in every dtype, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(EXACT_GATES), shape, generator=generator)
+    gate = torch.tensor(list(EXACT_GATES), dtype=dtype)[index]
+    grad, up = (integers(*shape, dtype=dtype, seed=seed + 1 + i) for i in range(2))
+    return [grad, gate, up]
+
+
+def exact_results(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value, slope = (
+        sum((gate == z).double() * pair[i] for z, pair in EXACT_GATES.items()) for i in range(2)
+    )
+    return value * up, grad * up * slope, grad * value
+
+
+def run(
+    mode: str, grad: Tensor, gate: Tensor, up: Tensor, **options: Any
+) -> tuple[TaylorStatistics, Tensor, Tensor]:
+    if mode == "overwrite":
+        return gated_taylor(grad, gate, up, overwrite=True, **options)
+    out = None if mode == "fresh" else (torch.empty(gate.shape).to(gate), torch.empty_like(gate))
+    return gated_taylor(grad, gate, up, out=out, **options)
+
+
+@every_path
+@each_activation
+@settings(deadline=None, max_examples=10)
+@given(
+    batch=batches(),
+    fused=st.sampled_from(["neither", "gate", "both"]),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 2**31),
+)
+def test_exact_inputs_give_exact_results(
+    backend: str,
+    dtype: torch.dtype,
+    activation: str,
+    batch: tuple[tuple[int, int, int], Tensor | None],
+    fused: str,
+    layout: str,
+    mode: str,
+    seed: int,
+) -> None:
+    shape, mask = batch
+    inputs = exact_inputs(shape, dtype, seed)
+    act, d_gate, d_up = exact_results(*inputs)
+    expected = sums(inputs[0] * act, act, mask)
+    if mask is not None:
+        padding = ~mask[:, :, None]
+        d_gate, d_up = d_gate.masked_fill(padding, 0), d_up.masked_fill(padding, 0)
+        inputs = [tensor.masked_fill(padding, NAN) for tensor in inputs]
+    width = shape[2]
+    memory = torch.full((*shape[:2], 2 * width + 3), NAN, dtype=dtype)
+    gate_up = memory[..., : 2 * width]  # rows with a gap
+    gate_up.copy_(torch.cat(inputs[1:], dim=2))
+    gate, up = gate_up.chunk(2, dim=2) if fused != "neither" else inputs[1:]
+    up = up if fused == "both" else up.clone()
+    before = memory.clone()
+
+    got, got_d_gate, got_d_up = run(
+        mode, LAYOUTS[layout](inputs[0]), gate, up,
+        activation=activation, token_mask=mask, backend=backend,
+    )  # fmt: skip
+    assert torch.equal(torch.stack(got), expected)
+    assert torch.equal(got_d_gate.double(), d_gate)
+    assert torch.equal(got_d_up.double(), d_up)
+    if mode == "overwrite":
+        assert got_d_gate.data_ptr() == gate.data_ptr()
+        assert got_d_up.data_ptr() == up.data_ptr()
+        assert memory[..., 2 * width :].isnan().all()  # what lies between the rows
+    else:
+        assert torch.equal(memory.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+@every_path
+@each_activation
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
+def test_equals_float64(backend: str, dtype: torch.dtype, activation: str, spread: float) -> None:
+    shape = 2, 130, 9
+    grad, gate, up = (random(*shape, seed=i) for i in range(3))
+    grad, gate, up = (1e-3 * grad).to(dtype), (spread * gate).to(dtype), up.to(dtype)
+    truth = gated_truth(grad, gate, up, activation, backend)
+    eager, eager_d_gate, eager_d_up = gated_taylor_reference(grad, gate, up, activation=activation)
+    got, d_gate, d_up = gated_taylor(grad, gate, up, activation=activation, backend=backend)
+    share = 2 if dtype == torch.float64 else 1  # the truth is rounded as well
+    excuse = 0 if dtype == torch.float16 else 2  # eager torch loses gradients in fp16
+    for ours, theirs, exact, bound in (
+        (torch.stack(got), torch.stack(eager), truth.sums, truth.sums_bound),
+        (d_gate, eager_d_gate, truth.d_gate, truth.d_gate_bound),
+        (d_up, eager_d_up, truth.d_up, truth.d_up_bound),
+    ):
+        if ours.dim() == 3:
+            bound = bound + stored(exact.abs() + bound, dtype, backend)
+        assert ((ours - exact).abs() <= excuse * (theirs - exact).abs() + share * bound).all()
+
+
+@every_path
+@each_activation
+def test_overwriting_equals_writing_elsewhere(
+    backend: str, dtype: torch.dtype, activation: str
+) -> None:
+    inputs = [random(2, 130, 6, dtype=dtype, seed=i) for i in range(3)]
+    results = []
+    for mode in MODES:
+        copies = [tensor.clone() for tensor in inputs]
+        got, d_gate, d_up = run(mode, *copies, activation=activation, backend=backend)
+        results.append([torch.stack(got), d_gate, d_up])
+        for i, (copy, before) in enumerate(zip(copies, inputs, strict=True)):
+            assert torch.equal(copy, before) == (mode != "overwrite" or i == 0)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+class ScoredGate(torch.autograd.Function):
+    """silu(gate) · up, whose backward pass writes over what forward saved, or does not."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, overwrite: bool, backend: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.options = {"overwrite": overwrite, "backend": backend}
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _, d_gate, d_up = gated_taylor(grad, *ctx.saved_tensors, **ctx.options)
+        return d_gate, d_up, None, None
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_second_backward_pass_does_not_read_what_was_overwritten(
+    backend: str, overwrite: bool
+) -> None:
+    x = random(1, 3, 8).requires_grad_()
+
+    def forward() -> Tensor:
+        gate, up = (2 * x).chunk(2, dim=2)
+        return ScoredGate.apply(gate.clone(), up.clone(), overwrite, backend).sum()
+
+    loss = forward()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    gate, up = (2 * x).chunk(2, dim=2)
+    (eager,) = torch.autograd.grad((nn.functional.silu(gate) * up).sum(), x)
+    torch.testing.assert_close(first, eager)
+    if overwrite:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, x)
+    else:
+        assert torch.equal(torch.autograd.grad(loss, x)[0], first)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_padded_batch_equals_one_sequence_at_a_time(backend: str, side: str) -> None:
+    lengths = [129, 1, 300, 128]
+    mask = token_mask(lengths, 300, side)
+    inputs = [random(4, 300, 5, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    got, *gradients = gated_taylor(*inputs, token_mask=mask, backend=backend)
+    total = torch.zeros(4, 5, dtype=torch.float64)
+    for b in range(4):
+        single, *expected = gated_taylor(*(t[b][mask[b]][None] for t in inputs), backend=backend)
+        total += torch.stack(single)
+        for whole, part in zip(gradients, expected, strict=True):
+            assert torch.equal(whole[b][mask[b]], part[0])
+            assert (whole[b][~mask[b]] == 0).all()
+    # Padding on the left moves tokens among the fp32 sums over 128 of them, 24 roundings each; the
+    # four are of terms of one sign but `mask`, which is within its error as a rule.
+    if side == "right" and backend == "triton":
+        assert torch.equal(torch.stack(got), total)
+    torch.testing.assert_close(torch.stack(got), total, rtol=1e-3, atol=0)
+
+
+def test_repeats_bit_for_bit(backend: str) -> None:
+    inputs = [random(2, 200, 130, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    (first, *one), (second, *two) = (gated_taylor(*inputs, backend=backend) for _ in range(2))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@every_path
+def test_grad_scale_leaves_the_gradients_scaled(backend: str, dtype: torch.dtype) -> None:
+    grad, gate, up = (random(2, 130, 5, dtype=dtype, seed=i) for i in range(3))
+    expected, d_gate, d_up = gated_taylor(grad, gate, up, backend=backend)
+    got, *scaled = gated_taylor(16 * grad, gate, up, grad_scale=16.0, backend=backend)
+    assert torch.equal(torch.stack(got), torch.stack(expected))
+    if dtype != torch.float16:  # whose subnormals are coarse
+        assert torch.equal(scaled[0], 16 * d_gate)
+        assert torch.equal(scaled[1], 16 * d_up)
+
+
+@each_activation
+@pytest.mark.parametrize("mode", MODES)
+def test_parity_rounds_as_eager_autograd(activation: str, mode: str) -> None:
+    inputs = [random(40, 20, 30, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    grad, gate, up = inputs
+    function: dict[str, nn.Module] = {
+        "silu": nn.SiLU(),
+        "gelu": nn.GELU(),
+        "gelu_tanh": nn.GELU(approximate="tanh"),
+    }
+    leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    act = function[activation](leaves[0]) * leaves[1]
+    d_gate, d_up = torch.autograd.grad(act, leaves, grad)
+    exact, *_ = gated_taylor(grad, gate, up, activation=activation)
+    got, got_d_gate, got_d_up = run(mode, *inputs, activation=activation, parity=True)
+    assert torch.equal(torch.stack(got), eager_sums(grad, act.detach()))
+    assert torch.equal(got_d_gate, d_gate)
+    assert torch.equal(got_d_up, d_up)
+    assert not torch.equal(got.l1.double(), exact.l1)
+
+
+@pytest.mark.parametrize("mode", ["out", "overwrite"])
+@pytest.mark.parametrize("shape", [(1, 3, 5), (3, 1, 5)])
+def test_tokens_beyond_2_to_the_31_elements(
+    backend: str, mode: str, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    # The third token starts 2^31 elements after the first: if the offset wraps, as far before it.
+    memory, stride = sparse_memory(tmp_path / "sparse"), 2**30
+    strides = shape[1] * stride, stride, 1
+    tensors = [memory.as_strided(shape, strides, 2**31 + 8 * i) for i in range(5)]
+    for tensor, values in zip(tensors, exact_inputs(shape, torch.bfloat16), strict=False):
+        tensor.copy_(values)
+    act, d_gate, d_up = exact_results(*tensors[:3])
+    expected = sums(tensors[0] * act, act)
+    where: Any = {"overwrite": True} if mode == "overwrite" else {"out": tuple(tensors[3:])}
+    got, *gradients = gated_taylor(*tensors[:3], **where, backend=backend)
+    assert torch.equal(torch.stack(got), expected)
+    assert torch.equal(gradients[0].double(), d_gate)
+    assert torch.equal(gradients[1].double(), d_up)
+    assert (memory[:64] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("parity", [False, True])
+def test_empty(shape: tuple[int, int, int], mode: str, parity: bool) -> None:
+    got, d_gate, d_up = run(mode, *(torch.empty(shape) for _ in range(3)), parity=parity)
+    assert torch.equal(torch.stack(got), torch.zeros(4, shape[2], dtype=got.l1.dtype))
+    assert d_gate.shape == d_up.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate": torch.zeros(2, 3, 5)}, r"grad and gate .*\(2, 3, 4\) .* and \(2, 3, 5\)"),
+        ({"up": torch.zeros(2, 3, 4).double()}, "grad and up must .* of one dtype"),
+        ({"out": (torch.zeros(2, 3, 4), torch.zeros(3, 4))}, "grad and d_up must"),
+        ({"out": (torch.zeros(2, 3, 4),) * 2, "overwrite": True}, "not both"),
+        ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
+        ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {name: torch.zeros(2, 3, 4) for name in ("grad", "gate", "up")}
+    with pytest.raises(ValueError, match=message):
+        gated_taylor(**(arguments | change))
+
+
+@pytest.mark.parametrize("layout", ["every second column", "tokens first", "neurons first"])
+@pytest.mark.parametrize("mode", ["out", "overwrite"])
+@pytest.mark.parametrize("parity", [False, True])
+def test_outputs_without_one_stride_of_tokens_are_refused(
+    layout: str, mode: str, parity: bool
+) -> None:
+    # Such a tensor can only be copied, and the copy would be overwritten instead.
+    bad, good = LAYOUTS[layout](torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4)
+    for pair in ((bad, good), (good, bad)):
+        gate_up = (good, good) if mode == "out" else pair
+        where: Any = {"out": pair} if mode == "out" else {"overwrite": True}
+        with pytest.raises(ValueError, match=r"one stride over B and S, got \("):
+            gated_taylor(good, *gate_up, **where, parity=parity)
+
+
+def test_operations_are_registered_as_torch_asks(backend: str) -> None:
+    grad, gate, up, d_gate, d_up = (random(2, 3, 4, seed=i).bfloat16() for i in range(5))
+    mask = token_mask([3, 1], 3, "left")
+    for options in [("silu", mask, False, 2.0, backend), ("gelu", None, True, 1.0, None)]:
+        torch.library.opcheck(_gated_taylor_, (grad, gate, up, *options))
+        torch.library.opcheck(_gated_taylor_out, (grad, gate, up, d_gate, d_up, *options))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_whole(backend: str, mode: str) -> None:
+    def step(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        got, d_gate, d_up = run(mode, grad, 2 * x, 3 * x, backend=backend)
+        return torch.stack(got), d_gate + 1, d_up + 1
+
+    inputs = random(2, 3, 4), random(2, 3, 4, seed=1)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, eager in zip(compiled(*inputs), step(*inputs), strict=True):
+        assert torch.equal(got, eager)
