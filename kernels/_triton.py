@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-tl: Any
-TRITON_VERSION: str | None
+__all__ = ["INTERPRETED", "TRITON_VERSION", "cdiv", "jit", "tl"]
+
 try:
     import triton
     import triton.language as tl
 
-    TRITON_VERSION = triton.__version__
+    TRITON_VERSION: str | None = triton.__version__
     # Triton's interpreter runs kernels on a CPU; @jit looks once, when a kernel is defined.
     INTERPRETED: bool = triton.knobs.runtime.interpret
 except ImportError:

@@ -56,12 +56,12 @@ def _gated_taylor_out(
 
 
 @_gated_taylor_.register_fake
-def _(grad, gate, up, activation, token_mask, parity, *_):  # type: ignore[no-untyped-def]
+def _(grad, gate, up, activation, token_mask, parity, *_):
     return grad.new_empty(4, grad.shape[2], dtype=sum_dtype(grad, parity))
 
 
 @_gated_taylor_out.register_fake
-def _(grad, gate, up, d_gate, d_up, activation, token_mask, parity, *_):  # type: ignore[no-untyped-def]
+def _(grad, gate, up, d_gate, d_up, activation, token_mask, parity, *_):
     return grad.new_empty(4, grad.shape[2], dtype=sum_dtype(grad, parity))
 
 

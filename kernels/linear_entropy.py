@@ -168,7 +168,7 @@ def _linear_entropy(
 
 
 @_linear_entropy.register_fake
-def _(hidden, *_):  # type: ignore[no-untyped-def]
+def _(hidden, *_):
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, torch.empty_like(hidden)
 

@@ -163,7 +163,8 @@ def _statistics_triton(
     partial = grad.new_empty(batch * chunks, 4, width, dtype=torch.float32)
     out = grad.new_empty(4, width, dtype=torch.float64)
     config = configuration(_CONFIGS, grad.device)
-    tensors = [_rows(t) for t in (grad, act_or_gate, up, d_gate, d_up)]
+    given = (grad, act_or_gate, up, d_gate, d_up)
+    tensors = [None if t is None else _rows(t) for t in given]
     _taylor_kernel[(batch * chunks * cdiv(width, config["BLOCK_F"]),)](
         *tensors,
         None if token_mask is None else token_mask.contiguous().view(torch.uint8),
@@ -181,10 +182,8 @@ def _statistics_triton(
     return out
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
+def _rows(tensor: Tensor) -> Tensor:
     """(B, S, F) as (B·S, F) with unit stride along F; a copy where strides allow no view."""
-    if tensor is None:
-        return None
     rows = tensor.flatten(0, 1)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -308,7 +307,7 @@ def _taylor_statistics(
 
 
 @_taylor_statistics.register_fake
-def _(grad, act, token_mask, parity, *_):  # type: ignore[no-untyped-def]
+def _(grad, act, token_mask, parity, *_):
     return grad.new_empty(4, grad.shape[2], dtype=sum_dtype(grad, parity))
 
 
