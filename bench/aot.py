@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, on a machine without a GPU, and read what the compiler made.
 
-    python bench/aot.py [--arch sm_90 ...] [--json FILE] [--jobs N]
+    python bench/aot.py [--arch sm_90 ...] [--json FILE]
 
 The launchers are called, with tensors that have a shape and no memory, and triton works out the
 launch as it always does; it is only stopped where it would compile for this machine's GPU. So
@@ -131,9 +131,9 @@ def _launch_taylor(
     grad, gate, up = (_meta(*shape, dtype=dtype) for _ in range(3))
     if layout == "fused":
         gate, up = _meta(*shape[:2], 2 * shape[2], dtype=dtype).chunk(2, dim=2)
-    gated = () if activation is None else (up, gate, up)
+    gated = None if activation is None else taylor.Gated(gate, up, gate, up, activation)
     taylor.taylor_sums(
-        grad, gate, *gated, activation=activation or "silu",
+        grad, gated or gate,
         token_mask=_meta(*shape[:2], dtype=torch.bool) if masked else None,
         parity=False, grad_scale=1.0, backend=None,
     )  # fmt: skip
@@ -333,7 +333,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="by default one a core")
     args = parser.parse_args()
     if INTERPRETED:
         sys.exit("aot.py: TRITON_INTERPRET is set, and nothing compiles under it; unset it")
@@ -343,7 +342,7 @@ def main() -> None:
     # A cache of its own, where none is named: nothing stale is read, and no home is needed.
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        with ProcessPoolExecutor(args.jobs) as pool:
+        with ProcessPoolExecutor() as pool:
             for made in pool.map(_check_job, product(range(len(CASES)), args.arch)):
                 reports += made
                 print(*(report.row() for report in made), sep="\n", flush=True)

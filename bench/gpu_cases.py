@@ -23,8 +23,8 @@ from hfprune_fast.kernels import (
     softmax_entropy_grad_reference,
     taylor_statistics,
 )
+from hfprune_fast.kernels._activations import eager_gated
 from hfprune_fast.kernels.linear_entropy import _Buffers, _product, _product_back
-from hfprune_fast.kernels.taylor import eager_gated
 
 BF16 = torch.bfloat16
 # What cuBLAS may take for itself in a call, beside what linear_entropy promises.

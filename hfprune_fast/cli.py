@@ -69,7 +69,7 @@ _scoring = _options(
         help="Kernels to score with. [default: HFPRUNE_BACKEND, else triton on a GPU, else torch]",
     ),
     click.option(
-        "--parity", is_flag=True, help="Round as the paper's code does, to reproduce its ranking."
+        "--parity", is_flag=True, help="Round products and totals as the paper's code does."
     ),
 )
 _budget = _options(

@@ -60,9 +60,10 @@ def score_batches(
     Args:
         model: a causal language model of a known family, on one device; it is left as it was found.
         batches: (B, T) integer tensors or arrays of whole sequences.
-        backend: "triton" or "torch"; by default triton on a GPU and torch elsewhere.
+        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
+            torch elsewhere.
         parity: one sequence at a time, with products and totals rounded to the model's dtype, as
-            the reference implementation does.
+            the reference implementation does, in plain torch.
 
     Raises:
         ArgumentError: a model spread over devices, or a backend that cannot run.
@@ -88,7 +89,7 @@ def score_batches(
     with left_as_found(model):
         for batch in batches:
             ids = check_ids(batch, head.shape[0])
-            for part in ids.split(1) if parity else (ids,):
+            for part in ids.split(1 if parity else len(ids)):
                 # Added only when the whole micro-batch is done and finite.
                 staged, loss = _finite_scores(parts, part, backend, parity)
                 total += staged
@@ -114,9 +115,9 @@ def score_batches(
 def _finite_scores(
     parts: ModelParts, ids: Tensor, backend: str, parity: bool
 ) -> tuple[Tensor, float]:
-    """Return `_score_batch`'s result for the largest gradient scale that does not overflow."""
+    """Return `_score_batch`'s result for the first gradient scale that does not overflow."""
     scales = [1.0]
-    if parts.head.weight.dtype == torch.float16:
+    if parts.head.weight.dtype == torch.float16 and not parity:
         # 64 to 128 in each row of the loss, whatever the length; a sixteenth each time it is run.
         first = 2.0 ** (6 + math.ceil(math.log2(ids.shape[1])))
         scales = [first / 16**attempt for attempt in range(5)]
@@ -158,8 +159,7 @@ def _score_batch(
         with torch.enable_grad():
             hidden = final_hidden(parts, ids)
             flat = hidden.detach().flatten(0, 1)
-            dtype = torch.promote_types(flat.dtype, torch.float32)
-            row_weight = flat.new_full((len(flat),), 1 / ids.shape[1], dtype=dtype)
+            row_weight = flat.new_full((len(flat),), 1 / ids.shape[1], dtype=torch.float64)
             loss, d_hidden = linear_entropy(
                 flat,
                 parts.head.weight,

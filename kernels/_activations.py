@@ -15,16 +15,45 @@ from hfprune_fast.kernels._triton import jit, tl
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def activate(activation: str, gate: Tensor) -> Tensor:
-    """act_fn(gate) by torch's own operation."""
+def check_activation(activation: str) -> None:
+    """Raise ValueError for a name that is not in ACTIVATIONS."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """act_fn(z) by torch's own operation."""
     if activation == "silu":
-        return torch.nn.functional.silu(gate)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.nn.functional.gelu(gate, approximate=approximate)
+        return torch.nn.functional.silu(z)
+    return torch.nn.functional.gelu(z, approximate=_approximate(activation))
+
+
+def eager_gated(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(act, d_gate, d_up) as transformers' own modules and autograd compute and round them.
+
+    By the operations that autograd calls: inside a custom operation it does not record.
+    """
+    value, d_value = activate(gate, activation), grad * up
+    if activation == "silu":
+        d_gate = torch.ops.aten.silu_backward(d_value, gate)
+    else:
+        approximate = _approximate(activation)
+        d_gate = torch.ops.aten.gelu_backward(d_value, gate, approximate=approximate)
+    return value * up, d_gate, grad * value
+
+
+def _approximate(activation: str) -> str:
+    return "tanh" if activation == "gelu_tanh" else "none"
+
+
+# The numbers below are 1/√2, 1/√(2π), c = 2√(2/π), 0.044715 c and 3 · 0.044715 c; a kernel sees no
+# module's constants.
 
 
 @jit
-def value_and_slope_kernel(z, ACTIVATION: tl.constexpr):
+def value_and_slope_triton(z, ACTIVATION: tl.constexpr):
     """act_fn(z) and its derivative, fp32."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(z)
@@ -32,19 +61,17 @@ def value_and_slope_kernel(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(z * 0.7071067811865475))
         return z * cdf, cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    two_k = z * (1.5957691216057308 + 0.07135481627260025 * z * z)
-    s = tl.sigmoid(two_k)
-    slope = 1.5957691216057308 + 0.21406444881780076 * z * z
-    return z * s, s + z * s * (1 - s) * slope
+    s = tl.sigmoid(z * (1.5957691216057308 + 0.07135481627260025 * z * z))
+    return z * s, s + z * s * (1 - s) * (1.5957691216057308 + 0.21406444881780076 * z * z)
 
 
 def value_and_slope(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """act_fn(z) and its derivative."""
-    if activation == "gelu":
-        cdf = torch.special.ndtr(z)
-        return z * cdf, cdf + z * torch.exp(-0.5 * z * z) * 0.3989422804014327
     if activation == "silu":
         s = torch.sigmoid(z)
         return z * s, s * (1 + z * (1 - s))
+    if activation == "gelu":
+        cdf = torch.special.ndtr(z)
+        return z * cdf, cdf + z * torch.exp(-0.5 * z * z) * 0.3989422804014327
     s = torch.sigmoid(z * (1.5957691216057308 + 0.07135481627260025 * z * z))
     return z * s, s + z * s * (1 - s) * (1.5957691216057308 + 0.21406444881780076 * z * z)

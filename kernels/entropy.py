@@ -39,7 +39,7 @@ def softmax_entropy_grad_reference(
     logits: Tensor, row_scale: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return (H, row_scale · dH/dlogits), through autograd and out of place."""
-    raw = logits.detach().to(_compute_dtype(logits)).requires_grad_()
+    raw = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
     with torch.enable_grad():
         z = raw * logit_scale
         if softcap is not None:
@@ -170,7 +170,7 @@ def _rows_torch(
     logits: Tensor, row_scale: Tensor | None, grad: Tensor | None, softcap: float | None,
     logit_scale: float,
 ) -> Tensor:  # fmt: skip
-    dtype = _compute_dtype(logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     entropy = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
     rows = max(1, _BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, logits.shape[0], rows):
@@ -214,12 +214,12 @@ def entropy_rows(
 
     For the operations of this package: arguments are not checked, grad may be of another dtype.
     """
+    rows = _rows_triton if resolve_backend(backend, logits) == "triton" else _rows_torch
+    maths_dtype = torch.promote_types(logits.dtype, torch.float32)
     if logits.numel() == 0:
-        return logits.new_zeros(logits.shape[0], dtype=_compute_dtype(logits))
+        return logits.new_zeros(logits.shape[0], dtype=maths_dtype)
     if row_scale is not None:
-        row_scale = row_scale.to(_compute_dtype(logits))
-    chosen = resolve_backend(backend, logits)
-    rows = _rows_triton if chosen == "triton" else _rows_torch
+        row_scale = row_scale.to(maths_dtype).contiguous()
     return rows(logits, row_scale, grad, softcap, logit_scale)
 
 
@@ -238,7 +238,7 @@ def _softmax_entropy_backward(
 ) -> Tensor:  # fmt: skip
     grad = torch.empty_like(logits)
     entropy_rows(
-        logits, d_entropy.contiguous(), grad,
+        logits, d_entropy, grad,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
     return grad
@@ -251,7 +251,7 @@ def _softmax_entropy_grad_(
 ) -> Tensor:  # fmt: skip
     _check(logits, row_scale, softcap, logit_scale)
     return entropy_rows(
-        logits, row_scale.contiguous(), logits,
+        logits, row_scale, logits,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
 
@@ -259,7 +259,7 @@ def _softmax_entropy_grad_(
 @_softmax_entropy.register_fake
 @_softmax_entropy_grad_.register_fake
 def _fake_entropy(logits: Tensor, *_: object) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=_compute_dtype(logits))
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @_softmax_entropy_backward.register_fake
@@ -296,7 +296,8 @@ def softmax_entropy(
             -inf is a masked vocabulary entry: it adds exactly 0, also under a softcap.
         softcap: z ← softcap · tanh(z / softcap), after the scale; None for no cap.
         logit_scale: z ← logit_scale · z, positive.
-        backend: "triton" or "torch"; by default triton on a GPU and torch elsewhere.
+        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
+            torch elsewhere and for fp64.
 
     Returns:
         H: (T,) in nats; fp32, or fp64 for fp64 logits.
@@ -337,7 +338,8 @@ def softmax_entropy_grad_(
 
     Not differentiable (torch has no autograd for an operation that overwrites its input). Memory
     traffic on a GPU: two reads of the logits, the second one in part from the L2 cache, and one
-    write: 4 to 6 bytes a logit in bf16. On a CPU, two temporaries of about a million elements.
+    write: 4 to 6 bytes a logit in bf16. The torch path has up to five temporaries of a million
+    elements.
     """
     return _softmax_entropy_grad_(logits.detach(), row_scale, softcap, logit_scale, backend)
 
@@ -361,7 +363,3 @@ def _check(
             f"got {tuple(row_scale.shape)}"
         )
     check_transform(softcap, logit_scale)
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32

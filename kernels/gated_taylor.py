@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfprune_fast.kernels._activations import activate
 from hfprune_fast.kernels.taylor import (
+    Gated,
     TaylorStatistics,
     sum_dtype,
     taylor_statistics_reference,
@@ -28,7 +29,7 @@ def gated_taylor_reference(
     """Return (statistics, d_gate, d_up), through autograd and out of place."""
     gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
     with torch.enable_grad():
-        act = activate(activation, gate) * up
+        act = activate(gate, activation) * up
         d_gate, d_up = torch.autograd.grad(act, (gate, up), grad)
     return taylor_statistics_reference(grad, act.detach()), d_gate, d_up
 
@@ -39,7 +40,7 @@ def _gated_taylor_(
     parity: bool, grad_scale: float, backend: str | None,
 ) -> Tensor:  # fmt: skip
     return taylor_sums(
-        grad, gate, up, gate, up, activation=activation,
+        grad, Gated(gate, up, gate, up, activation),
         token_mask=token_mask, parity=parity, grad_scale=grad_scale, backend=backend,
     )  # fmt: skip
 
@@ -50,7 +51,7 @@ def _gated_taylor_out(
     token_mask: Tensor | None, parity: bool, grad_scale: float, backend: str | None,
 ) -> Tensor:  # fmt: skip
     return taylor_sums(
-        grad, gate, up, d_gate, d_up, activation=activation,
+        grad, Gated(gate, up, d_gate, d_up, activation),
         token_mask=token_mask, parity=parity, grad_scale=grad_scale, backend=backend,
     )  # fmt: skip
 
@@ -95,7 +96,7 @@ def gated_taylor(
         parity, grad_scale, backend: as in `taylor_statistics`; the gradients keep the scale.
 
     Returns:
-        (statistics, d_gate, d_up): TaylorStatistics of (F,) fp64 tensors, and two (B, S, F).
+        (statistics, d_gate, d_up): TaylorStatistics as of `taylor_statistics`, and two (B, S, F).
 
     Raises:
         ValueError: arguments that do not belong together, or a backend that cannot run.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hfprune_fast.kernels._arguments import check_grad_scale, check_transform
+from hfprune_fast.kernels._dispatch import resolve_backend
 from hfprune_fast.kernels._triton import cdiv
 from hfprune_fast.kernels.entropy import entropy_rows, softmax_entropy_grad_reference
 
@@ -27,7 +28,8 @@ _ROWS_MULTIPLE = 128
 # The buffer's rows start at a multiple of this many logits, whatever V, for 16-byte loads.
 _ROW_ALIGNMENT = 16
 # dz of an fp16 head is at least this many times dloss/dz: at V = 32000 and a row weight of 1/1024
-# two thirds of it would be 0 otherwise. |dH/dz| < log V < 16, so the largest stays below 65504.
+# two thirds of it would be 0 otherwise. |dH/dz| is below 4 for any V up to 300k (most is near one
+# peak of p = 1/2), so with weights up to 1 the largest is a quarter of what fp16 holds.
 _FP16_DZ_SCALE = 4096.0
 
 
@@ -115,6 +117,7 @@ def _product_back(
 ) -> None:
     """d_hidden = factor · d_logits · weight; the factor meets the sum before it is rounded."""
     if tile:
+        assert factor == 1, "fp32 logits need no scale of their own"
         wide_d_hidden = d_logits.new_zeros(d_hidden.shape)
         for start in range(0, len(weight), tile):
             entries = slice(start, start + tile)
@@ -142,14 +145,15 @@ def _linear_entropy(
     _check(hidden, weight, row_weight, bias, logits_budget_bytes)
     check_transform(softcap, logit_scale)
     check_grad_scale(grad_scale)
-    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    entropy = hidden.new_empty(hidden.shape[0], dtype=sum_dtype)
+    backend = resolve_backend(backend, hidden)
+    maths_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    entropy = hidden.new_empty(hidden.shape[0], dtype=maths_dtype)
     d_hidden = torch.empty_like(hidden)
     buffers = _Buffers.allocate(hidden, weight, fp32_logits, logits_budget_bytes)
     dz_scale = grad_scale
     if buffers.d_logits.dtype == torch.float16:
         dz_scale = max(grad_scale, _FP16_DZ_SCALE)
-    row_weight = row_weight.to(sum_dtype)
+    row_weight = row_weight.to(maths_dtype)
     row_scale = row_weight * dz_scale
     chunk = max(1, buffers.logits.shape[0])
     for start in range(0, hidden.shape[0], chunk):
@@ -164,7 +168,7 @@ def _linear_entropy(
         _product_back(d_logits, weight, d_hidden[rows], grad_scale / dz_scale, buffers.tile)
     # Not 0 · NaN where a row of padding has weight 0.
     terms = torch.where(row_weight == 0, 0, entropy.double() * row_weight)
-    return terms.sum().to(sum_dtype), d_hidden
+    return terms.sum().to(maths_dtype), d_hidden
 
 
 @_linear_entropy.register_fake
@@ -208,10 +212,12 @@ def linear_entropy(
         fp32_logits: keep the logits of a bf16 or fp16 head in fp32. On a GPU their gradient is
             rounded to the head's dtype for the second product; on a CPU nothing is.
         grad_scale: power of two by which d_hidden is multiplied (for fp16, so that small gradients
-            survive); row_weight · grad_scale below 4096 cannot overflow.
+            survive). fp16's dz is finite while |row_weight| · logit_scale · max(grad_scale, 4096)
+            is below 16384; d_hidden must fit as well.
         logits_budget_bytes: limit of the logits buffer and what else a chunk of rows needs (one
             row at least). By default 256 MiB, or 512 rows if that is more.
-        backend: "triton" or "torch"; by default triton on a GPU and torch elsewhere.
+        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
+            torch elsewhere and for fp64.
 
     Returns:
         loss: scalar in nats, fp32 (fp64 for fp64 input); summed in fp64.
@@ -220,8 +226,9 @@ def linear_entropy(
     Raises:
         ValueError: arguments that do not belong together, or a backend that cannot run.
 
-    4·T·D·V FLOPs; extra memory is the budget, d_hidden and T numbers. On a GPU, per logit in bf16:
-    2 bytes written and 2 read by the products, 4 to 6 by the pass. Nothing waits for the device.
+    4·T·D·V FLOPs; extra memory is the budget, d_hidden and a few numbers a row (and on the torch
+    path up to 20 MiB of temporaries). On a GPU, per logit in bf16: 2 bytes written and 2 read by
+    the products, 4 to 6 by the pass. Nothing waits for the device.
     """
     if row_weight is None:
         row_weight = hidden.new_full(hidden.shape[:1], 1 / max(1, len(hidden)), dtype=torch.float64)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._activations import (
-    ACTIVATIONS,
-    activate,
+    check_activation,
+    eager_gated,
     value_and_slope,
-    value_and_slope_kernel,
+    value_and_slope_triton,
 )
 from hfprune_fast.kernels._arguments import check_grad_scale
 from hfprune_fast.kernels._dispatch import configuration, resolve_backend
@@ -49,6 +49,16 @@ class TaylorStatistics(NamedTuple):
     l2: Tensor
     mask: Tensor
     act: Tensor
+
+
+class Gated(NamedTuple):
+    """What act is made of, all (B, S, F), and where the gradients go, which may be gate and up."""
+
+    gate: Tensor
+    up: Tensor
+    d_gate: Tensor
+    d_up: Tensor
+    activation: str
 
 
 def taylor_statistics_reference(grad: Tensor, act: Tensor) -> TaylorStatistics:
@@ -101,7 +111,7 @@ def _taylor_kernel(
         a = tl.load(act_ptr + t * stride_at, mask=counted, other=0.0).to(tl.float32)
         if up_ptr is not None:
             up = tl.load(up_ptr + t * stride_ut, mask=counted, other=0.0).to(tl.float32)
-            value, slope = value_and_slope_kernel(a, ACTIVATION)
+            value, slope = value_and_slope_triton(a, ACTIVATION)
             d_gate = (g * up * slope).to(d_gate_ptr.dtype.element_ty)
             d_up = (g * value).to(d_up_ptr.dtype.element_ty)
             tl.store(d_gate_ptr + t * stride_dgt, d_gate, mask=mask)
@@ -149,22 +159,14 @@ def _add_partials_kernel(
     tl.store(out_ptr + 3 * F + offs_f, act_sum, mask=mask_f)
 
 
-def _statistics_triton(
-    grad: Tensor,
-    act_or_gate: Tensor,
-    up: Tensor | None,
-    d_gate: Tensor | None,
-    d_up: Tensor | None,
-    activation: str,
-    token_mask: Tensor | None,
-) -> Tensor:
+def _statistics_triton(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None) -> Tensor:
     batch, seq_len, width = grad.shape
     chunks = cdiv(seq_len, _CHUNK_T)
     partial = grad.new_empty(batch * chunks, 4, width, dtype=torch.float32)
     out = grad.new_empty(4, width, dtype=torch.float64)
     config = configuration(_CONFIGS, grad.device)
-    given = (grad, act_or_gate, up, d_gate, d_up)
-    tensors = [None if t is None else _rows(t) for t in given]
+    sources = act[:4] if isinstance(act, Gated) else (act, None, None, None)
+    tensors = [None if t is None else _rows(t) for t in (grad, *sources)]
     _taylor_kernel[(batch * chunks * cdiv(width, config["BLOCK_F"]),)](
         *tensors,
         None if token_mask is None else token_mask.contiguous().view(torch.uint8),
@@ -172,7 +174,7 @@ def _statistics_triton(
         *(0 if t is None else t.stride(0) for t in tensors),
         seq_len,
         width,
-        ACTIVATION=activation,
+        ACTIVATION=act.activation if isinstance(act, Gated) else None,
         CHUNK_T=_CHUNK_T,
         **config,
     )
@@ -188,34 +190,26 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _statistics_torch(
-    grad: Tensor,
-    act_or_gate: Tensor,
-    up: Tensor | None,
-    d_gate: Tensor | None,
-    d_up: Tensor | None,
-    activation: str,
-    token_mask: Tensor | None,
-) -> Tensor:
+def _statistics_torch(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None) -> Tensor:
     batch, seq_len, width = grad.shape
     total = grad.new_zeros(4, width, dtype=torch.float64)
     for b in range(batch):
         x_sum = torch.zeros_like(total[0])
         for start in range(0, seq_len, _CHUNK_T):
             block = b, slice(start, start + _CHUNK_T)
-            g, a = grad[block], act_or_gate[block]
+            sources = (grad, *act[:2]) if isinstance(act, Gated) else (grad, act)
+            g, a, *rest = (source[block] for source in sources)
             if token_mask is not None:
                 padding = ~token_mask[block][:, None]
-                g, a = g.masked_fill(padding, 0), a.masked_fill(padding, 0)
-            if up is not None and d_gate is not None and d_up is not None:
-                u = up[block] if token_mask is None else up[block].masked_fill(padding, 0)
-                dtype = torch.promote_types(u.dtype, torch.float32)
-                g, a, u = g.to(dtype), a.to(dtype), u.to(dtype)
-                value, slope = value_and_slope(a, activation)
-                a = value * u
+                g, a, *rest = (tensor.masked_fill(padding, 0) for tensor in (g, a, *rest))
+            if isinstance(act, Gated):
+                dtype = torch.promote_types(g.dtype, torch.float32)
+                g, gate, up = (tensor.to(dtype) for tensor in (g, a, *rest))
+                value, slope = value_and_slope(gate, act.activation)
+                a = value * up
                 # Both from what was read, before either is written: they may be gate and up.
-                gradients = slope.mul_(g).mul_(u), value.mul_(g)
-                d_gate[block], d_up[block] = gradients
+                gradients = slope.mul_(g).mul_(up), value.mul_(g)
+                act.d_gate[block], act.d_up[block] = gradients
             a = a.double()
             x = g.double() * a
             total[0] += x.abs().sum(dim=0)
@@ -226,24 +220,13 @@ def _statistics_torch(
     return total
 
 
-def eager_gated(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(act, d_gate, d_up) as transformers' own modules and autograd compute and round them.
-
-    By the operations that autograd calls: inside a custom operation it does not record.
-    """
-    value, d_value = activate(activation, gate), grad * up
-    if activation == "silu":
-        d_gate = torch.ops.aten.silu_backward(d_value, gate)
-    else:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        d_gate = torch.ops.aten.gelu_backward(d_value, gate, approximate=approximate)
-    return value * up, d_gate, grad * value
-
-
-def _statistics_parity(grad: Tensor, act: Tensor) -> Tensor:
+def _statistics_parity(grad: Tensor, act: Tensor | Gated) -> Tensor:
     """Round every product, sum over a sequence and running total to the dtype, as HFPrune does."""
+    if isinstance(act, Gated):
+        gated = act
+        act, d_gate, d_up = eager_gated(grad, gated.gate, gated.up, gated.activation)
+        gated.d_gate.copy_(d_gate)
+        gated.d_up.copy_(d_up)
     total = grad.new_zeros(4, grad.shape[2])
     for b in range(grad.shape[0]):
         a = act[b]
@@ -257,38 +240,26 @@ def _statistics_parity(grad: Tensor, act: Tensor) -> Tensor:
 
 def taylor_sums(
     grad: Tensor,
-    act_or_gate: Tensor,
-    up: Tensor | None = None,
-    d_gate: Tensor | None = None,
-    d_up: Tensor | None = None,
+    act: Tensor | Gated,
     *,
-    activation: str = "silu",
     token_mask: Tensor | None,
     parity: bool,
     grad_scale: float,
     backend: str | None,
 ) -> Tensor:
     """Check the arguments, run, and take the powers of grad_scale out of the (4, F) sums."""
-    given = {"grad": grad, "act" if up is None else "gate": act_or_gate, "up": up}
-    _check({**given, "d_gate": d_gate, "d_up": d_up}, activation, token_mask, grad_scale)
-    if parity and (backend == "triton" or token_mask is not None):
+    _check(grad, act, token_mask, grad_scale)
+    if parity and (backend == "triton" or token_mask is not None or grad_scale != 1):
         raise ValueError(
-            "parity=True is plain torch over whole sequences: no triton, no token_mask"
+            "parity=True is plain torch over whole sequences: no triton, token_mask or grad_scale"
         )
+    backend = resolve_backend("torch" if parity and backend is None else backend, grad)
     if grad.numel() == 0:
         return grad.new_zeros(4, grad.shape[2], dtype=sum_dtype(grad, parity))
     if parity:
-        if up is not None and d_gate is not None and d_up is not None:
-            act, gate_gradient, up_gradient = eager_gated(grad, act_or_gate, up, activation)
-            d_gate.copy_(gate_gradient)
-            d_up.copy_(up_gradient)
-        else:
-            act = act_or_gate
-        total = _statistics_parity(grad, act)
-    else:
-        chosen = resolve_backend(backend, grad)
-        run = _statistics_triton if chosen == "triton" else _statistics_torch
-        total = run(grad, act_or_gate, up, d_gate, d_up, activation, token_mask)
+        return _statistics_parity(grad, act)
+    run = _statistics_triton if backend == "triton" else _statistics_torch
+    total = run(grad, act, token_mask)
     if grad_scale != 1:
         total[0] /= grad_scale
         total[1:3] /= grad_scale**2
@@ -331,38 +302,41 @@ def taylor_statistics(
         act: (B, S, F), the input of down_proj, same dtype.
         token_mask: (B, S) bool, False where there is padding, which is not counted or even read.
         parity: round every product, sum over a sequence and running total to the dtype of the
-            input, as the reference implementation does, and return that dtype. Plain torch.
+            input, as the reference implementation does, and return that dtype. Plain torch, without
+            token_mask or grad_scale.
         grad_scale: power of two that grad carries (for fp16); taken out of the sums, exactly.
-        backend: "triton" or "torch"; by default triton on a GPU and torch elsewhere.
+        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
+            torch elsewhere and for fp64. Parity is torch whatever the environment says.
 
     Returns:
-        TaylorStatistics of (F,) fp64 tensors on the device of act.
+        TaylorStatistics of (F,) tensors on the device of act, fp64 (parity: the input's dtype).
 
     Raises:
         ValueError: arguments that do not belong together, or a backend that cannot run.
 
     torch: fp64 throughout. triton: products and sums over 128 tokens in fp32, so terms below 1e-38
-    vanish, and fp64 beyond; 4 bytes an element of traffic in bf16, and 2.5 % of 10 for partials.
+    vanish, and fp64 beyond; 4.25 bytes an element of traffic in bf16, 0.25 of them partial sums
+    (more where sequences are shorter than 128 tokens: 32 bytes a neuron and sequence).
     """
     total = _taylor_statistics(grad.detach(), act.detach(), token_mask, parity, grad_scale, backend)
     return TaylorStatistics(*total.unbind())
 
 
-def _check(
-    tensors: dict[str, Tensor | None],
-    activation: str,
-    token_mask: Tensor | None,
-    grad_scale: float,
-) -> None:
-    grad = tensors["grad"]
-    assert grad is not None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dim() != 3 or tensor.shape != grad.shape or tensor.dtype != grad.dtype:
+def _check(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None, grad_scale: float) -> None:
+    if grad.dim() != 3 or not grad.is_floating_point():
+        raise ValueError(
+            f"grad must be a (B, S, F) float tensor, got {tuple(grad.shape)} {grad.dtype}"
+        )
+    if isinstance(act, Gated):
+        others = {"gate": act.gate, "up": act.up, "d_gate": act.d_gate, "d_up": act.d_up}
+        check_activation(act.activation)
+    else:
+        others = {"act": act}
+    for name, tensor in others.items():
+        if (tensor.shape, tensor.dtype, tensor.device) != (grad.shape, grad.dtype, grad.device):
             raise ValueError(
-                f"grad and {name} must both be (B, S, F) of one dtype, got {tuple(grad.shape)} "
-                f"{grad.dtype} and {tuple(tensor.shape)} {tensor.dtype}"
+                f"{name} must be {tuple(grad.shape)} {grad.dtype} on {grad.device} as grad is, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
         if name in ("d_gate", "d_up") and _rows(tensor).data_ptr() != tensor.data_ptr():
             raise ValueError(
@@ -376,8 +350,6 @@ def _check(
             f"token_mask must be {tuple(grad.shape[:2])} bool, "
             f"got {tuple(token_mask.shape)} {token_mask.dtype}"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     check_grad_scale(grad_scale)
 
 

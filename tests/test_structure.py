@@ -33,6 +33,17 @@ def imports(path: Path) -> set[tuple[str, str]]:
     return found
 
 
+def imported_names(path: Path) -> set[str]:
+    """Full names of all modules imported, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
 def test_every_module_has_its_place() -> None:
     assert {p.stem for p in PACKAGE.glob("*.py")} == LEAVES | STAGES | WHOLE_JOB
 
@@ -51,23 +62,15 @@ def test_leaves_import_only_leaves(leaf: str) -> None:
 def test_kernels_import_torch_triton_and_each_other() -> None:
     for path in (ROOT / "kernels").glob("*.py"):
         assert {module for module, _ in imports(path)} <= {"kernels"}, path
+        others = {name.split(".")[0] for name in imported_names(path)} - sys.stdlib_module_names
+        assert others <= {"hfprune_fast", "torch", "triton"}, path
 
 
 def test_only_one_module_imports_triton() -> None:
     importers = [
         path.name
         for path in [*PACKAGE.glob("*.py"), *(ROOT / "kernels").glob("*.py")]
-        if any(
-            name.split(".")[0] == "triton"
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-        )
+        if any(name.split(".")[0] == "triton" for name in imported_names(path))
     ]
     assert importers == ["_triton.py"]
 

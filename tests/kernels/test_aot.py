@@ -158,7 +158,8 @@ def gated(stride):
     g, gate = (torch.empty(2, 256, 4096, dtype=bf16, device="meta") for _ in range(2))
     up = torch.empty(2, 256, stride, dtype=bf16, device="meta")[:, :, :4096]
     taylor.taylor_sums(
-        g, gate, up, gate, up, token_mask=None, parity=False, grad_scale=1.0, backend=None
+        g, taylor.Gated(gate, up, gate, up, "silu"),
+        token_mask=None, parity=False, grad_scale=1.0, backend=None,
     )
 
 faults = {}

@@ -188,7 +188,7 @@ def test_forward_and_backward_equal_the_pass_in_place(
 def test_factors_of_rows_with_any_stride(backend: str) -> None:
     logits = normal(6, 40).requires_grad_()
     (grad,) = torch.autograd.grad(softmax_entropy(logits, backend=backend).sum(), logits)
-    factors = torch.full((6, 3), NAN, dtype=torch.float64)
+    factors = torch.full((6, 3), NAN)
     factors[:, 1] = 1  # .sum() hands back one number with stride 0, this is every third
     in_place = logits.detach().clone()
     softmax_entropy_grad_(in_place, factors[:, 1], backend=backend)

@@ -263,9 +263,9 @@ def test_empty(shape: tuple[int, int, int], mode: str, parity: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gate": torch.zeros(2, 3, 5)}, r"grad and gate .*\(2, 3, 4\) .* and \(2, 3, 5\)"),
-        ({"up": torch.zeros(2, 3, 4).double()}, "grad and up must .* of one dtype"),
-        ({"out": (torch.zeros(2, 3, 4), torch.zeros(3, 4))}, "grad and d_up must"),
+        ({"gate": torch.zeros(2, 3, 5)}, r"gate must be \(2, 3, 4\) .*got \(2, 3, 5\)"),
+        ({"up": torch.zeros(2, 3, 4).double()}, "up must be .*float32 .*got .*float64"),
+        ({"out": (torch.zeros(2, 3, 4), torch.zeros(3, 4))}, "d_up must be"),
         ({"out": (torch.zeros(2, 3, 4),) * 2, "overwrite": True}, "not both"),
         ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
         ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),

@@ -11,7 +11,7 @@ from taylor_truth import eager_sums, integers, sums, sums_bound
 from torch import Tensor
 
 from hfprune_fast.kernels import TaylorStatistics, taylor_statistics, taylor_statistics_reference
-from hfprune_fast.kernels.taylor import _taylor_statistics
+from hfprune_fast.kernels.taylor import _SUM_CONFIG, _taylor_statistics
 
 NAN = float("nan")
 
@@ -59,7 +59,8 @@ def test_rounding_is_bounded(backend: str, dtype: torch.dtype, shape: tuple[int,
     assert ((reference - truth).abs() <= 2 * share * bound).all()
 
 
-@pytest.mark.parametrize("seq_len", [300, 4100])  # the second stage reads 16 chunks at a time
+# Chunks of 128 tokens, and more of them than one step of the second stage reads.
+@pytest.mark.parametrize("seq_len", [300, 128 * _SUM_CONFIG["BLOCK_C"] + 4])
 def test_mask_squares_the_sum_of_a_whole_sequence(backend: str, seq_len: int) -> None:
     # One sequence cancels only from one chunk of 128 tokens to the next, the other adds up.
     grad = torch.ones(2, seq_len, 3)
@@ -153,15 +154,21 @@ def test_empty(shape: tuple[int, int, int], parity: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act": torch.zeros(2, 3, 5)}, r"\(B, S, F\).*\(2, 3, 4\) .* and \(2, 3, 5\)"),
+        ({"act": torch.zeros(2, 3, 5)}, r"act must be \(2, 3, 4\) .*got \(2, 3, 5\)"),
         ({"grad": torch.zeros(3, 4), "act": torch.zeros(3, 4)}, r"\(B, S, F\)"),
-        ({"act": torch.zeros(2, 3, 4).double()}, "of one dtype"),
+        ({"act": torch.zeros(2, 3, 4).double()}, "act must be .*float32 .*got .*float64"),
+        ({"grad": torch.ones(2, 3, 4, dtype=torch.int64)}, "grad must be .*float tensor"),
+        ({"parity": True, "grad_scale": 2.0}, "no triton, token_mask or grad_scale"),
+        ({"parity": True, "backend": "cuda"}, "backend must be one of torch, triton"),
         ({"token_mask": torch.ones(2, 3)}, r"token_mask must be \(2, 3\) bool, got .*float32"),
         ({"token_mask": torch.ones(3, 2, dtype=torch.bool)}, r"token_mask must be \(2, 3\) bool"),
         ({"grad_scale": 3.0}, "grad_scale must be a power of two, got 3.0"),
         ({"grad_scale": 0.0}, "grad_scale must be"),
         ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
-        ({"parity": True, "token_mask": torch.ones(2, 3, dtype=torch.bool)}, "no token_mask"),
+        (
+            {"parity": True, "token_mask": torch.ones(2, 3, dtype=torch.bool)},
+            "no triton, token_mask or grad_scale",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
