@@ -96,8 +96,10 @@ def candidates(module: Any) -> list[dict[str, int]]:
     else:
         axes = {
             "BLOCK_T": (4, 8, 16), "BLOCK_F": (64, 128, 256), "STAGES": (2, 3, 4),
-            "num_warps": (2, 4, 8), "maxnreg": (96, 128, 168),
+            "num_warps": (2, 4, 8),
         }  # fmt: skip
+        if "maxnreg" in current:  # AMD has no such option
+            axes["maxnreg"] = (96, 128, 168)
     found = [current, *(dict(zip(axes, values, strict=True)) for values in product(*axes.values()))]
     found.sort(key=lambda config: sum(config[name] != current[name] for name in axes))
     unique = [config for i, config in enumerate(found) if config not in found[:i]]

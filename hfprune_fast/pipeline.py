@@ -31,7 +31,7 @@ from hfprune_fast.forward import as_batches
 from hfprune_fast.importance import ImportanceTable
 from hfprune_fast.kernels import TRITON_VERSION
 from hfprune_fast.report import say
-from hfprune_fast.scoring import column_norms, score_batches
+from hfprune_fast.scoring import backend_for, column_norms, score_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +88,8 @@ def score(
         folder = checkpoint.find_model(model_or_path)
         provenance["model"] = checkpoint.display_name(model_or_path)
         provenance["model_fingerprint"] = checkpoint.fingerprint(folder)
+        # Refused now rather than after minutes of loading; float32 stands for what will be loaded.
+        backend_for(torch.empty(0, device=loading.torch_device(device)), backend, parity)
     elif (device, dtype) != ("auto", "auto"):
         raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
     calibration: dict[str, Any] = {"source": "token batches"}

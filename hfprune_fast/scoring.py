@@ -74,12 +74,7 @@ def score_batches(
     parts = parts_of(model)
     check_model(model)
     head = parts.head.weight
-    try:
-        backend = resolve_backend(backend or ("torch" if parity else None), head)
-    except ValueError as error:
-        raise ArgumentError(str(error)) from None
-    if parity and backend == "triton":
-        raise ArgumentError("parity rounds as plain torch does; backend must be torch, got triton")
+    backend = backend_for(head, backend, parity)
     shape = (len(TaylorStatistics._fields), len(parts.mlps), parts.mlps[0].gate.weight.shape[0])
     dtype = head.dtype if parity else torch.float64
     total = torch.zeros(shape, dtype=dtype, device=head.device)
@@ -110,6 +105,17 @@ def score_batches(
         data_sha256=digest.hexdigest(),
         backend=backend,
     )
+
+
+def backend_for(tensor: Tensor, backend: str | None, parity: bool) -> str:
+    """Return the backend that will score a model whose weights are like tensor."""
+    try:
+        chosen = resolve_backend(backend or ("torch" if parity else None), tensor)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    if parity and chosen == "triton":
+        raise ArgumentError("parity rounds as plain torch does; backend must be torch, got triton")
+    return chosen
 
 
 def _finite_scores(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -48,6 +49,18 @@ def _check_triton(asked_by: str, tensor: Tensor) -> None:
     else:
         return
     raise ValueError(f"{asked_by} asks for triton, but {reason}; backend='torch' runs everywhere")
+
+
+@contextmanager
+def undisturbed(tensor: Tensor) -> Iterator[None]:
+    """Inside, the tensor's GPU is the current one, and autocast changes no dtype."""
+    kind = tensor.device.type
+    with ExitStack() as stack:
+        if kind == "cuda":  # triton launches on the current device, whatever its arguments
+            stack.enter_context(torch.cuda.device(tensor.device))
+        if torch.amp.is_autocast_available(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def architecture(device: torch.device) -> str:

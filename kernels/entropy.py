@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune_fast.kernels._arguments import check_transform
-from hfprune_fast.kernels._dispatch import configuration, resolve_backend
+from hfprune_fast.kernels._arguments import check_devices, check_transform
+from hfprune_fast.kernels._dispatch import configuration, resolve_backend, undisturbed
 from hfprune_fast.kernels._triton import jit, tl
 
-# Elements of one block of rows: two fp32 temporaries of it stay in a CPU's last-level cache.
-_BLOCK_ELEMENTS = 1 << 20
+# Elements of a block of rows on the torch path: its temporaries stay in a CPU's cache.
+_BLOCK_ELEMENTS = 1 << 19
 # One row a program. BLOCK_V logits a step, STAGES - 1 steps loaded ahead; one program of 32 warps
 # fills a multiprocessor, so that the rows in flight (132 x 256 KB of bf16 on an H200) stay in L2.
 _CONFIGS = {
@@ -38,7 +38,7 @@ _CONFIGS = {
 def softmax_entropy_grad_reference(
     logits: Tensor, row_scale: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return (H, row_scale · dH/dlogits), through autograd and out of place."""
+    """Return (H, row_scale · dH/dlogits), through autograd and out of place; NaN for -inf."""
     raw = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
     with torch.enable_grad():
         z = raw * logit_scale
@@ -62,9 +62,18 @@ def _load_logits(
     if LOGIT_SCALE != 1.0:
         z *= LOGIT_SCALE
     if SOFTCAP is not None:
-        tanh = 2 * tl.sigmoid(z * (2 / SOFTCAP)) - 1
-        z = tl.where(z == float("-inf"), z, SOFTCAP * tanh)
+        z = tl.where(z == float("-inf"), z, SOFTCAP * _tanh(z * (1 / SOFTCAP)))
     return z
+
+
+@jit
+def _tanh(x):
+    """To a few units in the last place; near 0, where 1 - exp(-2x) cancels, by its series."""
+    e = tl.exp(-2 * tl.abs(x))
+    far = tl.where(x < 0, e - 1, 1 - e) / (1 + e)
+    y = x * x
+    near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, near, far)
 
 
 @jit
@@ -73,7 +82,8 @@ def _add_to_sums(z, m, s, u):
     m_new = tl.maximum(m, tl.max(z, axis=0))
     # -inf - -inf would be NaN: no finite logit yet, so nothing to rescale and every exp is 0.
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    delta = tl.where(m == float("-inf"), 0.0, m - base)
+    # exp(-200) is 0 in fp32; without the bound, delta · s would be -inf and its product NaN.
+    delta = tl.where(m == float("-inf"), 0.0, tl.maximum(m - base, -200.0))
     alpha = tl.exp(delta)
     d = z - base
     e = tl.exp(d)
@@ -220,7 +230,8 @@ def entropy_rows(
         return logits.new_zeros(logits.shape[0], dtype=maths_dtype)
     if row_scale is not None:
         row_scale = row_scale.to(maths_dtype).contiguous()
-    return rows(logits, row_scale, grad, softcap, logit_scale)
+    with undisturbed(logits):
+        return rows(logits, row_scale, grad, softcap, logit_scale)
 
 
 @torch.library.custom_op("hfprune_fast::softmax_entropy", mutates_args=())
@@ -338,10 +349,12 @@ def softmax_entropy_grad_(
 
     Not differentiable (torch has no autograd for an operation that overwrites its input). Memory
     traffic on a GPU: two reads of the logits, the second one in part from the L2 cache, and one
-    write: 4 to 6 bytes a logit in bf16. The torch path has up to five temporaries of a million
-    elements.
+    write: 4 to 6 bytes a logit in bf16. The torch path has up to five temporaries of half a
+    million elements.
     """
-    return _softmax_entropy_grad_(logits.detach(), row_scale, softcap, logit_scale, backend)
+    return _softmax_entropy_grad_(
+        logits.detach(), row_scale.detach(), softcap, logit_scale, backend
+    )
 
 
 def _check(
@@ -362,4 +375,5 @@ def _check(
             f"row_scale must be ({logits.shape[0]},), one factor a row, "
             f"got {tuple(row_scale.shape)}"
         )
+    check_devices(logits, row_scale=row_scale)
     check_transform(softcap, logit_scale)

@@ -111,6 +111,8 @@ def gated_taylor(
     if overwrite:
         total, d_gate, d_up = _gated_taylor_(grad, gate, up, *options), gate, up
     else:
-        d_gate, d_up = out or (torch.empty_like(gate), torch.empty_like(up))
+        if out is None:  # contiguous, whatever the strides of gate and up
+            out = gate.new_empty(gate.shape), up.new_empty(up.shape)
+        d_gate, d_up = out
         total = _gated_taylor_out(grad, gate, up, d_gate.detach(), d_up.detach(), *options)
     return TaylorStatistics(*total.unbind()), d_gate, d_up

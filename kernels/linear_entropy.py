@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hfprune_fast.kernels._arguments import check_grad_scale, check_transform
-from hfprune_fast.kernels._dispatch import resolve_backend
+from hfprune_fast.kernels._arguments import check_devices, check_grad_scale, check_transform
+from hfprune_fast.kernels._dispatch import resolve_backend, undisturbed
 from hfprune_fast.kernels._triton import cdiv
 from hfprune_fast.kernels.entropy import entropy_rows, softmax_entropy_grad_reference
 
@@ -156,16 +156,17 @@ def _linear_entropy(
     row_weight = row_weight.to(maths_dtype)
     row_scale = row_weight * dz_scale
     chunk = max(1, buffers.logits.shape[0])
-    for start in range(0, hidden.shape[0], chunk):
-        rows = slice(start, min(start + chunk, hidden.shape[0]))
-        logits = buffers.logits[: rows.stop - start]
-        d_logits = buffers.d_logits[: rows.stop - start]
-        _product(hidden[rows], weight, bias, logits, buffers.tile)
-        entropy[rows] = entropy_rows(
-            logits, row_scale[rows], d_logits,
-            softcap=softcap, logit_scale=logit_scale, backend=backend,
-        )  # fmt: skip
-        _product_back(d_logits, weight, d_hidden[rows], grad_scale / dz_scale, buffers.tile)
+    with undisturbed(hidden):
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, min(start + chunk, hidden.shape[0]))
+            logits = buffers.logits[: rows.stop - start]
+            d_logits = buffers.d_logits[: rows.stop - start]
+            _product(hidden[rows], weight, bias, logits, buffers.tile)
+            entropy[rows] = entropy_rows(
+                logits, row_scale[rows], d_logits,
+                softcap=softcap, logit_scale=logit_scale, backend=backend,
+            )  # fmt: skip
+            _product_back(d_logits, weight, d_hidden[rows], grad_scale / dz_scale, buffers.tile)
     # Not 0 · NaN where a row of padding has weight 0.
     terms = torch.where(row_weight == 0, 0, entropy.double() * row_weight)
     return terms.sum().to(maths_dtype), d_hidden
@@ -227,13 +228,15 @@ def linear_entropy(
         ValueError: arguments that do not belong together, or a backend that cannot run.
 
     4·T·D·V FLOPs; extra memory is the budget, d_hidden and a few numbers a row (and on the torch
-    path up to 20 MiB of temporaries). On a GPU, per logit in bf16: 2 bytes written and 2 read by
-    the products, 4 to 6 by the pass. Nothing waits for the device.
+    path up to 10 MiB of temporaries, 20 for fp64). On a GPU, per logit in bf16: 2 bytes written and
+    2 read by the products, 4 to 6 by the pass. Nothing waits for the device.
     """
     if row_weight is None:
         row_weight = hidden.new_full(hidden.shape[:1], 1 / max(1, len(hidden)), dtype=torch.float64)
+    if bias is not None:
+        bias = bias.detach()
     return _linear_entropy(
-        hidden.detach(), weight.detach(), row_weight, None if bias is None else bias.detach(),
+        hidden.detach(), weight.detach(), row_weight.detach(), bias,
         softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
     )  # fmt: skip
 
@@ -263,3 +266,4 @@ def _check(
         )
     if logits_budget_bytes is not None and logits_budget_bytes < 1:
         raise ValueError(f"logits_budget_bytes must be at least 1, got {logits_budget_bytes}")
+    check_devices(hidden, weight=weight, row_weight=row_weight, bias=bias)

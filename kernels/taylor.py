@@ -26,8 +26,8 @@ from hfprune_fast.kernels._activations import (
     value_and_slope,
     value_and_slope_triton,
 )
-from hfprune_fast.kernels._arguments import check_grad_scale
-from hfprune_fast.kernels._dispatch import configuration, resolve_backend
+from hfprune_fast.kernels._arguments import check_devices, check_grad_scale
+from hfprune_fast.kernels._dispatch import configuration, resolve_backend, undisturbed
 from hfprune_fast.kernels._triton import cdiv, jit, tl
 
 # Tokens a program walks, and a block of the torch path. At 16 bytes for 128 tokens of a neuron,
@@ -112,7 +112,7 @@ def _taylor_kernel(
         if up_ptr is not None:
             up = tl.load(up_ptr + t * stride_ut, mask=counted, other=0.0).to(tl.float32)
             value, slope = value_and_slope_triton(a, ACTIVATION)
-            d_gate = (g * up * slope).to(d_gate_ptr.dtype.element_ty)
+            d_gate = (slope * g * up).to(d_gate_ptr.dtype.element_ty)
             d_up = (g * value).to(d_up_ptr.dtype.element_ty)
             tl.store(d_gate_ptr + t * stride_dgt, d_gate, mask=mask)
             tl.store(d_up_ptr + t * stride_dut, d_up, mask=mask)
@@ -190,6 +190,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def _is_rows(tensor: Tensor) -> bool:
+    """Whether (B, S, F) is B·S rows of F neighbours that do not overlap, so can be written."""
+    (batch, seq_len, width), (stride_b, stride_t, stride_f) = tensor.shape, tensor.stride()
+    if seq_len == 1:
+        stride_t = stride_b
+    one_stride = batch == 1 or seq_len == 1 or stride_b == seq_len * stride_t
+    apart = stride_t >= width or batch * seq_len == 1
+    return tensor.numel() == 0 or (one_stride and apart and (stride_f == 1 or width == 1))
+
+
 def _statistics_torch(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None) -> Tensor:
     batch, seq_len, width = grad.shape
     total = grad.new_zeros(4, width, dtype=torch.float64)
@@ -207,11 +217,11 @@ def _statistics_torch(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | No
                 g, gate, up = (tensor.to(dtype) for tensor in (g, a, *rest))
                 value, slope = value_and_slope(gate, act.activation)
                 a = value * up
-                # Both from what was read, before either is written: they may be gate and up.
                 gradients = slope.mul_(g).mul_(up), value.mul_(g)
-                act.d_gate[block], act.d_up[block] = gradients
             a = a.double()
             x = g.double() * a
+            if isinstance(act, Gated):  # after the last use of gate and up: they may be the same
+                act.d_gate[block], act.d_up[block] = gradients
             total[0] += x.abs().sum(dim=0)
             total[1] += x.square().sum(dim=0)
             total[3] += a.square().sum(dim=0)
@@ -256,10 +266,11 @@ def taylor_sums(
     backend = resolve_backend("torch" if parity and backend is None else backend, grad)
     if grad.numel() == 0:
         return grad.new_zeros(4, grad.shape[2], dtype=sum_dtype(grad, parity))
-    if parity:
-        return _statistics_parity(grad, act)
-    run = _statistics_triton if backend == "triton" else _statistics_torch
-    total = run(grad, act, token_mask)
+    with undisturbed(grad):
+        if parity:
+            return _statistics_parity(grad, act)
+        run = _statistics_triton if backend == "triton" else _statistics_torch
+        total = run(grad, act, token_mask)
     if grad_scale != 1:
         total[0] /= grad_scale
         total[1:3] /= grad_scale**2
@@ -338,11 +349,13 @@ def _check(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None, grad_sc
                 f"{name} must be {tuple(grad.shape)} {grad.dtype} on {grad.device} as grad is, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
-        if name in ("d_gate", "d_up") and _rows(tensor).data_ptr() != tensor.data_ptr():
+        if name in ("d_gate", "d_up") and not _is_rows(tensor):
             raise ValueError(
                 "the gradients' tensors (gate and up with overwrite=True, else out) must have unit "
                 f"stride along F and one stride over B and S, got {tensor.stride()}"
             )
+    if isinstance(act, Gated) and act.d_gate.data_ptr() == act.d_up.data_ptr() and act.d_up.numel():
+        raise ValueError("the gradients at gate and up would be written to one and the same tensor")
     if token_mask is not None and (
         token_mask.shape != grad.shape[:2] or token_mask.dtype != torch.bool
     ):
@@ -350,6 +363,7 @@ def _check(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None, grad_sc
             f"token_mask must be {tuple(grad.shape[:2])} bool, "
             f"got {tuple(token_mask.shape)} {token_mask.dtype}"
         )
+    check_devices(grad, token_mask=token_mask)
     check_grad_scale(grad_scale)
 
 

@@ -174,6 +174,47 @@ def test_rows_past_two_to_the_31_elements() -> None:
         check_rows(entropy[rows], logits[rows], z, row_scale[rows])
 
 
+def test_rows_at_an_odd_address() -> None:
+    """A slice that starts 2 bytes off 16: narrow loads, and the same result bit for bit."""
+    logits = randn(16, 32_000, scale=3)
+    row_scale = torch.rand(16, device=DEVICE)
+    shifted = torch.empty(logits.numel() + 1, dtype=BF16, device=DEVICE)[1:].view_as(logits)
+    shifted.copy_(logits)
+    entropy = softmax_entropy_grad_(logits, row_scale)
+    assert torch.equal(softmax_entropy_grad_(shifted, row_scale), entropy)
+    assert torch.equal(shifted, logits)
+
+
+def test_vocabulary_masked_with_the_least_finite_number() -> None:
+    logits = randn(16, 128_256, scale=3)
+    masked = logits.clone()
+    logits[:, :100_000], masked[:, :100_000] = torch.finfo(BF16).min, -torch.inf
+    assert torch.equal(softmax_entropy(logits), softmax_entropy(masked))
+
+
+def test_kernels_run_on_the_current_stream() -> None:
+    logits = randn(64, 128_256, scale=3)
+    expected = softmax_entropy(logits)
+    stream, late = torch.cuda.Stream(), torch.zeros_like(logits)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(logits)
+        entropy = softmax_entropy(late)
+    stream.synchronize()
+    assert torch.equal(entropy, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_on_the_device_of_their_tensors() -> None:
+    hidden, weight = randn(64, 256), randn(32_000, 256, scale=0.2)
+    expected = linear_entropy(hidden, weight)
+    got = linear_entropy(hidden.to("cuda:1"), weight.to("cuda:1"))
+    assert got[1].device == torch.device("cuda:1")
+    assert torch.equal(got[0].cpu(), expected[0].cpu())
+    assert torch.equal(got[1].cpu(), expected[1].cpu())
+
+
 # The head
 
 

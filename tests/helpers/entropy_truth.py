@@ -16,6 +16,7 @@ class Rows:
     grad: Tensor  # (T, V) dH/dlogits
     entropy_bound: Tensor  # (T,) on the error of H
     grad_bound: Tensor  # (T, V) on that of the gradient, before it is rounded to be stored
+    underflow: float  # comes to that whatever the gradient is multiplied by
 
 
 def entropy_truth(
@@ -32,20 +33,20 @@ def entropy_truth(
     surprise = torch.where(p > 0, -log_p, 0.0)
     entropy = (p * surprise).sum(dim=-1)
     w = torch.where(p > 0, surprise - entropy[:, None], 0.0)  # dH/dz = p w
-    bounds = _bounds(z, p, w, entropy, slope, softcap, _compute_dtype(logits))
-    return Rows(entropy, logit_scale * slope * p * w, bounds[0], logit_scale * bounds[1])
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    info = torch.finfo(torch.promote_types(logits.dtype, torch.float32))
+    # exp, and its product with a factor, underflow to a multiple of the least positive number, and
+    # are then multiplied by |w| < 1024.
+    underflow = 1024 * info.smallest_normal * info.eps
+    bounds = _bounds(z, p, w, entropy, slope, softcap, info.eps)
+    grad_bound = logit_scale * (bounds[1] + underflow)
+    return Rows(entropy, logit_scale * slope * p * w, bounds[0], grad_bound, underflow)
 
 
 def _bounds(
     z: Tensor, p: Tensor, w: Tensor, entropy: Tensor, slope: Tensor, softcap: float | None,
-    dtype: torch.dtype,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    info, vocab = torch.finfo(dtype), z.shape[1]
-    eps = info.eps
+    vocab = z.shape[1]
     largest = z.masked_fill(z == -torch.inf, 0).abs().amax(dim=1)
     # How far rounding moves z_i - max, with what may be read as such a move. The scale: u L; the
     # difference, at most 2 L: 2 u L; the steps by which a running maximum rises, 2 L in all: 2 u L.
@@ -65,8 +66,6 @@ def _bounds(
     p_error = p * w.abs() * (2 * move + sum_s + slope_error)
     w_error = p * (2 * move + sums + entropy_bound[:, None])
     grad_bound = 1.1 * ((slope + slope_error) * (p_error + w_error) + slope_error * p * w.abs())
-    # exp underflows to a multiple of the least positive number, which |w| < 1024 then multiplies.
-    grad_bound += torch.where(z == -torch.inf, 0.0, 1024 * info.smallest_normal * eps)
     return entropy_bound, grad_bound
 
 

@@ -1,6 +1,7 @@
 """The statistics of taylor.py, and a gated activation's gradients, in plain float64 or integers.
 
-The bounds on rounding follow the equations of kernels/; u is half of eps of the dtype computed in.
+The bounds on rounding follow the equations of kernels/; u is half of eps of the dtype computed in,
+tiny its smallest normal number, which bounds what an underflow loses.
 """
 
 import math
@@ -51,15 +52,15 @@ def sums_bound(x: Tensor, x_error: Tensor, a: Tensor, a_error: Tensor, backend: 
     squares, a_squares = 2 * x * x_error + x_error**2, 2 * a * a_error + a_error**2
     # torch: all in fp64. triton: squares in fp32, and sums over 128 tokens: tiles of 4 to 32 tokens
     # one after the other, and then the tokens of a tile, make 38 sums at most.
-    u = 2.0**-24 if backend == "triton" else 2.0**-53
+    u, tiny = (2.0**-24, 2.0**-126) if backend == "triton" else (2.0**-53, 0.0)
     rounding = u * (40 if backend == "triton" else x.shape[0] * x.shape[1])
     per_sequence = (x_error + rounding * (x + x_error)).sum(1)
     return 1.01 * torch.stack(
         [
             per_sequence.sum(0),
-            (squares + (rounding + u) * x**2).sum((0, 1)),
+            (squares + (rounding + u) * x**2 + tiny).sum((0, 1)),
             (2 * x.sum(1) * per_sequence + per_sequence**2).sum(0),
-            (a_squares + (rounding + u) * a**2).sum((0, 1)),
+            (a_squares + (rounding + u) * a**2 + tiny).sum((0, 1)),
         ]
     )
 
@@ -79,7 +80,7 @@ def activation_truth(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return value.detach(), slope
 
 
-def activation_bound(z: Tensor, activation: str, u: float) -> tuple[Tensor, Tensor]:
+def activation_bound(z: Tensor, activation: str, u: float, tiny: float) -> tuple[Tensor, Tensor]:
     """Bounds on the errors of act_fn(z) and its derivative; exp is right to 3 ulp = 6 u."""
     z = z.double()
     if activation == "gelu":
@@ -88,12 +89,12 @@ def activation_bound(z: Tensor, activation: str, u: float) -> tuple[Tensor, Tens
     if activation == "silu":
         # σ to 8 u of itself; 1 - σ to 8 u σ and a rounding, times z.
         sigma = torch.sigmoid(z)
-        return 9 * u * z.abs() * sigma, 20 * u * sigma * (1 + z.abs())
+        return z.abs() * (9 * u * sigma + tiny), (20 * u * sigma + tiny) * (1 + z.abs())
     # σ(2k) with 2k to 6 u of itself; 1 - σ is off by as much, but exact 0 where σ rounds to 1.
     two_k = math.sqrt(8 / math.pi) * (z + 0.044715 * z**3)
     d_two_k = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * z**2)
     sigma, rest = torch.sigmoid(two_k), torch.sigmoid(-two_k)
-    sigma_error = u * sigma * (8 + 6 * rest * two_k.abs())
+    sigma_error = u * sigma * (8 + 6 * rest * two_k.abs()) + tiny
     rest_error = torch.where(rest < u / 4, rest, sigma_error + u)
     product_error = sigma_error * rest + sigma * rest_error + 6 * u * sigma * rest
     slope = sigma + z.abs() * sigma * rest * d_two_k
@@ -116,18 +117,19 @@ class Gated:
 
 
 def gated_truth(grad: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str) -> Gated:
-    u = torch.finfo(torch.promote_types(gate.dtype, torch.float32)).eps / 2
+    info = torch.finfo(torch.promote_types(gate.dtype, torch.float32))
+    u, tiny = info.eps / 2, info.smallest_normal
     value, slope = activation_truth(gate, activation)
-    value_error, slope_error = activation_bound(gate, activation, u)
+    value_error, slope_error = activation_bound(gate, activation, u, tiny)
     g, up = grad.double(), up.double()
     d_gate, d_up, a = g * up * slope, g * value, value * up
-    a_error = up.abs() * value_error + u * a.abs()
-    x_error = g.abs() * a_error + u * (g * a).abs()
+    a_error = up.abs() * value_error + u * a.abs() + tiny
+    x_error = g.abs() * a_error + u * (g * a).abs() + tiny
     return Gated(
         sums(g * a, a),
         sums_bound(g * a, x_error, a, a_error, backend),
         d_gate,
-        (g * up).abs() * slope_error + 3 * u * d_gate.abs(),
+        (g * up).abs() * slope_error + 3 * u * d_gate.abs() + 2 * tiny,
         d_up,
-        g.abs() * value_error + u * d_up.abs(),
+        g.abs() * value_error + u * d_up.abs() + tiny,
     )

@@ -18,6 +18,7 @@ from hfprune_fast.kernels import (
     softmax_entropy_grad_,
     taylor_statistics,
 )
+from hfprune_fast.kernels._arguments import check_devices
 from hfprune_fast.kernels._dispatch import architecture, resolve_backend
 
 needs_triton = pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed")
@@ -169,3 +170,10 @@ def test_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     mi300 = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: mi300)
     assert architecture(torch.device("cuda:71")) == "gfx942"
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    on_cpu = torch.zeros(2)
+    check_devices(on_cpu, weight=on_cpu, bias=None)
+    with pytest.raises(ValueError, match="weight must be on cpu, got meta"):
+        check_devices(on_cpu, weight=torch.zeros(2, device="meta"), bias=None)

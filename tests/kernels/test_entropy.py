@@ -47,7 +47,7 @@ def assert_right(logits: Tensor, row_scale: Tensor, backend: str, **transform: A
     assert (error <= 2 * eager_error + share * truth.entropy_bound).all()
 
     scale = row_scale.double()[:, None]
-    grad, bound = scale * truth.grad, scale.abs() * truth.grad_bound
+    grad, bound = scale * truth.grad, scale.abs() * truth.grad_bound + truth.underflow
     bound += stored(grad.abs() + bound, logits.dtype, backend)
     eager_error = (eager_grad - grad).abs().nan_to_num(0.0)
     assert ((logits - grad).abs() <= 2 * eager_error + share * bound).all()
@@ -294,3 +294,36 @@ def test_compiles_whole(backend: str) -> None:
         results.append([entropy, *torch.autograd.grad(entropy, logits, row_scale), *in_place])
     for eager, got in zip(*results, strict=True):
         assert torch.equal(eager, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vocabulary_masked_with_the_least_finite_number(backend: str, dtype: torch.dtype) -> None:
+    """Whole steps of finfo.min before the first usual logit: the maximum then rises by 3e38."""
+    logits = normal(2, 3 * 8192, dtype)
+    expected = logits.clone()
+    expected[:, : 2 * 8192] = -INF
+    logits[:, : 2 * 8192] = torch.finfo(dtype).min
+    got, want = (
+        softmax_entropy_grad_(z, torch.ones(2), backend=backend) for z in (logits, expected)
+    )
+    assert got.isfinite().all()
+    assert torch.equal(got, want)
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 1000.0, 1e6, 1e30])
+def test_softcap_of_any_size(backend: str, softcap: float) -> None:
+    """tanh keeps its relative accuracy near 0: a large cap leaves the logits as they are."""
+    logits = normal(4, 500)
+    truth = entropy_truth(logits, softcap=softcap)
+    entropy = softmax_entropy(logits, softcap=softcap, backend=backend)
+    assert ((entropy - truth.entropy).abs() <= 1e-5).all()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(backend: str, low: torch.dtype) -> None:
+    logits = normal(4, 1000)
+    logits[:, 3] = -INF
+    expected = softmax_entropy(logits, backend=backend)
+    with torch.autocast("cpu", dtype=low):
+        assert torch.equal(softmax_entropy(logits, backend=backend), expected)

@@ -310,3 +310,38 @@ def test_compiles_whole(backend: str, mode: str) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, eager in zip(compiled(*inputs), step(*inputs), strict=True):
         assert torch.equal(got, eager)
+
+
+@every_path
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradients_may_be_written_over_grad(backend: str, dtype: torch.dtype, place: int) -> None:
+    grad, gate, up = (random(2, 130, 40, dtype=dtype, seed=i) for i in range(3))
+    expected = gated_taylor(grad, gate, up, backend=backend)
+    out = [torch.empty_like(gate), torch.empty_like(gate)]
+    out[place] = grad
+    got = gated_taylor(grad, gate, up, out=(out[0], out[1]), backend=backend)
+    for ours, theirs in zip((*got[0], *got[1:]), (*expected[0], *expected[1:]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_two_gradients_in_one_tensor_are_refused() -> None:
+    grad, gate = random(2, 3, 4), random(2, 3, 4, seed=1)
+    with pytest.raises(ValueError, match="one and the same tensor"):
+        gated_taylor(grad, gate, gate, overwrite=True)
+    with pytest.raises(ValueError, match="one and the same tensor"):
+        gated_taylor(grad, gate, gate, out=(grad, grad))
+    gated_taylor(grad, gate, gate)  # as inputs they may be one
+
+
+def test_overlapping_rows_are_refused() -> None:
+    grad, up = random(2, 3, 4), random(2, 3, 4, seed=1)
+    for gate in (random(4).expand(2, 3, 4), torch.as_strided(random(20), (2, 3, 4), (6, 2, 1))):
+        with pytest.raises(ValueError, match="one stride over B and S"):
+            gated_taylor(grad, gate, up, overwrite=True)
+
+
+def test_large_gradients_of_closed_gates_do_not_overflow(backend: str) -> None:
+    grad, gate, up = (torch.full((1, 1, 1), x) for x in (1e30, -80.0, 1e30))
+    _, d_gate, _ = gated_taylor(grad, gate, up, backend=backend)
+    _, expected, _ = gated_taylor(grad.double(), gate.double(), up.double())
+    torch.testing.assert_close(d_gate.double(), expected, rtol=1e-4, atol=0)

@@ -162,7 +162,7 @@ def test_empty(shape: tuple[int, int, int], parity: bool) -> None:
         ({"parity": True, "backend": "cuda"}, "backend must be one of torch, triton"),
         ({"token_mask": torch.ones(2, 3)}, r"token_mask must be \(2, 3\) bool, got .*float32"),
         ({"token_mask": torch.ones(3, 2, dtype=torch.bool)}, r"token_mask must be \(2, 3\) bool"),
-        ({"grad_scale": 3.0}, "grad_scale must be a power of two, got 3.0"),
+        ({"grad_scale": 3.0}, "grad_scale must be a power of two in .*, got 3.0"),
         ({"grad_scale": 0.0}, "grad_scale must be"),
         ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
         (
