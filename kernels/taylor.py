@@ -354,7 +354,7 @@ def _check(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None, grad_sc
                 "the gradients' tensors (gate and up with overwrite=True, else out) must have unit "
                 f"stride along F and one stride over B and S, got {tensor.stride()}"
             )
-    if isinstance(act, Gated) and act.d_gate.data_ptr() == act.d_up.data_ptr() and act.d_up.numel():
+    if isinstance(act, Gated) and act.d_gate.data_ptr() == act.d_up.data_ptr() != 0:
         raise ValueError("the gradients at gate and up would be written to one and the same tensor")
     if token_mask is not None and (
         token_mask.shape != grad.shape[:2] or token_mask.dtype != torch.bool

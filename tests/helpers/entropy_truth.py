@@ -51,9 +51,11 @@ def _bounds(
     # How far rounding moves z_i - max, with what may be read as such a move. The scale: u L; the
     # difference, at most 2 L: 2 u L; the steps by which a running maximum rises, 2 L in all: 2 u L.
     # exp is right to 3 ulp = 6 u; each block of 8192 logits rescales the sums before it by another
-    # exp and two products. tanh = 2 σ(2x) - 1 is off by 10 u whatever its size, softcap times that.
+    # exp and two products. softcap · tanh(x) is off by 22 u of itself: where it is worst, x = 1/4,
+    # e = exp(-2x) = 0.61 is off by 8 u, 1 - e by 14 u, 1 + e by 4 u, and x, the quotient and the
+    # product by one or two.
     blocks = -(-vocab // 8192)
-    move = eps * (3 * largest + 5 * (softcap or 0) + 3 + 4 * blocks)
+    move = eps * (3 * largest + (11 * largest if softcap else 0) + 3 + 4 * blocks)
     # Sums of V terms, in any order: λ √V u, λ = 4 for all practical purposes (Higham, Mary 2019).
     sums = 2 * eps * vocab**0.5
     # H = log s - u/s. Moves of z: Σ p |w| move <= 2 H move. Sums: s to `sums`, u to `sums` of
