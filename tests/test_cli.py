@@ -429,7 +429,9 @@ PRUNE_DEMO = ["prune", "demo", "--calibration", "demo", "--samples", "32", "--pr
 def test_interruption_while_scoring_leaves_nothing(
     tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
-    command = [sys.executable, "-m", "hfprune_fast", *PRUNE_DEMO, "--out", "out"]
+    # Seconds of work, which a busy machine does not finish before the signal comes.
+    command = [sys.executable, "-m", "hfprune_fast", *PRUNE_DEMO, "--samples", "128"]
+    command += ["--out", "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
         seen = ""

@@ -101,6 +101,9 @@ import torch, hfprune_fast as hf
 from hfprune_fast import checkpoint, loading
 from hfprune_fast.kernels._triton import TRITON_VERSION
 assert TRITON_VERSION is None
+t = torch.ones(1, 2, 3)
+hf.kernels.gated_taylor(t, t, t)
+hf.kernels.softmax_entropy(t[0])
 model = loading.load_model(checkpoint.TINY_MODEL, device="cpu")
 table = hf.score(model, torch.arange(64).view(2, 32))
 assert table.provenance["versions"]["triton"] is None
