@@ -341,6 +341,15 @@ def test_backend_is_asked_for_by_name_or_environment(monkeypatch: pytest.MonkeyP
         hf.score(model.double(), ids, backend="triton")
 
 
+def test_a_bad_backend_is_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
+    monkeypatch.setattr("hfprune_fast.loading.load_model", stop)
+    with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
+        hf.score("demo", TINY_MODEL / "calibration.txt", samples=1)
+
+
 def test_parity_adds_up_in_bfloat16_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """score += (act * grad).abs().sum() for each sequence, all in bfloat16."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
