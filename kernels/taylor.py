@@ -220,7 +220,7 @@ def _statistics_torch(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | No
                 gradients = slope.mul_(g).mul_(up), value.mul_(g)
             a = a.double()
             x = g.double() * a
-            if isinstance(act, Gated):  # after the last use of gate and up: they may be the same
+            if isinstance(act, Gated):  # after the last use of the inputs: they may be the same
                 act.d_gate[block], act.d_up[block] = gradients
             total[0] += x.abs().sum(dim=0)
             total[1] += x.square().sum(dim=0)
@@ -232,11 +232,9 @@ def _statistics_torch(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | No
 
 def _statistics_parity(grad: Tensor, act: Tensor | Gated) -> Tensor:
     """Round every product, sum over a sequence and running total to the dtype, as HFPrune does."""
+    gated = act if isinstance(act, Gated) else None
     if isinstance(act, Gated):
-        gated = act
-        act, d_gate, d_up = eager_gated(grad, gated.gate, gated.up, gated.activation)
-        gated.d_gate.copy_(d_gate)
-        gated.d_up.copy_(d_up)
+        act, *gradients = eager_gated(grad, act.gate, act.up, act.activation)
     total = grad.new_zeros(4, grad.shape[2])
     for b in range(grad.shape[0]):
         a = act[b]
@@ -245,6 +243,9 @@ def _statistics_parity(grad: Tensor, act: Tensor | Gated) -> Tensor:
         total[1] += x.square().sum(dim=0)
         total[2] += x.sum(dim=0).square_()
         total[3] += a.square().sum(dim=0)
+    if gated is not None:  # after the last use of grad: they may be the same
+        gated.d_gate.copy_(gradients[0])
+        gated.d_up.copy_(gradients[1])
     return total
 
 

@@ -304,8 +304,9 @@ def test_a_gradient_scale_that_overflows_is_made_smaller(monkeypatch: pytest.Mon
     assert tried == [4096, 256]
     assert table.provenance["samples"] == 1
     table = hf.score(model, ids)
-    # At a sixteenth of the scale a few small gradients lose bits, and nothing else changes.
-    assert relative_error(table.l1, expected.l1).max() < 1e-2
+    # A power of two changes no bit but of gradients near underflow: less than one rounding of each.
+    assert relative_error(table.l1, expected.l1).max() < torch.finfo(torch.float16).eps / 2
+    assert torch.equal(table.act, expected.act)
     monkeypatch.setattr(
         "hfprune_fast.scoring.linear_entropy",
         lambda hidden, *_, **__: (torch.ones(()), torch.full_like(hidden, torch.inf)),

@@ -81,13 +81,14 @@ def test_repeats_bit_for_bit(function: Callable[..., tuple[Tensor, ...]], kind: 
 @every_call
 def test_never_waits_for_the_device(function: Callable[..., tuple[Tensor, ...]], kind: str) -> None:
     inputs = inputs_of(kind)
-    results(function, *inputs)
+    first = results(function, *inputs)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
-        results(function, *inputs)
+        again = results(function, *inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, again, first))
 
 
 @every_call
