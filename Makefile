@@ -38,7 +38,7 @@ install: $(VENV)/.runtime
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "installing into $(VENV); torch is large, this takes a minute or more"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt setuptools
+	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 cmake ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation .
 	touch $@
 

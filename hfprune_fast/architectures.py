@@ -28,6 +28,8 @@ class Family:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
     head: str = "lm_head"
 
 

@@ -1,4 +1,4 @@
-"""A model folder on disk: found, and read without trust.
+"""A model folder on disk: found, and read without trust and without transformers.
 
 Only safetensors are read; nothing is ever unpickled and no code that came with a model is run.
 """
@@ -8,26 +8,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from hfprune_fast.architectures import family_of
+from hfprune_fast.architectures import Family, ModelSize, family_of, neuron_axis
 from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.native import ITEM_BYTES, SafetensorsFile
 
 TINY_MODEL = Path(__file__).parent / "tiny"
 
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What `from_pretrained` needs; nothing else is downloaded.
 _HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 _FINGERPRINT_ROWS = 16
+_BLOCK_BYTES = 16 << 20
+# Buffers that old LLaMA checkpoints carry and transformers computes itself.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
 # What changes when a checkpoint is saved again, but not what it computes.
 _CONFIG_NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "use_cache"}
 
@@ -110,8 +119,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint, in the order of its index."""
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
     if (folder / INDEX).exists():
         names = sorted(set(_weight_map(folder).values()))
         for name in names:
@@ -127,7 +136,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has only pickled weights (.bin/.pth), which are never opened here; use a "
             "safetensors revision, or save it again with save_pretrained where you trust the file"
         )
-    raise CheckpointError(f"{folder} has neither {_WEIGHTS} nor {INDEX}, and no other file is read")
+    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}, and no other file is read")
 
 
 def _weight_map(folder: Path) -> Mapping[str, str]:
@@ -141,37 +150,146 @@ def tensor_headers(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of all shards; the data are not read, but their place is checked."""
     headers: dict[str, TensorInfo] = {}
     for path in weight_files(folder):
-        with open_tensors(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name in headers:
-                    raise CheckpointError(
-                        f"tensor {name} is both in {headers[name].file} and in {path.name}"
-                    )
-                view = tensors.get_slice(name)
-                headers[name] = TensorInfo(path.name, view.get_dtype(), tuple(view.get_shape()))
-    if (folder / INDEX).exists() and not (folder / _WEIGHTS).exists():
+        for name, (dtype, shape, _, _) in SafetensorsFile(path).tensors.items():
+            if name in headers:
+                raise CheckpointError(
+                    f"tensor {name} is both in {headers[name].file} and in {path.name}"
+                )
+            headers[name] = TensorInfo(path.name, dtype, shape)
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
         for name in sorted(set(_weight_map(folder)) - set(headers)):
             raise CheckpointError(f"tensor {name} is in the index of {folder} but in no shard")
     return headers
 
 
-def read_tensor(folder: Path, headers: Mapping[str, TensorInfo], name: str) -> torch.Tensor:
-    """Read one tensor of a checkpoint."""
-    with open_tensors(folder / headers[name].file) as tensors:
-        tensor: torch.Tensor = tensors.get_tensor(name)
-        return tensor
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder: its tensors are those of a gated-MLP model of its config's sizes."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    tensors: dict[str, TensorInfo]
+    size: ModelSize
+
+    @cached_property
+    def files(self) -> dict[str, SafetensorsFile]:
+        """The shards by name, mapped."""
+        return {path.name: SafetensorsFile(path) for path in weight_files(self.folder)}
+
+    def data(self, name: str) -> memoryview:
+        """Return the bytes of a tensor, mapped."""
+        return self.files[self.tensors[name].file].data(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a copy of a tensor."""
+        info = self.tensors[name]
+        data = torch.frombuffer(bytearray(self.data(name)), dtype=TORCH_DTYPES[info.dtype])
+        return data.view(info.shape)
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, mapped; damage becomes one line that names the file."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a model folder by its config and headers alone.
+
+    Raises:
+        CheckpointError: a layer differs from the first in its tensors, an MLP, embedding, norm or
+            head is missing, of another shape than the config's, or not floating-point.
+    """
+    config = read_config(folder)
+    family = family_of(config)
+    tensors = tensor_headers(folder)
+    sizes = {}
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"{folder}/config.json has {key} {value!r}, expected a positive integer"
+            )
+        sizes[key] = value
+    layers, hidden, width, vocab = sizes.values()
+    decoder = f"{family.decoder}."
+    if not any(name.startswith(decoder) for name in tensors):  # saved as base model
+        decoder = ""
+    first = f"{decoder}{family.layers}.0."
+    layer = {
+        name.removeprefix(first): info.shape
+        for name, info in tensors.items()
+        if name.startswith(first) and neuron_axis(family, name) is None
+    }
+    biased = config.get("mlp_bias") is True
+    for part, shape in (
+        (family.gate, (width, hidden)),
+        (family.up, (width, hidden)),
+        (family.down, (hidden, width)),
+    ):
+        layer[f"{part}.weight"] = shape
+        if biased:
+            layer[f"{part}.bias"] = shape[:1]
+    layer = {name: shape for name, shape in layer.items() if not name.endswith(_IGNORED_SUFFIX)}
+    expected = {
+        f"{decoder}{family.layers}.{i}.{name}": shape
+        for i in range(layers)
+        for name, shape in layer.items()
+    }
+    embedding, head = f"{decoder}{family.embedding}.weight", f"{family.head}.weight"
+    tied = config.get("tie_word_embeddings") is True
+    expected |= {embedding: (vocab, hidden), f"{decoder}{family.norm}.weight": (hidden,)}
+    if not tied or head in tensors:
+        expected[head] = (vocab, hidden)
+    check_tensors_are(folder, tensors, expected)
+    counted = sum(prod(shape) for name, shape in expected.items() if not (tied and name == head))
+    size = ModelSize(
+        model_type=str(config["model_type"]),
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=width,
+        total_params=counted,
+        linear_params=layers * sum(prod(s) for s in layer.values() if len(s) == 2) + vocab * hidden,
+        params_per_neuron=3 * hidden + 2 * biased,
+    )
+    checkpoint = Checkpoint(folder, config, family, tensors, size)
+    if tied and head in tensors and not _equal(checkpoint, head, embedding):
+        # transformers unties a head that is stored beside the embedding and differs from it.
         raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}); download it again"
-        ) from None
+            f"{folder} ties its head to the embedding, yet {head} differs from {embedding}; "
+            "set tie_word_embeddings to false in its config.json"
+        )
+    return checkpoint
+
+
+def check_tensors_are(
+    folder: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless the tensors are floats of the expected names and shapes."""
+    stored = {name: info for name, info in tensors.items() if not name.endswith(_IGNORED_SUFFIX)}
+    for problem, names in (
+        ("lacks the tensor", expected.keys() - stored.keys()),
+        ("has a tensor that its architecture does not know:", stored.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{folder} {problem} {min(names)}{more}")
+    for name, info in stored.items():
+        if info.shape != expected[name]:
+            raise CheckpointError(
+                f"{folder} has a tensor whose shape is not its config's: {name} is {info.shape}, "
+                f"expected {expected[name]}"
+            )
+        if info.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"{folder} has {name} in {info.dtype}, expected one of {', '.join(ITEM_BYTES)}; "
+                "is it quantised?"
+            )
+
+
+def _equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    if checkpoint.tensors[name].dtype != checkpoint.tensors[other].dtype:
+        return False
+    a, b = checkpoint.data(name), checkpoint.data(other)
+    return len(a) == len(b) and all(
+        bytes(a[at : at + _BLOCK_BYTES]) == bytes(b[at : at + _BLOCK_BYTES])
+        for at in range(0, len(a), _BLOCK_BYTES)
+    )
 
 
 def fingerprint(folder: Path) -> str:
@@ -185,24 +303,23 @@ def fingerprint(folder: Path) -> str:
     digest.update(json.dumps(config, sort_keys=True).encode())
     samples: dict[str, bytes] = {}
     for path in weight_files(folder):
-        with open_tensors(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                samples[name] = _sample(tensors.get_slice(name))
+        file = SafetensorsFile(path)
+        for name, (dtype, shape, _, _) in file.tensors.items():
+            samples[name] = _sample(dtype, shape, file.data(name))
     for name, sample in sorted(samples.items()):
         digest.update(f"{name}\n".encode() + sample)
     return digest.hexdigest()
 
 
-def _sample(view: Any) -> bytes:
+def _sample(dtype: str, shape: tuple[int, ...], data: memoryview) -> bytes:
     """Return the digest of a tensor's dtype, shape and sampled rows."""
-    shape = tuple(view.get_shape())
-    digest = hashlib.sha256(f"{view.get_dtype()} {shape}".encode())
-    if len(shape) < 2:
-        rows = [view[:]] if shape else []
-    else:
+    digest = hashlib.sha256(f"{dtype} {shape}".encode())
+    rows: Iterable[int] = [0]
+    row_bytes = len(data)
+    if len(shape) >= 2 and shape[0] > 0:
+        row_bytes //= shape[0]
         last = shape[0] - 1
-        picked = {last * i // (_FINGERPRINT_ROWS - 1) for i in range(_FINGERPRINT_ROWS)}
-        rows = [view[row : row + 1] for row in sorted(picked)] if last >= 0 else []
+        rows = sorted({last * i // (_FINGERPRINT_ROWS - 1) for i in range(_FINGERPRINT_ROWS)})
     for row in rows:
-        digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(data[row * row_bytes : (row + 1) * row_bytes])
     return digest.digest()

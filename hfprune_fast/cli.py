@@ -18,6 +18,7 @@ import click
 import torch
 
 from hfprune_fast import demo as demonstration
+from hfprune_fast import doctor as doctoring
 from hfprune_fast import pipeline, report
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
@@ -130,6 +131,8 @@ def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) ->
     show_default=True,
     help="Statistic to rank by; l1 is the paper's.",
 )
+@click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. [default: shards are kept]")
+@click.option("--verify", is_flag=True, help="Read the output back from disk and compare it.")
 @_scoring
 @_running
 @click.option("--force", is_flag=True, help="Replace an earlier output.")
@@ -141,6 +144,8 @@ def prune(
     calibration: str | None,
     statistic: str,
     round_to: int,
+    max_shard_size: str | None,
+    verify: bool,
     force: bool,
     **flags: Any,
 ) -> None:
@@ -157,7 +162,16 @@ def prune(
         table = pipeline.score(model, str(calibration), progress=True, **running)
     with nullcontext() if scores else _scores_saved_on_failure(table):
         result = pipeline.prune_to(
-            model, out, table, statistic=statistic, round_to=round_to, force=force, **budget
+            model,
+            out,
+            table,
+            statistic=statistic,
+            round_to=round_to,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            force=force,
+            progress=True,
+            **budget,
         )
     _print(
         as_json,
@@ -226,6 +240,16 @@ def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug
     """Do the whole job on the small model that ships with this package, offline."""
     result = demonstration.run(out, prune_ratio=prune_ratio, force=force)
     _print(as_json, result, demonstration.table(result))
+
+
+@cli.command()
+@_common
+def doctor(as_json: bool, debug: bool) -> None:
+    """Say what this machine offers and which paths will be used."""
+    result = doctoring.examine()
+    width = max(map(len, result))
+    lines = (f"{key.replace('_', ' '):{width}}  {doctoring.show(v)}" for key, v in result.items())
+    _print(as_json, result, "\n".join(lines))
 
 
 def _split(flags: dict[str, Any]) -> tuple[bool, dict[str, Any]]:

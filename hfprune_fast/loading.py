@@ -15,16 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfprune_fast.architectures import ModelSize, family_of, size_of
-from hfprune_fast.checkpoint import TensorInfo, read_config, read_tensor, tensor_headers
+from hfprune_fast.architectures import ModelSize, size_of
+from hfprune_fast.checkpoint import TensorInfo, check_tensors_are, open_checkpoint, read_config
 from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
-# Buffers that old LLaMA checkpoints carry and transformers computes itself.
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 def build_config(folder: Path) -> Any:
@@ -50,48 +46,21 @@ def _meta_model(folder: Path) -> PreTrainedModel:
 
 
 def check_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Return the headers of a checkpoint whose tensors are exactly those of its config.
+    """Return the headers of a checkpoint whose tensors are exactly those of transformers' model.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not floating-point.
     """
-    headers = tensor_headers(folder)
+    checkpoint = open_checkpoint(folder)
+    headers, family = checkpoint.tensors, checkpoint.family
     model = _meta_model(folder)
-    family = family_of(read_config(folder))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if not any(name.startswith(f"{family.decoder}.") for name in headers):  # saved as base model
         expected = {n.removeprefix(f"{family.decoder}."): shape for n, shape in expected.items()}
-    stored = {name: info for name, info in headers.items() if not name.endswith(_IGNORED_SUFFIX)}
     head = f"{family.head}.weight"
-    if model.config.tie_word_embeddings and head not in stored:
+    if model.config.tie_word_embeddings and head not in headers:
         del expected[head]
-    for problem, names in (
-        ("lacks the tensor", expected.keys() - stored.keys()),
-        ("has a tensor that its architecture does not know:", stored.keys() - expected.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{folder} {problem} {min(names)}{more}")
-    for name, info in stored.items():
-        if info.shape != expected[name]:
-            raise CheckpointError(
-                f"{folder} has a tensor whose shape is not its config's: {name} is {info.shape}, "
-                f"expected {expected[name]}"
-            )
-        if info.dtype not in _FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{folder} has {name} in {info.dtype}, expected one of {', '.join(_FLOAT_DTYPES)}; "
-                "is it quantised?"
-            )
-    if model.config.tie_word_embeddings and head in stored:
-        # transformers unties a head that is stored beside the embedding and differs from it.
-        embedding = next(name for name in stored if name.endswith("embed_tokens.weight"))
-        weights = [read_tensor(folder, headers, name) for name in (head, embedding)]
-        if not torch.equal(weights[0], weights[1]):
-            raise CheckpointError(
-                f"{folder} ties its head to the embedding, yet {head} differs from {embedding}; "
-                "set tie_word_embeddings to false in its config.json"
-            )
+    check_tensors_are(folder, headers, expected)
     return headers
 
 

@@ -21,6 +21,7 @@ from hfprune_fast import (
     compaction,
     evaluation,
     loading,
+    native,
     output,
     selection,
 )
@@ -148,14 +149,15 @@ def check_prune(
 ) -> None:
     """Raise what `prune_to` would refuse of its model, output and budget, before any work."""
     folder = checkpoint.find_model(model)
-    loading.check_tensors(folder)
-    size = loading.model_size(folder)
+    size = checkpoint.open_checkpoint(folder).size
     width = selection.target_width(size, round_to=round_to, **budget)  # type: ignore[arg-type]
     dense_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
     needed_bytes = dense_bytes * size.params_at(width) // size.total_params
     compaction.check_output_folder(Path(out), folder, force=force, needed_bytes=needed_bytes)
     for leftover in output.leftovers(Path(out)):
         say(leftover)
+    if native.WHY_NOT is not None:
+        say(f"weights are moved by {native.description()}")
 
 
 def prune_to(
@@ -165,7 +167,10 @@ def prune_to(
     *,
     statistic: str = "l1",
     round_to: int = 1,
+    max_shard_size: str | None = None,
+    verify: bool = False,
     force: bool = False,
+    progress: bool = False,
     **budget: Budget,
 ) -> dict[str, Any]:
     """Select by a table and write the pruned checkpoint; return what was achieved."""
@@ -176,14 +181,24 @@ def prune_to(
         "asked": {**asked, "statistic": statistic, "round_to": round_to},
         "provenance": table.provenance,
     }
-    achieved = compaction.prune_checkpoint(model, out, keep, force=force, record=record)
-    return {"out": str(out), **achieved, "statistic": statistic}
+    achieved = compaction.prune_checkpoint(
+        model,
+        out,
+        keep,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        force=force,
+        record=record,
+        progress=progress,
+    )
+    return {"out": str(out), **achieved, "statistic": statistic, "verified": verify}
 
 
 def check_table(table: ImportanceTable, model: str | Path) -> None:
     """Refuse a table that was scored on another model."""
     folder = checkpoint.find_model(model)
-    size = loading.model_size(folder)
+    opened = checkpoint.open_checkpoint(folder)
+    size = opened.size
     theirs, ours = asdict(table.model), asdict(size)
     differing = [
         f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]
@@ -197,9 +212,9 @@ def check_table(table: ImportanceTable, model: str | Path) -> None:
         same = scored == checkpoint.fingerprint(folder)
     else:
         # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
-        headers = loading.check_tensors(folder)
-        last = f".{size.num_layers - 1}.{architectures.FAMILIES[size.model_type].down}.weight"
-        down = checkpoint.read_tensor(folder, headers, next(n for n in headers if n.endswith(last)))
+        last = f".{size.num_layers - 1}.{opened.family.down}.weight"
+        name = next(name for name in opened.tensors if name.endswith(last))
+        down = opened.read(name)
         same = torch.allclose(column_norms(down), table.down_norm[-1], rtol=2**-8)
     if not same:
         raise ScoresFileError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +17,21 @@ PAPER = "arXiv 2603.08083"
 def say(message: str) -> None:
     """Print one line to the user on stderr, past a progress bar."""
     tqdm.write(f"hfprune: {message}", file=sys.stderr)
+
+
+@contextmanager
+def byte_bar(what: str, total_bytes: int, show: bool) -> Iterator[Callable[[int], Any]]:
+    """Count bytes on stderr: the function that is yielded takes those that are done."""
+    with tqdm(
+        total=total_bytes,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        disable=not show,
+    ) as bar:
+        yield bar.update
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -37,7 +37,9 @@ def assert_refused(run: Any, message: str) -> None:
     assert lines[-1].startswith("hfprune: error: ")
     assert re.search(message, lines[-1]), lines[-1]
     # Nothing else is there but progress bars and what was said before.
-    bars = re.compile(r"(Loading weights|Writing model shards|scoring|evaluating): |hfprune: |$")
+    bars = re.compile(
+        r"(Loading weights|Writing model shards|scoring|evaluating|writing|verifying): |hfprune: |$"
+    )
     assert all(bars.match(line) for line in lines), run.err
     assert run.out == ""
 
@@ -395,7 +397,7 @@ def test_scores_survive_an_output_that_fails(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hfprune_fast.compaction.save_file", full)
+    monkeypatch.setattr("hfprune_fast.native.new_file", full)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run = hfprune(
         "prune", llama_dir, "--calibration", text_file, "--samples", 2, "--seq-len", 32,

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hfprune_fast"
 
 LEAVES = {
+    "native",
     *("_version", "architectures", "checkpoint", "errors", "forward", "importance", "loading"),
     *("output", "report"),
 }
 STAGES = {"calibration", "scoring", "selection", "compaction", "evaluation"}
-WHOLE_JOB = {"pipeline", "demo", "cli", "__init__", "__main__"}
+WHOLE_JOB = {"pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
 
 
 def imports(path: Path) -> set[tuple[str, str]]:
@@ -56,7 +57,13 @@ def test_stages_do_not_import_one_another(stage: str) -> None:
 
 @pytest.mark.parametrize("leaf", sorted(LEAVES))
 def test_leaves_import_only_leaves(leaf: str) -> None:
-    assert {module for module, _ in imports(PACKAGE / f"{leaf}.py")} <= LEAVES
+    extension = {"_C"} if leaf == "native" else set()
+    assert {module for module, _ in imports(PACKAGE / f"{leaf}.py")} <= LEAVES | extension
+
+
+def test_only_one_module_imports_the_extension() -> None:
+    importers = [path.name for path in PACKAGE.glob("*.py") if ("_C", "") in imports(path)]
+    assert importers == ["native.py"]
 
 
 def test_kernels_import_torch_triton_and_each_other() -> None:

@@ -1,0 +1,62 @@
+"""The C++ sources under sanitizers: naive gathers, hostile files, a round trip."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def run(command: list[str | Path], timeout_s: float) -> str:
+    """What `command` prints; fails the test with the tail of it unless it exits with 0."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=timeout_s,
+        env=os.environ | {"PATH": PATH},
+    )
+    if result.returncode != 0:
+        pytest.fail(f"{command[0]} exited with {result.returncode}:\n{result.stdout[-4000:]}")
+    return result.stdout
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_native_code_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
+    cmake = shutil.which("cmake", path=PATH)
+    if cmake is None:
+        pytest.skip("no cmake")
+    if not any(shutil.which(name, path=PATH) for name in (os.environ.get("CXX"), "c++") if name):
+        pytest.skip("no C++ compiler")
+    build = tmp_path / "build"
+    configure = [cmake, "-S", REPOSITORY / "csrc", "-B", build, "-DHFPRUNE_CHECKS=ON"]
+    configure += [f"-DHFPRUNE_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
+    if shutil.which("ninja", path=PATH):
+        configure += ["-G", "Ninja"]
+    run(configure, timeout_s=60)
+    run([cmake, "--build", build, "--parallel", "2"], timeout_s=200)
+
+    compared = run([build / "check_compact"], timeout_s=120)
+    cases = re.search(r"^(\d+) cases agree", compared, re.MULTILINE)
+    assert cases is not None, compared
+    assert int(cases[1]) >= 5000
+
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    opened = run([build / "check_safetensors", scratch], timeout_s=120)
+    hostile = re.search(
+        r"^(\d+) hostile files: (\d+) accepted, (\d+) rejected", opened, re.MULTILINE
+    )
+    assert hostile is not None, opened
+    files, accepted, rejected = (int(count) for count in hostile.groups())
+    assert files >= 10_000
+    assert accepted + rejected == files
+    assert min(accepted, rejected) > 100
