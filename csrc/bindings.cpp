@@ -40,7 +40,8 @@ class Bytes {
 class Indices {
  public:
   explicit Indices(const py::handle& object) : bytes_(object, false) {
-    const bool aligned = reinterpret_cast<std::uintptr_t>(bytes_.data()) % alignof(std::int64_t) == 0;
+    const bool aligned =
+        reinterpret_cast<std::uintptr_t>(bytes_.data()) % alignof(std::int64_t) == 0;
     if (bytes_.size() % sizeof(std::int64_t) != 0 || !aligned) {
       throw std::invalid_argument("keep must be an array of int64");
     }
@@ -67,17 +68,17 @@ void compact_buffer(const py::object& source, const py::object& out, std::size_t
       throw std::invalid_argument("a row is larger than memory");
     }
     const Selection selection =
-        axis == 0
-            ? Selection::of_rows(rows, row_bytes, kept.data(), kept.size(), piece, portable)
-            : Selection::of_columns(rows, columns, item_bytes, kept.data(), kept.size(), piece,
-                                    portable);
+        axis == 0 ? Selection::of_rows(rows, row_bytes, kept.data(), kept.size(), piece, portable)
+                  : Selection::of_columns(rows, columns, item_bytes, kept.data(), kept.size(),
+                                          piece, portable);
     if (from.size() != selection.source_bytes() || to.size() < selection.kept_bytes()) {
-      throw std::invalid_argument("expected a source of " +
-                                  std::to_string(selection.source_bytes()) + " bytes and room for " +
-                                  std::to_string(selection.kept_bytes()) + ", got " +
-                                  std::to_string(from.size()) + " and " + std::to_string(to.size()));
+      throw std::invalid_argument(
+          "expected a source of " + std::to_string(selection.source_bytes()) +
+          " bytes and room for " + std::to_string(selection.kept_bytes()) + ", got " +
+          std::to_string(from.size()) + " and " + std::to_string(to.size()));
     }
-    const bool apart = from.data() + from.size() <= to.data() || to.data() + to.size() <= from.data();
+    const bool apart =
+        from.data() + from.size() <= to.data() || to.data() + to.size() <= from.data();
     if (from.data() != to.data() && !apart) {
       throw std::invalid_argument("out must be the source itself or not overlap it");
     }
@@ -85,7 +86,8 @@ void compact_buffer(const py::object& source, const py::object& out, std::size_t
   }
 }
 
-using TensorTuple = std::tuple<std::string, std::vector<std::uint64_t>, std::uint64_t, std::uint64_t>;
+using TensorTuple =
+    std::tuple<std::string, std::vector<std::uint64_t>, std::uint64_t, std::uint64_t>;
 
 py::dict tensors_of(const MappedFile& file) {
   py::dict result;
@@ -121,8 +123,8 @@ void translate_system_error(const std::system_error& error) {
   // what() is "PATH: reason"; OSError(errno, reason, path) becomes PermissionError and the like.
   const std::string reason = error.code().message(), text = error.what();
   const std::size_t path_bytes = text.size() - std::min(text.size(), reason.size() + 2);
-  const py::object path = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(
-      text.data(), static_cast<Py_ssize_t>(path_bytes)));
+  const py::object path = py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(text.data(), static_cast<Py_ssize_t>(path_bytes)));
   const py::object value = py::handle(PyExc_OSError)(error.code().value(), reason, path);
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
 }

@@ -8,6 +8,11 @@
 #include <string>
 #include <thread>
 
+#ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HFPRUNE_X86 1
 #include <immintrin.h>
@@ -47,25 +52,25 @@ bool have_vbmi2() {
 // The register form of the compress instructions: with a memory operand they take over a hundred
 // cycles on AMD's Zen 4. What is stored behind the kept items is overwritten by the next store.
 // A step is 64 bytes of source; `items` beyond the last whole step are loaded under a mask.
-#define HFPRUNE_COMPRESS(NAME, TARGET, MASK, LOAD, COMPRESS, POPCOUNT, ITEM_BYTES)                 \
-  TARGET std::uint8_t* NAME(const std::uint8_t* source, std::size_t items,                        \
-                            const std::uint8_t* masks, std::uint8_t* out) {                       \
-    constexpr std::size_t lanes = 64 / ITEM_BYTES;                                                \
-    std::size_t item = 0;                                                                         \
-    for (; item + lanes <= items; item += lanes) {                                                \
-      MASK mask;                                                                                  \
-      std::memcpy(&mask, masks + item / 8, sizeof mask);                                          \
-      _mm512_storeu_si512(out, COMPRESS(mask, _mm512_loadu_si512(source + item * ITEM_BYTES)));   \
-      out += POPCOUNT(mask) * ITEM_BYTES;                                                         \
-    }                                                                                             \
-    if (item < items) {                                                                           \
-      MASK mask;                                                                                  \
-      std::memcpy(&mask, masks + item / 8, sizeof mask);                                          \
-      const MASK inside = static_cast<MASK>((MASK{1} << (items - item)) - 1);                     \
-      _mm512_storeu_si512(out, COMPRESS(mask, LOAD(inside, source + item * ITEM_BYTES)));         \
-      out += POPCOUNT(mask) * ITEM_BYTES;                                                         \
-    }                                                                                             \
-    return out;                                                                                   \
+#define HFPRUNE_COMPRESS(NAME, TARGET, MASK, LOAD, COMPRESS, POPCOUNT, ITEM_BYTES)              \
+  TARGET std::uint8_t* NAME(const std::uint8_t* source, std::size_t items,                      \
+                            const std::uint8_t* masks, std::uint8_t* out) {                     \
+    constexpr std::size_t lanes = 64 / ITEM_BYTES;                                              \
+    std::size_t item = 0;                                                                       \
+    for (; item + lanes <= items; item += lanes) {                                              \
+      MASK mask;                                                                                \
+      std::memcpy(&mask, masks + item / 8, sizeof mask);                                        \
+      _mm512_storeu_si512(out, COMPRESS(mask, _mm512_loadu_si512(source + item * ITEM_BYTES))); \
+      out += POPCOUNT(mask) * ITEM_BYTES;                                                       \
+    }                                                                                           \
+    if (item < items) {                                                                         \
+      MASK mask;                                                                                \
+      std::memcpy(&mask, masks + item / 8, sizeof mask);                                        \
+      const MASK inside = static_cast<MASK>((MASK{1} << (items - item)) - 1);                   \
+      _mm512_storeu_si512(out, COMPRESS(mask, LOAD(inside, source + item * ITEM_BYTES)));       \
+      out += POPCOUNT(mask) * ITEM_BYTES;                                                       \
+    }                                                                                           \
+    return out;                                                                                 \
   }
 
 HFPRUNE_COMPRESS(compress_1, HFPRUNE_VBMI2, __mmask64, _mm512_maskz_loadu_epi8,
@@ -77,11 +82,11 @@ HFPRUNE_COMPRESS(compress_4, HFPRUNE_AVX512F, __mmask16, _mm512_maskz_loadu_epi3
 
 #undef HFPRUNE_COMPRESS
 
-// Like memcpy, but past the cache; the caller fences.
+// Like memmove for `out` before `from`, but past the cache; the caller fences.
 void stream(std::uint8_t* out, const std::uint8_t* from, std::size_t bytes) {
   const std::size_t head =
       std::min(bytes, static_cast<std::size_t>(-reinterpret_cast<std::uintptr_t>(out)) % 64);
-  std::memcpy(out, from, head);
+  std::memmove(out, from, head);
   std::size_t at = head;
   for (; at + 64 <= bytes; at += 64) {
     for (std::size_t part = at; part < at + 64; part += 16) {
@@ -89,7 +94,7 @@ void stream(std::uint8_t* out, const std::uint8_t* from, std::size_t bytes) {
       _mm_stream_si128(reinterpret_cast<__m128i*>(out + part), value);
     }
   }
-  std::memcpy(out + at, from + at, bytes - at);
+  std::memmove(out + at, from + at, bytes - at);
 }
 
 void fence() { _mm_sfence(); }
@@ -97,7 +102,7 @@ void fence() { _mm_sfence(); }
 #else
 
 void stream(std::uint8_t* out, const std::uint8_t* from, std::size_t bytes) {
-  std::memcpy(out, from, bytes);
+  std::memmove(out, from, bytes);
 }
 
 void fence() {}
@@ -132,7 +137,8 @@ const char* instructions() {
 }
 
 std::size_t piece_bytes_for(unsigned threads) {
-  return std::min(kStagingBytes / 2, kStagingBytes / std::clamp(threads, 1u, kMaxThreads)) / 64 * 64;
+  return std::min(kStagingBytes / 2, kStagingBytes / std::clamp(threads, 1u, kMaxThreads)) / 64 *
+         64;
 }
 
 Selection::Selection(std::size_t periods, std::size_t indices, std::size_t index_bytes,
@@ -181,8 +187,7 @@ Selection Selection::of_columns(std::size_t rows, std::size_t columns, std::size
 // Split the runs of a period into segments of at most piece_bytes, at multiples of granule_bytes.
 void Selection::cut(std::size_t piece_bytes, std::size_t granule_bytes) {
   if (kept_bytes_ == 0) return;
-  const std::size_t largest =
-      std::max(piece_bytes / granule_bytes * granule_bytes, granule_bytes);
+  const std::size_t largest = std::max(piece_bytes / granule_bytes * granule_bytes, granule_bytes);
   std::vector<Run> runs;
   runs.reserve(runs_.size() + kept_bytes_ / largest);
   segments_.push_back({0, 0, 0, 0, 0});
@@ -203,7 +208,8 @@ void Selection::cut(std::size_t piece_bytes, std::size_t granule_bytes) {
   }
   runs_ = std::move(runs);
   if (segments_.size() == 1) {
-    grouped_ = std::clamp<std::size_t>(piece_bytes / kept_bytes_, 1, std::max<std::size_t>(periods_, 1));
+    grouped_ =
+        std::clamp<std::size_t>(piece_bytes / kept_bytes_, 1, std::max<std::size_t>(periods_, 1));
   }
 }
 
@@ -245,6 +251,13 @@ std::size_t Selection::piece_bytes(std::size_t piece) const {
   return std::min(grouped_, periods_ - piece * grouped_) * kept_bytes_;
 }
 
+std::size_t Selection::piece_source(std::size_t piece) const {
+  const bool whole = segments_.size() == 1;
+  const std::size_t period = whole ? piece * grouped_ : piece / segments_.size();
+  const Segment& segment = segments_[whole ? 0 : piece % segments_.size()];
+  return period * period_bytes_ + runs_[segment.first_run].begin;
+}
+
 std::size_t Selection::staging_bytes() const {
   return pieces() == 0 ? 0 : piece_bytes(0) + kSlackBytes;  // the first is the largest
 }
@@ -282,10 +295,11 @@ std::uint8_t* Selection::gather_segment(const Segment& segment, const std::uint8
 
 namespace {
 
-// Hands out pieces in order, and tells when all before one have been read.
+// Hands out pieces in order. In place, a piece may only be written where everything has been read.
 class Line {
  public:
-  explicit Line(std::size_t pieces) : read_(pieces, false) {}
+  explicit Line(const Selection& selection)
+      : selection_(selection), read_(selection.pieces(), false) {}
 
   bool take(std::size_t* piece) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -294,23 +308,45 @@ class Line {
     return true;
   }
 
-  // Called when `piece` has been read; returns once all before it have been, so that its place,
-  // which may hold their bytes but none of a later piece, can be written.
-  void wait_until_free(std::size_t piece) {
+  void has_been_read(std::size_t piece) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      read_[piece] = true;
+      while (all_read_ < read_.size() && read_[all_read_]) ++all_read_;
+    }
+    changed_.notify_all();
+  }
+
+  // Return when the place of `piece` holds no bytes of an earlier one that are still to be read; it
+  // holds none of a later one. Some pieces from the start, those are far behind.
+  void wait_for_place(std::size_t piece) {
+    const std::size_t end = selection_.piece_begin(piece) + selection_.piece_bytes(piece);
     std::unique_lock<std::mutex> lock(mutex_);
-    read_[piece] = true;
-    const std::size_t before = all_read_;
-    while (all_read_ < read_.size() && read_[all_read_]) ++all_read_;
-    if (all_read_ != before) changed_.notify_all();
-    changed_.wait(lock, [&] { return all_read_ > piece; });
+    changed_.wait(lock,
+                  [&] { return all_read_ >= piece || selection_.piece_source(all_read_) >= end; });
   }
 
  private:
+  const Selection& selection_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<bool> read_;
   std::size_t next_ = 0, all_read_ = 0;
 };
+
+// A new thread begins on the processor of the one that made it, where some schedulers leave it for
+// longer than all of this takes.
+void move_away([[maybe_unused]] std::thread* thread) {
+#ifdef __linux__
+  cpu_set_t allowed;
+  const int here = sched_getcpu();
+  if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  CPU_CLR(static_cast<std::size_t>(here), &allowed);
+  if (CPU_COUNT(&allowed) > 0) {
+    (void)pthread_setaffinity_np(thread->native_handle(), sizeof allowed, &allowed);
+  }
+#endif
+}
 
 }  // namespace
 
@@ -318,26 +354,41 @@ void compact(const Selection& selection, const std::uint8_t* source, std::uint8_
              unsigned threads) {
   const std::size_t pieces = selection.pieces(), bytes = selection.kept_bytes();
   if (pieces == 0 || (source == out && bytes == selection.source_bytes())) return;
-  const std::size_t useful = std::min({static_cast<std::size_t>(std::clamp(threads, 1u, kMaxThreads)),
-                                       pieces, bytes / kBytesPerThread + 1});
+  const std::size_t useful =
+      std::min({static_cast<std::size_t>(std::clamp(threads, 1u, kMaxThreads)), pieces,
+                bytes / kBytesPerThread + 1});
   const bool in_place = source == out, streamed = bytes >= kStreamedBytes;
-  Line line(pieces);
+  const bool staged = !selection.long_runs();
+  Line line(selection);
   // All that can fail for want of memory comes before the first byte is moved.
   std::vector<std::vector<std::uint8_t>> staging(
-      useful, std::vector<std::uint8_t>(selection.staging_bytes()));
+      useful, std::vector<std::uint8_t>(staged ? selection.staging_bytes() : 0));
   std::vector<std::thread> others;
   others.reserve(useful);
 
-  const auto work = [&](std::uint8_t* staged) {
+  const auto put = [&](std::size_t place, const std::uint8_t* from, std::size_t size) {
+    if (streamed) {
+      stream(out + place, from, size);
+    } else {
+      std::memmove(out + place, from, size);
+    }
+  };
+  const auto work = [&](std::uint8_t* buffer) {
     std::size_t piece = 0;
     while (line.take(&piece)) {
-      selection.gather(piece, source, staged);
-      if (in_place) line.wait_until_free(piece);
-      std::uint8_t* place = out + selection.piece_begin(piece);
-      if (streamed) {
-        stream(place, staged, selection.piece_bytes(piece));
+      if (staged) {
+        selection.gather(piece, source, buffer);
+        if (in_place) {
+          line.has_been_read(piece);
+          line.wait_for_place(piece);
+        }
+        put(selection.piece_begin(piece), buffer, selection.piece_bytes(piece));
       } else {
-        std::memcpy(place, staged, selection.piece_bytes(piece));
+        if (in_place) line.wait_for_place(piece);
+        selection.each_run(piece, [&](std::size_t begin, std::size_t place, std::size_t size) {
+          put(place, source + begin, size);
+        });
+        if (in_place) line.has_been_read(piece);
       }
     }
     if (streamed) fence();
@@ -345,6 +396,7 @@ void compact(const Selection& selection, const std::uint8_t* source, std::uint8_
   for (std::size_t i = 1; i < useful; ++i) {
     try {
       others.emplace_back(work, staging[i].data());
+      move_away(&others.back());
     } catch (const std::exception&) {
       break;  // fewer threads do the same
     }

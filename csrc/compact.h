@@ -1,6 +1,7 @@
 // Keeps some rows, or some columns, of a 2-D buffer. It moves bytes: any dtype, by its items' size.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -11,8 +12,8 @@ namespace hfprune {
 //
 // Both kinds of cut are a pattern of runs of bytes with a period: kept columns are the runs of one
 // row, repeated for every row; kept rows are the runs of one period as long as the buffer. Kept
-// bytes never change their order, so piece i of the result is made of bytes that lie behind all those
-// of piece i - 1, and its place in the result is never behind its place in the source.
+// bytes never change their order, so piece i of the result is made of bytes that lie behind all
+// those of piece i - 1, and its place in the result is never behind its place in the source.
 class Selection {
  public:
   // `keep` holds `count` sorted, distinct indices into the rows (columns). A piece has at most
@@ -30,6 +31,28 @@ class Selection {
   std::size_t pieces() const;
   std::size_t piece_begin(std::size_t piece) const;  // among the kept bytes
   std::size_t piece_bytes(std::size_t piece) const;
+
+  // Where in the source the first kept byte of a piece lies.
+  std::size_t piece_source(std::size_t piece) const;
+
+  // Whether the runs are so long that a piece is better moved than gathered and then moved.
+  bool long_runs() const { return compressed_item_ == 0 && kept_bytes_ >= 2048 * runs_.size(); }
+
+  // Call move(offset in the source, offset among the kept bytes, bytes) for each run of a piece.
+  template <typename Move>
+  void each_run(std::size_t piece, const Move& move) const {
+    const bool whole = segments_.size() == 1;
+    const std::size_t first = whole ? piece * grouped_ : piece / segments_.size();
+    const std::size_t end = whole ? std::min(first + grouped_, periods_) : first + 1;
+    const Segment& segment = segments_[whole ? 0 : piece % segments_.size()];
+    std::size_t kept = piece_begin(piece);
+    for (std::size_t period = first; period < end; ++period) {
+      for (std::size_t r = segment.first_run; r < segment.end_run; ++r) {
+        move(period * period_bytes_ + runs_[r].begin, kept, runs_[r].bytes);
+        kept += runs_[r].bytes;
+      }
+    }
+  }
 
   // What a buffer for gather() must hold: the largest piece, and what is written beyond its end.
   std::size_t staging_bytes() const;
@@ -54,7 +77,7 @@ class Selection {
                                std::size_t readable_bytes, std::uint8_t* out) const;
 
   std::size_t period_bytes_, periods_, kept_bytes_ = 0;
-  std::size_t grouped_ = 1;         // periods in a piece
+  std::size_t grouped_ = 1;          // periods in a piece
   std::size_t compressed_item_ = 0;  // item size of the compress instructions in use, 0 for none
   std::vector<Run> runs_;
   std::vector<Segment> segments_;

@@ -19,10 +19,10 @@ struct Dtype {
   unsigned bits;
 };
 constexpr std::array<Dtype, 22> kDtypes{{
-    {"BOOL", 8},    {"U8", 8},      {"I8", 8},          {"F4", 4},          {"F6_E2M3", 6},
-    {"F6_E3M2", 6}, {"F8_E5M2", 8}, {"F8_E4M3", 8},     {"F8_E8M0", 8},     {"F8_E4M3FNUZ", 8},
-    {"I16", 16},    {"U16", 16},    {"F8_E5M2FNUZ", 8}, {"F16", 16},        {"BF16", 16},
-    {"I32", 32},    {"U32", 32},    {"F32", 32},        {"C64", 64},        {"F64", 64},
+    {"BOOL", 8},    {"U8", 8},      {"I8", 8},          {"F4", 4},      {"F6_E2M3", 6},
+    {"F6_E3M2", 6}, {"F8_E5M2", 8}, {"F8_E4M3", 8},     {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
+    {"I16", 16},    {"U16", 16},    {"F8_E5M2FNUZ", 8}, {"F16", 16},    {"BF16", 16},
+    {"I32", 32},    {"U32", 32},    {"F32", 32},        {"C64", 64},    {"F64", 64},
     {"I64", 64},    {"U64", 64},
 }};
 
@@ -36,7 +36,8 @@ unsigned bits_of(const std::string& dtype) {
 std::uint64_t data_bytes(const std::string& dtype, const std::vector<std::uint64_t>& shape) {
   std::uint64_t items = 1, bits = 0;
   for (const std::uint64_t size : shape) {
-    if (size > INT64_MAX || __builtin_mul_overflow(items, size, &items)) throw Malformed("a shape that overflows");
+    if (size > INT64_MAX || __builtin_mul_overflow(items, size, &items))
+      throw Malformed("a shape that overflows");
   }
   if (__builtin_mul_overflow(items, bits_of(dtype), &bits) || bits / 8 > INT64_MAX) {
     throw Malformed("a shape that overflows");
@@ -112,8 +113,8 @@ class Parser {
       } else if (key == "data_offsets") {
         const std::vector<std::uint64_t> offsets = integers();
         if (offsets.size() != 2) {
-          throw Malformed("tensor " + printable(name) + " with " +
-                          std::to_string(offsets.size()) + " data_offsets, expected 2");
+          throw Malformed("tensor " + printable(name) + " with " + std::to_string(offsets.size()) +
+                          " data_offsets, expected 2");
         }
         info.begin = offsets[0];
         info.end = offsets[1];

@@ -65,7 +65,7 @@ bool all_finite(const std::string& dtype, const std::uint8_t* bytes, std::size_t
 
 MappedFile::MappedFile(const std::string& path) {
   const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
-  struct stat status {};
+  struct stat status{};
   if (file.get() < 0 || ::fstat(file.get(), &status) != 0) fail(path);
   if (!S_ISREG(status.st_mode)) throw Malformed("no regular file behind its name");
   bytes_ = static_cast<std::size_t>(status.st_size);
@@ -211,7 +211,8 @@ void Writer::close() {
     if (!slot.written) missing.push_back(name);
   }
   if (!missing.empty()) {
-    throw std::invalid_argument("tensor " + printable(*std::min_element(missing.begin(), missing.end())) +
+    throw std::invalid_argument("tensor " +
+                                printable(*std::min_element(missing.begin(), missing.end())) +
                                 " was not written");
   }
   if (file_ >= 0 && ::close(std::exchange(file_, -1)) != 0) fail(path_);

@@ -16,7 +16,8 @@ namespace hfprune {
 // while it is mapped ends this process when the lost part is read (SIGBUS).
 class MappedFile {
  public:
-  // Throws std::system_error if it cannot be opened or mapped, Malformed if it is no safetensors file.
+  // Throws std::system_error if it cannot be opened or mapped, Malformed if it is no safetensors
+  // file.
   explicit MappedFile(const std::string& path);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;
@@ -55,8 +56,8 @@ class Writer {
   // Throws std::invalid_argument (unknown name, written already, sizes that do not fit, bad keep)
   // before anything is written; std::system_error.
   bool write(const std::string& name, const std::uint8_t* source, std::size_t source_bytes);
-  bool write(const std::string& name, const std::uint8_t* source, std::size_t source_bytes, int axis,
-             const std::int64_t* keep, std::size_t count);
+  bool write(const std::string& name, const std::uint8_t* source, std::size_t source_bytes,
+             int axis, const std::int64_t* keep, std::size_t count);
 
   // Throws std::invalid_argument if a tensor is missing, std::system_error if the system refuses.
   // The bytes are on their way to the disk, not yet sure to be there: fsync is the caller's.

@@ -247,8 +247,9 @@ def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug
 def doctor(as_json: bool, debug: bool) -> None:
     """Say what this machine offers and which paths will be used."""
     result = doctoring.examine()
-    width = max(map(len, result))
-    lines = (f"{key.replace('_', ' '):{width}}  {doctoring.show(v)}" for key, v in result.items())
+    names = {key: key.removesuffix("_bytes").replace("_", " ") for key in result}
+    width = max(map(len, names.values()))
+    lines = (f"{names[key]:{width}}  {doctoring.show(v)}" for key, v in result.items())
     _print(as_json, result, "\n".join(lines))
 
 

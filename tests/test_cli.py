@@ -17,7 +17,7 @@ from checkpoints import random_llama
 from safetensors.torch import load_file, save_file
 
 import hfprune_fast as hf
-from hfprune_fast import cli
+from hfprune_fast import cli, native
 from hfprune_fast.checkpoint import TINY_MODEL
 from hfprune_fast.errors import CheckpointError
 
@@ -409,6 +409,24 @@ def test_scores_survive_an_output_that_fails(
     assert not (tmp_path / "out").exists()
 
 
+def test_doctor_says_what_will_be_used(
+    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = hfprune("doctor", "--json").json()
+    assert found["moving_weights"] == native.description()
+    assert found["torch"] == torch.__version__
+    assert found["disk_free_bytes"] > 0
+    assert (found["device"] == "cuda") == bool(found["gpus"]) == torch.cuda.is_available()
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "WHY_NOT", "no compiler")
+    monkeypatch.setenv("HFPRUNE_BACKEND", "nonsense")
+    run = hfprune("doctor")
+    assert run.code == 0
+    assert re.search(r"moving weights +plain torch, slower: .*no compiler", run.out)
+    assert re.search(r"scoring kernels +HFPRUNE_BACKEND must be one of", run.out)
+    assert re.search(r"disk free +\d", run.out)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         cli.main(["plan", str(tmp_path / "nowhere"), "--prune-ratio", "0.1", "--debug"])
@@ -418,7 +436,7 @@ def test_help_and_version(hfprune: Hfprune) -> None:
     assert "Rank the MLP neurons" in hfprune("--help").out
     assert hfprune().code == 0
     assert hf.__version__ in hfprune("--version").out
-    for command in ("score", "prune", "evaluate", "plan", "demo"):
+    for command in ("score", "prune", "evaluate", "plan", "demo", "doctor"):
         run = hfprune(command, "--help")
         assert run.code == 0
         assert "Usage: hfprune " + command in run.out

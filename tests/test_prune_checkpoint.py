@@ -281,7 +281,7 @@ for round in range(rounds):
     if found == "nothing" and force:  # between two renames: both are there, under other names
         assert any(state(p) == old for p in folder.glob(".out.replaced-*")), round
     counts[found] = counts.get(found, 0) + 1
-    lasts *= 0.8 if found == "whole" else 1.1  # a busy machine is slower, and another time faster
+    lasts *= 0.7 if found == "whole" else 1.3  # a busy machine is slower, and another time faster
     for path in [out, *folder.glob(".out.*")]:
         shutil.rmtree(path, ignore_errors=True)
 assert state(source) == before
@@ -293,7 +293,7 @@ print(counts)
 def test_killed_at_any_moment(large: Path, tmp_path: Path, measured: Callable[[str], None]) -> None:
     counts = ast.literal_eval(in_another_process(KILLED, large, tmp_path, 20))
     measured(f"killed 20 times while pruning; under the asked name was: {counts}")
-    assert counts["nothing"] >= 3
+    assert counts.get("nothing", 0) + counts.get("old", 0) >= 5  # killed before the end
 
 
 @contextlib.contextmanager
@@ -309,7 +309,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @both_paths

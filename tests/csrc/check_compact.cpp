@@ -51,9 +51,7 @@ struct Case {
 std::size_t cases = 0;
 std::mt19937_64 rng(20240607);
 
-std::size_t below(std::size_t n) {
-  return static_cast<std::size_t>(rng() % n);
-}
+std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
 
 [[noreturn]] void fail(const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());

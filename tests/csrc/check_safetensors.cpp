@@ -32,9 +32,7 @@ using hfprune::Writer;
 
 std::mt19937_64 rng(20240608);
 
-std::size_t below(std::size_t n) {
-  return static_cast<std::size_t>(rng() % n);
-}
+std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
 
 template <typename Items>
 auto any_of_these(const Items& items) {
