@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -214,6 +215,24 @@ def test_memory_does_not_grow_with_the_model(
     # The embedding alone has 65 MB. Verifying compares 16 MiB at once and holds three of them.
     assert int(peak) < 100e6
     assert transformers == "False"
+
+
+@pytest.mark.skipif("HFPRUNE_LARGE" not in os.environ, reason="5 GB: set HFPRUNE_LARGE=1")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.timeout(1200)
+def test_five_gigabytes(tmp_path: Path, measured: Callable[[str], None]) -> None:
+    source = synthetic_checkpoint(
+        tmp_path / "model", hidden=4096, width=14336, layers=9, vocab=32000, heads=32
+    )
+    source_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(source))
+    try:
+        peak = int(in_another_process(MEMORY, source, tmp_path / "out").split()[0])
+    finally:
+        shutil.rmtree(source)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    measured(f"prune_checkpoint of {source_bytes / 1e9:.1f} GB: {peak / 1e6:.1f} MB anonymous")
+    assert source_bytes > 4.8e9
+    assert peak < 512e6
 
 
 def test_the_command_does_without_transformers(
