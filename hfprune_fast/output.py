@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -47,6 +48,25 @@ def leftovers(out: Path) -> list[str]:
     ]
 
 
+def _sync_folders(top: Path) -> None:
+    for path in [top, *top.rglob("*")]:
+        if path.is_dir():
+            _sync_folder(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's names on the disk, to outlast a power cut; Windows has no such call."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems sync no folder
+                raise
+        finally:
+            os.close(opened)
+
+
 @contextmanager
 def whole_folder(out: Path, force: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, or is removed on any error."""
@@ -61,11 +81,13 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb+") as file:  # Windows syncs no read-only handle
                     os.fsync(file.fileno())
+        _sync_folders(partial)
         if force and out.exists():
             out.rename(replaced)
         elif out.exists():
             out.rmdir()  # it was empty at the start; what has appeared in it since stays
         partial.rename(out)
+        _sync_folder(out.parent)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {out}: {one_line(error)}") from None
     finally:
