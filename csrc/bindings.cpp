@@ -62,7 +62,6 @@ void compact_buffer(const py::object& source, const py::object& out, std::size_t
     const py::gil_scoped_release release;
     const std::size_t piece = piece_bytes_for(threads);
     if (axis != 0 && axis != 1) throw std::invalid_argument("axis must be 0 or 1");
-    // of_columns with one column checks rows x columns x item_bytes for overflow in both cases.
     std::size_t row_bytes = 0;
     if (__builtin_mul_overflow(columns, item_bytes, &row_bytes)) {
       throw std::invalid_argument("a row is larger than memory");
@@ -85,9 +84,6 @@ void compact_buffer(const py::object& source, const py::object& out, std::size_t
     compact(selection, from.data(), to.data(), threads);
   }
 }
-
-using TensorTuple =
-    std::tuple<std::string, std::vector<std::uint64_t>, std::uint64_t, std::uint64_t>;
 
 py::dict tensors_of(const MappedFile& file) {
   py::dict result;

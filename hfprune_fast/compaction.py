@@ -101,7 +101,7 @@ def prune_checkpoint(
         out: the folder to make. It appears under this name only when whole.
         keep: {layer: sorted int64 indices}, every layer, one width.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape and
-            dtype (a refitted down_proj, say). Each is asked for once, when its turn comes.
+            dtype (a refitted down_proj, say). Each is asked for when its turn comes, again to verify.
         max_shard_size: bytes, or "5GB", "512MiB"; by default the source's shards are kept.
         verify: read the written tensors back from the disk and compare them with the source.
         force: replace `out` if all it holds was written by this function.
@@ -405,9 +405,9 @@ def _forget_cached(path: Path) -> None:
 
 def _shard_bytes(size: int | str | None) -> int | None:
     """Return a size as bytes: 5GB and 5GiB, KB and KiB, MB and MiB are understood."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
     if size is None:
         return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
     count = 0
     if match is not None:
         base = 1024 if match[3] else 1000

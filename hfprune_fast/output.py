@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from hfprune_fast.errors import OutputError, one_line
 from hfprune_fast.report import human_bytes
 
@@ -88,7 +86,7 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
             out.rmdir()  # it was empty at the start; what has appeared in it since stays
         partial.rename(out)
         _sync_folder(out.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OutputError(f"cannot write {out}: {one_line(error)}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
