@@ -101,7 +101,7 @@ def prune_checkpoint(
         out: the folder to make. It appears under this name only when whole.
         keep: {layer: sorted int64 indices}, every layer, one width.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape and
-            dtype (a refitted down_proj, say). Each is asked for when its turn comes, again to verify.
+            dtype (a refitted down_proj, say). Each is asked for in its turn, and again to verify.
         max_shard_size: bytes, or "5GB", "512MiB"; by default the source's shards are kept.
         verify: read the written tensors back from the disk and compare them with the source.
         force: replace `out` if all it holds was written by this function.
