@@ -31,20 +31,22 @@ class Family:
     embedding: str = "embed_tokens"
     norm: str = "norm"
     head: str = "lm_head"
+    qk_norm: bool = False  # q and k are normalised, which takes memory
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
-    "qwen3": Family(),
+    "qwen3": Family(qk_norm=True),
 }
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """The three linear layers of one gated MLP: down(act_fn(gate(x)) * up(x))."""
+    """The three linear layers of one gated MLP, down(act_fn(gate(x)) * up(x)), and their module."""
 
+    module: nn.Module
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
@@ -54,8 +56,12 @@ class GatedMLP:
 class ModelParts:
     """The parts of a loaded model that scoring, pruning and evaluation touch."""
 
+    family: Family
     decoder: nn.Module
+    embedding: nn.Module
+    layers: tuple[nn.Module, ...]
     mlps: tuple[GatedMLP, ...]
+    norm: nn.Module
     head: nn.Linear
 
 
@@ -123,11 +129,17 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
             "load it with AutoModelForCausalLM"
         ) from None
     layers: Any = decoder.get_submodule(family.layers)
-    mlps = tuple(
-        GatedMLP(*(layer.get_submodule(path) for path in (family.gate, family.up, family.down)))
-        for layer in layers
+    mlp, _, _ = family.down.rpartition(".")
+    paths = (mlp, family.gate, family.up, family.down)
+    return ModelParts(
+        family,
+        decoder,
+        embedding=decoder.get_submodule(family.embedding),
+        layers=tuple(layers),
+        mlps=tuple(GatedMLP(*map(layer.get_submodule, paths)) for layer in layers),
+        norm=decoder.get_submodule(family.norm),
+        head=head,  # type: ignore[arg-type]
     )
-    return ModelParts(decoder, mlps, head)  # type: ignore[arg-type]
 
 
 def size_of(model: PreTrainedModel) -> ModelSize:

@@ -173,9 +173,14 @@ class Checkpoint:
     size: ModelSize
 
     @cached_property
+    def paths(self) -> list[Path]:
+        """The shards."""
+        return weight_files(self.folder)
+
+    @cached_property
     def files(self) -> dict[str, SafetensorsFile]:
         """The shards by name, mapped."""
-        return {path.name: SafetensorsFile(path) for path in weight_files(self.folder)}
+        return {path.name: SafetensorsFile(path) for path in self.paths}
 
     def data(self, name: str) -> memoryview:
         """Return the bytes of a tensor, mapped."""

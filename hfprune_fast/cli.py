@@ -19,11 +19,13 @@ import torch
 
 from hfprune_fast import demo as demonstration
 from hfprune_fast import doctor as doctoring
-from hfprune_fast import pipeline, report
+from hfprune_fast import pipeline, processes, report
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 from hfprune_fast.importance import STATISTICS, ImportanceTable
 from hfprune_fast.kernels import BACKENDS
+from hfprune_fast.planning import OFFLOADS
+from hfprune_fast.scorer import DEFAULT_SAMPLES, SAVE_SECONDS
 
 Command = Callable[..., Any]
 
@@ -43,7 +45,7 @@ _common = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
-_running = _options(
+_memory = _options(
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option(
         "--dtype",
@@ -55,15 +57,33 @@ _running = _options(
     click.option(
         "--seq-len", type=int, help="Tokens a sample. [default: 1024, or the model's longest]"
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn."),
     click.option(
-        "--batch-size", type=int, default=1, show_default=True, help="Samples that run at once."
+        "--batch-size", type=int, help="Samples at once. [default: what suits the device and fits]"
+    ),
+    click.option(
+        "--offload",
+        type=click.Choice(OFFLOADS),
+        default="auto",
+        show_default=True,
+        help="Where weights wait for their turn: none keeps them on the device, cpu in host "
+        "memory, disk in the checkpoint.",
+    ),
+    click.option(
+        "--memory-budget", metavar="SIZE", help="Such as 24GiB. [default: all that is free]"
     ),
 )
+_seed = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Which samples are drawn."
+)
+_samples = click.option(
+    "--samples",
+    type=int,
+    default=DEFAULT_SAMPLES,
+    show_default=True,
+    help="Calibration samples to draw.",
+)
 _scoring = _options(
-    click.option(
-        "--samples", type=int, default=128, show_default=True, help="Calibration samples to draw."
-    ),
+    _samples,
     click.option(
         "--backend",
         type=click.Choice(BACKENDS),
@@ -72,6 +92,16 @@ _scoring = _options(
     click.option(
         "--parity", is_flag=True, help="Round products and totals as the paper's code does."
     ),
+    click.option("--resume", is_flag=True, help="Go on with scoring that was interrupted."),
+    click.option(
+        "--save-seconds",
+        type=float,
+        default=SAVE_SECONDS,
+        show_default=True,
+        help="How often what is scored so far is put on the disk, for --resume.",
+    ),
+    _memory,
+    _seed,
 )
 _budget = _options(
     click.option("--prune-ratio", type=float, help="Fraction of MLP neurons to remove, in [0, 1)."),
@@ -99,16 +129,18 @@ def cli() -> None:
 @click.option("--calibration", required=True, metavar="SOURCE", help="Text to score on.")
 @click.option("--out", required=True, type=Path, metavar="FILE", help="The scores file to write.")
 @_scoring
-@_running
 @click.option("--force", is_flag=True, help="Replace an existing scores file.")
 @_common
 def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) -> None:
     """Score every neuron, every statistic, in one pass: prune at any ratio later."""
-    pipeline.check_score(model, calibration, out, force=force)
     as_json, running = _split(flags)
-    table = pipeline.score(model, calibration, progress=True, **running)
+    pipeline.check_score(model, calibration, out, force=force, resume=running["resume"])
+    table = _score(model, calibration, out, running)
+    if processes.launched().rank > 0:
+        return
     with _scores_saved_on_failure(table):
         table.save(out)
+    pipeline.state_of(out).unlink(missing_ok=True)
     _print(
         as_json,
         {"out": str(out), **asdict(table.model), "provenance": table.provenance},
@@ -134,7 +166,6 @@ def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) ->
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. [default: shards are kept]")
 @click.option("--verify", is_flag=True, help="Read the output back from disk and compare it.")
 @_scoring
-@_running
 @click.option("--force", is_flag=True, help="Replace an earlier output.")
 @_common
 def prune(
@@ -155,11 +186,14 @@ def prune(
     if (scores is None) == (calibration is None):
         raise ArgumentError("give one of --scores FILE and --calibration SOURCE")
     # Everything that can be refused is refused before hours of scoring.
-    pipeline.check_prune(model, out, round_to=round_to, force=force, **budget)
+    resume = running["resume"]
+    pipeline.check_prune(model, out, round_to=round_to, force=force, resume=resume, **budget)
     if scores is not None:
         table = ImportanceTable.load(scores)
     else:
-        table = pipeline.score(model, str(calibration), progress=True, **running)
+        table = _score(model, str(calibration), out, running)
+    if processes.launched().rank > 0:
+        return
     with nullcontext() if scores else _scores_saved_on_failure(table):
         result = pipeline.prune_to(
             model,
@@ -173,6 +207,7 @@ def prune(
             progress=True,
             **budget,
         )
+    pipeline.state_of(out).unlink(missing_ok=True)
     _print(
         as_json,
         result,
@@ -190,7 +225,8 @@ def prune(
 @click.argument("pruned")
 @click.option("--text", required=True, metavar="SOURCE", help="Held-out text.")
 @click.option("--samples", type=int, help="Samples to draw. [default: all of the text, in order]")
-@_running
+@_memory
+@_seed
 @_common
 def evaluate(dense: str, pruned: str, text: str, **flags: Any) -> None:
     """Compare a pruned model with its dense one: KL, perplexity, top-1 agreement."""
@@ -209,11 +245,13 @@ def evaluate(dense: str, pruned: str, text: str, **flags: Any) -> None:
 @cli.command()
 @click.argument("model")
 @_budget
-@click.option("--seq-len", type=int, help="For attention's FLOPs. [default: as in scoring]")
+@_samples
+@_memory
 @_common
-def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
-    """Say widths, parameters, bytes and FLOPs before any work; only config.json is read."""
-    result = pipeline.plan(model, **flags)
+def plan(model: str, **flags: Any) -> None:
+    """Say what pruning would give and how scoring would run; only config.json is read."""
+    as_json, asked = _split(flags)
+    result = pipeline.plan(model, **asked)
 
     def row(name: str, key: str, show: Callable[[Any], str]) -> tuple[str, ...]:
         dense, pruned = result[f"dense_{key}"], result[key]
@@ -228,7 +266,8 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
         ),
     ]
     header = (result["model"], "dense", "pruned", "removed")
-    _print(as_json, result, report.text_table(header, rows))
+    scoring = f"scoring on {result['scoring']['device']}: {result['scoring']['summary']}"
+    _print(as_json, result, f"{report.text_table(header, rows)}\n\n{scoring}")
 
 
 @cli.command()
@@ -251,6 +290,18 @@ def doctor(as_json: bool, debug: bool) -> None:
     width = max(map(len, names.values()))
     lines = (f"{names[key]:{width}}  {doctoring.show(v)}" for key, v in result.items())
     _print(as_json, result, "\n".join(lines))
+
+
+def _score(model: str, calibration: str, out: Path, running: dict[str, Any]) -> ImportanceTable:
+    """Score with a bar, the other processes of torchrun and a state beside the output."""
+    return pipeline.score(
+        model,
+        calibration,
+        state_file=pipeline.state_of(out),
+        distributed=True,
+        progress=True,
+        **running,
+    )
 
 
 def _split(flags: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
@@ -280,6 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `hfprune` command."""
     args = sys.argv[1:] if argv is None else argv
     debug = "--debug" in args
+    if processes.launched().rank > 0:
+        report.mute()
     # So that `docker stop` and job schedulers leave no unfinished output either.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not debug:  # libraries' warnings and retries must not hide the one line

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,7 +34,7 @@ from hfprune_fast.checkpoint import (
 )
 from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError, OutputError
 from hfprune_fast.output import check_writable, whole_folder
-from hfprune_fast.report import byte_bar, model_card
+from hfprune_fast.report import byte_bar, model_card, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +124,10 @@ def prune_checkpoint(
     checkpoint = open_checkpoint(folder)
     size = checkpoint.size
     keep, width = _check_keep(keep, size.num_layers, size.intermediate_size)
-    writing = _Writing(checkpoint, keep, width, replace or {}, _shard_bytes(max_shard_size))
+    shard_bytes = None
+    if max_shard_size is not None:
+        shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
+    writing = _Writing(checkpoint, keep, width, replace or {}, shard_bytes)
     achieved = size.pruned_to(width)
     full_record = {
         "hfprune_fast": __version__,
@@ -401,21 +403,6 @@ def _forget_cached(path: Path) -> None:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _shard_bytes(size: int | str | None) -> int | None:
-    """Return a size as bytes: 5GB and 5GiB, KB and KiB, MB and MiB are understood."""
-    if size is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
-    count = 0
-    if match is not None:
-        base = 1024 if match[3] else 1000
-        power = "KMGT".find((match[2] or "").upper()) + 1 if match[2] else 0
-        count = int(float(match[1]) * base**power)
-    if count < 1:
-        raise ArgumentError(f"max_shard_size must be bytes or like 5GB or 512MiB, got {size!r}")
-    return count
 
 
 def _write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:

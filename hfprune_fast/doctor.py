@@ -15,6 +15,7 @@ from hfprune_fast import native
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import one_line
 from hfprune_fast.kernels import TRITON_VERSION
+from hfprune_fast.planning import available_bytes
 from hfprune_fast.report import human_bytes
 from hfprune_fast.scoring import backend_for
 
@@ -44,7 +45,7 @@ def examine() -> dict[str, Any]:
         "moving_weights": native.description(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "memory_available_bytes": _memory_available(),
+        "memory_available_bytes": available_bytes(torch.device("cpu")),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 
@@ -63,12 +64,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _memory_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -39,3 +39,11 @@ class ScoresFileError(HFPruneError):
 
 class OutputError(HFPruneError):
     """An output that exists, would overwrite its source, or cannot be written."""
+
+
+class ResumeError(HFPruneError):
+    """A saved state that is damaged or of another run, or of which nobody said what to do."""
+
+
+class MemoryShortageError(HFPruneError):
+    """Not enough memory, by the plan or by experience, for the least that the work needs."""

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hfprune_fast.architectures import parts_of
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
-from hfprune_fast.forward import as_batches, check_ids, check_model, final_hidden, left_as_found
+from hfprune_fast.forward import Linear, MicroBatch, ResidentModel, as_batches, micro_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,46 +41,68 @@ class Fidelity:
 
 
 def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Any]) -> Fidelity:
-    """Compare two loaded models over (B, T) batches, or one (N, T) tensor, of ids; T at least 2.
+    """Compare two loaded models over token batches, as `hfprune_fast.score` takes them.
 
-    Both models are left as they were found.
+    Sequences must hold 2 tokens or more. Both models are left as they were found.
 
     Raises:
         ArgumentError: the models have different vocabularies, or one is spread over devices.
         CalibrationError: no batch, or ids that the models do not have.
         NumericsError: NaN or inf in a weight, named, or in the logits.
     """
-    p_parts, q_parts = parts_of(dense), parts_of(pruned)
-    vocab = p_parts.head.weight.shape[0]
-    if q_parts.head.weight.shape[0] != vocab:
+    with ResidentModel(dense) as p, ResidentModel(pruned) as q:
+        check_vocabularies(p.vocab, q.vocab)
+        items = windows(batches, p.vocab)
+        return compare(items, p.final_hidden(items), q.final_hidden(items), p.head(), q.head())
+
+
+def check_vocabularies(dense: int, pruned: int) -> None:
+    """Refuse two models whose logits cannot be compared."""
+    if dense != pruned:
         raise ArgumentError(
-            "dense and pruned must share a vocabulary, "
-            f"got {vocab} and {q_parts.head.weight.shape[0]} ids"
+            f"dense and pruned must share a vocabulary, got {dense} and {pruned} ids"
         )
-    check_model(dense)
-    check_model(pruned)
-    rows = max(1, _CHUNK_ELEMENTS // vocab)
+
+
+def windows(batches: Iterable[Any], vocab: int) -> list[MicroBatch]:
+    """Check batches, whose sequences must hold 2 tokens or more."""
+    items = [micro_batch(batch, vocab) for batch in as_batches(batches)]
+    if not items:
+        raise CalibrationError("no token batches to evaluate on; expected at least one sequence")
+    shortest = min(min(batch.lengths) for batch in items)
+    if shortest < 2:
+        raise CalibrationError(f"evaluation needs windows of 2 tokens or more, got {shortest}")
+    return items
+
+
+def compare(
+    batches: Iterable[MicroBatch],
+    dense_hidden: Iterable[Tensor],
+    pruned_hidden: Iterable[Tensor],
+    dense_head: Linear,
+    pruned_head: Linear,
+) -> Fidelity:
+    """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time.
+
+    Raises:
+        NumericsError: NaN or inf in the logits.
+    """
+    rows = max(1, _CHUNK_ELEMENTS // len(dense_head.weight))
     sums = torch.zeros(4, dtype=torch.float64)  # kl, cross entropy dense and pruned, agreements
     positions = predicted = 0
-    with torch.inference_mode(), left_as_found(dense), left_as_found(pruned):
-        for batch in as_batches(batches):
-            ids = check_ids(batch, vocab)
-            if ids.shape[1] < 2:
-                raise CalibrationError(
-                    f"evaluation needs windows of 2 tokens or more, got {ids.shape[1]}"
-                )
-            p_hidden = final_hidden(p_parts, ids).flatten(0, 1)
-            q_hidden = final_hidden(q_parts, ids).flatten(0, 1)
-            # The last position of a window has no next token in it: -1 leaves it out.
-            labels = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
-            for start in range(0, len(labels), rows):
-                chunk = slice(start, start + rows)
-                p_logits, q_logits = p_parts.head(p_hidden[chunk]), q_parts.head(q_hidden[chunk])
-                sums += _compare(p_logits, q_logits, labels[chunk])
-            positions += labels.numel()
-            predicted += labels.numel() - len(ids)
-    if positions == 0:
-        raise CalibrationError("no token batches to evaluate on; expected at least one sequence")
+    with torch.inference_mode():
+        for batch, p_all, q_all in zip(batches, dense_hidden, pruned_hidden, strict=True):
+            for i, length in enumerate(batch.lengths):
+                ids = batch.ids[i, :length]
+                # The last position of a window has no next token in it: -1 leaves it out.
+                labels = torch.cat([ids[1:], ids.new_full((1,), -1)])
+                for start in range(0, length, rows):
+                    chunk = slice(start, min(start + rows, length))
+                    p_logits = dense_head(p_all[i, chunk])
+                    q_logits = pruned_head(q_all[i, chunk])
+                    sums += _compare(p_logits, q_logits, labels[chunk])
+                positions += length
+                predicted += length - 1
     kl, ce_dense, ce_pruned, agreements = sums.tolist()
     if not all(math.isfinite(x) for x in (kl, ce_dense, ce_pruned)):
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")

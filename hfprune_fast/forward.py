@@ -1,34 +1,59 @@
-"""Running a model that may be somebody else's: checked first, left as found, hidden states only."""
+"""Running a model that may be somebody else's one layer at a time: checked first, left as found.
+
+A family's own forward does the set-up (embedding, masks, position embeddings): it runs once a
+micro-batch with stubs in place of the layers, which record how each is called. Then the layers run
+one by one, each called as recorded, so a layer's weights need to be in memory only while it runs.
+`ResidentModel` has them all in memory; `streaming.StreamedModel` brings them.
+
+Sequences of a micro-batch are padded on the right. Under causal attention no token sees what comes
+after it, so padding needs no attention mask; it only must not be counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hfprune_fast.architectures import ModelParts
+from hfprune_fast.architectures import parts_of
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CALLS_KEPT = 16  # position embeddings and masks, of that many shapes of micro-batches
+_MUST_BE = "token batches must be (B, T) integers, or mappings with such input_ids"
 
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model that is spread over devices or has NaN or inf in a parameter, named."""
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) != 1 or "meta" in devices:
-        raise ArgumentError(f"the model must be on one device, got {', '.join(sorted(devices))}")
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 0:
-            continue
-        # The extremes show NaN and inf without a mask as large as the tensor.
-        extremes = torch.stack(torch.aminmax(parameter.detach()))
-        if not bool(extremes.isfinite().all()):
-            raise NumericsError(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that run at once."""
+
+    ids: Tensor  # (B, T) int64, on the CPU, right of each sequence's end 0
+    lengths: tuple[int, ...]  # tokens of each sequence, 1 to T
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """(B, T) bool, False where there is padding; None where there is none."""
+        if min(self.lengths) == self.ids.shape[1]:
+            return None
+        return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
+
+    def split(self, most: int) -> list[MicroBatch]:
+        """Return the micro-batch in parts of at most `most` sequences."""
+        if len(self.ids) <= most:
+            return [self]
+        rows = range(0, len(self.ids), most)
+        return [MicroBatch(self.ids[i : i + most], self.lengths[i : i + most]) for i in rows]
 
 
 def as_batches(batches: Any, batch_size: int = 1) -> Iterable[Any]:
@@ -36,48 +61,218 @@ def as_batches(batches: Any, batch_size: int = 1) -> Iterable[Any]:
     split: Iterable[Any] = batches
     if isinstance(batches, Tensor | np.ndarray):
         split = torch.as_tensor(batches).split(batch_size)
+    elif isinstance(batches, Mapping):
+        raise CalibrationError(f"{_MUST_BE}, in a list or another iterable; got one mapping")
     return split
 
 
-def check_ids(batch: Any, vocab: int) -> Tensor:
-    """Return a batch as a non-empty (B, T) integer tensor of ids below vocab."""
-    try:
-        ids = torch.as_tensor(batch)
-    except (TypeError, ValueError, RuntimeError):
-        raise CalibrationError(
-            f"token batches must be (B, T) integers, got {type(batch).__name__}"
-        ) from None
-    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise CalibrationError(
-            f"token batches must be non-empty (B, T) integers, got {tuple(ids.shape)} {ids.dtype}"
-        )
+def micro_batch(batch: Any, vocab: int) -> MicroBatch:
+    """Check a batch: (B, T) integers below vocab, or a mapping with input_ids and attention_mask.
+
+    Padding may be on either side; it is moved to the right.
+    """
+    attention_mask = None
+    if isinstance(batch, Mapping):
+        batch, attention_mask = batch.get("input_ids"), batch.get("attention_mask")
+    ids = _integers(batch)
+    lengths = (ids.shape[1],) * len(ids)
+    if attention_mask is not None:
+        mask = _integers(attention_mask) != 0
+        if mask.shape != ids.shape:
+            raise CalibrationError(
+                f"attention_mask must be {tuple(ids.shape)} as input_ids, got {tuple(mask.shape)}"
+            )
+        lengths = tuple(mask.sum(dim=1).tolist())
+        runs = mask.int().diff(dim=1, prepend=torch.zeros(len(mask), 1, dtype=torch.int)) == 1
+        if min(lengths) < 1 or int(runs.sum(dim=1).max()) > 1:
+            raise CalibrationError("attention_mask must have one run of ones, 1 or more, in a row")
+        padded = ids.new_zeros(len(ids), max(lengths))
+        for row, length in enumerate(lengths):
+            padded[row, :length] = ids[row][mask[row]]
+        ids = padded
     low, high = (int(x) for x in torch.aminmax(ids))
     if low < 0 or high >= vocab:
         raise CalibrationError(
             f"token ids must be in 0..{vocab - 1} (the vocabulary), got {low if low < 0 else high}"
         )
-    return ids.to(torch.int64)
+    return MicroBatch(ids, lengths)
+
+
+def _integers(batch: Any) -> Tensor:
+    """Return a batch as a non-empty (B, T) int64 tensor on the CPU."""
+    try:
+        ids = torch.as_tensor(batch)
+    except (TypeError, ValueError, RuntimeError):
+        raise CalibrationError(f"{_MUST_BE}, got {type(batch).__name__}") from None
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.is_complex():
+        raise CalibrationError(f"{_MUST_BE}, not empty; got {tuple(ids.shape)} {ids.dtype}")
+    return ids.to("cpu", torch.int64)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight with NaN or inf, by its name."""
+    if tensor.numel() == 0:
+        return
+    # The extremes show NaN and inf without a mask as large as the tensor.
+    if not bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all()):
+        raise NumericsError(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer apart from its model."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
+
+
+class ResidentModel:
+    """A loaded model, one layer at a time.
+
+    Use as a context: evaluation mode and frozen parameters inside, both restored afterwards.
+
+    Raises:
+        ArgumentError: the model is spread over devices.
+        NumericsError: NaN or inf in a parameter, named.
+        UnsupportedModelError: no known gated MLP.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.parts = parts_of(model)
+        self.device, self.dtype = self.parts.head.weight.device, self.parts.head.weight.dtype
+        self._calls: dict[tuple[int, ...], list[tuple[Any, dict[str, Any]]]] = {}
+        self._check()
+
+    @property
+    def vocab(self) -> int:
+        return self.parts.head.weight.shape[0]
+
+    def _check(self) -> None:
+        devices = {str(parameter.device) for parameter in self.model.parameters()}
+        if len(devices) != 1 or "meta" in devices:
+            raise ArgumentError(
+                f"the model must be on one device, got {', '.join(sorted(devices))}"
+            )
+        for name, parameter in self.model.named_parameters():
+            check_finite(name, parameter)
+
+    def __enter__(self) -> ResidentModel:
+        self._training = {module: module.training for module in self.model.modules()}
+        self._wanted_grad = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.eval()
+        for parameter in self._wanted_grad:
+            parameter.requires_grad_(False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._calls.clear()
+        for module, mode in self._training.items():
+            module.training = mode
+        for parameter in self._wanted_grad:
+            parameter.requires_grad_(True)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return (B, T, D) embeddings of token ids, on the model's device."""
+        embeddings: Tensor = self.parts.embedding(ids.to(self.device))
+        return embeddings
+
+    @contextmanager
+    def weights_of(self, layer: int, then: int) -> Iterator[None]:
+        """A layer's weights are in place inside; `then` is the layer that will be asked for next.
+
+        Layer number L is the final norm and the head.
+        """
+        yield
+
+    def begin(self, batch: MicroBatch) -> Tensor:
+        """Return the first layer's input (B, T, D), and record how the layers are to be called."""
+        calls: list[tuple[Any, dict[str, Any]]] = []
+        with torch.no_grad(), _stubs(self, calls):
+            embeddings = self.embed(batch.ids)
+            hidden: Tensor = self.parts.decoder(
+                inputs_embeds=embeddings, use_cache=False
+            ).last_hidden_state
+        assert len(calls) == len(self.parts.layers), "the decoder skipped a layer"
+        if len(self._calls) >= _CALLS_KEPT:
+            self._calls.clear()
+        # They depend on nothing but the shape, so micro-batches of one shape share them.
+        self._calls.setdefault(tuple(batch.ids.shape), calls)
+        return hidden
+
+    def run(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """Return a layer's output (B, T, D); its weights must be in place."""
+        shape = tuple(batch.ids.shape)
+        if shape not in self._calls:
+            self.begin(batch)
+        args, kwargs = self._calls[shape][layer]
+        output: Tensor | tuple[Tensor, ...] = self.parts.layers[layer](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self) -> Linear:
+        """Return the head, which stays usable when other layers have run."""
+        head = self.parts.head
+        return Linear(head.weight, head.bias)
+
+    def final_hidden(
+        self, batches: Sequence[MicroBatch], done: Callable[[float], object] = lambda tokens: None
+    ) -> Iterator[Tensor]:
+        """Yield the head's input (B, T, D), after the final norm, of each micro-batch."""
+        for batch in batches:
+            yield from self._final_hidden([batch], done)
+
+    @torch.no_grad()
+    def _final_hidden(
+        self, batches: Sequence[MicroBatch], done: Callable[[float], object]
+    ) -> list[Tensor]:
+        layers = len(self.parts.layers)
+        hidden = [self.begin(batch) for batch in batches]
+        for layer in range(layers):
+            with self.weights_of(layer, then=layer + 1):
+                for i, batch in enumerate(batches):
+                    hidden[i] = self._hold(self.run(layer, hidden[i].to(self.device), batch))
+                    done(batch.tokens / layers)
+        with self.weights_of(layers, then=0):
+            return [self._hold(self.parts.norm(h.to(self.device))) for h in hidden]
+
+    def _hold(self, hidden: Tensor) -> Tensor:
+        """Put away what is needed again when another layer has run for all micro-batches."""
+        return hidden
 
 
 @contextmanager
-def left_as_found(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside, both restored afterwards."""
-    training = {module: module.training for module in model.modules()}
-    wanted_grad = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in wanted_grad:
-        parameter.requires_grad_(False)
+def _stubs(model: ResidentModel, calls: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
+    """Stubs that record their call in place of the layers, and no final norm."""
+    parts = model.parts
+    stubs = nn.ModuleList(_Stub(layer, calls) for layer in parts.layers)
+    places = [(parts.family.layers, stubs), (parts.family.norm, nn.Identity())]
+    found = []
     try:
+        for path, instead in places:
+            parent, _, name = path.rpartition(".")
+            owner = parts.decoder.get_submodule(parent)
+            found.append((owner, name, owner._modules[name]))
+            owner._modules[name] = instead
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter in wanted_grad:
-            parameter.requires_grad_(True)
+        for owner, name, module in found:
+            owner._modules[name] = module
 
 
-def final_hidden(parts: ModelParts, ids: Tensor) -> Tensor:
-    """Return the head's input (B, T, D), after the final norm; no KV cache is kept."""
-    ids = ids.to(parts.head.weight.device)
-    hidden: Tensor = parts.decoder(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden
+class _Stub(nn.Module):
+    """Records how a layer is called and returns its input; any other attribute is the layer's."""
+
+    def __init__(self, layer: nn.Module, calls: list[tuple[Any, dict[str, Any]]]) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer  # not a submodule, whose mode and hooks would be touched
+        self.__dict__["_record"] = calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.__dict__["_record"].append((args, kwargs))
+        return hidden

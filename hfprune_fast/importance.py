@@ -14,9 +14,7 @@ Row l, column j of a tensor is neuron j of layer l.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hfprune_fast.architectures import ModelSize
-from hfprune_fast.errors import ArgumentError, OutputError, ScoresFileError, one_line
+from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
+from hfprune_fast.output import write_whole
 
 STATISTICS = ("l1", "l2", "mask", "act")
 _TENSORS = (*STATISTICS, "down_norm")
@@ -75,8 +74,6 @@ class ImportanceTable:
 
     def save(self, file: str | Path) -> None:
         """Write the scores file; it appears under its name only when whole."""
-        path = Path(file)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         header = {
             "format_version": _VERSION,
             "model": asdict(self.model),
@@ -84,19 +81,8 @@ class ImportanceTable:
         }
         # One key, because safetensors writes several in an order that changes from run to run.
         metadata = {_FORMAT: json.dumps(header)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = save({name: getattr(self, name).contiguous() for name in _TENSORS}, metadata)
-            with partial.open("wb") as opened:
-                opened.write(data)
-                opened.flush()
-                os.fsync(opened.fileno())
-            partial.replace(path)
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        write_whole(Path(file), save(tensors, metadata))
 
     @classmethod
     def load(cls, file: str | Path) -> ImportanceTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import os
@@ -63,6 +64,23 @@ def _sync_folder(folder: Path) -> None:
                 raise
         finally:
             os.close(opened)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that takes its name, perhaps another file's, once it is on the disk."""
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 @contextmanager

@@ -1,137 +1,55 @@
-"""The whole job on one screen: text and a model in, a scores file or a smaller checkpoint out."""
+"""The whole job: text and a model in (`scorer.score`), scores or a smaller checkpoint out."""
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
 
 from hfprune_fast import (
-    architectures,
     checkpoint,
     compaction,
     evaluation,
     loading,
     native,
     output,
+    planning,
     selection,
 )
-from hfprune_fast._version import __version__
 from hfprune_fast.calibration import DEFAULT_SEQ_LEN, windows_for
-from hfprune_fast.errors import ArgumentError, OutputError, ScoresFileError
-from hfprune_fast.forward import as_batches
+from hfprune_fast.errors import ArgumentError, OutputError, ResumeError, ScoresFileError
 from hfprune_fast.importance import ImportanceTable
-from hfprune_fast.kernels import TRITON_VERSION
-from hfprune_fast.report import say
-from hfprune_fast.scoring import backend_for, column_norms, score_batches
+from hfprune_fast.report import say, token_bar
+from hfprune_fast.scorer import DEFAULT_SAMPLES, score
+from hfprune_fast.scoring import column_norms
+from hfprune_fast.streaming import running
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-DEFAULT_SAMPLES = 128
+__all__ = ["check_prune", "check_score", "evaluate_paths", "plan", "prune_to", "score", "state_of"]
 
 Budget = float | int | None
 
 
-def score(
-    model_or_path: PreTrainedModel | str | Path,
-    batches_or_source: Iterable[Any] | Tensor | NDArray[Any] | str | Path,
-    *,
-    samples: int | None = DEFAULT_SAMPLES,
-    seq_len: int | None = None,
-    seed: int = 0,
-    batch_size: int = 1,
-    device: str = "auto",
-    dtype: str = "auto",
-    backend: str | None = None,
-    parity: bool = False,
-    progress: bool = False,
-) -> ImportanceTable:
-    """Score every MLP neuron of a model by the entropy criterion (arXiv 2603.08083).
-
-    Args:
-        model_or_path: a loaded causal language model, or a folder, hub name or `demo`.
-        batches_or_source: (B, T) integer token batches or one (N, T) tensor or array; or, for a
-            model given by path, a calibration source as `calibration.token_windows` takes it.
-        samples: sequences drawn from a source.
-        seq_len: tokens a sequence; 1024, or the model's longest if that is less.
-        seed: which documents and windows are drawn from a source.
-        batch_size: sequences that run at once; the scores do not depend on it but for rounding.
-        device, dtype: where and in what a model given by path runs, see `loading.load_model`.
-        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
-            torch elsewhere.
-        parity: round products and totals to the model's dtype, one sequence at a time, as the
-            paper's code does: only for reproducing it, since bfloat16 totals lose most of their
-            digits.
-        progress: show a bar on stderr.
-
-    Returns:
-        The table of all statistics, (L, F) float64, from which any ratio can be selected.
-
-    Raises:
-        HFPruneError: bad input, one line; its subclasses say which kind.
-    """
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
-    batches: Iterable[Any]
-    provenance: dict[str, Any] = {"criterion": "entropy", "versions": _versions()}
-    folder = None
-    if isinstance(model_or_path, str | Path):
-        folder = checkpoint.find_model(model_or_path)
-        provenance["model"] = checkpoint.display_name(model_or_path)
-        provenance["model_fingerprint"] = checkpoint.fingerprint(folder)
-        # Refused now rather than after minutes of loading; float32 stands for what will be loaded.
-        backend_for(torch.empty(0, device=loading.torch_device(device)), backend, parity)
-    elif (device, dtype) != ("auto", "auto"):
-        raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
-    calibration: dict[str, Any] = {"source": "token batches"}
-    if isinstance(batches_or_source, str | Path):
-        if folder is None:
-            raise ArgumentError(
-                "a loaded model is scored over token batches; give the model by path to use text"
-            )
-        windows = windows_for(folder, batches_or_source, seq_len, samples, seed)
-        batches = as_batches(windows, batch_size)
-        calibration = {
-            "source": checkpoint.display_name(batches_or_source),
-            "seq_len": windows.shape[1],
-            "seed": seed,
-        }
-    else:
-        batches = as_batches(batches_or_source, batch_size)
-    if folder is None:
-        model: Any = model_or_path
-    else:
-        model = loading.load_model(folder, dtype=dtype, device=device)
-    with _bar(batches, "scoring", progress) as shown:
-        scored = score_batches(model, shown, backend=backend, parity=parity)
-    provenance |= {
-        "calibration": {**calibration, "data_sha256": scored.data_sha256},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": scored.backend,
-        "parity": parity,
-        "samples": scored.samples,
-        "tokens": scored.tokens,
-        "entropy_nats": scored.entropy_nats,
-    }
-    return ImportanceTable(
-        **scored.statistics._asdict(),
-        down_norm=scored.down_norm,
-        model=architectures.size_of(model),
-        provenance=provenance,
-    )
+def state_of(out: Path) -> Path:
+    """Return the file that keeps the state of scoring for an output."""
+    return out.with_name(f"{out.name}.state")
 
 
-def check_score(model: str | Path, calibration: str | Path, out: Path, *, force: bool) -> None:
+def check_state(out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to run over what an interrupted run has left, unless told what to do with it."""
+    left = state_of(out)
+    if left.exists() and force and not resume:
+        left.unlink(missing_ok=True)
+    if left.exists() and not resume:
+        raise ResumeError(
+            f"an interrupted run has left {left}; --resume goes on from it, --force discards it"
+        )
+
+
+def check_score(
+    model: str | Path, calibration: str | Path, out: Path, *, force: bool, resume: bool = False
+) -> None:
     """Raise what would spoil the end of `score`'s run, before any work."""
     folder, target = checkpoint.find_model(model).resolve(), out.resolve()
     source = Path(calibration).resolve()
@@ -142,10 +60,17 @@ def check_score(model: str | Path, calibration: str | Path, out: Path, *, force:
     if out.exists() and (not force or not out.is_file()):
         raise OutputError(f"out {out} exists; --force replaces a file, but no folder")
     output.check_writable(out)
+    check_state(out, resume=resume, force=force)
 
 
 def check_prune(
-    model: str | Path, out: str | Path, *, round_to: int = 1, force: bool = False, **budget: Budget
+    model: str | Path,
+    out: str | Path,
+    *,
+    round_to: int = 1,
+    force: bool = False,
+    resume: bool = False,
+    **budget: Budget,
 ) -> None:
     """Raise what `prune_to` would refuse of its model, output and budget, before any work."""
     folder = checkpoint.find_model(model)
@@ -154,6 +79,7 @@ def check_prune(
     dense_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
     needed_bytes = dense_bytes * size.params_at(width) // size.total_params
     compaction.check_output_folder(Path(out), folder, force=force, needed_bytes=needed_bytes)
+    check_state(Path(out), resume=resume, force=force)
     for leftover in output.leftovers(Path(out)):
         say(leftover)
     if native.WHY_NOT is not None:
@@ -231,25 +157,59 @@ def evaluate_paths(
     seq_len: int | None = None,
     samples: int | None = None,
     seed: int = 0,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "auto",
+    memory_budget: str | None = None,
     progress: bool = False,
 ) -> evaluation.Fidelity:
-    """Load two checkpoints and compare them over a text; by default over all of it, in order."""
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
+    """Compare two checkpoints over a text; by default over all of it, in order.
+
+    One model is in memory at a time (or a layer of it, see `offload` of `score`), with the dense
+    one's final hidden states.
+    """
     folders = [checkpoint.find_model(dense), checkpoint.find_model(pruned)]
-    windows = windows_for(folders[0], source, seq_len, samples, seed)
-    models = [loading.load_model(f, dtype=dtype, device=device) for f in folders]
-    with _bar(windows.split(batch_size), "evaluating", progress) as shown:
-        return evaluation.evaluate(models[0], models[1], shown)
+    ids = windows_for(folders[0], source, seq_len, samples, seed)
+    blueprints = [loading.blueprint(f, dtype=dtype, device=device) for f in folders]
+    shapes = [planning.ModelShape.of(b.checkpoint.size, b.model.config) for b in blueprints]
+    evaluation.check_vocabularies(*(shape.vocab_size for shape in shapes))
+    plan = planning.plan_scoring(
+        shapes[0],
+        device=blueprints[0].device,
+        dtype=blueprints[0].dtype,
+        seq_len=ids.shape[1],
+        sequences=len(ids),
+        batch_size=batch_size,
+        offload=offload,
+        memory_budget=memory_budget,
+    )
+    batches = evaluation.windows(ids.split(plan.batch_size), shapes[0].vocab_size)
+    with token_bar("evaluating", 2 * ids.numel(), progress) as done:
+        with running(blueprints[0], plan.offload) as model:
+            hidden = [h.to("cpu") for h in model.final_hidden(batches, done)]
+            head = model.head()
+        del model, blueprints[0]
+        with running(blueprints[0], plan.offload) as model:
+            return evaluation.compare(
+                batches, hidden, model.final_hidden(batches, done), head, model.head()
+            )
 
 
 def plan(
-    model: str | Path, *, round_to: int = 1, seq_len: int | None = None, **budget: Budget
+    model: str | Path,
+    *,
+    round_to: int = 1,
+    seq_len: int | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: str = "auto",
+    memory_budget: str | None = None,
+    **budget: Budget,
 ) -> dict[str, Any]:
-    """Say what pruning to a budget would give, from config.json alone.
+    """Say what pruning to a budget would give, and how scoring would run, from config.json alone.
 
     FLOPs are those of a forward pass over one sequence, per token: 2 for each weight of a linear
     layer, and 4 · seq_len · heads · head_dim a layer for attention's two products.
@@ -262,49 +222,32 @@ def plan(
         seq_len = min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     if seq_len < 1:
         raise ArgumentError(f"seq_len must be at least 1, got {seq_len}")
-    dtype = config.dtype or torch.float32
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    attention = 4 * seq_len * heads * head_dim * size.num_layers
+    stored = config.dtype or torch.float32
+    target = loading.torch_device(device)
+    if dtype == "auto":
+        to_run_in = loading.dtype_to_run_in(stored, target)
+    else:
+        to_run_in = getattr(torch, dtype)
+    shape = planning.ModelShape.of(size, config)
+    scoring = planning.plan_scoring(
+        shape,
+        device=target,
+        dtype=to_run_in,
+        seq_len=seq_len,
+        sequences=samples,
+        batch_size=batch_size,
+        offload=offload,
+        memory_budget=memory_budget,
+    )
+    attention = 4 * seq_len * shape.attention_width * size.num_layers
     result = size.pruned_to(width)
     for prefix, neurons in (("dense_", size.intermediate_size), ("", width)):
-        result[f"{prefix}weights_bytes"] = size.params_at(neurons) * dtype.itemsize
+        result[f"{prefix}weights_bytes"] = size.params_at(neurons) * stored.itemsize
         result[f"{prefix}flops_per_token"] = 2 * size.linear_params_at(neurons) + attention
-    name = checkpoint.display_name(model)
-    return {"model": name, **result, "dtype": str(dtype).split(".")[-1], "seq_len": seq_len}
-
-
-@contextmanager
-def _bar(batches: Iterable[Any], what: str, show: bool) -> Iterator[Iterable[Any]]:
-    """Count tokens on stderr as batches are taken; an error closes the bar before it is told."""
-    if not show:
-        yield batches
-        return
-    items = list(batches)
-    with tqdm(
-        total=sum(batch.numel() for batch in items),
-        desc=what,
-        unit="tok",
-        unit_scale=True,
-        file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-    ) as bar:
-
-        def counted() -> Iterator[Any]:
-            for batch in items:
-                yield batch
-                bar.update(batch.numel())
-
-        yield counted()
-
-
-def _versions() -> dict[str, str | None]:
-    import transformers
-
     return {
-        "hfprune_fast": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "triton": TRITON_VERSION,
-        "python": platform.python_version(),
+        "model": checkpoint.display_name(model),
+        **result,
+        "dtype": str(stored).removeprefix("torch."),
+        "seq_len": seq_len,
+        "scoring": {"summary": str(scoring), "device": str(target), **asdict(scoring)},
     }

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hfprune_fast._version import __version__
+from hfprune_fast.errors import ArgumentError
 
 PAPER = "arXiv 2603.08083"
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Say and show nothing from now on: another process of this run does."""
+    global _muted
+    _muted = True
+
+
 def say(message: str) -> None:
     """Print one line to the user on stderr, past a progress bar."""
-    tqdm.write(f"hfprune: {message}", file=sys.stderr)
+    if not _muted:
+        tqdm.write(f"hfprune: {message}", file=sys.stderr)
 
 
 @contextmanager
@@ -29,9 +43,57 @@ def byte_bar(what: str, total_bytes: int, show: bool) -> Iterator[Callable[[int]
         unit_scale=True,
         file=sys.stderr,
         mininterval=0.2 if sys.stderr.isatty() else 30,
-        disable=not show,
+        disable=not show or _muted,
     ) as bar:
         yield bar.update
+
+
+@contextmanager
+def token_bar(
+    what: str, total_tokens: int, show: bool, flops_per_token: int = 0
+) -> Iterator[Callable[[float], None]]:
+    """Count tokens on stderr, with FLOP/s and peak memory: the function that is yielded takes them.
+
+    A token that has been through some of the layers counts for that part of it.
+    """
+    begun, peak_bytes, counted = time.monotonic(), 0, 0.0
+    with tqdm(
+        total=total_tokens,
+        desc=what,
+        unit="tok",
+        unit_scale=True,
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        disable=not show or _muted,
+    ) as bar:
+
+        def done(tokens: float) -> None:
+            nonlocal peak_bytes, counted
+            counted += tokens
+            if bar.disable:
+                return
+            peak_bytes = max(peak_bytes, _memory_bytes())
+            notes = {"peak": human_bytes(peak_bytes)}
+            if flops_per_token:
+                flops = counted * flops_per_token / (time.monotonic() - begun)
+                notes["FLOP/s"] = tqdm.format_sizeof(flops)
+            bar.set_postfix(notes, refresh=False)
+            # Whole tokens, since the bar prints its count as it is.
+            bar.update(min(round(counted), total_tokens) - bar.n)
+
+        yield done
+
+
+def _memory_bytes() -> int:
+    """Return what this process has allocated: on its GPU if it uses one, else in memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            line = next(line for line in status if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return 0
+    return int(line.split()[1]) * 1024
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,6 +113,19 @@ def human_bytes(count: int) -> str:
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def parse_bytes(size: int | str, argument: str) -> int:
+    """Return a size as bytes: 5GB and 5GiB, KB and KiB, MB and MiB are understood."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
+    count = 0
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        power = "KMGT".find((match[2] or "").upper()) + 1 if match[2] else 0
+        count = int(float(match[1]) * base**power)
+    if count < 1:
+        raise ArgumentError(f"{argument} must be bytes or like 5GB or 512MiB, got {size!r}")
+    return count
 
 
 def model_card(record: dict[str, Any]) -> str:

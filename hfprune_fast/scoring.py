@@ -1,110 +1,122 @@
 """Run the model over token batches and add up every neuron's statistics.
 
 The loss of a sequence is the mean of its positions' entropy; a micro-batch's loss is the sum over
-its sequences, so each sequence's gradient is its own. The autograd graph begins at the input of the
-first layer's down_proj: no parameter ever requires grad and nothing below it is differentiated. The
-head runs through `linear_entropy`, which never holds all logits, and `taylor_statistics` adds up
-each layer as its gradient arrives.
+its sequences, so each sequence's gradient is its own. Micro-batches run in passes, layer by layer:
+forward through all layers, the head, which never holds all logits (`linear_entropy`), and back,
+where `gated_mlp` adds up each layer. Each layer has a small autograd graph of its own, from its
+input to its output, kept from the forward or made again in the backward (`recompute`). No parameter
+ever requires grad and nothing below the first layer's MLP is differentiated.
+
+A pass adds to a copy of the totals, layer by layer in the order of its micro-batches, and the copy
+takes the totals' place when the pass is whole and finite. So a pass that ran out of memory, or was
+interrupted, counts nothing, and the totals do not depend on how micro-batches are put into passes.
 
 In float16 the gradients carry a power of two, which the statistics take out again, exactly; where
-it overflows, the micro-batch is run again with a smaller one.
+it overflows, the pass is run again with a smaller one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hfprune_fast.architectures import ModelParts, parts_of
-from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
-from hfprune_fast.forward import check_ids, check_model, final_hidden, left_as_found
-from hfprune_fast.kernels import (
-    TaylorStatistics,
-    linear_entropy,
-    resolve_backend,
-    taylor_statistics,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from hfprune_fast.errors import ArgumentError, MemoryShortageError, NumericsError, one_line
+from hfprune_fast.forward import MicroBatch, ResidentModel
+from hfprune_fast.gated_mlp import Scoring, scored
+from hfprune_fast.kernels import TaylorStatistics, linear_entropy, resolve_backend
+from hfprune_fast.report import say
+from hfprune_fast.state import Totals
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What one run over the batches adds up to."""
+class How:
+    """How a run goes about it; none of it changes the scores but for rounding."""
 
-    statistics: TaylorStatistics  # (L, F) fp64 each, on the CPU
-    down_norm: Tensor  # (L, F) fp64: 2-norm of each neuron's down_proj column
-    samples: int
-    tokens: int
-    entropy_nats: float  # mean over the samples
-    data_sha256: str  # of each sequence's length and ids, so of the data and not of its batches
-    backend: str  # "triton" or "torch"
+    backend: str = "torch"
+    parity: bool = False  # round as the paper's code does; micro-batches must be one sequence
+    recompute: bool = False  # keep a layer's input instead of its graph
+    inputs_on_host: bool = False  # keep the layers' inputs in host memory
+    pass_tokens: int = 0  # micro-batches are put together into passes up to this many tokens
+    logits_budget_bytes: int | None = None
+
+
+def no_totals(model: ResidentModel, parity: bool) -> Totals:
+    """Return the totals of no sequence, on the model's device."""
+    mlps, device = model.parts.mlps, model.device
+    shape = len(mlps), mlps[0].gate.weight.shape[0]
+    dtype = model.dtype if parity else torch.float64
+    return Totals(
+        torch.zeros(len(TaylorStatistics._fields), *shape, dtype=dtype, device=device),
+        torch.zeros(shape, dtype=torch.float64, device=device),
+    )
 
 
 def score_batches(
-    model: PreTrainedModel,
-    batches: Iterable[Any],
+    model: ResidentModel,
+    batches: Sequence[MicroBatch],
+    how: How,
+    totals: Totals | None = None,
     *,
-    backend: str | None = None,
-    parity: bool = False,
-) -> Scored:
-    """Score every MLP neuron of a loaded model over batches of token ids.
+    committed: Callable[[Totals, int], object] = lambda totals, most: None,
+    done: Callable[[float], object] = lambda tokens: None,
+) -> Totals:
+    """Score every MLP neuron over micro-batches, in their order.
+
+    Out of memory, micro-batches are halved, then layers recomputed, and the pass is run again.
 
     Args:
-        model: a causal language model of a known family, on one device; it is left as it was found.
-        batches: (B, T) integer tensors or arrays of whole sequences.
-        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
-            torch elsewhere.
-        parity: one sequence at a time, with products and totals rounded to the model's dtype, as
-            the reference implementation does, in plain torch.
+        model: entered, so in evaluation mode.
+        batches: micro-batches that are still to be done.
+        how: ways and means.
+        totals: what to add to, by default nothing.
+        committed: called after each pass with the new totals and the most sequences that a
+            micro-batch now has.
+        done: called with the tokens that were worked on, a layer at a time; in all, as many as the
+            batches hold.
 
     Raises:
-        ArgumentError: a model spread over devices, or a backend that cannot run.
+        MemoryShortageError: not even one sequence fits, with recomputing.
         NumericsError: NaN or inf in a weight or a layer's activations or gradients, named.
-        CalibrationError: no batch, or token ids that the model does not have.
-        UnsupportedModelError: no known gated MLP.
     """
-    parts = parts_of(model)
-    check_model(model)
-    head = parts.head.weight
-    backend = backend_for(head, backend, parity)
-    shape = (len(TaylorStatistics._fields), len(parts.mlps), parts.mlps[0].gate.weight.shape[0])
-    dtype = head.dtype if parity else torch.float64
-    total = torch.zeros(shape, dtype=dtype, device=head.device)
-    samples = tokens = 0
-    entropy_nats = 0.0
-    digest = hashlib.sha256()
-    with left_as_found(model):
-        for batch in batches:
-            ids = check_ids(batch, head.shape[0])
-            for part in ids.split(1 if parity else len(ids)):
-                # Added only when the whole micro-batch is done and finite.
-                staged, loss = _finite_scores(parts, part, backend, parity)
-                total += staged
-                entropy_nats += loss
-            samples += ids.shape[0]
-            tokens += ids.numel()
-            for row in ids.cpu().numpy().astype("<i8"):
-                digest.update(f"{len(row)}:".encode() + row.tobytes())
-    if samples == 0:
-        raise CalibrationError("no token batches to score with; expected at least one sequence")
-    down_norm = torch.stack([column_norms(mlp.down.weight) for mlp in parts.mlps])
-    return Scored(
-        statistics=TaylorStatistics(*total.double().cpu().unbind()),
-        down_norm=down_norm.cpu(),
-        samples=samples,
-        tokens=tokens,
-        entropy_nats=entropy_nats / samples,
-        data_sha256=digest.hexdigest(),
-        backend=backend,
-    )
+    totals = totals or no_totals(model, how.parity)
+    todo = list(batches)
+    most = max((len(batch.ids) for batch in todo), default=0)
+    while todo:
+        a_pass = _next_pass(todo, how.pass_tokens)
+        run = _Pass(model, a_pass, how, done)
+        try:
+            totals = run.add_to(totals)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            why = one_line(error)
+            error.__traceback__ = None  # which holds the tensors of the pass
+        else:
+            todo = todo[len(a_pass) :]
+            committed(totals, most)
+            continue
+        done(-run.counted)
+        run.clear()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        largest = max(len(batch.ids) for batch in a_pass)
+        if largest > 1:
+            most = (largest + 1) // 2
+            todo = [part for batch in todo for part in batch.split(most)]
+            say(f"out of memory; going on with micro-batches of {most}")
+        elif not how.recompute:
+            how = replace(how, recompute=True)
+            say("out of memory; going on with layers recomputed in the backward")
+        else:
+            raise MemoryShortageError(
+                "out of memory with one sequence at a time; try a smaller --seq-len, "
+                f"--dtype bfloat16 or --offload disk ({why})"
+            )
+    return totals
 
 
 def backend_for(tensor: Tensor, backend: str | None, parity: bool) -> str:
@@ -118,68 +130,175 @@ def backend_for(tensor: Tensor, backend: str | None, parity: bool) -> str:
     return chosen
 
 
-def _finite_scores(
-    parts: ModelParts, ids: Tensor, backend: str, parity: bool
-) -> tuple[Tensor, float]:
-    """Return `_score_batch`'s result for the first gradient scale that does not overflow."""
-    scales = [1.0]
-    if parts.head.weight.dtype == torch.float16 and not parity:
-        # 64 to 128 in each row of the loss, whatever the length; a sixteenth each time it is run.
-        first = 2.0 ** (6 + math.ceil(math.log2(ids.shape[1])))
-        scales = [first / 16**attempt for attempt in range(5)]
-    for grad_scale in scales:
-        staged, loss = _score_batch(parts, ids, backend, parity, grad_scale)
-        if bool(staged.isfinite().all()) or not math.isfinite(loss):
+def _next_pass(todo: list[MicroBatch], tokens: int) -> list[MicroBatch]:
+    """Return the first micro-batches, as many as hold so many tokens, padding too; at least 1."""
+    a_pass = todo[:1]
+    held = todo[0].ids.numel()
+    for batch in todo[1:]:
+        held += batch.ids.numel()
+        if held > tokens:
             break
-    _check_finite(staged, loss)
-    return staged, loss
+        a_pass.append(batch)
+    return a_pass
 
 
-def _score_batch(
-    parts: ModelParts, ids: Tensor, backend: str, parity: bool, grad_scale: float
-) -> tuple[Tensor, float]:
-    """Return the micro-batch's (4, L, F) statistics and the sum of its sequences' losses."""
-    statistics: dict[int, TaylorStatistics] = {}
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: CUDA's class, Python's, or what torch's CPU allocator raises."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
 
-    def watch(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def at_down_proj(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            act = args[0]
-            if layer == 0:
-                act = act.detach().requires_grad_()
-            held = act.detach()
 
-            def at_gradient(grad: Tensor) -> None:
-                statistics[layer] = taylor_statistics(
-                    grad, held, parity=parity, grad_scale=grad_scale, backend=backend
-                )
+class _Pass:
+    """One pass of micro-batches through the model and back."""
 
-            act.register_hook(at_gradient)
-            return (act, *args[1:])
+    def __init__(
+        self,
+        model: ResidentModel,
+        batches: list[MicroBatch],
+        how: How,
+        done: Callable[[float], object],
+    ) -> None:
+        self.model, self.batches, self.how, self.done = model, batches, how, done
+        self.layers = len(model.parts.layers)
+        self.counted = 0.0
+        # Of each micro-batch, the layers' inputs and, unless recomputing, outputs.
+        self.inputs: list[list[Tensor]] = []
+        self.outputs: list[list[Tensor]] = []
+        self.masks = [
+            None if batch.token_mask is None else batch.token_mask.to(model.device)
+            for batch in batches
+        ]
 
-        return at_down_proj
+    def add_to(self, totals: Totals) -> Totals:
+        """Return the totals with this pass added, for the first gradient scale without overflow."""
+        for attempt in range(5 if self.model.dtype == torch.float16 and not self.how.parity else 1):
+            self.done(-self.counted)
+            self.clear()
+            statistics, down_norm, losses = self._run(totals, attempt)
+            loss = sum(losses)
+            if bool(statistics.isfinite().all()) or not math.isfinite(loss):
+                break
+        _check_finite(statistics, loss)
+        return Totals(
+            statistics,
+            down_norm,
+            totals.samples + sum(len(batch.ids) for batch in self.batches),
+            totals.tokens + sum(batch.tokens for batch in self.batches),
+            sum(losses, totals.entropy_nats),
+        )
 
-    handles = [
-        mlp.down.register_forward_pre_hook(watch(layer)) for layer, mlp in enumerate(parts.mlps)
-    ]
-    try:
+    def clear(self) -> None:
+        """Let go of what the pass holds."""
+        self.inputs = [[] for _ in self.batches]
+        self.outputs = [[] for _ in self.batches]
+        self.counted = 0.0
+
+    def _run(self, totals: Totals, attempt: int) -> tuple[Tensor, Tensor, list[float]]:
+        model = self.model
+        staged, down_norm = totals.statistics.clone(), totals.down_norm.clone()
+        scales = [self._grad_scale(batch, attempt) for batch in self.batches]
+        hidden = [model.begin(batch) for batch in self.batches]
+        for layer in range(self.layers):
+            with model.weights_of(layer, then=layer + 1):
+                if totals.samples == 0:
+                    down_norm[layer] = column_norms(model.parts.mlps[layer].down.weight)
+                for i in self._each():
+                    hidden[i] = self._forward(layer, i, hidden[i], staged[:, layer], scales[i])
+        losses = []
+        with model.weights_of(self.layers, then=self.layers - 1):
+            for i in self._each():
+                loss, hidden[i] = self._head(i, hidden[i], scales[i])
+                losses.append(loss)
+        for layer in reversed(range(self.layers)):
+            with model.weights_of(layer, then=max(0, layer - 1)):
+                for i in self._each():
+                    hidden[i] = self._backward(layer, i, hidden[i], staged[:, layer], scales[i])
+        # Read here, where the device is waited for anyway.
+        return staged, down_norm, [float(loss) for loss in losses]
+
+    def _each(self) -> Iterator[int]:
+        """Number of each micro-batch, which has been worked on in one of the layers or the head."""
+        for i, batch in enumerate(self.batches):
+            yield i
+            tokens = batch.tokens / (2 * self.layers + 1)
+            self.counted += tokens
+            self.done(tokens)
+
+    def _grad_scale(self, batch: MicroBatch, attempt: int) -> float:
+        if self.model.dtype != torch.float16 or self.how.parity:
+            return 1.0
+        # 64 to 128 in each row of the loss, whatever the length; a sixteenth each time it is run.
+        return float(2.0 ** (6 + math.ceil(math.log2(batch.ids.shape[1])) - 4 * attempt))
+
+    def _forward(self, layer: int, i: int, hidden: Tensor, staged: Tensor, scale: float) -> Tensor:
+        if self.how.recompute:
+            self.inputs[i].append(_to_host(hidden) if self.how.inputs_on_host else hidden)
+            with torch.no_grad():
+                return self.model.run(layer, hidden, self.batches[i])
+        self._with_graph(layer, i, hidden, staged, scale, only_backward=False)
+        return self.outputs[i][-1].detach()
+
+    def _with_graph(
+        self, layer: int, i: int, hidden: Tensor, staged: Tensor, scale: float, only_backward: bool
+    ) -> None:
+        """Run a layer with an autograd graph from its input to its output, which are kept."""
+
+        def take(statistics: TaylorStatistics) -> None:
+            staged.add_(torch.stack(statistics))
+
+        needs_grad = layer > 0
+        scoring = Scoring(take, self.masks[i], scale, self.how.parity, self.how.backend)
+        hidden = hidden.detach().requires_grad_(needs_grad)
+        mlp = self.model.parts.mlps[layer]
+        with (
+            torch.enable_grad(),
+            scored(mlp, scoring, needs_grad=needs_grad, only_backward=only_backward),
+        ):
+            output = self.model.run(layer, hidden, self.batches[i])
+        self.inputs[i].append(hidden)
+        self.outputs[i].append(output)
+
+    def _head(self, i: int, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Return the sum of the sequences' losses and the gradient at the last layer's output."""
+        batch, head = self.batches[i], self.model.parts.head
+        hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            hidden = final_hidden(parts, ids)
-            flat = hidden.detach().flatten(0, 1)
-            row_weight = flat.new_full((len(flat),), 1 / ids.shape[1], dtype=torch.float64)
-            loss, d_hidden = linear_entropy(
-                flat,
-                parts.head.weight,
-                row_weight,
-                bias=parts.head.bias,
-                grad_scale=grad_scale,
-                backend=backend,
-            )
-            hidden.backward(d_hidden.view_as(hidden))
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = [torch.stack(statistics[layer]) for layer in range(len(parts.mlps))]
-    return torch.stack(layers, dim=1), float(loss)
+            normed = self.model.parts.norm(hidden)
+        row_weight = torch.tensor([1 / n for n in batch.lengths], dtype=torch.float64)
+        row_weight = row_weight[:, None].expand(batch.ids.shape).to(self.model.device)
+        mask = self.masks[i]
+        if mask is not None:
+            row_weight = row_weight * mask
+        loss, d_normed = linear_entropy(
+            normed.flatten(0, 1),
+            head.weight,
+            row_weight.flatten(),
+            bias=head.bias,
+            grad_scale=scale,
+            logits_budget_bytes=self.how.logits_budget_bytes,
+            backend=self.how.backend,
+        )
+        normed.backward(d_normed.view_as(normed))
+        assert hidden.grad is not None
+        return loss, hidden.grad
+
+    def _backward(
+        self, layer: int, i: int, d_output: Tensor, staged: Tensor, scale: float
+    ) -> Tensor:
+        """Return the gradient at a layer's input; nothing of use at the first's."""
+        if self.how.recompute:
+            hidden = self.inputs[i].pop().to(self.model.device, non_blocking=True)
+            self._with_graph(layer, i, hidden, staged, scale, only_backward=True)
+        hidden, output = self.inputs[i].pop(), self.outputs[i].pop()
+        output.backward(d_output)
+        return d_output if hidden.grad is None else hidden.grad
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """Copy to memory from which the device can read on its own; ordered by the device's stream."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
 def column_norms(weight: Tensor) -> Tensor:

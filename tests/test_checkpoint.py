@@ -229,13 +229,13 @@ def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
 def test_tied_head_that_is_stored_and_differs(llama_dir: Path) -> None:
     change_config(llama_dir, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"yet lm_head.weight differs from .*embed_tokens"):
-        loading.check_tensors(llama_dir)
+        loading.blueprint(llama_dir)
 
     def tie(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     change_tensors(llama_dir, tie)
-    loading.check_tensors(llama_dir)
+    loading.blueprint(llama_dir)
     loading.load_model(llama_dir, device="cpu")
 
 

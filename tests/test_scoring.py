@@ -25,7 +25,6 @@ from hfprune_fast.errors import (
 from hfprune_fast.importance import STATISTICS
 from hfprune_fast.kernels import TaylorStatistics, linear_entropy, taylor_statistics
 from hfprune_fast.loading import load_model
-from hfprune_fast.scoring import score_batches
 from hfprune_fast.selection import keep_top
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -181,7 +180,7 @@ def test_no_weight_gradient_and_no_backward_below_the_first_mlp() -> None:
     model = tiny_model("llama", dtype=torch.float32)
     ids = random_ids(model, samples=1, seq_len=32)
     with FlopCounterMode(display=False) as flops:
-        score_batches(model, [ids])
+        hf.score(model, [ids])
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model(ids, use_cache=False)
     counts = flops.get_flop_counts()["Global"]
@@ -346,7 +345,7 @@ def test_a_bad_backend_is_refused_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
-    monkeypatch.setattr("hfprune_fast.loading.load_model", stop)
+    monkeypatch.setattr("hfprune_fast.loading.blueprint", stop)
     with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
         hf.score("demo", TINY_MODEL / "calibration.txt", samples=1)
 
@@ -359,7 +358,7 @@ def test_parity_adds_up_in_bfloat16_as_the_reference_does(monkeypatch: pytest.Mo
         seen.append((grad.clone(), act.clone()))
         return taylor_statistics(grad, act, **options)
 
-    monkeypatch.setattr("hfprune_fast.scoring.taylor_statistics", watched)
+    monkeypatch.setattr("hfprune_fast.gated_mlp.taylor_statistics", watched)
     model = tiny_model("llama", dtype=torch.bfloat16)
     layers = model.config.num_hidden_layers
     ids = random_ids(model, samples=5)

@@ -1,0 +1,81 @@
+"""Several processes on one job, as torchrun starts them: who one is, and the sum over all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
+
+T = TypeVar("T")
+# One may be done long before the others; a process that died is noticed at once.
+_PATIENCE = timedelta(days=2)
+
+
+class ProcessError(HFPruneError):
+    """Another process of the run has ended before its part was done."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run; 0 of 1 where there is but one."""
+
+    rank: int = 0
+    count: int = 1
+
+    def deal(self, items: Sequence[T]) -> list[T]:
+        """Return this process's share: every count-th item."""
+        return list(items[self.rank :: self.count])
+
+    def add(self, tensor: Tensor) -> None:
+        """Put the sum over all processes into a tensor, in each of them."""
+        if self.count == 1:
+            return
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise ProcessError(
+                "another process of this run ended before its part was done; its own message says "
+                f"why; nothing is written ({one_line(error)})"
+            ) from None
+
+
+def launched() -> Processes:
+    """Return what torchrun says about this process."""
+    return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def own_device(device: str) -> str:
+    """Return the GPU of this process where "auto" or "cuda" leaves it open."""
+    if launched().count > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return device
+
+
+@contextmanager
+def joined(device: torch.device, processes: Processes) -> Iterator[None]:
+    """The processes can add up inside: with gloo on CPUs, nccl on GPUs."""
+    if processes.count == 1 or dist.is_initialized():
+        yield
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ArgumentError(
+            f"the {processes.count} processes of this run cannot join: {one_line(error)}"
+        ) from None
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

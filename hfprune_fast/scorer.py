@@ -1,0 +1,247 @@
+"""From a model and text to the table of scores: planned, run, kept safe on the way, added up."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hfprune_fast import architectures, checkpoint, loading, planning, processes
+from hfprune_fast._version import __version__
+from hfprune_fast.calibration import windows_for
+from hfprune_fast.errors import ArgumentError, CalibrationError
+from hfprune_fast.forward import MicroBatch, ResidentModel, as_batches, micro_batch
+from hfprune_fast.importance import ImportanceTable
+from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
+from hfprune_fast.report import say, token_bar
+from hfprune_fast.scoring import How, backend_for, no_totals, score_batches
+from hfprune_fast.state import Keeper, Totals
+from hfprune_fast.streaming import running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_SAMPLES = 128
+SAVE_SECONDS = 60.0
+
+
+def score(
+    model_or_path: PreTrainedModel | str | Path,
+    batches_or_source: Iterable[Any] | Tensor | NDArray[Any] | str | Path,
+    *,
+    samples: int | None = DEFAULT_SAMPLES,
+    seq_len: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str | None = None,
+    parity: bool = False,
+    offload: str = "auto",
+    memory_budget: str | None = None,
+    state_file: str | Path | None = None,
+    resume: bool = False,
+    save_seconds: float = SAVE_SECONDS,
+    distributed: bool = False,
+    progress: bool = False,
+) -> ImportanceTable:
+    """Score every MLP neuron of a model by the entropy criterion (arXiv 2603.08083).
+
+    Args:
+        model_or_path: a loaded causal language model, or a folder, hub name or `demo`.
+        batches_or_source: token batches: (B, T) integers each, or mappings with such `input_ids`
+            and an `attention_mask` of padding on one side; or one (N, T) tensor or array; or, for a
+            model given by path, a calibration source as `calibration.token_windows` takes it.
+        samples: sequences drawn from a source.
+        seq_len: tokens a sequence; 1024, or the model's longest if that is less.
+        seed: which documents and windows are drawn from a source.
+        batch_size: sequences that run at once; by default as many as suit the device and fit. The
+            scores do not depend on it but for rounding.
+        device, dtype: where and in what a model given by path runs, see `loading.blueprint`.
+        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
+            torch elsewhere.
+        parity: round products and totals to the model's dtype, one sequence at a time, as the
+            paper's code does: only for reproducing it, since bfloat16 totals lose most of their
+            digits.
+        offload: where the weights of a model given by path are: "none", on the device; "cpu", in
+            host memory, and "disk", in the checkpoint, from where they are brought layer by layer;
+            "auto", on the device if they fit. On a CPU it changes no bit of the scores.
+        memory_budget: such as "24GiB": what may be used on the device, instead of all that is free.
+        state_file: keep what has been added up so far in this file, every `save_seconds` (after
+            each pass if 0) and when interrupted. The caller deletes it when the table is safe.
+        resume: go on from `state_file`, if it exists.
+        distributed: torchrun started this program, and every process calls this function with the
+            same arguments: each does its share, and the table in each is that of all.
+        progress: show a bar on stderr.
+
+    Returns:
+        The table of all statistics, (L, F) float64, from which any ratio can be selected.
+
+    Raises:
+        HFPruneError: bad input, one line; its subclasses say which kind.
+    """
+    by_path = isinstance(model_or_path, str | Path)
+    if not by_path and (device, dtype) != ("auto", "auto"):
+        raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
+    if not by_path and state_file is not None:
+        raise ArgumentError("state_file needs the model by path, to tell it from others")
+    provenance: dict[str, Any] = {"criterion": "entropy", "versions": _versions()}
+    calibration: dict[str, Any] = {"source": "token batches"}
+    subject: loading.Blueprint | ResidentModel
+    if isinstance(model_or_path, str | Path):
+        own_device = processes.own_device(device) if distributed else device
+        # Refused now rather than after minutes of reading; float32 stands for what will be loaded.
+        backend_for(torch.empty(0, device=loading.torch_device(own_device)), backend, parity)
+        folder = checkpoint.find_model(model_or_path)
+        provenance["model"] = checkpoint.display_name(model_or_path)
+        provenance["model_fingerprint"] = checkpoint.fingerprint(folder)
+        if isinstance(batches_or_source, str | Path):
+            calibration = {"source": checkpoint.display_name(batches_or_source), "seed": seed}
+            batches_or_source = windows_for(folder, batches_or_source, seq_len, samples, seed)
+            calibration["seq_len"] = batches_or_source.shape[1]
+        subject = loading.blueprint(folder, dtype=dtype, device=own_device)
+        size = subject.checkpoint.size
+    else:
+        if isinstance(batches_or_source, str | Path):
+            raise ArgumentError(
+                "a loaded model is scored over token batches; give the model by path to use text"
+            )
+        subject = ResidentModel(model_or_path)
+        size = architectures.size_of(model_or_path)
+    like = torch.empty(0, device=subject.device, dtype=subject.dtype)
+    backend = backend_for(like, backend, parity)
+    shape = planning.ModelShape.of(size, subject.model.config)
+    given = [micro_batch(b, shape.vocab_size) for b in as_batches(batches_or_source, 1 << 62)]
+    if not given:
+        raise CalibrationError("no token batches to score with; expected at least one sequence")
+    together = processes.launched() if distributed else processes.Processes()
+    if resume and together.count > 1:
+        raise ArgumentError("--resume is for one process; several keep no state to go on from")
+    keeper = Keeper(
+        None if together.count > 1 or state_file is None else Path(state_file), save_seconds
+    )
+    one_tensor = isinstance(batches_or_source, Tensor) or hasattr(batches_or_source, "__array__")
+    plan = planning.plan_scoring(
+        shape,
+        device=subject.device,
+        dtype=subject.dtype,
+        seq_len=max(batch.ids.shape[1] for batch in given),
+        sequences=sum(len(batch.ids) for batch in given),
+        batch_size=keeper.kept_batch_size() if resume and batch_size is None else batch_size,
+        largest=None if one_tensor else max(len(batch.ids) for batch in given),
+        offload=offload,
+        memory_budget=memory_budget,
+        loaded=not by_path,
+        parity=parity,
+    )
+    batches = [part for batch in given for part in batch.split(plan.batch_size)]
+    sequences, tokens = sum(len(b.ids) for b in batches), sum(b.tokens for b in batches)
+    data_sha256 = _digest(batches)
+    keeper.identity = {
+        "model_fingerprint": provenance.get("model_fingerprint"),
+        "data_sha256": data_sha256,
+        "batch_size": plan.batch_size,
+        "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "backend": backend,
+        "parity": parity,
+    }
+    if progress:
+        say(f"scoring with {plan}")
+    how = How(
+        backend=backend,
+        parity=parity,
+        recompute=plan.recompute,
+        inputs_on_host=plan.inputs_on_host,
+        pass_tokens=plan.pass_tokens,
+        logits_budget_bytes=plan.logits_budget_bytes,
+    )
+    with (
+        processes.joined(subject.device, together),
+        subject if isinstance(subject, ResidentModel) else running(subject, plan.offload) as model,
+        keeper.kept_if_interrupted(sequences),
+    ):
+        totals, most = no_totals(model, parity), plan.batch_size
+        if resume:
+            totals, most = keeper.resume(totals) or (totals, most)
+        share = together.deal(_after(batches, totals.samples, most))
+        todo_tokens = sum(batch.tokens for batch in share)
+        with token_bar("scoring", todo_tokens, progress, shape.flops_per_token) as done:
+            totals = score_batches(model, share, how, totals, committed=keeper.committed, done=done)
+        totals = _sum(totals, together)
+    assert (totals.samples, totals.tokens) == (sequences, tokens)
+    provenance |= {
+        "calibration": {**calibration, "data_sha256": data_sha256},
+        "dtype": keeper.identity["dtype"],
+        "backend": backend,
+        "parity": parity,
+        "batch_size": plan.batch_size,
+        "samples": sequences,
+        "tokens": tokens,
+        "entropy_nats": totals.entropy_nats / sequences,
+    }
+    return ImportanceTable(
+        **TaylorStatistics(*totals.statistics.double().cpu().unbind())._asdict(),
+        down_norm=totals.down_norm.cpu(),
+        model=size,
+        provenance=provenance,
+    )
+
+
+def _after(batches: list[MicroBatch], samples: int, most: int) -> list[MicroBatch]:
+    """Return what is left when so many sequences are done, in micro-batches of at most `most`."""
+    left: list[MicroBatch] = []
+    for batch in batches:
+        done = min(samples, len(batch.ids))
+        samples -= done
+        if done < len(batch.ids):
+            left += MicroBatch(batch.ids[done:], batch.lengths[done:]).split(most)
+    return left
+
+
+def _sum(totals: Totals, together: processes.Processes) -> Totals:
+    """Return the totals of all processes, from one all-reduce."""
+    if together.count == 1:
+        return totals
+    norms = totals.down_norm if together.rank == 0 else torch.zeros_like(totals.down_norm)
+    numbers = [totals.samples, totals.tokens, totals.entropy_nats]
+    parts = [
+        totals.statistics.double(),
+        norms,
+        torch.tensor(numbers, dtype=torch.float64, device=norms.device),
+    ]
+    flat = torch.cat([part.flatten() for part in parts])
+    together.add(flat)
+    statistics, norms, counted = (
+        piece.view(part.shape)
+        for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+    )
+    samples, tokens, entropy_nats = counted.tolist()
+    return Totals(statistics, norms, round(samples), round(tokens), entropy_nats)
+
+
+def _digest(batches: Iterable[MicroBatch]) -> str:
+    """sha256 of each sequence's length and ids, so of the data and not of its batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for ids, length in zip(batch.ids.numpy().astype("<i8"), batch.lengths, strict=True):
+            digest.update(f"{length}:".encode() + ids[:length].tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str | None]:
+    import transformers
+
+    return {
+        "hfprune_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": TRITON_VERSION,
+        "python": platform.python_version(),
+    }

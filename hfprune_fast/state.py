@@ -1,0 +1,148 @@
+"""What scoring has added up so far, and the file that it is kept in, to go on from after a kill.
+
+The file is a safetensors file of the tensors of `Totals`, whose metadata hold the rest, and what
+the run is of. It appears whole or not at all, so a kill leaves the state of one pass or another.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hfprune_fast.errors import ResumeError, one_line
+from hfprune_fast.output import write_whole
+from hfprune_fast.report import say
+
+_FORMAT = "hfprune_state"
+_VERSION = 1
+_TENSORS = ("statistics", "down_norm")
+_NUMBERS = ("samples", "tokens", "entropy_nats")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What has been added up over the sequences so far."""
+
+    statistics: Tensor  # (4, L, F) fp64 in the order of TaylorStatistics; parity: the model's dtype
+    down_norm: Tensor  # (L, F) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
+    samples: int = 0
+    tokens: int = 0
+    entropy_nats: float = 0.0  # sum over the sequences
+
+
+class Keeper:
+    """Keeps the totals of a run in a file, every so many seconds and at an interruption.
+
+    Args:
+        file: where; None keeps nothing.
+        seconds: between two writes; 0 writes after each pass.
+    """
+
+    def __init__(self, file: Path | None, seconds: float) -> None:
+        self._file, self._seconds = file, seconds
+        self._written = time.monotonic()
+        self._unwritten: tuple[Totals, int] | None = None
+        self.identity: Mapping[str, Any] = {}  # what tells this run from others, a JSON mapping
+
+    def committed(self, totals: Totals, batch_size: int) -> None:
+        """Take new totals, and how many sequences a micro-batch has at most by now."""
+        self._unwritten = totals, batch_size
+        if time.monotonic() - self._written >= self._seconds:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is not yet written."""
+        if self._file is not None and self._unwritten is not None:
+            _save(self._file, self.identity, *self._unwritten)
+            self._written, self._unwritten = time.monotonic(), None
+
+    @contextmanager
+    def kept_if_interrupted(self, sequences: int) -> Iterator[None]:
+        """Write when Ctrl-C, a signal or an error ends what runs inside, and say how to go on."""
+        try:
+            yield
+        except BaseException:
+            self.write()
+            if self._file is not None and self._file.exists():
+                done = _read(self._file)[0]["samples"]
+                say(
+                    f"{done} of {sequences} sequences are kept in {self._file}; "
+                    "the same command with --resume goes on from there"
+                )
+            raise
+
+    def kept_batch_size(self) -> int | None:
+        """Return the batch size that the run in the file began with, None without a file."""
+        if self._file is None or not self._file.exists():
+            return None
+        size: int = _read(self._file)[0]["identity"].get("batch_size")
+        return size
+
+    def resume(self, like: Totals) -> tuple[Totals, int] | None:
+        """Return what the file holds: totals, and the most sequences that a micro-batch had.
+
+        Args:
+            like: totals of the shape, dtype and device that the run needs.
+
+        Raises:
+            ResumeError: the file is damaged, or of another run; the difference is named.
+        """
+        if self._file is None or not self._file.exists():
+            say(f"nothing to resume: there is no {self._file}; starting from the beginning")
+            return None
+        header, tensors = _read(self._file)
+        # As it comes back from JSON, in which a tuple is a list.
+        wanted, found = json.loads(json.dumps(self.identity)), header["identity"]
+        differing = [
+            f"{key} {found.get(key)}, not {wanted.get(key)}"
+            for key in [*wanted, *(found.keys() - wanted.keys())]
+            if found.get(key) != wanted.get(key)
+        ]
+        for name, tensor in tensors.items():
+            ours = getattr(like, name)
+            if (tensor.shape, tensor.dtype) != (ours.shape, ours.dtype):
+                differing.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
+        if differing:
+            raise ResumeError(
+                f"{self._file} is of another run: {'; '.join(differing)}; "
+                "--force discards it and starts anew"
+            )
+        moved = {name: tensor.to(like.statistics.device) for name, tensor in tensors.items()}
+        say(f"going on after {header['samples']} sequences, from {self._file}")
+        fields: dict[str, Any] = {**moved, **{name: header[name] for name in _NUMBERS}}
+        return Totals(**fields), header["most"]
+
+
+def _save(file: Path, identity: Mapping[str, Any], totals: Totals, most: int) -> None:
+    numbers = {name: getattr(totals, name) for name in _NUMBERS}
+    header = {"format_version": _VERSION, "identity": identity, "most": most, **numbers}
+    tensors = {name: getattr(totals, name).cpu().contiguous() for name in _TENSORS}
+    write_whole(file, save(tensors, {_FORMAT: json.dumps(header)}))
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})[_FORMAT])
+            tensors = {name: opened.get_tensor(name) for name in _TENSORS}
+        if header["format_version"] != _VERSION:
+            raise ValueError(f"format version {header['format_version']}, not {_VERSION}")
+        header["identity"].keys()
+        for name in ("most", *_NUMBERS):
+            if not header[name] >= 0:
+                raise ValueError(f"{name} is {header[name]}")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ResumeError(
+            f"{file} is not what an interrupted `hfprune score` left, or is damaged "
+            f"({one_line(error)}); --force discards it and starts anew"
+        ) from None
+    return header, tensors
