@@ -26,8 +26,13 @@ from hfprune_fast.report import human_bytes, parse_bytes
 OFFLOADS = ("auto", "none", "cpu", "disk")
 # What a micro-batch should hold to keep the device's matrix unit busy.
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
-# A pass of so many hides the transfers behind the work; less if the layers' inputs do not fit.
+# What a pass must hold for the work to hide the transfers of a large model's weights to a GPU.
+_HIDING_TOKENS = 16384
+# As in `kernels.linear_entropy`; the least is what a small budget is cut down to.
 _MOST_LOGITS_BYTES, _LEAST_LOGITS_BYTES, _LEAST_LOGITS_ROWS = 256 << 20, 16 << 20, 512
+# Allocators keep some of what is freed, and reuse less of it where sizes change (measured, CPU).
+_STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
+_LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
 
 
@@ -193,17 +198,16 @@ class _Reckoner:
     def _streamed(self, batch_size: int, offload: str, weights: int) -> Plan:
         """As large a pass as there is memory for the layers' inputs."""
         on_host = self.device.type != "cpu"
+        host = available_bytes(torch.device("cpu")) if on_host else 0
         if offload == "auto":
-            offload = "disk"
-            if on_host and available_bytes(torch.device("cpu")) > 1.2 * self.weights:
-                offload = "cpu"
+            needed = self.weights + 2 * self._input_bytes(_HIDING_TOKENS)
+            offload = "cpu" if host > needed else "disk"
         rows = batch_size * self.seq_len
         alone = self._plan(batch_size, offload, True, weights, rows)
         room = self.free - alone.total_bytes
         if on_host:
-            room = available_bytes(torch.device("cpu")) // 2
-            room -= self.weights if offload == "cpu" else 0
-        more = max(0, room // self._input_bytes(1))
+            room = (host - (self.weights if offload == "cpu" else 0)) // 2
+        more = max(0, int(room / _RECOMPUTE_SLACK) // self._input_bytes(1))
         tokens = min(rows + more, self.sequences * self.seq_len) // rows * rows
         return self._plan(batch_size, offload, True, weights, max(rows, tokens))
 
@@ -232,7 +236,7 @@ class _Reckoner:
         logits = self._logits(weights)
         row = self.shape.vocab_size * s
         buffer = max(_MOST_LOGITS_BYTES, _LEAST_LOGITS_ROWS * row) if logits is None else logits
-        head = min(buffer, rows * row * 3) + (20 << 20) + rows * hidden * (3 * s + 3 * w)
+        head = min(buffer, rows * row) + rows * hidden * (3 * s + 3 * w)
         held = (1 if recompute else self.layers) * graph
         if recompute:
             held += 0 if on_host else self._input_bytes(max(rows, pass_tokens))
@@ -247,7 +251,8 @@ class _Reckoner:
             inputs_on_host=on_host,
             logits_budget_bytes=logits,
             weights_bytes=weights,
-            activations_bytes=activations,
+            activations_bytes=_LIBRARIES_BYTES
+            + int(activations * (_RECOMPUTE_SLACK if recompute else _STORE_SLACK)),
             tables_bytes=self.tables,
             free_bytes=self.free,
         )

@@ -198,7 +198,7 @@ class _Pass:
         model = self.model
         staged, down_norm = totals.statistics.clone(), totals.down_norm.clone()
         scales = [self._grad_scale(batch, attempt) for batch in self.batches]
-        hidden = [model.begin(batch) for batch in self.batches]
+        hidden = [self._hold(model.begin(batch)) for batch in self.batches]
         for layer in range(self.layers):
             with model.weights_of(layer, then=layer + 1):
                 if totals.samples == 0:
@@ -233,9 +233,9 @@ class _Pass:
 
     def _forward(self, layer: int, i: int, hidden: Tensor, staged: Tensor, scale: float) -> Tensor:
         if self.how.recompute:
-            self.inputs[i].append(_to_host(hidden) if self.how.inputs_on_host else hidden)
+            self.inputs[i].append(hidden)
             with torch.no_grad():
-                return self.model.run(layer, hidden, self.batches[i])
+                return self._hold(self.model.run(layer, self._brought(hidden), self.batches[i]))
         self._with_graph(layer, i, hidden, staged, scale, only_backward=False)
         return self.outputs[i][-1].detach()
 
@@ -262,7 +262,7 @@ class _Pass:
     def _head(self, i: int, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Return the sum of the sequences' losses and the gradient at the last layer's output."""
         batch, head = self.batches[i], self.model.parts.head
-        hidden = hidden.detach().requires_grad_()
+        hidden = self._brought(hidden).detach().requires_grad_()
         with torch.enable_grad():
             normed = self.model.parts.norm(hidden)
         row_weight = torch.tensor([1 / n for n in batch.lengths], dtype=torch.float64)
@@ -281,24 +281,30 @@ class _Pass:
         )
         normed.backward(d_normed.view_as(normed))
         assert hidden.grad is not None
-        return loss, hidden.grad
+        return loss, self._hold(hidden.grad)
 
     def _backward(
         self, layer: int, i: int, d_output: Tensor, staged: Tensor, scale: float
     ) -> Tensor:
         """Return the gradient at a layer's input; nothing of use at the first's."""
         if self.how.recompute:
-            hidden = self.inputs[i].pop().to(self.model.device, non_blocking=True)
+            hidden = self._brought(self.inputs[i].pop())
             self._with_graph(layer, i, hidden, staged, scale, only_backward=True)
         hidden, output = self.inputs[i].pop(), self.outputs[i].pop()
-        output.backward(d_output)
-        return d_output if hidden.grad is None else hidden.grad
+        output.backward(self._brought(d_output))
+        return d_output if hidden.grad is None else self._hold(hidden.grad)
 
+    def _hold(self, tensor: Tensor) -> Tensor:
+        """Put away what is needed again when a layer has run for all micro-batches."""
+        if not self.how.inputs_on_host:
+            return tensor
+        # The copies are ordered by the device's stream, so nothing waits for them here.
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return pinned.copy_(tensor, non_blocking=True)
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """Copy to memory from which the device can read on its own; ordered by the device's stream."""
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return pinned.copy_(tensor, non_blocking=True)
+    def _brought(self, tensor: Tensor) -> Tensor:
+        """Return what was put away, on the device."""
+        return tensor.to(self.model.device, non_blocking=True)
 
 
 def column_norms(weight: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""The arithmetic of the HFPrune paper's script, as a baseline: what it computes and what it wastes.
+
+In our own words: no code is taken from visresearch/HFPrune. For each sequence, alone in its batch,
+the loss is the mean over its positions of H = -Σ p log p, and then
+
+    score[l] += Σ_t |a_t · g_t|      a the input of layer l's down_proj, g = dloss/da
+
+with the product, the sum and the total all rounded to the model's dtype. Kept as it is there:
+
+- the MLPs' weights require a gradient, so theirs are computed and kept, and nobody reads them;
+- the logits are upcast to fp32 twice where they are not fp32, and softmax, log_softmax and their
+  product are each made whole, (T, V) fp32; autograd makes as many again;
+- logits, probabilities, their logarithms and a KV cache that nobody asked for are held, by their
+  names, through the backward pass and until the next sequence's take their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Tensors = dict[int, Tensor]
+
+
+def score(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Score every MLP neuron over sequences ids (N, T); return (L, F) in the model's dtype.
+
+    The model is left as it was found: no gradient, no hook, the same parameters frozen.
+    """
+    mlps: list[Any] = [layer.mlp for layer in model.get_decoder().layers]
+    weights = [m.weight for mlp in mlps for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    totals = [torch.zeros_like(mlp.down_proj.weight[0]) for mlp in mlps]
+    acts: Tensors = {}
+    grads: Tensors = {}
+    with _only_these_learn(model, weights), _hooked(mlps, acts, grads):
+        for sequence in ids:
+            model.zero_grad()
+            output = model(input_ids=sequence[None])
+            p = torch.softmax(output.logits.float(), dim=-1)
+            log_p = torch.log_softmax(output.logits.float(), dim=-1)
+            (p * log_p).sum(dim=-1).neg().mean().backward()
+            for layer, total in enumerate(totals):
+                total += (acts[layer] * grads[layer]).abs().sum(dim=(0, 1))
+            acts.clear()
+            grads.clear()
+    return torch.stack(totals)
+
+
+@contextmanager
+def _only_these_learn(model: PreTrainedModel, weights: list[Tensor]) -> Iterator[None]:
+    """Evaluation mode and gradients for these weights alone inside; as found afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    model.eval().requires_grad_(False)
+    model.zero_grad()
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p, (required, grad) in before.items():
+            p.requires_grad_(required).grad = grad
+
+
+@contextmanager
+def _hooked(mlps: list[Any], acts: Tensors, grads: Tensors) -> Iterator[None]:
+    """Keep every down_proj's input of the forward pass, and the gradient there of the backward."""
+
+    def keep_act(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            acts[layer] = inputs[0].detach()
+
+        return hook
+
+    def keep_grad(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, grad_input: tuple[Tensor], grad_output: tuple[Tensor]) -> None:
+            grads[layer] = grad_input[0].detach()
+
+        return hook
+
+    handles = []
+    for layer, mlp in enumerate(mlps):
+        handles.append(mlp.down_proj.register_forward_hook(keep_act(layer)))
+        handles.append(mlp.down_proj.register_full_backward_hook(keep_grad(layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
