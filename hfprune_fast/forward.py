@@ -194,7 +194,7 @@ class ResidentModel:
         with torch.no_grad(), _stubs(self, calls):
             embeddings = self.embed(batch.ids)
             hidden: Tensor = self.parts.decoder(
-                inputs_embeds=embeddings, use_cache=False
+                inputs_embeds=embeddings, use_cache=False, return_dict=True
             ).last_hidden_state
         assert len(calls) == len(self.parts.layers), "the decoder skipped a layer"
         if len(self._calls) >= _CALLS_KEPT:
