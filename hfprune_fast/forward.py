@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CALLS_KEPT = 16  # position embeddings and masks, of that many shapes of micro-batches
-_MUST_BE = "token batches must be (B, T) integers, or mappings with such input_ids"
+_IDS_MUST_BE = "token batches must be (B, T) integers, or mappings with such input_ids"
+_MASK_MUST_BE = "attention_mask must be (B, T) integers"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ class MicroBatch:
 def as_batches(batches: Any, batch_size: int = 1) -> Iterable[Any]:
     """Split one (N, T) tensor or array into batches; an iterable of batches stays what it is."""
     split: Iterable[Any] = batches
-    if isinstance(batches, Tensor | np.ndarray):
+    if isinstance(batches, Tensor | np.ndarray) and batches.ndim > 0:
         split = torch.as_tensor(batches).split(batch_size)
-    elif isinstance(batches, Mapping):
-        raise CalibrationError(f"{_MUST_BE}, in a list or another iterable; got one mapping")
+    elif isinstance(batches, Mapping | Tensor | np.ndarray) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"{_IDS_MUST_BE}, in a list or another iterable; got one {type(batches).__name__}"
+        )
     return split
 
 
@@ -74,10 +77,10 @@ def micro_batch(batch: Any, vocab: int) -> MicroBatch:
     attention_mask = None
     if isinstance(batch, Mapping):
         batch, attention_mask = batch.get("input_ids"), batch.get("attention_mask")
-    ids = _integers(batch)
+    ids = _integers(batch, _IDS_MUST_BE)
     lengths = (ids.shape[1],) * len(ids)
     if attention_mask is not None:
-        mask = _integers(attention_mask) != 0
+        mask = _integers(attention_mask, _MASK_MUST_BE) != 0
         if mask.shape != ids.shape:
             raise CalibrationError(
                 f"attention_mask must be {tuple(ids.shape)} as input_ids, got {tuple(mask.shape)}"
@@ -98,14 +101,14 @@ def micro_batch(batch: Any, vocab: int) -> MicroBatch:
     return MicroBatch(ids, lengths)
 
 
-def _integers(batch: Any) -> Tensor:
+def _integers(batch: Any, must_be: str) -> Tensor:
     """Return a batch as a non-empty (B, T) int64 tensor on the CPU."""
     try:
         ids = torch.as_tensor(batch)
     except (TypeError, ValueError, RuntimeError):
-        raise CalibrationError(f"{_MUST_BE}, got {type(batch).__name__}") from None
+        raise CalibrationError(f"{must_be}, got {type(batch).__name__}") from None
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.is_complex():
-        raise CalibrationError(f"{_MUST_BE}, not empty; got {tuple(ids.shape)} {ids.dtype}")
+        raise CalibrationError(f"{must_be}, not empty; got {tuple(ids.shape)} {ids.dtype}")
     return ids.to("cpu", torch.int64)
 
 
