@@ -26,10 +26,10 @@ from hfprune_fast.architectures import GatedMLP
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
 
 _ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
 }
 
 
@@ -82,19 +82,26 @@ def known_activation(mlp: GatedMLP) -> str | None:
     """Return the activation's name in our kernels, or None for an MLP that must be hooked.
 
     Known are the MLP classes of transformers as they are: plain linear layers, no hooks, no forward
-    of the instance's own.
+    of the instance's own, the activation's included.
     """
-    module, linears = mlp.module, (mlp.gate, mlp.up, mlp.down)
-    plain = (
-        type(module).__module__.startswith("transformers.models.")
-        and "forward" not in vars(module)
-        and all(type(linear) is nn.Linear and "forward" not in vars(linear) for linear in linears)
-        and not any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in (module, *linears)
-        )
+    linears = (mlp.gate, mlp.up, mlp.down)
+    act_fn = getattr(mlp.module, "act_fn", None)
+    changed = any(
+        "forward" in vars(m)
+        or m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        for m in (mlp.module, act_fn, *linears)
+        if isinstance(m, nn.Module)
     )
-    return _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__) if plain else None
+    if (
+        changed
+        or not type(mlp.module).__module__.startswith("transformers.models.")
+        or any(type(linear) is not nn.Linear for linear in linears)
+    ):
+        return None
+    return _ACTIVATIONS.get(f"{type(act_fn).__module__}.{type(act_fn).__name__}")
 
 
 def _at_down_proj(scoring: Scoring, needs_grad: bool) -> Callable[..., tuple[Tensor, ...]]:
