@@ -126,7 +126,7 @@ def test_a_power_of_two_in_the_gradient_is_taken_out_of_the_statistics() -> None
 def test_only_gate_and_up_are_kept_and_only_act_in_the_first_layer(
     dtype: torch.dtype, needs_grad: bool, only_backward: bool
 ) -> None:
-    mlp, (x, _) = llama_mlp(dtype), inputs(dtype)
+    mlp, (x, d_out) = llama_mlp(dtype), inputs(dtype)
     gate, up = mlp.gate(x), mlp.up(x)
     wanted = (gate, up) if needs_grad else (mlp.module.act_fn(gate) * up,)
     x.requires_grad_(needs_grad)
@@ -136,12 +136,17 @@ def test_only_gate_and_up_are_kept_and_only_act_in_the_first_layer(
         scored(mlp, scoring, needs_grad=needs_grad, only_backward=only_backward),
     ):
         out = mlp.module(x)
-    kept: Any = out.grad_fn
-    assert len(kept.saved_tensors) == len(wanted)
-    assert all(torch.equal(a, b) for a, b in zip(kept.saved_tensors, wanted, strict=True))
+    saved = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert len(saved) == len(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(saved, wanted, strict=True))
     live_bytes = sum(size for ref, size in watch.live if not ref.expired())
     out_bytes = out.untyped_storage().nbytes()
     assert live_bytes - out_bytes == len(wanted) * B * S * F * dtype.itemsize
+    if only_backward and needs_grad:
+        assert watch.peak == live_bytes  # act is not even made
+    out.backward(d_out)
+    if needs_grad:  # their gradients are where they were
+        assert not any(torch.equal(a, b) for a, b in zip(saved, wanted, strict=True))
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
