@@ -4,6 +4,9 @@ On a CPU with offload "disk" weights are used where they are, in the mapped file
 pages are asked for ahead and a layer's are given back after use. Everywhere else two buffers of the
 largest layer's size take turns: a thread fills one, from host memory or from the file, while the
 layer in the other runs; on a GPU the copy has a stream of its own.
+
+On a CPU a product's last bits can depend on where in a cache line its weight begins, so a weight
+begins there wherever it is put: as in the file, or, where it had to be copied, at the start.
 """
 
 from __future__ import annotations
@@ -108,7 +111,8 @@ class StreamedModel(ResidentModel):
             head = super().head()
             if isinstance(self._source, _Mapped):
                 return head
-            return Linear(head.weight.clone(), None if head.bias is None else head.bias.clone())
+            bias = None if head.bias is None else head.bias.clone()
+            return Linear(_copy_in_line(head.weight), bias)
 
     def final_hidden(
         self, batches: Sequence[MicroBatch], done: Callable[[float], object] = lambda tokens: None
@@ -125,6 +129,13 @@ class StreamedModel(ResidentModel):
             self._checked.add(name)
 
 
+def _copy_in_line(tensor: Tensor) -> Tensor:
+    """Return a copy that begins where in a cache line the tensor does."""
+    shift = tensor.data_ptr() % _ALIGN_BYTES // tensor.itemsize
+    room = tensor.new_empty(shift + tensor.numel())
+    return room[shift:].view_as(tensor).copy_(tensor)
+
+
 class _File:
     """Tensors of a checkpoint, mapped."""
 
@@ -137,17 +148,28 @@ class _File:
     def stored(self, name: str) -> Tensor:
         """Return a tensor as it is stored, in the file's pages; it must not be written to."""
         info = self._checkpoint.tensors[name]
-        data = self._checkpoint.data(name)
-        if self._checkpoint.files[info.file].tensors[name][2] % TORCH_DTYPES[info.dtype].itemsize:
-            data = memoryview(bytearray(data))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            tensor = torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype])
-        return tensor.view(info.shape)
+            tensor = torch.frombuffer(self._checkpoint.data(name), dtype=torch.uint8)
+        stored = TORCH_DTYPES[info.dtype]
+        if self._begin(name) % stored.itemsize:
+            tensor = tensor.clone()
+        return tensor.view(stored).view(info.shape)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in the dtype to run in, in the file's pages where that can be."""
         return self.stored(name).to(self.dtype)
+
+    def in_line(self, name: str) -> int:
+        """Return where in a cache line the data of `tensor` begin, in elements."""
+        begin = self._begin(name)
+        is_stored = TORCH_DTYPES[self._checkpoint.tensors[name].dtype] == self.dtype
+        in_pages = is_stored and begin % self.dtype.itemsize == 0
+        return begin % _ALIGN_BYTES // self.dtype.itemsize if in_pages else 0
+
+    def _begin(self, name: str) -> int:
+        begin: int = self._checkpoint.files[self._checkpoint.tensors[name].file].tensors[name][2]
+        return begin
 
     def ask_for(self, name: str) -> None:
         self._checkpoint.data(name)  # which has the pages read ahead
@@ -203,8 +225,8 @@ class _Buffered:
         for names in tensors:
             end, places = 0, {}
             for name in names:
-                places[name] = end
-                end += -(-math.prod(file.shape(name)) // step) * step
+                places[name] = end + (0 if self._cuda else file.in_line(name))
+                end = -(-(places[name] + math.prod(file.shape(name))) // step) * step
             self._places.append(places)
             self._sizes.append(end)
         self._host: dict[int, Tensor] = {}
