@@ -170,10 +170,12 @@ def score(
         totals, most = no_totals(model, parity), plan.batch_size
         if resume:
             totals, most = keeper.resume(totals) or (totals, most)
-        share = together.deal(_after(batches, totals.samples, most))
-        todo_tokens = sum(batch.tokens for batch in share)
+        share = together.deal(batches)
+        todo_tokens = sum(batch.tokens for batch in share) - totals.tokens
         with token_bar("scoring", todo_tokens, progress, shape.flops_per_token) as done:
-            totals = score_batches(model, share, how, totals, committed=keeper.committed, done=done)
+            totals = score_batches(
+                model, share, how, totals, most=most, committed=keeper.committed, done=done
+            )
         totals = _sum(totals, together)
     assert (totals.samples, totals.tokens) == (sequences, tokens)
     provenance |= {
@@ -192,17 +194,6 @@ def score(
         model=size,
         provenance=provenance,
     )
-
-
-def _after(batches: list[MicroBatch], samples: int, most: int) -> list[MicroBatch]:
-    """Return what is left when so many sequences are done, in micro-batches of at most `most`."""
-    left: list[MicroBatch] = []
-    for batch in batches:
-        done = min(samples, len(batch.ids))
-        samples -= done
-        if done < len(batch.ids):
-            left += MicroBatch(batch.ids[done:], batch.lengths[done:]).split(most)
-    return left
 
 
 def _sum(totals: Totals, together: processes.Processes) -> Totals:

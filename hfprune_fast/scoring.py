@@ -61,6 +61,7 @@ def score_batches(
     how: How,
     totals: Totals | None = None,
     *,
+    most: int | None = None,
     committed: Callable[[Totals, int], object] = lambda totals, most: None,
     done: Callable[[float], object] = lambda tokens: None,
 ) -> Totals:
@@ -70,21 +71,22 @@ def score_batches(
 
     Args:
         model: entered, so in evaluation mode.
-        batches: micro-batches that are still to be done.
+        batches: micro-batches, also those that are done.
         how: ways and means.
-        totals: what to add to, by default nothing.
+        totals: those of the first sequences, which are done; by default of none.
+        most: how many sequences a micro-batch may have, if by now less than they have.
         committed: called after each pass with the new totals and the most sequences that a
             micro-batch now has.
-        done: called with the tokens that were worked on, a layer at a time; in all, as many as the
-            batches hold.
+        done: called with the tokens that were worked on, a layer at a time; in all, as many as
+            there were to do.
 
     Raises:
         MemoryShortageError: not even one sequence fits, with recomputing.
         NumericsError: NaN or inf in a weight or a layer's activations or gradients, named.
     """
     totals = totals or no_totals(model, how.parity)
-    todo = list(batches)
-    most = max((len(batch.ids) for batch in todo), default=0)
+    most = most or max((len(batch.ids) for batch in batches), default=0)
+    todo = _left(batches, totals.samples, most)
     while todo:
         a_pass = _next_pass(todo, how.pass_tokens)
         run = _Pass(model, a_pass, how, done)
@@ -106,7 +108,7 @@ def score_batches(
         largest = max(len(batch.ids) for batch in a_pass)
         if largest > 1:
             most = (largest + 1) // 2
-            todo = [part for batch in todo for part in batch.split(most)]
+            todo = _left(batches, totals.samples, most)
             say(f"out of memory; going on with micro-batches of {most}")
         elif not how.recompute:
             how = replace(how, recompute=True)
@@ -128,6 +130,20 @@ def backend_for(tensor: Tensor, backend: str | None, parity: bool) -> str:
     if parity and chosen == "triton":
         raise ArgumentError("parity rounds as plain torch does; backend must be torch, got triton")
     return chosen
+
+
+def _left(batches: Sequence[MicroBatch], samples: int, most: int) -> list[MicroBatch]:
+    """Return what is left when so many sequences are done, in micro-batches of at most `most`.
+
+    Of nothing else, so that a run that is resumed goes on with the same ones.
+    """
+    left: list[MicroBatch] = []
+    for batch in batches:
+        done = min(samples, len(batch.ids))
+        samples -= done
+        if done < len(batch.ids):
+            left += MicroBatch(batch.ids[done:], batch.lengths[done:]).split(most)
+    return left
 
 
 def _next_pass(todo: list[MicroBatch], tokens: int) -> list[MicroBatch]:
