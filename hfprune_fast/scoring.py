@@ -67,7 +67,8 @@ def score_batches(
 ) -> Totals:
     """Score every MLP neuron over micro-batches, in their order.
 
-    Out of memory, micro-batches are halved, then layers recomputed, and the pass is run again.
+    Out of memory, micro-batches and passes are halved, then layers recomputed, and the pass is run
+    again.
 
     Args:
         model: entered, so in evaluation mode.
@@ -106,10 +107,14 @@ def score_batches(
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         largest = max(len(batch.ids) for batch in a_pass)
-        if largest > 1:
+        passes = ""
+        if len(a_pass) > 1:  # whose layers' inputs may be what did not fit
+            how = replace(how, pass_tokens=sum(batch.ids.numel() for batch in a_pass) // 2)
+            passes = f", at most {how.pass_tokens} tokens a pass"
+        if largest > 1 or passes:
             most = (largest + 1) // 2
             todo = _left(batches, totals.samples, most)
-            say(f"out of memory; going on with micro-batches of {most}")
+            say(f"out of memory; going on with micro-batches of {most}{passes}")
         elif not how.recompute:
             how = replace(how, recompute=True)
             say("out of memory; going on with layers recomputed in the backward")
