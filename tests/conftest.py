@@ -15,12 +15,13 @@ import hfprune_fast.kernels  # noqa: F401
 del os.environ["TRITON_INTERPRET"]
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import random_llama
 from transformers import PreTrainedModel
 
@@ -49,6 +50,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches a network, also where there is one."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for one another take long over tiny products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
