@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hfprune_fast.errors import ResumeError, one_line
+from hfprune_fast.errors import OutputError, ResumeError, one_line
 from hfprune_fast.output import write_whole
 from hfprune_fast.report import say
 
@@ -51,6 +51,8 @@ class Keeper:
         self._file, self._seconds = file, seconds
         self._written = time.monotonic()
         self._unwritten: tuple[Totals, int] | None = None
+        self._kept = 0  # sequences of this run that are in the file
+        self._warned = False
         self.identity: Mapping[str, Any] = {}  # what tells this run from others, a JSON mapping
 
     def committed(self, totals: Totals, batch_size: int) -> None:
@@ -60,10 +62,19 @@ class Keeper:
             self.write()
 
     def write(self) -> None:
-        """Write what is not yet written."""
-        if self._file is not None and self._unwritten is not None:
-            _save(self._file, self.identity, *self._unwritten)
-            self._written, self._unwritten = time.monotonic(), None
+        """Write what is not yet written; that it cannot be is told once, and no reason to end."""
+        if self._file is None or self._unwritten is None:
+            return
+        self._written = time.monotonic()
+        totals, batch_size = self._unwritten
+        try:
+            _save(self._file, self.identity, totals, batch_size)
+        except OutputError as error:
+            if not self._warned:
+                say(f"what is scored so far is only in memory, not kept for --resume: {error}")
+            self._warned = True
+        else:
+            self._kept, self._unwritten = totals.samples, None
 
     @contextmanager
     def kept_if_interrupted(self, sequences: int) -> Iterator[None]:
@@ -72,10 +83,9 @@ class Keeper:
             yield
         except BaseException:
             self.write()
-            if self._file is not None and self._file.exists():
-                done = _read(self._file)[0]["samples"]
+            if self._kept:
                 say(
-                    f"{done} of {sequences} sequences are kept in {self._file}; "
+                    f"{self._kept} of {sequences} sequences are kept in {self._file}; "
                     "the same command with --resume goes on from there"
                 )
             raise
@@ -117,7 +127,8 @@ class Keeper:
                 "--force discards it and starts anew"
             )
         moved = {name: tensor.to(like.statistics.device) for name, tensor in tensors.items()}
-        say(f"going on after {header['samples']} sequences, from {self._file}")
+        self._kept = header["samples"]
+        say(f"going on after {self._kept} sequences, from {self._file}")
         fields: dict[str, Any] = {**moved, **{name: header[name] for name in _NUMBERS}}
         return Totals(**fields), header["most"]
 
