@@ -145,6 +145,9 @@ def score(
     data_sha256 = _digest(batches)
     keeper.identity = {
         "model_fingerprint": provenance.get("model_fingerprint"),
+        "samples": sequences,
+        "seq_len": max(batch.ids.shape[1] for batch in batches),
+        "seed": calibration.get("seed"),
         "data_sha256": data_sha256,
         "batch_size": plan.batch_size,
         "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],

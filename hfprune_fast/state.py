@@ -7,6 +7,7 @@ the run is of. It appears whole or not at all, so a kill leaves the state of one
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,7 +54,8 @@ class Keeper:
         self._unwritten: tuple[Totals, int] | None = None
         self._kept = 0  # sequences of this run that are in the file
         self._warned = False
-        self.identity: Mapping[str, Any] = {}  # what tells this run from others, a JSON mapping
+        # What tells this run from others: a JSON mapping, in which "batch_size" must be.
+        self.identity: Mapping[str, Any] = {}
 
     def committed(self, totals: Totals, batch_size: int) -> None:
         """Take new totals, and how many sequences a micro-batch has at most by now."""
@@ -113,7 +115,7 @@ class Keeper:
         # As it comes back from JSON, in which a tuple is a list.
         wanted, found = json.loads(json.dumps(self.identity)), header["identity"]
         differing = [
-            f"{key} {found.get(key)}, not {wanted.get(key)}"
+            f"{key} {_short(found.get(key))}, not {_short(wanted.get(key))}"
             for key in [*wanted, *(found.keys() - wanted.keys())]
             if found.get(key) != wanted.get(key)
         ]
@@ -133,6 +135,12 @@ class Keeper:
         return Totals(**fields), header["most"]
 
 
+def _short(value: Any) -> str:
+    """Return a value as a message shows it: of a hash, what tells it from others."""
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}…"
+
+
 def _save(file: Path, identity: Mapping[str, Any], totals: Totals, most: int) -> None:
     numbers = {name: getattr(totals, name) for name in _NUMBERS}
     header = {"format_version": _VERSION, "identity": identity, "most": most, **numbers}
@@ -147,11 +155,14 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: opened.get_tensor(name) for name in _TENSORS}
         if header["format_version"] != _VERSION:
             raise ValueError(f"format version {header['format_version']}, not {_VERSION}")
-        header["identity"].keys()
-        for name in ("most", *_NUMBERS):
-            if not header[name] >= 0:
-                raise ValueError(f"{name} is {header[name]}")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        counts = {name: header[name] for name in ("most", "samples", "tokens")}
+        counts["batch_size"] = header["identity"]["batch_size"]
+        for name, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{name} is {count}")
+        if not math.isfinite(header["entropy_nats"]):
+            raise ValueError(f"entropy_nats is {header['entropy_nats']}")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ResumeError(
             f"{file} is not what an interrupted `hfprune score` left, or is damaged "
             f"({one_line(error)}); --force discards it and starts anew"
