@@ -185,6 +185,8 @@ def prune(
     budget = {name: running.pop(name) for name in _BUDGETS}
     if (scores is None) == (calibration is None):
         raise ArgumentError("give one of --scores FILE and --calibration SOURCE")
+    if scores is not None and running["resume"]:
+        raise ArgumentError("--resume goes on with scoring, so with --calibration, not --scores")
     # Everything that can be refused is refused before hours of scoring.
     resume = running["resume"]
     pipeline.check_prune(model, out, round_to=round_to, force=force, resume=resume, **budget)

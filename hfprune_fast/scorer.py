@@ -91,6 +91,8 @@ def score(
         raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
     if not by_path and state_file is not None:
         raise ArgumentError("state_file needs the model by path, to tell it from others")
+    if resume and state_file is None:
+        raise ArgumentError("resume needs the state_file to go on from, got none")
     provenance: dict[str, Any] = {"criterion": "entropy", "versions": _versions()}
     calibration: dict[str, Any] = {"source": "token batches"}
     subject: loading.Blueprint | ResidentModel
