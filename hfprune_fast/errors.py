@@ -47,3 +47,7 @@ class ResumeError(HFPruneError):
 
 class MemoryShortageError(HFPruneError):
     """Not enough memory, by the plan or by experience, for the least that the work needs."""
+
+
+class ProcessError(HFPruneError):
+    """Another process of the run has ended before its part was done."""

@@ -264,7 +264,7 @@ class _Reckoner:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the memory that a device has left for this process."""
+    """Return the memory that a device has left for this process: of a host's, its share."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -284,4 +284,4 @@ def available_bytes(device: torch.device) -> int:
         )
     except (OSError, ValueError):  # there is none, or it is "max"
         pass
-    return max(0, min(limits))
+    return max(0, min(limits)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's

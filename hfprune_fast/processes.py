@@ -13,15 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
+from hfprune_fast.errors import ArgumentError, ProcessError, one_line
 
 T = TypeVar("T")
 # One may be done long before the others; a process that died is noticed at once.
 _PATIENCE = timedelta(days=2)
-
-
-class ProcessError(HFPruneError):
-    """Another process of the run has ended before its part was done."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +31,32 @@ class Processes:
         """Return this process's share: every count-th item."""
         return list(items[self.rank :: self.count])
 
+    def as_the_first(self, number: int) -> int:
+        """Return the number of the first process, in each of them."""
+        if self.count == 1:
+            return number
+        on = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        theirs = torch.tensor(number, device=on)
+        with _others_alive():
+            dist.broadcast(theirs, 0)
+        return int(theirs)
+
     def add(self, tensor: Tensor) -> None:
         """Put the sum over all processes into a tensor, in each of them."""
-        if self.count == 1:
-            return
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:
-            raise ProcessError(
-                "another process of this run ended before its part was done; its own message says "
-                f"why; nothing is written ({one_line(error)})"
-            ) from None
+        if self.count > 1:
+            with _others_alive():
+                dist.all_reduce(tensor)
+
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            "another process of this run ended before its part was done; its own message says "
+            f"why; nothing is written ({one_line(error)})"
+        ) from None
 
 
 def launched() -> Processes:
@@ -53,9 +64,9 @@ def launched() -> Processes:
     return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def own_device(device: str) -> str:
+def own_device(device: str, processes: Processes) -> str:
     """Return the GPU of this process where "auto" or "cuda" leaves it open."""
-    if launched().count > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
+    if processes.count > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return device
 

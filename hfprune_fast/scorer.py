@@ -86,110 +86,107 @@ def score(
     Raises:
         HFPruneError: bad input, one line; its subclasses say which kind.
     """
-    by_path = isinstance(model_or_path, str | Path)
-    if not by_path and (device, dtype) != ("auto", "auto"):
-        raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
-    if not by_path and state_file is not None:
-        raise ArgumentError("state_file needs the model by path, to tell it from others")
+    together = processes.launched() if distributed else processes.Processes()
+    if resume and together.count > 1:
+        raise ArgumentError("--resume is for one process; several keep no state to go on from")
     if resume and state_file is None:
         raise ArgumentError("resume needs the state_file to go on from, got none")
     provenance: dict[str, Any] = {"criterion": "entropy", "versions": _versions()}
     calibration: dict[str, Any] = {"source": "token batches"}
+    source = batches_or_source
     subject: loading.Blueprint | ResidentModel
     if isinstance(model_or_path, str | Path):
-        own_device = processes.own_device(device) if distributed else device
+        device = processes.own_device(device, together)
         # Refused now rather than after minutes of reading; float32 stands for what will be loaded.
-        backend_for(torch.empty(0, device=loading.torch_device(own_device)), backend, parity)
+        backend_for(torch.empty(0, device=loading.torch_device(device)), backend, parity)
         folder = checkpoint.find_model(model_or_path)
         provenance["model"] = checkpoint.display_name(model_or_path)
         provenance["model_fingerprint"] = checkpoint.fingerprint(folder)
-        if isinstance(batches_or_source, str | Path):
-            calibration = {"source": checkpoint.display_name(batches_or_source), "seed": seed}
-            batches_or_source = windows_for(folder, batches_or_source, seq_len, samples, seed)
-            calibration["seq_len"] = batches_or_source.shape[1]
-        subject = loading.blueprint(folder, dtype=dtype, device=own_device)
+        if isinstance(source, str | Path):
+            calibration = {"source": checkpoint.display_name(source), "seed": seed}
+            source = windows_for(folder, source, seq_len, samples, seed)
+            calibration["seq_len"] = source.shape[1]
+        subject = loading.blueprint(folder, dtype=dtype, device=device)
         size = subject.checkpoint.size
     else:
-        if isinstance(batches_or_source, str | Path):
-            raise ArgumentError(
-                "a loaded model is scored over token batches; give the model by path to use text"
-            )
+        _check_asked_of_a_loaded_model(device, dtype, source, state_file)
         subject = ResidentModel(model_or_path)
         size = architectures.size_of(model_or_path)
     like = torch.empty(0, device=subject.device, dtype=subject.dtype)
     backend = backend_for(like, backend, parity)
     shape = planning.ModelShape.of(size, subject.model.config)
-    given = [micro_batch(b, shape.vocab_size) for b in as_batches(batches_or_source, 1 << 62)]
+    given = [micro_batch(b, shape.vocab_size) for b in as_batches(source, 1 << 62)]
     if not given:
         raise CalibrationError("no token batches to score with; expected at least one sequence")
-    together = processes.launched() if distributed else processes.Processes()
-    if resume and together.count > 1:
-        raise ArgumentError("--resume is for one process; several keep no state to go on from")
+    sequences, tokens = sum(len(b.ids) for b in given), sum(b.tokens for b in given)
     keeper = Keeper(
-        None if together.count > 1 or state_file is None else Path(state_file), save_seconds
+        None if state_file is None or together.count > 1 else Path(state_file), save_seconds
     )
-    one_tensor = isinstance(batches_or_source, Tensor) or hasattr(batches_or_source, "__array__")
-    plan = planning.plan_scoring(
-        shape,
-        device=subject.device,
-        dtype=subject.dtype,
-        seq_len=max(batch.ids.shape[1] for batch in given),
-        sequences=sum(len(batch.ids) for batch in given),
-        batch_size=keeper.kept_batch_size() if resume and batch_size is None else batch_size,
-        largest=None if one_tensor else max(len(batch.ids) for batch in given),
-        offload=offload,
-        memory_budget=memory_budget,
-        loaded=not by_path,
-        parity=parity,
-    )
-    batches = [part for batch in given for part in batch.split(plan.batch_size)]
-    sequences, tokens = sum(len(b.ids) for b in batches), sum(b.tokens for b in batches)
-    data_sha256 = _digest(batches)
-    keeper.identity = {
-        "model_fingerprint": provenance.get("model_fingerprint"),
-        "samples": sequences,
-        "seq_len": max(batch.ids.shape[1] for batch in batches),
-        "seed": calibration.get("seed"),
-        "data_sha256": data_sha256,
-        "batch_size": plan.batch_size,
-        "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "backend": backend,
-        "parity": parity,
-    }
-    if progress:
-        say(f"scoring with {plan}")
-    how = How(
-        backend=backend,
-        parity=parity,
-        recompute=plan.recompute,
-        inputs_on_host=plan.inputs_on_host,
-        pass_tokens=plan.pass_tokens,
-        logits_budget_bytes=plan.logits_budget_bytes,
-    )
-    with (
-        processes.joined(subject.device, together),
-        subject if isinstance(subject, ResidentModel) else running(subject, plan.offload) as model,
-        keeper.kept_if_interrupted(sequences),
-    ):
-        totals, most = no_totals(model, parity), plan.batch_size
-        if resume:
-            totals, most = keeper.resume(totals) or (totals, most)
-        share = together.deal(batches)
-        todo_tokens = sum(batch.tokens for batch in share) - totals.tokens
-        with token_bar("scoring", todo_tokens, progress, shape.flops_per_token) as done:
-            totals = score_batches(
-                model, share, how, totals, most=most, committed=keeper.committed, done=done
-            )
-        totals = _sum(totals, together)
+
+    def plan_for(batch_size: int | None) -> planning.Plan:
+        one_tensor = isinstance(source, Tensor) or hasattr(source, "__array__")
+        return planning.plan_scoring(
+            shape,
+            device=subject.device,
+            dtype=subject.dtype,
+            seq_len=max(batch.ids.shape[1] for batch in given),
+            sequences=sequences,
+            batch_size=batch_size,
+            largest=None if one_tensor else max(len(batch.ids) for batch in given),
+            offload=offload,
+            memory_budget=memory_budget,
+            loaded=isinstance(subject, ResidentModel),
+            parity=parity,
+        )
+
+    with processes.joined(subject.device, together):
+        plan = plan_for(keeper.kept_batch_size() if resume and batch_size is None else batch_size)
+        agreed = together.as_the_first(plan.batch_size)  # with less memory free, perhaps
+        plan = plan if agreed == plan.batch_size else plan_for(agreed)
+        if progress:
+            say(f"scoring with {plan}")
+        batches = [part for batch in given for part in batch.split(plan.batch_size)]
+        keeper.identity = {
+            "model_fingerprint": provenance.get("model_fingerprint"),
+            "samples": sequences,
+            "seq_len": max(batch.ids.shape[1] for batch in batches),
+            "seed": calibration.get("seed"),
+            "data_sha256": _digest(batches),
+            "batch_size": plan.batch_size,
+            "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "backend": backend,
+            "parity": parity,
+        }
+        how = How(
+            backend=backend,
+            parity=parity,
+            recompute=plan.recompute,
+            inputs_on_host=plan.inputs_on_host,
+            pass_tokens=plan.pass_tokens,
+            logits_budget_bytes=plan.logits_budget_bytes,
+        )
+        with (
+            (
+                subject if isinstance(subject, ResidentModel) else running(subject, plan.offload)
+            ) as model,
+            keeper.kept_if_interrupted(sequences),
+        ):
+            totals, most = no_totals(model, parity), plan.batch_size
+            if resume:
+                totals, most = keeper.resume(totals) or (totals, most)
+            share = together.deal(batches)
+            todo_tokens = sum(batch.tokens for batch in share) - totals.tokens
+            with token_bar("scoring", todo_tokens, progress, shape.flops_per_token) as done:
+                totals = score_batches(
+                    model, share, how, totals, most=most, committed=keeper.committed, done=done
+                )
+            totals = _sum(totals, together)
     assert (totals.samples, totals.tokens) == (sequences, tokens)
+    told = ("dtype", "backend", "parity", "batch_size", "samples")
     provenance |= {
-        "calibration": {**calibration, "data_sha256": data_sha256},
-        "dtype": keeper.identity["dtype"],
-        "backend": backend,
-        "parity": parity,
-        "batch_size": plan.batch_size,
-        "samples": sequences,
+        "calibration": {**calibration, "data_sha256": keeper.identity["data_sha256"]},
+        **{key: keeper.identity[key] for key in told},
         "tokens": tokens,
         "entropy_nats": totals.entropy_nats / sequences,
     }
@@ -199,6 +196,19 @@ def score(
         model=size,
         provenance=provenance,
     )
+
+
+def _check_asked_of_a_loaded_model(
+    device: str, dtype: str, source: Any, state_file: str | Path | None
+) -> None:
+    if (device, dtype) != ("auto", "auto"):
+        raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
+    if state_file is not None:
+        raise ArgumentError("state_file needs the model by path, to tell it from others")
+    if isinstance(source, str | Path):
+        raise ArgumentError(
+            "a loaded model is scored over token batches; give the model by path to use text"
+        )
 
 
 def _sum(totals: Totals, together: processes.Processes) -> Totals:
