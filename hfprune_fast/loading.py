@@ -183,7 +183,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def torch_device(device: str) -> torch.device:
     """Resolve "auto" and check that the device exists."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -191,6 +191,9 @@ def torch_device(device: str) -> torch.device:
         raise ArgumentError(f"device {device!r} cannot be used here: {one_line(error)}") from None
     if target.type in ("meta", "mps"):  # mps has no float64, in which scores are added
         raise ArgumentError(f"device {device!r} cannot be used here; use cpu or cuda")
+    if target.type == "cuda" and target.index is None:
+        # Some of torch asks for the number, and the current device is another in each thread.
+        target = torch.device("cuda", torch.cuda.current_device())
     return target
 
 

@@ -33,6 +33,7 @@ _MOST_LOGITS_BYTES, _LEAST_LOGITS_BYTES, _LEAST_LOGITS_ROWS = 256 << 20, 16 << 2
 # Allocators keep some of what is freed, and reuse less of it where sizes change (measured, CPU).
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
+_CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
 
 
@@ -191,25 +192,32 @@ class _Reckoner:
                 for batch_size in sizes:
                     yield self._plan(batch_size, "none", recompute, self.weights, 0)
         if offload != "none" and (self.weights or offload != "auto"):
-            units = self.shape.layer_params, (self.shape.vocab_size + 1) * self.hidden
             for batch_size in sizes:
-                yield self._streamed(batch_size, offload, 2 * max(units) * self.s)
+                yield self._streamed(batch_size, offload, 2 * max(self._unit_bytes()))
 
     def _streamed(self, batch_size: int, offload: str, weights: int) -> Plan:
         """As large a pass as there is memory for the layers' inputs."""
         on_host = self.device.type != "cpu"
         host = available_bytes(torch.device("cpu")) if on_host else 0
+        # torch makes pinned memory a power of two: a layer's takes up to twice its weights.
+        layer, head = (1 << (units - 1).bit_length() for units in self._unit_bytes())
+        pinned = self.layers * layer + head
         if offload == "auto":
-            needed = self.weights + 2 * self._input_bytes(_HIDING_TOKENS)
+            needed = pinned + 2 * self._input_bytes(_HIDING_TOKENS)
             offload = "cpu" if host > needed else "disk"
         rows = batch_size * self.seq_len
         alone = self._plan(batch_size, offload, True, weights, rows)
         room = self.free - alone.total_bytes
         if on_host:
-            room = (host - (self.weights if offload == "cpu" else 0)) // 2
+            room = (host - (pinned if offload == "cpu" else 2 * max(layer, head))) // 2
         more = max(0, int(room / _RECOMPUTE_SLACK) // self._input_bytes(1))
         tokens = min(rows + more, self.sequences * self.seq_len) // rows * rows
         return self._plan(batch_size, offload, True, weights, max(rows, tokens))
+
+    def _unit_bytes(self) -> tuple[int, int]:
+        """What is brought at a time: a layer, or the final norm and the head."""
+        head = (self.shape.vocab_size + 1) * self.hidden
+        return self.shape.layer_params * self.s, head * self.s
 
     def _input_bytes(self, tokens: int) -> int:
         """The inputs of all layers and of the head, with the gradient there."""
@@ -277,11 +285,11 @@ def available_bytes(device: torch.device) -> int:
         limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
     except OSError:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:  # a container's own limit
-        group = Path("/sys/fs/cgroup")
-        limits.append(
-            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )
-    except (OSError, ValueError):  # there is none, or it is "max"
+    try:  # a container's own limit, which counts the files that were read as well
+        most, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        stat = dict(line.split() for line in lines)
+        limits.append(most - used + int(stat["active_file"]) + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # there is none, or it is "max"
         pass
     return max(0, min(limits)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's

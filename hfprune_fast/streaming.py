@@ -257,6 +257,10 @@ class _Buffered:
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
+        if self._stream is not None:
+            # The copy of a layer that nobody asked for may still run; the buffers' memory is
+            # given to others as soon as it is free, and they know nothing of this stream.
+            self._stream.synchronize()
         self._slots.clear()
         self._host.clear()
 

@@ -280,6 +280,16 @@ def test_fingerprint_knows_the_configuration(llama_dir: Path) -> None:
     assert checkpoint.fingerprint(llama_dir) != before
 
 
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, asking what memory it has left raises."""
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert loading.torch_device("auto") == torch.device("cuda:1")
+    assert loading.torch_device("cuda") == torch.device("cuda:1")
+    assert loading.torch_device("cuda:0") == torch.device("cuda:0")
+
+
 def test_unknown_device() -> None:
     for device in ("nonsense", "meta", "mps"):
         with pytest.raises(ArgumentError, match=f"device '{device}' cannot be used here"):

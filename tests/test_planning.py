@@ -165,6 +165,26 @@ def test_available_memory_is_that_of_the_machine_or_container() -> None:
     assert 1 << 20 < free < 1 << 50
 
 
+def test_files_that_a_container_has_read_take_none_of_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that has just written or read a checkpoint is full of it by `memory.current`."""
+    stat = f"anon {20 << 20}\nactive_file {30 << 20}\ninactive_file {40 << 20}\n"
+    files = {"max": f"{100 << 20}\n", "current": f"{95 << 20}\n", "stat": stat}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr("hfprune_fast.planning._CGROUP", tmp_path)
+    assert available_bytes(torch.device("cpu")) == (100 - 95 + 30 + 40) << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(torch.device("cpu")) > 75 << 20
+
+
+def test_pinned_memory_is_counted_as_torch_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of the 70B takes 2 GiB where its weights take 1.6: 162 GiB in all, not 132."""
+    monkeypatch.setattr("hfprune_fast.planning.available_bytes", lambda _: 190 * GIB)
+    assert plan(LLAMA_70B, "23GiB").offload == "disk"
+
+
 MEASURE = """
 import json, sys, threading, time
 import torch
