@@ -1,9 +1,11 @@
+import re
+import time
 from typing import Any
 
 import pytest
 
 from hfprune_fast.architectures import ModelSize
-from hfprune_fast.report import human_bytes, model_card, text_table
+from hfprune_fast.report import human_bytes, model_card, mute, say, text_table, token_bar
 
 
 def test_table_is_aligned() -> None:
@@ -43,3 +45,38 @@ def test_model_card() -> None:
     assert "| ranked by | output entropy, statistic `l2` |" in card
     assert "| calibration size | 3 samples, 96 tokens |" in card
     assert model_card({**record, "provenance": {"calibration": "edited by hand"}})
+
+
+def test_the_token_bar_says_how_fast_and_how_much_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with token_bar("scoring", 1000, True, flops_per_token=10**9) as done:
+        for _ in range(30):
+            time.sleep(0.01)
+            done(1000 / 30)
+    seen = capsys.readouterr().err
+    assert "scoring: 100%" in seen
+    assert "1.00k/1.00k" in seen  # thirds of tokens add up to whole ones
+    assert re.search(r"tok/s, peak=\d+\.\d [MG]iB, FLOP/s=\d", seen)
+
+
+def test_what_a_failed_attempt_has_counted_is_taken_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with token_bar("scoring", 10, True) as done:
+        done(7.5)
+        done(-7.5)
+        for _ in range(4):
+            done(2.5)
+    assert "10.0/10.0" in capsys.readouterr().err
+
+
+def test_other_processes_say_and_show_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfprune_fast.report._muted", False)  # and again after the test
+    mute()
+    say("nothing")
+    with token_bar("scoring", 10, True) as done:
+        done(10)
+    assert capsys.readouterr().err == ""
