@@ -56,7 +56,7 @@ def token_bar(
 
     A token that has been through some of the layers counts for that part of it.
     """
-    begun, peak_bytes, counted = time.monotonic(), 0, 0.0
+    begun, peak_bytes, counted = time.perf_counter(), 0, 0.0
     with tqdm(
         total=total_tokens,
         desc=what,
@@ -75,7 +75,7 @@ def token_bar(
             peak_bytes = max(peak_bytes, _memory_bytes())
             notes = {"peak": human_bytes(peak_bytes)}
             if flops_per_token:
-                flops = counted * flops_per_token / (time.monotonic() - begun)
+                flops = counted * flops_per_token / (time.perf_counter() - begun)
                 notes["FLOP/s"] = tqdm.format_sizeof(flops)
             bar.set_postfix(notes, refresh=False)
             # Whole tokens, since the bar prints its count as it is.
