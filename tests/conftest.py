@@ -15,6 +15,7 @@ import hfprune_fast.kernels  # noqa: F401
 del os.environ["TRITON_INTERPRET"]
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import random_llama
+from interruption import interrupt, make_inputs
 from transformers import PreTrainedModel
 
 from hfprune_fast.checkpoint import TINY_MODEL
@@ -110,5 +112,34 @@ def hfprune(capfd: pytest.CaptureFixture[str]) -> Callable[..., Run]:
             main([str(arg) for arg in args])
         captured = capfd.readouterr()
         return Run(int(exit_info.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def small_inputs(_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of `interruption` in the current folder, where outputs go too."""
+    for path in _inputs.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def interrupted(hfprune: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Run a command line that is interrupted in its fifth pass: interrupted("score", ...)."""
+
+    def run(*args: Any, at_pass: int = 4, how: int = signal.SIGINT) -> Run:
+        with monkeypatch.context() as patch:
+            interrupt(patch, at_pass, how)
+            done = hfprune(*args)
+        assert done.code == 128 + how, done.err
+        return done
 
     return run

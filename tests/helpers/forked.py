@@ -1,0 +1,114 @@
+"""Command lines in processes of their own, to be killed; forked from one with all imports done."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from hfprune_fast import planning
+from hfprune_fast.cli import main
+from hfprune_fast.state import Keeper
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["hfprune_fast.cli", "transformers.models.llama.modeling_llama"])
+
+Prepare = Callable[[], object]
+
+
+@contextmanager
+def hfprune_process(
+    *args: Any, log: Path, prepare: Prepare | None = None, env: dict[str, str] | None = None
+) -> Iterator[BaseProcess]:
+    """Run a command line in a process, which is killed at the end of the context.
+
+    Args:
+        args: as a user types them.
+        log: where stdout and stderr go.
+        prepare: called in the process first; one of the functions below.
+        env: variables to add to its environment.
+    """
+    process = _context.Process(target=_run, args=([str(a) for a in args], log, prepare, env or {}))
+    with patch.dict(os.environ, PYTHONSAFEPATH="1"):  # for the server: see CONTRIBUTING.md
+        forkserver.ensure_running()
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run(args: list[str], log: Path, prepare: Prepare | None, env: dict[str, str]) -> None:
+    with log.open("ab") as opened:
+        for stream in (1, 2):
+            os.dup2(opened.fileno(), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    try:
+        main(args)
+    finally:
+        sys.stdout.flush()
+
+
+def kill_at(function: str, number: int) -> Prepare:
+    """SIGKILL the process instead of a call, counted from 0: kill_at("os:fsync", 3)."""
+    return partial(_kill_at, function, number)
+
+
+def _kill_at(function: str, number: int) -> None:
+    calls, original = count(), resolve_name(function)
+
+    def killing(*args: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+
+    owner, _, name = function.replace(":", ".").rpartition(".")
+    setattr(resolve_name(owner), name, killing)
+
+
+def kill_between(events: int, pass_tokens: int) -> Prepare:
+    """SIGKILL the process after so many calls and returns, of any function, since its first pass.
+
+    A clock would not do: on a busy machine the run might be through.
+
+    Args:
+        events: of Python's profiler.
+        pass_tokens: how much a pass of a streamed run holds.
+    """
+    return partial(_kill_between, events, pass_tokens)
+
+
+def _kill_between(events: int, pass_tokens: int) -> None:
+    committed, plan, seen = Keeper.committed, planning.plan_scoring, count()
+
+    def kill(*_: Any) -> None:
+        if next(seen) >= events:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def first_committed(self: Keeper, *args: Any) -> None:
+        committed(self, *args)
+        Keeper.committed = committed  # type: ignore[method-assign]
+        sys.setprofile(kill)
+
+    def short_passes(*args: Any, **options: Any) -> planning.Plan:
+        return replace(plan(*args, **options), pass_tokens=pass_tokens)
+
+    Keeper.committed = first_committed  # type: ignore[method-assign]
+    planning.plan_scoring = short_passes

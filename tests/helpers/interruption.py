@@ -1,0 +1,82 @@
+"""A small job for the command line, ended before its end: what a state is kept of, and where."""
+
+import json
+import os
+import re
+import signal
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from truth import tiny_model
+
+from hfprune_fast import scoring
+
+SEQUENCES, TOKENS, VOCAB = 24, 16, 127
+
+
+def make_inputs(folder: Path) -> None:
+    """Save a model and token ids, and others that differ from them in one thing."""
+    for seed, name in enumerate(("model", "other_model")):
+        tiny_model("llama", dtype=torch.float32, seed=seed).save_pretrained(folder / name)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (SEQUENCES, TOKENS))
+    np.save(folder / "ids.npy", ids)
+    np.save(folder / "longer.npy", np.concatenate([ids, ids[:, :1]], axis=1))
+    ids[-1, -1] += 1
+    np.save(folder / "other_ids.npy", ids)
+
+
+def score_args(
+    *flags: Any, out: str = "scores", model: str = "model", batch_size: int | None = 2
+) -> list[Any]:
+    """A run of twelve passes, unless the flags say otherwise."""
+    sizes = [] if batch_size is None else ["--batch-size", batch_size]
+    return ["score", model, "--calibration", "ids.npy", "--out", out, *sizes, *flags]
+
+
+def state_of(out: str = "scores") -> Path:
+    return Path(f"{out}.state")
+
+
+def kept_samples(file: Path) -> int:
+    with safe_open(file, framework="pt") as opened:
+        samples: int = json.loads(opened.metadata()["hfprune_state"])["samples"]
+    return samples
+
+
+def interrupt(patch: pytest.MonkeyPatch, at_pass: int, how: int = signal.SIGINT) -> None:
+    """Send this process a signal in the middle of a pass, counted from 0."""
+    passes, run = count(), scoring._Pass._run
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        if next(passes) == at_pass:
+            head = self._head
+
+            def signalled(*of_head: Any) -> Any:
+                os.kill(os.getpid(), how)
+                return head(*of_head)
+
+            self._head = signalled
+        return run(self, *args)
+
+    patch.setattr(scoring._Pass, "_run", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+
+
+def assert_whole(run: Any, whole: str = "whole", out: str = "scores") -> None:
+    """The scores are those of a run without interruption, and no state is left."""
+    assert run.code == 0, run.err
+    assert Path(out).read_bytes() == Path(whole).read_bytes()
+    assert not state_of(out).exists()
+
+
+def assert_refused(run: Any, message: str) -> None:
+    assert run.code == 2, run.err
+    line = run.err.splitlines()[-1]
+    assert line.startswith("hfprune: error: ")
+    assert re.search(message, line), line
+    assert run.out == ""
