@@ -1,4 +1,4 @@
-"""Flags -> pipeline -> exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
+"""Flags -> pipeline -> exit code: 0 done, 2 a mistake in the input, 130 or 143 interrupted."""
 
 from __future__ import annotations
 
@@ -346,6 +346,9 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("hfprune: interrupted; no unfinished output is left", err=True)
         code = 130
+    except SystemExit:  # of the signal
+        click.echo("hfprune: terminated; no unfinished output is left", err=True)
+        code = 128 + signal.SIGTERM
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = 0

@@ -466,8 +466,8 @@ def test_interruption_while_scoring_leaves_nothing(
         process.send_signal(how)
         _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    if how == signal.SIGINT:
-        assert "hfprune: interrupted; no unfinished output is left" in err.splitlines()
+    said = "interrupted" if how == signal.SIGINT else "terminated"
+    assert f"hfprune: {said}; no unfinished output is left" in err.splitlines()
     assert {path.name for path in tmp_path.iterdir()} <= {"out.state"}
 
 
