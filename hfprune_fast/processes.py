@@ -54,8 +54,8 @@ def _others_alive() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ProcessError(
-            "another process of this run ended before its part was done; its own message says "
-            f"why; nothing is written ({one_line(error)})"
+            "another process of this run ended before its part was done, nothing is written; its "
+            f"own message or torchrun's says why ({one_line(error)})"
         ) from None
 
 

@@ -89,6 +89,8 @@ def score(
     together = processes.launched() if distributed else processes.Processes()
     if resume and together.count > 1:
         raise ArgumentError("--resume is for one process; several keep no state to go on from")
+    if parity and together.count > 1:
+        raise ArgumentError("--parity is for one process, in which the paper's code adds up")
     if resume and state_file is None:
         raise ArgumentError("resume needs the state_file to go on from, got none")
     provenance: dict[str, Any] = {"criterion": "entropy", "versions": _versions()}
