@@ -1,12 +1,20 @@
 """Check and time every kernel on the GPU at hand; under 8 minutes, no network, nothing to install.
 
     python bench/gpu_check.py --out bench/results/2026-11-22-h200
+    python bench/gpu_check.py --only scoring streamed --out bench/results/2026-11-22-h200-models
 
 It needs what a stock CUDA image has: torch, triton, transformers, pytest, pip and setuptools. It
 builds the package into a temporary folder, runs `tests/gpu` there, times each kernel against its
 floor (`gpu_times.py`), and writes DIR/result.json and DIR/result.md, and a log of each phase. Each
-phase has a process and a time limit of its own, so one that fails loses no other. `--tune` adds a
-sweep of the kernels' configurations, up to 6 minutes. `--rehearse` runs every phase on a CPU.
+phase has a process and a time limit of its own, so one that fails loses no other. These are added,
+or with `--only` run alone, which leaves out the others but for the build:
+
+    --scoring    an 8B model scored, beside the paper's arithmetic (`gpu_scoring.py`), 2.5 minutes
+    --streamed   a 70B's layers brought from disk and RAM (`gpu_streamed.py`), up to 4 minutes; it
+                 takes 25 GB of disk under TMPDIR and 45 GB of host memory, less where there is less
+    --tune       a sweep of the kernels' configurations (`gpu_times.py`), up to 6 minutes
+
+The build, --scoring and --streamed are under 8 minutes together. `--rehearse` runs on a CPU.
 
 The exit status is 0 when all ran and was correct, whatever the times; 1 when a phase or a test
 failed; 2 when there is no CUDA device or the arguments are wrong.
@@ -31,13 +39,17 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
+from gpu_report import report
+
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-# Seconds a phase may take. The first three are all of a run without --tune: under 8 minutes.
-LIMITS_S = {"build": 90, "correctness": 215, "timing": 170, "tune": 355}
-HEADER = [
-    "op", "shape", "ours ms", "floor ms", "% of floor", "target", "eager ms", "eager/ours", "",
-]  # fmt: skip
+# Seconds a phase may take. The first three are a run without options: under 8 minutes, and so are
+# the build and the two that score.
+LIMITS_S = {
+    "build": 90, "correctness": 215, "timing": 170, "scoring": 150, "streamed": 235, "tune": 355,
+}  # fmt: skip
+DEFAULT, OPTIONAL = ("correctness", "timing"), ("scoring", "streamed", "tune")
 # Before the limit a process is asked to end, and a worker this long before that starts nothing new.
 GRACE_S = 25
 
@@ -47,7 +59,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--only", choices=["correctness", "timing", "tune"])
+    parser.add_argument("--only", nargs="+", choices=DEFAULT + OPTIONAL, metavar="PHASE")
+    parser.add_argument("--scoring", action="store_true", help="score an 8B model as well")
+    parser.add_argument("--streamed", action="store_true", help="stream a 70B's layers as well")
     parser.add_argument("--tune", action="store_true", help="sweep configurations as well")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     args = parser.parse_args()
@@ -57,9 +71,8 @@ def main() -> None:
     if not args.rehearse and (reason := no_device()):
         print(f"gpu_check.py: {reason}; --rehearse runs all of it on a CPU", file=sys.stderr)
         sys.exit(2)
-    phases = [args.only] if args.only else ["correctness", "timing"]
-    if args.tune and "tune" not in phases:
-        phases.append("tune")
+    wanted = {*(args.only or DEFAULT), *(name for name in OPTIONAL if getattr(args, name))}
+    phases = [name for name in DEFAULT + OPTIONAL if name in wanted]
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
     result = {**provenance(args.rehearse), "phases": {}}
@@ -100,9 +113,12 @@ def provenance(rehearsal: bool) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    sources = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        sources.update(path.read_bytes())
+    def sha256(folder: str) -> str:
+        sources = hashlib.sha256()
+        for path in sorted((ROOT / folder).glob("*.py")):
+            sources.update(path.read_bytes())
+        return sources.hexdigest()
+
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return {
@@ -110,7 +126,8 @@ def provenance(rehearsal: bool) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
-        "kernels_sha256": sources.hexdigest(),
+        "kernels_sha256": sha256("kernels"),
+        "package_sha256": sha256("hfprune_fast"),
         "driver": driver.splitlines()[0] if driver else None,
         "python": sys.version.split()[0],
         **{name: version(name) for name in ("torch", "triton", "transformers")},
@@ -234,88 +251,29 @@ class Run:
         return error
 
     def timing(self) -> str | None:
-        return self._times("timing")
+        error = self._worker("timing", "gpu_times.py", "timing")
+        return error or "; ".join(self.result.get("errors", [])) or None
 
     def tune(self) -> str | None:
-        return self._times("tune")
+        return self._worker("tune", "gpu_times.py", "tune")
 
-    def _times(self, name: str) -> str | None:
+    def scoring(self) -> str | None:
+        return self._scores("scoring")
+
+    def streamed(self) -> str | None:
+        return self._scores("streamed")
+
+    def _scores(self, name: str) -> str | None:
+        error = self._worker(name, f"gpu_{name}.py")
+        return error or "; ".join(self.result.get(name, {}).get("errors", [])) or None
+
+    def _worker(self, name: str, *worker: str) -> str | None:
         found = self.folder / f"{name}.json"
-        seconds = str(LIMITS_S[name] - 2 * GRACE_S)
-        worker = BENCH / "gpu_times.py", name, "--out", found, "--seconds", seconds
-        error = self.command(name, *worker)
+        options = "--out", found, "--seconds", str(LIMITS_S[name] - 2 * GRACE_S)
+        error = self.command(name, BENCH / worker[0], *worker[1:], *options)
         if found.exists():
             self.result.update(json.loads(found.read_text()))
-        if name == "timing" and self.result.get("errors"):
-            error = error or "; ".join(self.result["errors"])
         return error
-
-
-def report(result: dict[str, Any]) -> str:
-    """The result as Markdown that is also readable as it is."""
-    device = result.get("device", {}).get("name", "unknown device")
-    lines = [
-        f"# {device}",
-        "",
-        f"{result['date']}, commit {result['commit']}"
-        + (" with uncommitted changes" if result["uncommitted_changes"] else "")
-        + f", kernels {result['kernels_sha256'][:12]}",
-        f"driver {result['driver']}, torch {result['torch']}, triton {result['triton']}, "
-        f"transformers {result['transformers']}, Python {result['python']}",
-        "",
-    ]
-    for name, phase in result["phases"].items():
-        lines.append(f"- {name}: {phase['error'] or 'ok'} ({phase['seconds']:.0f} s)")
-    counts = result.get("correctness")
-    if counts:
-        lines.append(
-            f"- tests: {counts['passed']} passed, {counts['failed']} failed, "
-            f"{counts['skipped']} skipped"
-        )
-        lines += [f"  - {text}" for text in (*counts["failures"][:10], *counts["skips"][:3])]
-    if ceilings := result.get("ceilings"):
-        lines += [
-            f"- copy: {ceilings['copy_gb_per_s']:.0f} GB/s read and written; "
-            f"bf16 product of {ceilings['gemm_size']}³: {ceilings['gemm_tflops']:.0f} TFLOP/s",
-            "",
-        ]
-        lines += table([HEADER, *map(_cells, result["rows"])])
-    for name, found in result.get("tune", {}).items():
-        lines += ["", f"{name}, best first (* is in use):", ""]
-        timed = [r for r in found if "median_ms" in r]
-        rows = [
-            [f"{'*' if r['current'] else ''}{i}", *map(str, r["config"].values()),
-             f"{r['median_ms']:.3f}", f"{r['iqr_ms']:.3f}"]
-            for i, r in enumerate(timed, 1)
-            if i <= 8 or r["current"]
-        ]  # fmt: skip
-        lines += table([["", *found[0]["config"], "median ms", "IQR ms"], *rows])
-        lines.append(f"\n{len(found) - len(timed)} of {len(found)} not timed")
-    return "\n".join(lines) + "\n"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    ours_ms = row["times"]["ours"]["median_ms"]
-    eager_ms = row["times"].get("eager", {}).get("median_ms")
-    target = row["target_percent"]
-    return [
-        row["op"], row["shape"], f"{ours_ms:.3f}", f"{row['floor_ms']:.3f}",
-        f"{row['percent_of_floor']:.1f}",
-        "" if target is None else f"{target:.0f}: {row['verdict']}",
-        "" if eager_ms is None else f"{eager_ms:.2f}",
-        "" if eager_ms is None else f"{eager_ms / ours_ms:.1f}",
-        row["note"],
-    ]  # fmt: skip
-
-
-def table(rows: list[list[str]]) -> list[str]:
-    """A Markdown table with its columns aligned; numbers are not, as the first two are names."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
 if __name__ == "__main__":

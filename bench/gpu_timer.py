@@ -53,6 +53,20 @@ def times_ms(call: Callable[[], object], refill: Callable[[], object], count: in
     return [start.elapsed_time(end) for start, end in events]
 
 
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call, by the host's clock, until the device has done all of it."""
+    synchronize()
+    begin = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - begin
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
 def extra_bytes(call: Callable[[], object]) -> int:
     """Peak of the memory a call takes beside its inputs; what it returns counts."""
     if not GPU:

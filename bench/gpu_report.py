@@ -1,0 +1,169 @@
+"""The result of `gpu_check.py` as Markdown that is also readable as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADER = [
+    "op", "shape", "ours ms", "floor ms", "% of floor", "target", "eager ms", "eager/ours", "",
+]  # fmt: skip
+SCORING_HEADER = [
+    "provider", "ms/sequence", "tokens/s", "TFLOP/s", "% of products", "x reference",
+    "extra GB", "planned/measured", "error of l1 (allowed)", "rank corr.", "targets",
+]  # fmt: skip
+STREAMED_HEADER = [
+    "weights from", "tokens a pass", "layers", "s a pass", "forward", "head", "backward",
+    "tokens/s", "TFLOP/s", "% of products", "target", "GB/s of a layer", "peak GB",
+    "planned/measured", "error of l1 (allowed)",
+]  # fmt: skip
+
+
+def report(result: dict[str, Any]) -> str:
+    device = result.get("device", {}).get("name", "unknown device")
+    lines = [
+        f"# {device}",
+        "",
+        f"{result['date']}, commit {result['commit']}"
+        + (" with uncommitted changes" if result["uncommitted_changes"] else "")
+        + f", kernels {result['kernels_sha256'][:12]}",
+        f"driver {result['driver']}, torch {result['torch']}, triton {result['triton']}, "
+        f"transformers {result['transformers']}, Python {result['python']}",
+        "",
+    ]
+    for name, phase in result["phases"].items():
+        lines.append(f"- {name}: {phase['error'] or 'ok'} ({phase['seconds']:.0f} s)")
+    counts = result.get("correctness")
+    if counts:
+        lines.append(
+            f"- tests: {counts['passed']} passed, {counts['failed']} failed, "
+            f"{counts['skipped']} skipped"
+        )
+        lines += [f"  - {text}" for text in (*counts["failures"][:10], *counts["skips"][:3])]
+    if ceilings := result.get("ceilings"):
+        lines += [
+            f"- copy: {ceilings['copy_gb_per_s']:.0f} GB/s read and written; "
+            f"bf16 product of {ceilings['gemm_size']}³: {ceilings['gemm_tflops']:.0f} TFLOP/s",
+            "",
+        ]
+        lines += table([HEADER, *map(_cells, result["rows"])])
+    lines += _scoring(result["scoring"]) if "scoring" in result else []
+    lines += _streamed(result["streamed"]) if "streamed" in result else []
+    for name, found in result.get("tune", {}).items():
+        lines += ["", f"{name}, best first (* is in use):", ""]
+        timed = [r for r in found if "median_ms" in r]
+        rows = [
+            [f"{'*' if r['current'] else ''}{i}", *map(str, r["config"].values()),
+             f"{r['median_ms']:.3f}", f"{r['iqr_ms']:.3f}"]
+            for i, r in enumerate(timed, 1)
+            if i <= 8 or r["current"]
+        ]  # fmt: skip
+        lines += table([["", *found[0]["config"], "median ms", "IQR ms"], *rows])
+        lines.append(f"\n{len(found) - len(timed)} of {len(found)} not timed")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ours_ms = row["times"]["ours"]["median_ms"]
+    eager_ms = row["times"].get("eager", {}).get("median_ms")
+    target = row["target_percent"]
+    return [
+        row["op"], row["shape"], f"{ours_ms:.3f}", f"{row['floor_ms']:.3f}",
+        f"{row['percent_of_floor']:.1f}",
+        "" if target is None else f"{target:.0f}: {row['verdict']}",
+        "" if eager_ms is None else f"{eager_ms:.2f}",
+        "" if eager_ms is None else f"{eager_ms / ours_ms:.1f}",
+        row["note"],
+    ]  # fmt: skip
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """A Markdown table with its columns aligned; numbers are not, as the first two are names."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def _scoring(found: dict[str, Any]) -> list[str]:
+    rows = [row for row in found["rows"] if "times" in row]
+    lines = ["", *_beyond(found)]
+    if rows:
+        lines += [
+            f"An 8B model scored, {found['sequences']} sequences of {found['seq_len']} tokens, "
+            f"{found['attention']} attention, {found['backend']} kernels; bf16 products meanwhile: "
+            f"{found['gemm_tflops']:.0f} TFLOP/s. FLOPs are 4 a token and weight, for every "
+            "provider.",
+            "",
+        ]
+        lines += table([SCORING_HEADER, *map(_scoring_cells, rows)])
+    return lines
+
+
+def _scoring_cells(row: dict[str, Any]) -> list[str]:
+    rank = row.get("rank_correlation")
+    return [
+        row["provider"], f"{row['ms_per_sequence']:.2f}", f"{row['tokens_per_s']:.0f}",
+        f"{row['tflops']:.0f}", f"{row['percent_of_gemm']:.1f}", f"{row['times_reference']:.2f}",
+        f"{row['extra_gb']:.2f}", _number(row["planned_ratio"]),
+        f"{row['error']:.1e} ({row['error_allowed']:.1e})", "" if rank is None else f"{rank:.5f}",
+        "; ".join([row["verdict"], *row["missed"]]) if "verdict" in row else "",
+    ]  # fmt: skip
+
+
+def _streamed(found: dict[str, Any]) -> list[str]:
+    lines = ["", *_beyond(found)]
+    if found["rows"]:
+        shape = found["model"]
+        lines += [
+            f"Layers of a 70B model (D {shape['hidden']}, F {shape['width']}) streamed, "
+            f"{found['seq_len']} tokens a sequence, a checkpoint of "
+            f"{found['checkpoint_bytes'] / 1e9:.1f} GB on {found['filesystem']}, written at "
+            f"{found['written_gb_per_s']:.1f} GB/s; bf16 products: {found['gemm_tflops']:.0f} "
+            "TFLOP/s. FLOPs are those executed. The first pass reads the files from the disk and "
+            "is not counted; the others find them in the system's cache, where a whole 70B's are "
+            "only if the host has more memory than their 141 GB.",
+            "",
+        ]
+        cells = [line for row in found["rows"] for line in _streamed_cells(row)]
+        lines += table([STREAMED_HEADER, *cells])
+        first = [
+            f"{row['provider']} {row['passes'][0]['s']:.1f} s"
+            for row in found["rows"]
+            if row["pass_tokens"] == found["rows"][0]["pass_tokens"]
+        ]
+        lines += ["", f"First passes, files on the disk: {', '.join(first)}."]
+    return lines
+
+
+def _streamed_cells(row: dict[str, Any]) -> list[list[str]]:
+    """A line as measured, and one of the whole model's layers, which says that it was not."""
+    whole = row["extrapolated"]
+    measured = [
+        row["provider"], str(row["pass_tokens"]), str(row["layers"]), f"{row['s']:.2f}",
+        f"{row['forward_s']:.2f}", f"{row['head_s']:.2f}", f"{row['backward_s']:.2f}",
+        *_rates(row), f"{row['target_percent']:.0f}: {row['verdict']}",
+        f"{row['layer_gb_per_s']:.1f}", f"{row['peak_bytes'] / 1e9:.1f}",
+        _number(row["planned_ratio"]), f"{row['error']:.1e} ({row['error_allowed']:.1e})",
+    ]  # fmt: skip
+    extrapolated = [
+        row["provider"], str(row["pass_tokens"]), f"{whole['layers']}, extrapolated",
+        f"{whole['s']:.2f}", "", "", "", *_rates(whole), "", "", "", "", "",
+    ]  # fmt: skip
+    return [measured, extrapolated]
+
+
+def _rates(run: dict[str, Any]) -> list[str]:
+    return [f"{run['tokens_per_s']:.0f}", f"{run['tflops']:.0f}", f"{run['percent_of_gemm']:.1f}"]
+
+
+def _beyond(found: dict[str, Any]) -> list[str]:
+    """What was left out, and what went wrong."""
+    lines = [f"- skipped: {text}" for text in found["skipped"]]
+    lines += [f"- error: {text}" for text in found["errors"]]
+    return [*lines, ""] if lines else []
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
