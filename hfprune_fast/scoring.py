@@ -166,7 +166,7 @@ def _next_pass(todo: list[MicroBatch], tokens: int) -> list[MicroBatch]:
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says so: CUDA's class, Python's, or what torch's CPU allocator raises."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+        any(text in str(error) for text in ("allocate memory", "enough memory", "out of memory"))
     )
 
 

@@ -306,6 +306,8 @@ class _Buffered:
             flat = torch.empty(size, dtype=self._file.dtype, pin_memory=self._cuda)
         else:
             flat = staging[:size]
+        for name in self._places[layer]:  # all before the first, so that the disk has enough to do
+            self._file.ask_for(name)
         for name, view in self._views(flat, layer).items():
             view.copy_(self._file.stored(name))
             self._file.done_with(name)
