@@ -50,11 +50,12 @@ class MicroBatch:
         return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
 
     def split(self, most: int) -> list[MicroBatch]:
-        """Return the micro-batch in parts of at most `most` sequences."""
-        if len(self.ids) <= most:
-            return [self]
-        rows = range(0, len(self.ids), most)
-        return [MicroBatch(self.ids[i : i + most], self.lengths[i : i + most]) for i in rows]
+        """Return the micro-batch in parts of at most `most` sequences, each as long as need be."""
+        parts = []
+        for i in range(0, len(self.ids), most):
+            lengths = self.lengths[i : i + most]
+            parts.append(MicroBatch(self.ids[i : i + most, : max(lengths)], lengths))
+        return parts
 
 
 def as_batches(batches: Any, batch_size: int = 1) -> Iterable[Any]:
