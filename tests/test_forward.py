@@ -56,8 +56,17 @@ def test_padding_moves_to_the_right() -> None:
     assert (batch.lengths, batch.tokens) == ((2, 3, 1), 6)
     assert batch.token_mask is not None
     assert batch.token_mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
-    assert [part.ids.tolist() for part in batch.split(2)] == [[[1, 2, 0], [3, 4, 5]], [[6, 0, 0]]]
-    assert [part.lengths for part in batch.split(2)] == [(2, 3), (1,)]
+
+
+def test_parts_hold_no_more_padding_than_they_need() -> None:
+    rows = [torch.tensor(row) for row in ([1, 2], [3, 4, 5], [6], [7])]
+    batch = micro_batch(padded(rows, "left"), V)
+    assert [part.ids.tolist() for part in batch.split(2)] == [[[1, 2, 0], [3, 4, 5]], [[6], [7]]]
+    assert [part.lengths for part in batch.split(2)] == [(2, 3), (1, 1)]
+    assert [part.token_mask is None for part in batch.split(1)] == [True] * 4
+    (whole,) = batch.split(9)
+    assert torch.equal(whole.ids, batch.ids)
+    assert whole.lengths == batch.lengths
 
 
 @pytest.mark.parametrize("mask", [None, [[1, 1, 1]], [[True] * 3]])
@@ -147,6 +156,17 @@ def test_padded_batches_score_as_one_at_a_time(
     assert ours["entropy_nats"] == pytest.approx(theirs["entropy_nats"], rel=1e-12)
     assert (ours["samples"], ours["tokens"]) == (4, 41)
     assert ours["calibration"]["data_sha256"] == theirs["calibration"]["data_sha256"]
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_padded_batches_cut_into_sequences_score_the_same_bits(parity: bool) -> None:
+    """Parity, which runs one sequence at a time, too: no padding is left for it to count."""
+    model, rows = tiny_model("llama", dtype=torch.bfloat16), sequences(20, 7, 1, 13)
+    alone = hf.score(model, [row[None] for row in rows], parity=parity)
+    cut = hf.score(model, [padded(rows, "left")], batch_size=1, parity=parity)
+    for name in STATISTICS:
+        assert torch.equal(getattr(cut, name), getattr(alone, name)), name
+    assert cut.provenance["entropy_nats"] == alone.provenance["entropy_nats"]
 
 
 def test_padded_batches_evaluate_as_one_at_a_time() -> None:

@@ -134,7 +134,7 @@ def test_pages_are_asked_for_ahead_and_given_back(
     reason="the C++ extension gives pages back, and Linux says which are in memory",
 )
 def test_given_back_pages_leave_the_memory(tmp_path: Path) -> None:
-    """With layers of 4 MiB, a run leaves less than one of the file's in memory."""
+    """With layers of 5 MiB, a run leaves less than one of the file's in memory."""
     folder = synthetic_checkpoint(tmp_path / "m", hidden=512, width=1024, layers=4, vocab=V)
     with running(blueprint(folder, device="cpu"), "disk") as model:
         score_batches(model, [BATCHES[1]], How(recompute=True))
