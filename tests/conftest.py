@@ -3,6 +3,9 @@
 import contextlib
 import os
 
+# OpenMP's threads, which otherwise spin at every barrier, sleep: tiny products take a sixth of the
+# time where others use the processors too. torch reads it when it is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton's interpreter, which runs kernels on a CPU, is chosen where triton and the kernels are
 # first imported: here. The choice is kept for this process and hidden from those that tests start.
 os.environ.setdefault("TRITON_INTERPRET", "1")
