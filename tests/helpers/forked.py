@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -17,9 +18,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from hfprune_fast import planning
 from hfprune_fast.cli import main
+from hfprune_fast.scoring import _Pass
 from hfprune_fast.state import Keeper
 
 _context = multiprocessing.get_context("forkserver")
@@ -30,13 +33,13 @@ Prepare = Callable[[], object]
 
 @contextmanager
 def hfprune_process(
-    *args: Any, log: Path, prepare: Prepare | None = None, env: dict[str, str] | None = None
+    *args: Any, log: Path, prepare: Prepare | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[BaseProcess]:
     """Run a command line in a process, which is killed at the end of the context.
 
     Args:
         args: as a user types them.
-        log: where stdout and stderr go.
+        log: where stderr goes; stdout goes to a file beside it, with .out for a suffix.
         prepare: called in the process first; one of the functions below.
         env: variables to add to its environment.
     """
@@ -51,9 +54,38 @@ def hfprune_process(
         process.join()
 
 
-def _run(args: list[str], log: Path, prepare: Prepare | None, env: dict[str, str]) -> None:
-    with log.open("ab") as opened:
-        for stream in (1, 2):
+@contextmanager
+def hfprune_processes(
+    number: int, *args: Any, prepare: Mapping[int, Prepare] | None = None
+) -> Iterator[list[BaseProcess]]:
+    """Run a command line in several processes, as torchrun does; their stderr is in log0, log1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = {**LOOPBACK, "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                hfprune_process(
+                    *args,
+                    log=Path(f"log{rank}"),
+                    prepare=(prepare or {}).get(rank),
+                    env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+            )
+            for rank in range(number)
+        ]
+
+
+# Where there is no network, or a name of this machine that leads nowhere.
+LOOPBACK = {
+    "MASTER_ADDR": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name.startswith("lo")),
+}
+
+
+def _run(args: list[str], log: Path, prepare: Prepare | None, env: Mapping[str, str]) -> None:
+    for stream, path in ((1, log.with_suffix(".out")), (2, log)):
+        with path.open("ab") as opened:
             os.dup2(opened.fileno(), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     os.environ.update(env)
@@ -112,3 +144,39 @@ def _kill_between(events: int, pass_tokens: int) -> None:
 
     Keeper.committed = first_committed  # type: ignore[method-assign]
     planning.plan_scoring = short_passes
+
+
+def tokens_at_once(tokens: int) -> Prepare:
+    """Make the planner put so many tokens into a micro-batch."""
+    return partial(_tokens_at_once, tokens)
+
+
+def _tokens_at_once(tokens: int) -> None:
+    planning._TOKENS_AT_ONCE["cpu"] = tokens
+
+
+def count_collectives() -> None:
+    """Print a line to stderr for whatever the processes say to one another."""
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier", "reduce"):
+        setattr(dist, name, partial(_counted, name, getattr(dist, name)))
+
+
+def _counted(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    print(f"collective {name}", file=sys.stderr)
+    return function(*args, **options)
+
+
+def fail_in_pass(number: int) -> Prepare:
+    """Raise an error in a pass, counted from 0."""
+    return partial(_fail_in_pass, number)
+
+
+def _fail_in_pass(number: int) -> None:
+    run, passes = _Pass._run, count()
+
+    def failing(self: _Pass, *args: Any) -> Any:
+        if next(passes) == number:
+            raise RuntimeError("the device fell off the bus")
+        return run(self, *args)
+
+    _Pass._run = failing  # type: ignore[method-assign]
