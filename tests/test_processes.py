@@ -46,6 +46,11 @@ def run_together(
         )
 
 
+def errors_in(log: str) -> list[str]:
+    """Our own; below them, torch's threads may say that they lost somebody."""
+    return [line for line in log.splitlines() if line.startswith("hfprune: error: ")]
+
+
 def assert_equals_one(one: str = "one", together: str = "scores") -> None:
     """The tables of a run in one process and of one in several."""
     expected, table = hf.ImportanceTable.load(one), hf.ImportanceTable.load(together)
@@ -128,7 +133,8 @@ def test_what_takes_one_process_is_refused(flag: str, message: str) -> None:
     codes, logs = run_together(2, *score_args(flag))
     assert codes == [2, 2]
     for log in logs:
-        assert message in log.splitlines()[-1]
+        (line,) = errors_in(log)
+        assert message in line
     assert not Path("scores").exists()
 
 
@@ -143,11 +149,12 @@ def test_when_one_dies_the_others_end_with_a_line_and_write_nothing(dying: int, 
     expected[dying] = -signal.SIGKILL if how == "killed" else 1
     assert codes == expected, logs
     for rank in {0, 1, 2} - {dying}:
-        line = logs[rank].splitlines()[-1]
-        assert line.startswith("hfprune: error: another process of this run ended before its part")
+        (line,) = errors_in(logs[rank])
+        assert "another process of this run ended before its part was done" in line
         assert "nothing is written" in line
     if how == "an error":
-        assert "the device fell off the bus" in logs[dying].splitlines()[-1]
+        (line,) = errors_in(logs[dying])
+        assert "the device fell off the bus" in line
     assert not Path("scores").exists()
     assert not state_of().exists()
 

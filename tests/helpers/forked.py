@@ -79,7 +79,7 @@ def hfprune_processes(
 # Where there is no network, or a name of this machine that leads nowhere.
 LOOPBACK = {
     "MASTER_ADDR": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name.startswith("lo")),
+    "GLOO_SOCKET_IFNAME": next((n for _, n in socket.if_nameindex() if n[:2] == "lo"), "lo"),
 }
 
 
