@@ -152,14 +152,21 @@ def test_given_back_pages_leave_the_memory(tmp_path: Path) -> None:
 def test_offload_cpu_reads_the_file_once(
     save_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All of a layer is asked for before the first tensor is through, and nothing comes again."""
     folder = save_checkpoint(tiny_model("llama", dtype=torch.float32))
     plan = blueprint(folder, device="cpu")
     events: list[Event] = []
     with watched_file(monkeypatch, events), running(plan, "cpu") as model:
         score_batches(model, BATCHES, How(recompute=True))
-    weights = [event for event in events if "embed_tokens" not in event[1]]
-    names = [name for name in plan.checkpoint.tensors if "embed_tokens" not in name]
-    assert sorted(weights) == sorted((what, name) for name in names for what in ("ask", "done"))
+    for unit in ("0", "1", "2", "head"):
+        whole = sorted(name for name in plan.checkpoint.tensors if unit_of(name) == unit)
+        of_unit = [event for event in events if unit_of(event[1]) == unit]
+        through = [name for what, name in of_unit if what == "done"]
+        assert sorted(through) == whole
+        before_the_first = of_unit[: of_unit.index(("done", through[0]))]
+        assert {name for _, name in before_the_first} == set(whole)
+        for name in whole:
+            assert ("ask", name) not in of_unit[of_unit.index(("done", name)) :]
 
 
 def test_offload_cpu_fills_a_buffer_while_a_layer_runs(
