@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 SAMPLE_S = 0.002
+QUIET_CORES = 0.1  # that others may take
 _malloc_trim = ctypes.CDLL(None).malloc_trim
 
 
@@ -45,9 +46,10 @@ class PeakMemory:
 
 
 class Others:
-    """How many cores other processes kept busy meanwhile; half of one makes a run worthless.
+    """How many cores other processes kept busy meanwhile.
 
-    Two threads that wait for each other lose far more than the share that others take.
+    Threads that wait for each other lose far more than the share that others take: with one of two
+    cores taken, products by two threads have been seen to take eight times as long.
     """
 
     def __enter__(self) -> Others:
@@ -62,3 +64,13 @@ class Others:
         user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split()[1:9]
         ticks = sum(map(int, (user, nice, system, *interrupts)))
         return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def wait_for_quiet(limit_s: float = 120) -> None:
+    """Return when others have left the machine alone for two seconds, or after limit_s."""
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        with Others() as others:
+            time.sleep(2)
+        if others.cores < QUIET_CORES:
+            return

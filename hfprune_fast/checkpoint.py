@@ -182,9 +182,9 @@ class Checkpoint:
         """The shards by name, mapped."""
         return {path.name: SafetensorsFile(path) for path in self.paths}
 
-    def data(self, name: str) -> memoryview:
-        """Return the bytes of a tensor, mapped."""
-        return self.files[self.tensors[name].file].data(name)
+    def data(self, name: str, *, ahead: bool = True) -> memoryview:
+        """Return the bytes of a tensor, mapped, and read ahead of their use unless told not to."""
+        return self.files[self.tensors[name].file].data(name, ahead=ahead)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a copy of a tensor."""

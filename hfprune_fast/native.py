@@ -156,10 +156,10 @@ class SafetensorsFile:
             self.metadata, self.tensors = _read_header(self._mapped)
         self._view = memoryview(self._mapped)
 
-    def data(self, name: str) -> memoryview:
-        """Return a tensor's bytes; they are read from the file when they are looked at."""
+    def data(self, name: str, *, ahead: bool = True) -> memoryview:
+        """Return a tensor's bytes; they are read from the file ahead of their use, or in it."""
         _, _, begin, end = self.tensors[name]
-        if _C is not None:
+        if _C is not None and ahead:
             self._mapped.will_need(begin, end)
         return self._view[begin:end]
 

@@ -82,7 +82,7 @@ class StreamedModel(ResidentModel):
         super().__exit__(*error)
 
     def embed(self, ids: Tensor) -> Tensor:
-        table = self._file.stored(self._embedding)
+        table = self._file.stored(self._embedding, ahead=False)  # a few rows of it are looked at
         self._check_once(self._embedding, table)
         embeddings: Tensor = torch.func.functional_call(
             self.parts.embedding, {"weight": table}, (ids,)
@@ -145,12 +145,12 @@ class _File:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._checkpoint.tensors[name].shape
 
-    def stored(self, name: str) -> Tensor:
+    def stored(self, name: str, *, ahead: bool = True) -> Tensor:
         """Return a tensor as it is stored, in the file's pages; it must not be written to."""
         info = self._checkpoint.tensors[name]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            tensor = torch.frombuffer(self._checkpoint.data(name), dtype=torch.uint8)
+            tensor = torch.frombuffer(self._checkpoint.data(name, ahead=ahead), dtype=torch.uint8)
         stored = TORCH_DTYPES[info.dtype]
         if self._begin(name) % stored.itemsize:
             tensor = tensor.clone()
