@@ -35,7 +35,7 @@ from gpu_timer import GPU, synchronize
 from torch import Tensor
 
 from hfprune_fast import loading, planning
-from hfprune_fast.forward import ResidentModel, micro_batch
+from hfprune_fast.forward import MicroBatch, ResidentModel, micro_batch
 from hfprune_fast.planning import ModelShape, Plan
 from hfprune_fast.scoring import How, backend_for, score_batches
 from hfprune_fast.streaming import running
@@ -169,6 +169,7 @@ class Streamed:
             torch.cuda.reset_peak_memory_stats()
         plans = [self.plan(offload, sequences) for sequences in PASS_SEQUENCES]
         totals, checked = None, {}
+        done: list[MicroBatch] = []  # again and again, with the totals of all so far
         with no_retreat(), running(loading.blueprint(self.folder), offload) as model:
             for sequences, plan in zip(PASS_SEQUENCES, plans, strict=True):
                 name = f"offload {offload}, passes of {sequences * SEQ_LEN} tokens"
@@ -180,7 +181,8 @@ class Streamed:
                 while len(passes) < 2 or (len(passes) < PASSES and time.monotonic() < deadline):
                     marks = Marks()
                     begin = time.perf_counter()
-                    new = score_batches(model, batches, how, totals, done=marks)
+                    done += batches
+                    new = score_batches(model, done, how, totals, done=marks)
                     synchronize()
                     wall = {"s": time.perf_counter() - begin}
                     passes.append(wall | marks.parts(self.layers, len(batches)))
