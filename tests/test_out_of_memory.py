@@ -147,7 +147,14 @@ def test_the_pass_is_run_again_in_halves_and_nothing_counts_twice(
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), MemoryError()], ids=repr
+    "error",
+    [
+        torch.OutOfMemoryError("Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),  # of pinned memory
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"),  # Windows
+    ],
+    ids=repr,
 )
 def test_every_class_of_out_of_memory_is_known(
     model: Make, error: Exception, monkeypatch: pytest.MonkeyPatch
