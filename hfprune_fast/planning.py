@@ -28,6 +28,8 @@ OFFLOADS = ("auto", "none", "cpu", "disk")
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
 # What a pass must hold for the work to hide the transfers of a large model's weights to a GPU.
 _HIDING_TOKENS = 16384
+# And at most, since only whole passes are kept for a run that is to go on later.
+_MOST_PASS_TOKENS = {"cpu": 16384, "cuda": 65536}
 # As in `kernels.linear_entropy`; the least is what a small budget is cut down to.
 _MOST_LOGITS_BYTES, _LEAST_LOGITS_BYTES, _LEAST_LOGITS_ROWS = 256 << 20, 16 << 20, 512
 # Allocators keep some of what is freed, and reuse less of it where sizes change (measured, CPU).
@@ -211,7 +213,8 @@ class _Reckoner:
         if on_host:
             room = (host - (pinned if offload == "cpu" else 2 * max(layer, head))) // 2
         more = max(0, int(room / _RECOMPUTE_SLACK) // self._input_bytes(1))
-        tokens = min(rows + more, self.sequences * self.seq_len) // rows * rows
+        most = _MOST_PASS_TOKENS.get(self.device.type, 16384)
+        tokens = min(rows + more, most, self.sequences * self.seq_len) // rows * rows
         return self._plan(batch_size, offload, True, weights, max(rows, tokens))
 
     def _unit_bytes(self) -> tuple[int, int]:

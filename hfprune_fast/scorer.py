@@ -142,7 +142,9 @@ def score(
         )
 
     with processes.joined(subject.device, together):
-        plan = plan_for(keeper.kept_batch_size() if resume and batch_size is None else batch_size)
+        # What a run began with in the memory that was free then is what it goes on with.
+        kept = keeper.kept_identity() if resume else {}
+        plan = plan_for(kept.get("batch_size") if batch_size is None else batch_size)
         agreed = together.as_the_first(plan.batch_size)  # with less memory free, perhaps
         plan = plan if agreed == plan.batch_size else plan_for(agreed)
         if progress:
@@ -155,10 +157,12 @@ def score(
             "seed": calibration.get("seed"),
             "data_sha256": _digest(batches),
             "batch_size": plan.batch_size,
+            "logits_budget_bytes": kept.get("logits_budget_bytes", plan.logits_budget_bytes),
             "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],
             "dtype": str(subject.dtype).removeprefix("torch."),
             "backend": backend,
             "parity": parity,
+            **{name: provenance["versions"][name] for name in ("torch", "hfprune_fast")},
         }
         how = How(
             backend=backend,
@@ -166,7 +170,7 @@ def score(
             recompute=plan.recompute,
             inputs_on_host=plan.inputs_on_host,
             pass_tokens=plan.pass_tokens,
-            logits_budget_bytes=plan.logits_budget_bytes,
+            logits_budget_bytes=keeper.identity["logits_budget_bytes"],
         )
         with (
             (

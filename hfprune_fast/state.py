@@ -92,12 +92,11 @@ class Keeper:
                 )
             raise
 
-    def kept_batch_size(self) -> int | None:
-        """Return the batch size that the run in the file began with, None without a file."""
+    def kept_identity(self) -> dict[str, Any]:
+        """Return what the run in the file is of, nothing without a file."""
         if self._file is None or not self._file.exists():
-            return None
-        size: int = _read(self._file)[0]["identity"].get("batch_size")
-        return size
+            return {}
+        return dict(_read(self._file)[0]["identity"])
 
     def resume(self, like: Totals) -> tuple[Totals, int] | None:
         """Return what the file holds: totals, and the most sequences that a micro-batch had.
