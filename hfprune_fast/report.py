@@ -36,16 +36,20 @@ def say(message: str) -> None:
 @contextmanager
 def byte_bar(what: str, total_bytes: int, show: bool) -> Iterator[Callable[[int], Any]]:
     """Count bytes on stderr: the function that is yielded takes those that are done."""
-    with tqdm(
-        total=total_bytes,
+    with _bar(what, total_bytes, "B", show) as bar:
+        yield bar.update
+
+
+def _bar(what: str, total: int, unit: str, show: bool) -> Any:
+    return tqdm(
+        total=total,
         desc=what,
-        unit="B",
+        unit=unit,
         unit_scale=True,
         file=sys.stderr,
         mininterval=0.2 if sys.stderr.isatty() else 30,
         disable=not show or _muted,
-    ) as bar:
-        yield bar.update
+    )
 
 
 @contextmanager
@@ -57,15 +61,7 @@ def token_bar(
     A token that has been through some of the layers counts for that part of it.
     """
     begun, peak_bytes, counted = time.perf_counter(), 0, 0.0
-    with tqdm(
-        total=total_tokens,
-        desc=what,
-        unit="tok",
-        unit_scale=True,
-        file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-        disable=not show or _muted,
-    ) as bar:
+    with _bar(what, total_tokens, "tok", show) as bar:
 
         def done(tokens: float) -> None:
             nonlocal peak_bytes, counted
