@@ -25,7 +25,7 @@ from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 from hfprune_fast.importance import STATISTICS, ImportanceTable
 from hfprune_fast.kernels import BACKENDS
 from hfprune_fast.planning import OFFLOADS
-from hfprune_fast.scorer import DEFAULT_SAMPLES, SAVE_SECONDS
+from hfprune_fast.score_job import DEFAULT_SAMPLES, SAVE_SECONDS
 
 Command = Callable[..., Any]
 

@@ -1,4 +1,4 @@
-"""The whole job: text and a model in (`scorer.score`), scores or a smaller checkpoint out."""
+"""The whole job: text and a model in (`score_job.score`), scores or a smaller checkpoint out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hfprune_fast.calibration import DEFAULT_SEQ_LEN, windows_for
 from hfprune_fast.errors import ArgumentError, OutputError, ResumeError, ScoresFileError
 from hfprune_fast.importance import ImportanceTable
 from hfprune_fast.report import say, token_bar
-from hfprune_fast.scorer import DEFAULT_SAMPLES, score
+from hfprune_fast.score_job import DEFAULT_SAMPLES, score
 from hfprune_fast.scoring import column_norms
 from hfprune_fast.streaming import running
 

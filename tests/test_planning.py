@@ -189,7 +189,7 @@ MEASURE = """
 import json, sys, threading, time
 import torch
 from dataclasses import asdict
-from hfprune_fast import planning, scorer
+from hfprune_fast import planning
 import hfprune_fast as hf
 
 def anonymous():

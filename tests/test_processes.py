@@ -182,7 +182,7 @@ def test_torchrun_starts_them(hfprune: Hfprune) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["scoring:_Pass._run", "scorer:windows_for"])
+@pytest.mark.parametrize("place", ["scoring:_Pass._run", "score_job:windows_for"])
 def test_torchrun_ends_all_when_one_is_killed(place: str) -> None:
     """In the middle, and before they have joined."""
     Path("driver.py").write_text(

@@ -16,7 +16,7 @@ LEAVES = {
     *("gated_mlp", "output", "planning", "processes", "report", "state", "streaming"),
 }
 STAGES = {"calibration", "scoring", "selection", "compaction", "evaluation"}
-WHOLE_JOB = {"scorer", "pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
+WHOLE_JOB = {"score_job", "pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
 
 
 def imports(path: Path) -> set[tuple[str, str]]:
