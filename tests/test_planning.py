@@ -89,8 +89,17 @@ def test_a_pass_is_no_longer_than_the_data() -> None:
     assert chosen.pass_tokens == 3 * 1024
     assert not chosen.inputs_on_host
     chosen = plan(LLAMA_8B, "5GiB", device=cpu, offload="disk", sequences=128)
-    assert chosen.pass_tokens < 128 * 1024  # the layers' inputs count, and are kept to the budget
+    assert chosen.pass_tokens < 16384  # the layers' inputs count, and are kept to the budget
     assert chosen.total_bytes <= 5 * GIB
+
+
+def test_passes_end_often_enough_for_a_state_to_be_worth_keeping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hfprune_fast.planning.available_bytes", lambda _: 2048 * GIB)
+    for device, tokens in (("cpu", 16384), ("cuda", 65536)):
+        options = {"device": torch.device(device), "offload": "disk", "sequences": 4096}
+        assert plan(LLAMA_8B, "2048GiB", **options).pass_tokens == tokens
 
 
 def test_what_is_asked_for_is_done() -> None:

@@ -26,6 +26,7 @@ from safetensors import safe_open
 import hfprune_fast as hf
 from hfprune_fast import importance, planning, scoring, state
 from hfprune_fast.errors import ResumeError
+from hfprune_fast.kernels import linear_entropy
 
 Hfprune = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread", "small_inputs")
@@ -129,6 +130,24 @@ def test_pruning_goes_on_too(hfprune: Hfprune, interrupted: Hfprune) -> None:
     for path in Path("whole").iterdir():
         assert (Path("pruned") / path.name).read_bytes() == path.read_bytes()
     assert not state_of("pruned").exists()
+
+
+def test_the_head_goes_on_in_chunks_of_the_same_size(
+    hfprune: Hfprune, interrupted: Hfprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which follow the memory that was free when the run began."""
+    budgets: list[int | None] = []
+
+    def watched(*args: Any, logits_budget_bytes: int | None, **options: Any) -> Any:
+        budgets.append(logits_budget_bytes)
+        return linear_entropy(*args, logits_budget_bytes=logits_budget_bytes, **options)
+
+    monkeypatch.setattr(scoring, "linear_entropy", watched)
+    interrupted(*score_args("--memory-budget", "100MB"))
+    assert hfprune(*score_args("--resume", "--memory-budget", "8GB")).code == 0
+    (budget,) = set(budgets)
+    assert budget is not None
+    assert budget < 100e6
 
 
 def test_totals_in_bfloat16_go_on_bit_for_bit(hfprune: Hfprune, interrupted: Hfprune) -> None:
