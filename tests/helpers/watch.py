@@ -21,10 +21,13 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         self.names.add(func.name())
+        factors: tuple[Tensor, ...] = ()
         if "mm" in func.name():
-            left, right = (
-                torch.empty_strided(a.shape, a.stride(), device="meta") for a in args[-2:]
-            )
+            factors = args[-2:]
+        elif "linear_pointwise" in func.name():  # oneDNN's x · wᵀ
+            factors = args[0], args[1].t()
+        if factors:
+            left, right = (torch.empty_strided(a.shape, a.stride(), device="meta") for a in factors)
             self.products.append((left, right))
         self.live = [(ref, size) for ref, size in self.live if not ref.expired()]
         known = {ref.cdata for ref, _ in self.live}
