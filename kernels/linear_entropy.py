@@ -67,7 +67,7 @@ class _Buffers:
         weight: Tensor,
         fp32_logits: bool,
         budget_bytes: int | None,
-        needed: bool,
+        needed: bool = True,
     ) -> _Buffers:
         (tokens, width), vocab = hidden.shape, len(weight)
         stride = cdiv(vocab, _ROW_ALIGNMENT) * _ROW_ALIGNMENT
