@@ -46,16 +46,13 @@ class ModelShape:
     size: ModelSize
     vocab_size: int
     attention_width: int  # heads · head_dim
-    longest: int  # positions
 
     @classmethod
     def of(cls, size: ModelSize, config: Any) -> ModelShape:
         """Take the rest from a transformers config."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        longest = getattr(config, "max_position_embeddings", None)
-        longest = longest if isinstance(longest, int) else 1 << 60
-        return cls(size, config.vocab_size, heads * head_dim, longest)
+        return cls(size, config.vocab_size, heads * head_dim)
 
     @property
     def layer_params(self) -> int:

@@ -71,7 +71,8 @@ def score(
             digits.
         offload: where the weights of a model given by path are: "none", on the device; "cpu", in
             host memory, and "disk", in the checkpoint, from where they are brought layer by layer;
-            "auto", on the device if they fit. On a CPU it changes no bit of the scores.
+            "auto", on the device if they fit. On a CPU it changes no bit of the scores,
+            unless so little memory is left that the head's chunks differ.
         memory_budget: such as "24GiB": what may be used on the device, instead of all that is free.
         state_file: keep what has been added up so far in this file, every `save_seconds` (after
             each pass if 0) and when interrupted. The caller deletes it when the table is safe.

@@ -31,7 +31,7 @@ def shape(layers: int, hidden: int, width: int, heads: int, kv_heads: int) -> Mo
         total_params=layers * (layer + 2 * hidden) + 2 * head + hidden,
         linear_params=layers * layer + head, params_per_neuron=3 * hidden,
     )  # fmt: skip
-    return ModelShape(size, 128256, hidden, 131072)
+    return ModelShape(size, 128256, hidden)
 
 
 LLAMA_8B = shape(32, 4096, 14336, 32, 8)
