@@ -1,0 +1,184 @@
+"""The one form of a result file, whoever measured: a suite under pytest, or `gpu_check.py`.
+
+    {"machine": {"name": "amd-epyc-2core", "device": "cpu", "processor": ..., "cores": ..., ...},
+     "versions": {"torch": "2.13.0+cpu", ...}, "threads": 2,
+     "date": "2026-11-24T15:00:00+00:00", "commit": ..., "uncommitted_changes": false,
+     "ceilings": [{"dtype": "bfloat16", "copy_gb_per_s": ..., "product_gflop_per_s": ...}],
+     "rows": [row, ...]}
+
+A row is one provider of one operation at one shape. Its key is (op, model, dtype, sizes, provider):
+
+    op         softmax_entropy, softmax_entropy_grad, linear_entropy, gated_taylor,
+               taylor_statistics, compact_rows, compact_columns, prune_checkpoint, score, whole_job
+    model      whose shape it is: "Llama-3.1-8B", or "" where the sizes are nobody's
+    sizes      {"T": 256, "D": 4096, "V": 32000}, what the operation has of T, D, F, V, L
+    dtype      "float32", "bfloat16"
+    provider   "ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile", ...
+    computes   "entropy", or "cross entropy" of the peers that compute nothing else
+    sweep      which size is varied in a series of rows: "T", "V", "model"; absent elsewhere
+
+and either `skipped` or `failed`, a reason in a line, or all of these that apply:
+
+    ms, ms_low, ms_high, rounds     median, quartiles and number of the times
+    floor, floor_ms                 what it is held against ("copy": the bytes it must move, copied;
+                                    "products": its matrix products alone; "memcpy", "cp")
+    percent_of_floor                100 x the median over the rounds of floor / time, side by side
+    bytes, gb_per_s                 that any provider must move, and at which rate this one did
+    flops, gflop_per_s              the same of FLOPs
+    peak_bytes                      memory taken beside the inputs; what is returned counts
+    mapped_bytes                    pages of files that were in memory beside it
+    error, error_allowed            of the result, relative to its norm, checked before the timing
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+Row = dict[str, Any]
+KEY = ("op", "model", "dtype", "sizes", "provider")
+_PACKAGES = (
+    "hfprune_fast", "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy",
+)  # fmt: skip
+
+
+def row(
+    identity: Row,
+    times_ms: list[float],
+    floors_ms: list[float],
+    *,
+    floor: str,
+    bytes_moved: int = 0,
+    flops: int = 0,
+    **measured: Any,
+) -> Row:
+    """Return a row from the times of a provider and, as many, those of the floor beside it."""
+    low, ms, high = quartiles(times_ms)
+    ratios = [f / t for f, t in zip(floors_ms, times_ms, strict=True)]
+    found = {
+        **identity, "ms": ms, "ms_low": low, "ms_high": high, "rounds": len(times_ms),
+        "floor": floor, "floor_ms": statistics.median(floors_ms),
+        "percent_of_floor": 100 * statistics.median(ratios), **measured,
+    }  # fmt: skip
+    if bytes_moved:
+        found |= {"bytes": bytes_moved, "gb_per_s": bytes_moved / ms / 1e6}
+    if flops:
+        found |= {"flops": flops, "gflop_per_s": flops / ms / 1e6}
+    return found
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def key(found: Row) -> tuple[Any, ...]:
+    """What a row is of, to be compared with another file's."""
+    return tuple(tuple(sorted(found[k].items())) if k == "sizes" else found[k] for k in KEY)
+
+
+def described(threads: int | None = None) -> dict[str, Any]:
+    """Return a result with everything but rows and ceilings: where, with what and when."""
+    cuda = torch.cuda.is_available()
+    machine = _gpu() if cuda else _cpu()
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    versions = {"python": platform.python_version()} | {
+        name: found for name in _PACKAGES if (found := _version(name))
+    }
+    return {
+        "machine": machine,
+        "versions": versions,
+        "threads": torch.get_num_threads() if threads is None else threads,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+    }
+
+
+def write(result: dict[str, Any], folder: Path, suffix: str = "") -> Path:
+    """Write a result under its name, <machine>-<date>.json, a row a line; return the path."""
+    name = f"{result['machine']['name']}-{result['date'][:10]}{suffix}.json"
+    head = {k: v for k, v in result.items() if k != "rows"}
+    rows = ",\n".join(f"  {json.dumps(_rounded(r))}" for r in result["rows"])
+    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+    assert json.loads(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are more than any clock has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return value
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": _slug(properties.name),
+        "device": "cuda",
+        "processor": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "memory_bytes": properties.total_memory,
+        "driver": driver.splitlines()[0] if driver else None,
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0))
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    processor = model[1].strip() if model else platform.machine()
+    return {
+        "name": f"{_slug(processor)}-{cores}core",
+        "device": "cpu",
+        "processor": processor,
+        "cores": cores,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
