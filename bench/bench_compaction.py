@@ -1,25 +1,21 @@
-"""Time the compaction of weights beside numpy, torch and memcpy, and that of checkpoints beside cp.
+"""Compaction of weights beside numpy, torch and memcpy, and that of checkpoints beside cp.
 
-    .venv/bin/pytest bench/bench_compaction.py --benchmark-json=X.json
-    .venv/bin/python bench/bench_compaction.py X.json > X.md
+    .venv/bin/pytest bench/bench_compaction.py --small
 
-Each round times the floor (a memcpy of the kept bytes; cp of the pruned files) and then the
-provider, each after the same preparation, so that a ratio compares neighbours in time.
-HFPRUNE_BENCH_BYTES is the size of the checkpoint.
+A fifth of the rows or columns is dropped. The floor is a memcpy of the kept bytes by two threads,
+or `cp` of the pruned files and a sync. Peak memory is what torch allocates: the scratch of the C++
+extension, half a megabyte, and numpy's own are not in it. HFPRUNE_BENCH_BYTES is the size of the
+checkpoint.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-import math
 import os
 import shutil
-import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,36 +24,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from case import Case, Provider, Results, WrongError, by_fixture
+from models import Shape, write_checkpoint
+from process_meters import PeakMemory
+from records import row
 from safetensors import safe_open
-from safetensors.torch import save_file
+from shapes import Spec, of_models
 from torch import Tensor
 
 import hfprune_fast
 from hfprune_fast import native
 
-Call = Callable[[], Any]
-THREADS, ROUNDS, CHECKPOINT_ROUNDS, KEPT = 2, 15, 5, 0.8
-# {operation: (function, axis, shape)}, of Llama-3.1-8B's gate_proj and down_proj.
-OPERATIONS = {
-    "compact_rows": (native.compact_rows, 0, (14336, 4096)),
-    "compact_columns": (native.compact_columns, 1, (4096, 14336)),
-}
-CHECKPOINT_BYTES = int(os.environ.get("HFPRUNE_BENCH_BYTES", 2_000_000_000))
-SHARD_BYTES = 500_000_000
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
-    "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 32000, "head_dim": 64,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-}  # fmt: skip
-D, F, V, KV = 2048, 8192, 32000, 512
-LAYER = {
-    "self_attn.q_proj": (D, D), "self_attn.k_proj": (KV, D), "self_attn.v_proj": (KV, D),
-    "self_attn.o_proj": (D, D), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
-    "mlp.down_proj": (D, F), "input_layernorm": (D,), "post_attention_layernorm": (D,),
-}  # fmt: skip
-OTHERS = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
+THREADS, KEPT = 2, 0.8
+BYTES = {"full": 2_000_000_000, "small": 1_000_000_000, "tiny": 0}
+BITS = {2: torch.int16, 4: torch.int32}
+SHAPE = Shape(2048, 8192, 0, 32, 8, 32000)
+TINY = Shape(32, 48, 0, 4, 2, 500)
 
-torch.set_num_threads(THREADS)
 # A thread a core: the scheduler often wakes both on the same one, where they take twice as long.
 _pools = [
     ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, {core}))
@@ -74,7 +57,7 @@ def memcpy(out: Tensor, source: Tensor, threads: int = THREADS) -> Tensor:
         pool.submit(_memcpy, to.data_ptr(), part.data_ptr(), part.nbytes)
         for pool, to, part in zip(_pools, *parts, strict=False)
     ]
-    assert [copy.result() for copy in copies] == [None] * threads
+    assert not any(copy.result() for copy in copies)
     return out
 
 
@@ -83,106 +66,86 @@ def random_keep(size: int, seed: int) -> Tensor:
     return order[: int(KEPT * size)].sort().values
 
 
-def uniform(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1)
+class Weight(Case):
+    """A weight on the host, what is kept of it, and buffers whose pages have all been touched."""
 
+    floor_name = "memcpy"
+    most_rounds = 15
+    axis = 0
 
-def alternate(benchmark: Any, call: Call, floor: Call, prepare: Call, rounds: int) -> None:
-    """Time prepare(), floor(), prepare(), call() for some rounds; all but call() is its setup."""
-    floor_s = []
-
-    def setup() -> None:
-        prepare()
-        begin = time.perf_counter()
-        floor()
-        floor_s.append(time.perf_counter() - begin)
-        prepare()
-
-    benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=1)
-    call_s, info = benchmark.stats.stats.data, benchmark.extra_info
-    ratios = [a / b for a, b in zip(call_s, floor_s[1:], strict=True)]
-    ms, floor_ms = (1e3 * statistics.median(times) for times in (call_s, floor_s[1:]))
-    name, info["op"] = info["floor"], benchmark.group
-    info |= {"ms": ms, f"{name}_ms": floor_ms, f"ratio_to_{name}": ms / floor_ms}
-    info[f"ratio_to_{name}_pairwise"] = statistics.median(ratios)
-    # What any provider must move: each kept byte is read once and written once.
-    info["gb_per_s"] = 2 * info["bytes_kept"] / ms / 1e6
-    # Minima far below the medians, or a load above 1 or so, tell that others used the machine.
-    info |= {f"{name}_min_ms": 1e3 * min(floor_s[1:]), "load": os.getloadavg()[0]}
-    versions = f"torch {torch.__version__}, numpy {np.__version__}, {THREADS} threads"
-    info["versions"] = f"{versions}, {native.description()}"
-
-
-class Weight:
-    """A weight, what is kept of it, and buffers whose pages have all been touched."""
-
-    def __init__(self, op: str) -> None:
-        self.compact, self.axis, shape = OPERATIONS[op]
-        self.pristine = uniform(shape)
-        self.keep = random_keep(shape[self.axis], seed=0)
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        shape = (spec.sizes["F"], spec.sizes["D"])
+        self.pristine = torch.empty(shape[:: 1 if self.axis == 0 else -1], dtype=self.dtype)
+        self.pristine.uniform_(-1, 1)
+        self.keep = random_keep(spec.sizes["F"], seed=0)
         self.want = self.pristine.index_select(self.axis, self.keep)
         self.weight, self.out = self.pristine.clone(), self.want.clone()
-        self.weight_np, self.out_np = (t.view(torch.int16).numpy() for t in (self.weight, self.out))
-        self.mask_np = np.isin(np.arange(shape[self.axis]), self.keep)
-        self.scratch = torch.zeros(1 << 27, dtype=torch.int8)
+        bits = BITS[self.dtype.itemsize]
+        self.weight_np, self.out_np = (t.view(bits).numpy() for t in (self.weight, self.out))
+        self.mask_np = np.isin(np.arange(spec.sizes["F"]), self.keep)
+        self.bytes_moved = 2 * self.want.nbytes  # each kept byte is read once and written once
 
-    def prepare(self) -> None:
-        """Undo a call in place, and leave none of it in the caches."""
+    def refill(self) -> None:
         self.weight.copy_(self.pristine)
-        self.scratch.add_(1)
         time.sleep(0.03)  # torch's threads wait for more by spinning, on a core of the next call
 
+    def floor(self) -> None:
+        memcpy(self.out, self.want)
 
-PROVIDERS: dict[str, Callable[[Weight], Any]] = {
-    "memcpy, 2 threads": lambda w: memcpy(w.out, w.want),
-    "memcpy, 1 thread": lambda w: memcpy(w.out, w.want, threads=1),
-    "ours, in place": lambda w: w.compact(w.weight, w.keep),
-    "ours, out=": lambda w: w.compact(w.weight, w.keep, out=w.out),
-    "index_select": lambda w: torch.index_select(w.weight, w.axis, w.keep),
-    "index_select, out=": lambda w: torch.index_select(w.weight, w.axis, w.keep, out=w.out),
+    def check(self, provider: Provider, results: Results) -> tuple[float, float]:
+        bits = BITS[self.dtype.itemsize]
+        if not torch.equal(results["kept"].view(bits), self.want.view(bits)):
+            raise WrongError("the kept bytes are others")
+        self.out.fill_(torch.nan)  # for the next provider
+        return 0.0, 0.0
+
+    def truth(self, computes: str) -> Results:
+        return {"kept": self.want}
+
+    plain = truth
+
+
+class Columns(Weight):
+    axis = 1
+
+
+def compact(case: Weight, *, out: Tensor | None = None) -> Tensor:
+    function = native.compact_columns if case.axis else native.compact_rows
+    return (
+        function(case.weight, case.keep)
+        if out is None
+        else function(case.weight, case.keep, out=out)
+    )
+
+
+def by(function: Callable[[Any], Any]) -> Provider:
+    return Provider(lambda case: lambda: {"kept": torch.as_tensor(function(case))}, "bytes")
+
+
+Weight.PROVIDERS = {
+    "ours, in place": by(compact),
+    "ours, out=": by(lambda w: compact(w, out=w.out)),
+    "index_select": by(lambda w: torch.index_select(w.weight, w.axis, w.keep)),
+    "index_select, out=": by(lambda w: torch.index_select(w.weight, w.axis, w.keep, out=w.out)),
     # With its default mode, "raise", take() makes a copy of out.
-    "numpy.take, out=": lambda w: np.take(w.weight_np, w.keep, w.axis, w.out_np, mode="clip"),
-    "numpy.compress, out=": lambda w: np.compress(w.mask_np, w.weight_np, w.axis, w.out_np),
+    "numpy.take, out=": by(lambda w: np.take(w.weight_np, w.keep, w.axis, w.out_np, mode="clip")),
+    "numpy.compress, out=": by(lambda w: np.compress(w.mask_np, w.weight_np, w.axis, w.out_np)),
+    "memcpy, 1 thread": by(lambda w: memcpy(w.out, w.want, threads=1)),
 }
+CASES = {"compact_rows": Weight, "compact_columns": Columns}
 
 
-@pytest.fixture(scope="module", params=OPERATIONS)
-def weight(request: pytest.FixtureRequest) -> Weight:
-    return Weight(request.param)
+def specs(scale: str) -> Iterator[Spec]:
+    """Rows of gate_proj, columns of down_proj."""
+    for op in CASES:
+        for spec in of_models(op, scale, "DF", small_tokens=0, small=("Llama-3.1-8B",)):
+            if spec.dtype == "bfloat16" or scale == "full":
+                yield spec
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_compact(benchmark: Any, weight: Weight, provider: str) -> None:
-    call, floor = partial(PROVIDERS[provider], weight), partial(memcpy, weight.out, weight.want)
-    weight.prepare()
-    weight.out.fill_(torch.nan)
-    got = torch.as_tensor(call()).view(torch.int16)
-    assert torch.equal(got, weight.want.view(torch.int16))
-    benchmark.group, kept_bytes = weight.compact.__name__, weight.want.nbytes
-    benchmark.extra_info |= {"provider": provider, "floor": "memcpy", "bytes_kept": kept_bytes}
-    alternate(benchmark, call, floor, weight.prepare, ROUNDS)
-
-
-def write_checkpoint(folder: Path) -> int:
-    """Write a Llama of about CHECKPOINT_BYTES in shards; returns its number of layers."""
-    others, layer = (2 * sum(map(math.prod, shapes.values())) for shapes in (OTHERS, LAYER))
-    layers = max(1, (CHECKPOINT_BYTES - others) // layer)
-    shards: list[dict[str, tuple[int, ...]]] = [dict(OTHERS)]
-    for i in range(layers):
-        if i % (SHARD_BYTES // layer) == 0:
-            shards.append({})
-        shards[-1] |= {f"model.layers.{i}.{name}": shape for name, shape in LAYER.items()}
-    folder.mkdir()
-    weight_map = {}
-    for i, shapes in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {f"{name}.weight": uniform(shape) for name, shape in shapes.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    index = {"metadata": {"total_size": others + layers * layer}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": layers}))
-    return layers
+def test_compaction(case: Case, provider: str, measure: Callable[..., None]) -> None:
+    measure(case, provider)
 
 
 def check_pruned(source: Path, pruned: Path, keep: dict[int, Tensor]) -> None:
@@ -199,12 +162,18 @@ def check_pruned(source: Path, pruned: Path, keep: dict[int, Tensor]) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_prune_checkpoint(benchmark: Any, tmp_path: Path, request: Any) -> None:
-    request.addfinalizer(partial(shutil.rmtree, tmp_path))  # pytest would keep these gigabytes
-    source, pruned, out, copy = (tmp_path / name for name in ("source", "pruned", "out", "copy"))
-    layers = write_checkpoint(source)
-    keep = {layer: random_keep(F, seed=layer) for layer in range(layers)}
-    hfprune_fast.prune_checkpoint(source, pruned, keep)
+def test_prune_checkpoint(
+    benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
+) -> None:
+    source, pruned, out, copy = (checkpoint_folder / n for n in ("source", "pruned", "out", "copy"))
+    shape = TINY if scale == "tiny" else SHAPE
+    size = int(os.environ.get("HFPRUNE_BENCH_BYTES", BYTES[scale]))
+    source.mkdir()
+    layers = max(2, (size - 4 * shape.head_params) // (2 * shape.layer_params))
+    write_checkpoint(source, shape, most_layers=layers)
+    keep = {layer: random_keep(shape.width, seed=layer) for layer in range(layers)}
+    with PeakMemory() as memory:
+        hfprune_fast.prune_checkpoint(source, pruned, keep)
     check_pruned(source, pruned, keep)
 
     def prepare() -> None:
@@ -218,32 +187,16 @@ def test_prune_checkpoint(benchmark: Any, tmp_path: Path, request: Any) -> None:
         hfprune_fast.prune_checkpoint(source, out, keep)
         os.sync()
 
-    copy_files = ["sh", "-c", 'cp -r "$0" "$1" && sync', pruned, copy]
-    floor = partial(subprocess.run, copy_files, check=True)
-    benchmark.group = "prune_checkpoint"
+    copied = ["sh", "-c", 'cp -r "$0" "$1" && sync', pruned, copy]
+    floor = partial(subprocess.run, copied, check=True)
+    times_ms, floors_ms = by_fixture(benchmark)(prune, floor, prepare, 5 if size else 1)
     kept_bytes = sum(path.stat().st_size for path in pruned.iterdir())
-    benchmark.extra_info |= {"provider": "ours", "floor": "cp", "bytes_kept": kept_bytes}
-    alternate(benchmark, prune, floor, prepare, CHECKPOINT_ROUNDS)
-
-
-def table(result: dict[str, Any]) -> str:
-    """A benchmark's JSON as Markdown."""
-    machine, cpu = result["machine_info"], result["machine_info"]["cpu"]
-    infos = [bench["extra_info"] for bench in result["benchmarks"]]
-    lines = [
-        f"{result['datetime'][:10]}, {cpu.get('brand_raw', '?')}, {cpu['count']} cores, "
-        f"{machine['system']}, Python {machine['python_version']}, {infos[0]['versions']}. "
-        "GB/s counts each kept byte as read once and written once.\n",
-        "| op | provider | bytes kept | ms | GB/s | floor ms | ratio to floor | pairwise |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for info in infos:
-        floor = info["floor"]
-        keys = f"ms gb_per_s {floor}_ms ratio_to_{floor} ratio_to_{floor}_pairwise".split()
-        cells = " | ".join(f"{info[key]:.2f}" for key in keys)
-        lines.append(f"| {info['op']} | {info['provider']} | {info['bytes_kept']} | {cells} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(table(json.loads(Path(sys.argv[1]).read_text())))
+    identity = {
+        "op": "prune_checkpoint", "model": "", "dtype": "bfloat16", "provider": "ours",
+        "sizes": {**shape.sizes, "L": layers}, "computes": "bytes",
+    }  # fmt: skip
+    report(row(
+        identity, times_ms, floors_ms, floor="cp", bytes_moved=2 * kept_bytes,
+        peak_bytes=memory.anon_bytes, mapped_bytes=memory.file_bytes,
+        error=0.0, error_allowed=0.0,
+    ))  # fmt: skip

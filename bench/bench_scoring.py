@@ -1,333 +1,225 @@
-"""Time scoring beside the reference implementation, and measure the memory that each takes.
+"""Scoring of whole models beside the reference implementation's arithmetic: time and memory.
 
-    .venv/bin/pytest bench/bench_scoring.py --benchmark-json=X.json
-    HFPRUNE_LARGE=1 .venv/bin/pytest bench/bench_scoring.py -k from_disk --benchmark-json=Y.json
-    .venv/bin/python bench/bench_scoring.py X.json Y.json > X.md
+    .venv/bin/pytest bench/bench_scoring.py --small
+    HFPRUNE_LARGE=1 .venv/bin/pytest bench/bench_scoring.py -k from_disk
 
-Each round times the other provider and then the provider, so that a ratio compares neighbours in
-time. A round waits until the machine is quiet, and one in which other processes took a tenth of a
-core all the same does not count, unless all are so (column "others" tells; the fixture's own table
-counts all). The second command writes a checkpoint of 5 GB and scores it resident and streamed,
-with its files in the page cache. HFPRUNE_BENCH_VOCAB and HFPRUNE_BENCH_BYTES are the sizes, for
-rehearsals.
-
-Extra memory is measured, not computed: a thread reads RssAnon, the process's anonymous memory that
-is in RAM, every 2 ms, in a process of its own for each provider, so that none works in what another
-left to the allocator. The baseline is taken when everything is imported, a small model has been
-scored by the same provider, so that libraries hold their buffers, and free memory has gone back to
-the system; for a loaded model after its weights are there, for a folder before. Weights that are
-mapped from a file are not anonymous: RssFile, read by the same thread, shows them.
+Providers work in processes of their own and in turn, so that a ratio compares neighbours in time. A
+round waits until the machine is quiet. The second command writes a checkpoint of 5 GB and scores it
+resident and streamed, with its files in the page cache. What stands as floor is the job's products
+at the rate that a large one had in the same round.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from functools import cache, partial
-from itertools import groupby
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from baselines import hfprune_reference
+from models import Shape, random_ids, random_model, write_checkpoint
+from process_meters import wait_for_quiet
+from records import Row, row
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from workers import Worker, started
 
 import hfprune_fast as hf
-from hfprune_fast import native
-from hfprune_fast.importance import STATISTICS
 
-sys.path.insert(0, str(Path(__file__).parent))  # pytest does not, with its importlib mode
-from baselines import hfprune_reference
-from process_meters import QUIET_CORES, Others, PeakMemory, wait_for_quiet
-
-Call = Callable[[], Any]
-THREADS, ROUNDS, LARGE_ROUNDS, SEQ_LEN = 2, 3, 2, 1024
-SAMPLES, LARGE_SAMPLES = 2, 4
-VOCAB = int(os.environ.get("HFPRUNE_BENCH_VOCAB", 128256))
+SEQ_LEN = {"full": 1024, "small": 1024, "tiny": 16}
+ROUNDS = {"full": 5, "small": 3, "tiny": 1}
+SHAPES = {
+    "full": [Shape(512, 1536, 8, 8, 4, 128256)],
+    "small": [
+        Shape(512, 1536, 8, 8, 4, 128256),
+        Shape(256, 768, 4, 4, 2, 128256),
+        Shape(768, 2304, 8, 12, 4, 128256),
+    ],
+    "tiny": [Shape(32, 48, 2, 4, 2, 500)],
+}
+LARGE = Shape(2048, 8192, 0, 32, 8, 128256)
 LARGE_BYTES = int(os.environ.get("HFPRUNE_BENCH_BYTES", 5_000_000_000))
-DTYPES = ("float32", "bfloat16")
-RESIDENT = {
-    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": VOCAB,
-}  # fmt: skip
-LARGE = {
-    "hidden_size": 2048, "intermediate_size": 8192,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": VOCAB,
-}  # fmt: skip
-WARM_UP = RESIDENT | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
-
-torch.set_num_threads(THREADS)
-
-PROVIDERS: dict[str, Callable[[PreTrainedModel, Tensor], Tensor]] = {
+SAMPLES, LARGE_SAMPLES = 2, 4
+WARM_UP = Shape(64, 96, 8, 8, 4, 512)
+PROVIDERS = {
     "ours": lambda model, ids: hf.score(model, ids).l1,
-    "reference": hfprune_reference.score,
+    "HFPrune's arithmetic": hfprune_reference.score,
 }
 
 
-def config_of(sizes: dict[str, int]) -> LlamaConfig:
-    return LlamaConfig(tie_word_embeddings=False, max_position_embeddings=2 * SEQ_LEN, **sizes)
-
-
-def fill(name: str, tensor: Tensor) -> Tensor:
-    """Random weights: products keep their size, and logits of about 2.5 make some p stand out."""
-    if tensor.ndim == 1:
-        return tensor.fill_(1)
-    gain = 2.5 if "lm_head" in name else 1.2
-    return tensor.normal_(std=gain / math.sqrt(tensor.shape[1]))
-
-
-def random_model(sizes: dict[str, int], dtype: str) -> PreTrainedModel:
+def score_model(provider: str, shape: dict[str, int], dtype: str, seq_len: int, out: str) -> Any:
+    """What a worker runs: the scores of a model in memory, written to out once they are made."""
+    score = PROVIDERS[provider]
+    made = [Shape(**shape), WARM_UP]
     torch.manual_seed(0)
-    config = config_of(sizes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        fill(name, parameter)
-    return model
+    model, small = (random_model(each, getattr(torch, dtype)) for each in made)
+    score(small, random_ids(1, 64, WARM_UP.vocab))
+    ids = random_ids(SAMPLES, seq_len, made[0].vocab)
+    save_file({"l1": score(model, ids)}, out)
+    return partial(score, model, ids)
 
 
-def random_ids(samples: int, seq_len: int, vocab: int) -> Tensor:
-    return torch.randint(vocab, (samples, seq_len), generator=torch.Generator().manual_seed(1))
+def score_folder(folder: str, offload: str, seq_len: int, out: str) -> Any:
+    """The same of a folder, whose weights are in no one's memory before."""
+    hf.score(random_model(WARM_UP), random_ids(1, 64, WARM_UP.vocab))
+    ids = random_ids(LARGE_SAMPLES, seq_len, LARGE.vocab)
+
+    def run() -> None:
+        hf.score(folder, ids, batch_size=1, device="cpu", offload=offload).save(out)
+
+    return run
 
 
-def needed_flops(model: PreTrainedModel, tokens: int) -> int:
-    """What any provider needs: 2 FLOPs a token for each weight of a linear layer forward, and 2 for
-    the gradient at the layer's input where a down_proj lies below it. Attention's two products and
-    the reference's weight gradients are not counted.
-    """
-    linear = {n: m.weight.numel() for n, m in model.named_modules() if type(m) is torch.nn.Linear}
-    first = sum(size for n, size in linear.items() if ".layers.0." in n and "down_proj" not in n)
-    return tokens * (4 * sum(linear.values()) - 2 * first)
+def into_page_cache(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
 
 
-def measure(provider: str, dtype: str, folder: str | None, out: str | None) -> dict[str, float]:
-    """Run in a process of its own; provider is one of PROVIDERS or, for a folder, its offload."""
-    score = PROVIDERS.get(provider, PROVIDERS["ours"])
-    score(random_model(WARM_UP, dtype), random_ids(1, 64, WARM_UP["vocab_size"]))
-    if folder is None:
-        score = partial(score, random_model(RESIDENT, dtype), random_ids(SAMPLES, SEQ_LEN, VOCAB))
-    else:
-        ids = random_ids(LARGE_SAMPLES, SEQ_LEN, VOCAB)
-        score = partial(hf.score, folder, ids, batch_size=1, device="cpu", offload=provider)
-    with Others() as others, PeakMemory() as memory:
-        begin = time.perf_counter()
-        table = score()
-        seconds = time.perf_counter() - begin
-    if out is not None:
-        table.save(out)
-    return {
-        "s": seconds, "extra_bytes": memory.anon_bytes, "mapped_bytes": memory.file_bytes,
-        "others_cores": others.cores,
-    }  # fmt: skip
-
-
-def in_a_process(*case: str | None) -> dict[str, float]:
-    command = [sys.executable, __file__, "measure", json.dumps(case)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-@cache
-def memory_of(provider: str, dtype: str) -> dict[str, float]:
-    run = in_a_process(provider, dtype, None, None)
-    return {key: run[key] for key in ("extra_bytes", "mapped_bytes")}
-
-
-class Job(NamedTuple):
-    """A model, its data, and calls that have been made once and agree."""
-
-    dtype: str
-    calls: dict[str, Call]
-    flops: int
-
-
-@pytest.fixture(scope="module", params=DTYPES)
-def job(request: pytest.FixtureRequest) -> Job:
-    dtype = request.param
-    model, ids = random_model(RESIDENT, dtype), random_ids(SAMPLES, SEQ_LEN, VOCAB)
-    calls = {name: partial(provider, model, ids) for name, provider in PROVIDERS.items()}
-    check(calls["ours"](), calls["reference"](), dtype)
-    return Job(dtype, calls, needed_flops(model, ids.numel()))
-
-
-def check(ours: Tensor, reference: Tensor, dtype: str) -> None:
+def check(ours: Tensor, reference: Tensor, dtype: str, seq_len: int, vocab: int) -> tuple[Any, ...]:
     """Compare the scores of each layer, by the norm of their difference, to what rounding explains.
 
     With u half of eps: the reference rounds each product, each sum over the tokens and each of
     SAMPLES totals, which ours does not: SAMPLES + 2. The forward pass is the same. Each gradient
     went through the roundings of some 14 products a layer, of either sign, which the sum over the
-    tokens averages: sqrt(14 · 8 / SEQ_LEN) = 0.3 on either side, together less than 1. And both
-    compute log p + H, of order 1, in fp32 from two terms of about ln V: 2 ln V of fp32's u each.
+    tokens averages: sqrt(14 · 8 / seq_len) on either side, 0.3 at 1024. And both compute log p + H,
+    of order 1, in fp32 from two terms of about ln V: 2 ln V of fp32's u each.
     """
     error = torch.linalg.vector_norm(ours - reference.double(), dim=1) / ours.norm(dim=1)
     u, u_fp32 = (torch.finfo(d).eps / 2 for d in (getattr(torch, dtype), torch.float32))
-    band = (SAMPLES + 3) * u + 4 * math.log(VOCAB) * u_fp32
+    averaged = 2 * math.sqrt(14 * 8 / seq_len)
+    band = (SAMPLES + 2 + max(1.0, averaged)) * u + 4 * math.log(vocab) * u_fp32
     assert bool((error < band).all()), f"errors {error.tolist()}, allowed {band}"
+    return float(error.max()), band
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_score(benchmark: Any, job: Job, provider: str) -> None:
-    (other,) = PROVIDERS.keys() - {provider}
-    rounds: list[dict[str, tuple[float, float]]] = []
+def product_rate(dtype: str) -> float:
+    """FLOPs a second of a large product, just now."""
+    from ceilings import ceilings
 
-    def call(name: str) -> None:
-        with Others() as others:
-            begin = time.perf_counter()
-            job.calls[name]()
-            seconds = time.perf_counter() - begin
-        rounds[-1][name] = seconds, others.cores
+    (found,) = (c for c in ceilings("small") if c["dtype"] == dtype)
+    return 1e9 * float(found["product_gflop_per_s"])
+
+
+def in_turn(
+    benchmark: Any,
+    workers: dict[str, Worker],
+    rounds: int,
+    *,
+    flops: int = 0,
+    dtype: str = "bfloat16",
+    prepare: Callable[[], None] = lambda: None,
+) -> dict[str, Row]:
+    """Run the workers in turn, the fixture timing the first; return what was measured of each.
+
+    `times_first` is how often the first one's time another took, the median over the rounds.
+    """
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    floors_ms: list[float] = []
+    first, *others = workers
+
+    def go(name: str) -> None:
+        prepare()
+        runs[name].append(workers[name].run())
 
     def setup() -> None:
         wait_for_quiet()
-        rounds.append({})
-        call(other)
+        if flops:
+            floors_ms.append(1e3 * flops / product_rate(dtype))
+        for name in others:
+            go(name)
 
-    benchmark.pedantic(partial(call, provider), setup=setup, rounds=ROUNDS)
-    taken = [max(cores for _, cores in pair.values()) for pair in rounds]
-    quiet = [i for i in range(ROUNDS) if taken[i] < QUIET_CORES] or range(ROUNDS)
-    seconds = {name: [rounds[i][name][0] for i in quiet] for name in PROVIDERS}
-    memory = {name: memory_of(name, job.dtype) for name in PROVIDERS}
-    benchmark.group = f"score {job.dtype}"
-    median_s = statistics.median(seconds[provider])
-    benchmark.extra_info |= {
-        "op": "score", "dtype": job.dtype, "provider": provider,
-        **speed(median_s, SAMPLES * SEQ_LEN, job.flops), **memory[provider],
-        "ratio_of": "ours to reference", **ratios(seconds["ours"], seconds["reference"]),
-        "ratio_bytes": memory["ours"]["extra_bytes"] / memory["reference"]["extra_bytes"],
-        "pairs": len(quiet), "others_cores": max(taken[i] for i in quiet), "versions": versions(),
+    benchmark.pedantic(partial(go, first), setup=setup, rounds=rounds)
+    found = {}
+    for name, taken in runs.items():
+        most = {key: max(run[key] for run in taken) for key in taken[0] if key != "s"}
+        ratios = [run["s"] / ours["s"] for run, ours in zip(taken, runs[first], strict=True)]
+        found[name] = row(
+            {"provider": name}, [1e3 * run["s"] for run in taken], floors_ms, floor="products",
+            flops=flops, times_first=statistics.median(ratios), **most,
+        )  # fmt: skip
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The first shape in both dtypes, and the others, of which only the growth matters, in bf16."""
+    if "shape" in metafunc.fixturenames:
+        first, *others = SHAPES[metafunc.config.getoption("scale")]
+        pairs = [(first, "float32"), *((shape, "bfloat16") for shape in (first, *others))]
+        ids = [f"D{shape.hidden} L{shape.layers} {dtype}" for shape, dtype in pairs]
+        metafunc.parametrize(("shape", "dtype"), pairs, ids=ids)
+
+
+@pytest.mark.timeout(1800)
+def test_score(
+    shape: Shape,
+    dtype: str,
+    benchmark: Any,
+    scale: str,
+    report: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    seq_len = SEQ_LEN[scale]
+    files = {name: tmp_path / f"{i}.safetensors" for i, name in enumerate(PROVIDERS)}
+    arguments = {
+        name: {"provider": name, "shape": vars(shape), "dtype": dtype, "seq_len": seq_len,
+               "out": str(file)}
+        for name, file in files.items()
     }  # fmt: skip
-
-
-def speed(seconds: float, tokens: int, flops: int) -> dict[str, float]:
-    per_s = {"tokens_per_s": tokens / seconds, "gflop_per_s": flops / seconds / 1e9}
-    return {"s": seconds, "tokens": tokens, "flops": flops, **per_s}
-
-
-def ratios(ours: list[float], other: list[float]) -> dict[str, float]:
-    pairs = [a / b for a, b in zip(ours, other, strict=True)]
-    return {
-        "ratio": statistics.median(ours) / statistics.median(other),
-        "ratio_pairwise": statistics.median(pairs),
-        "ratio_least": min(pairs),
-        "ratio_most": max(pairs),
-    }
-
-
-def versions() -> str:
-    return f"torch {torch.__version__}, {THREADS} threads, {native.description()}"
-
-
-def write_checkpoint(folder: Path) -> PreTrainedModel:
-    """Write a random bf16 Llama of LARGE_BYTES or so, a shard a layer; return its meta model."""
-    torch.manual_seed(0)
-
-    def on_meta(layers: int) -> PreTrainedModel:
-        config = config_of(LARGE | {"num_hidden_layers": layers})
-        config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
-
-    one, two = (2 * on_meta(layers).num_parameters() for layers in (1, 2))
-    model = on_meta(1 + max(0, LARGE_BYTES - one) // (two - one))
-    model.config.save_pretrained(folder)
-    weight_map = {}
-    names = dict(model.named_parameters())
-    for part, group in groupby(names, key=lambda name: ".".join(name.split(".")[:3])):
-        tensors = {
-            name: fill(name, torch.empty(names[name].shape, dtype=torch.bfloat16)) for name in group
-        }
-        save_file(tensors, folder / f"{part}.safetensors", {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
-    index = {"metadata": {"total_size": 2 * model.num_parameters()}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return model
+    tokens = SAMPLES * seq_len
+    flops = shape.needed_flops(tokens)
+    with started("bench_scoring", "score_model", arguments) as workers:
+        ours, reference = (load_file(file)["l1"] for file in files.values())
+        error, allowed = check(ours, reference, dtype, seq_len, shape.vocab)
+        rows = in_turn(benchmark, workers, ROUNDS[scale], flops=flops, dtype=dtype)
+    params = shape.layers * shape.layer_params + 2 * shape.head_params
+    identity = {
+        "op": "score", "model": "", "dtype": dtype, "computes": "entropy",
+        "sizes": {"T": tokens, **shape.sizes, "params": params},
+    } | ({"sweep": "model"} if dtype == "bfloat16" else {})  # fmt: skip
+    for found in rows.values():
+        report({**identity, **found, "error": error, "error_allowed": allowed})
 
 
 @pytest.mark.skipif("HFPRUNE_LARGE" not in os.environ, reason="minutes, 5 GB: HFPRUNE_LARGE=1")
 @pytest.mark.timeout(7200)
-def test_score_from_disk(benchmark: Any, tmp_path: Path, request: Any) -> None:
-    request.addfinalizer(partial(shutil.rmtree, tmp_path))  # pytest would keep these gigabytes
-    folder = tmp_path / "model"
-    model = write_checkpoint(folder)
-    tables = {offload: tmp_path / f"{offload}.safetensors" for offload in ("none", "disk")}
-    runs: dict[str, list[dict[str, float]]] = {offload: [] for offload in tables}
-
-    def score(offload: str) -> None:
-        for path in folder.iterdir():
-            path.read_bytes()  # into the page cache again
-        wait_for_quiet()
-        run = in_a_process(offload, "bfloat16", str(folder), str(tables[offload]))
-        runs[offload].append(run)
-
-    # The fixture times whole processes; what counts is measured inside them, without the imports.
-    benchmark.pedantic(partial(score, "disk"), setup=partial(score, "none"), rounds=LARGE_ROUNDS)
-    resident, streamed = (hf.ImportanceTable.load(file) for file in tables.values())
-    for name in (*STATISTICS, "down_norm"):
-        assert torch.equal(getattr(streamed, name), getattr(resident, name)), name
-    seconds = {offload: [run["s"] for run in results] for offload, results in runs.items()}
-    most = {
-        offload: {key: max(run[key] for run in results) for key in results[0]}
-        for offload, results in runs.items()
+def test_score_from_disk(
+    benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
+) -> None:
+    others = 2 * 2 * LARGE.head_params
+    layers = max(2, (LARGE_BYTES - others) // (2 * LARGE.layer_params))
+    folder, seq_len = checkpoint_folder / "model", SEQ_LEN[scale]
+    folder.mkdir()
+    write_checkpoint(folder, LARGE, most_layers=layers)
+    tables = {
+        f"ours, offload={offload}": checkpoint_folder / f"{offload}.safetensors"
+        for offload in ("none", "disk")
     }
-    tokens, flops = LARGE_SAMPLES * SEQ_LEN, needed_flops(model, LARGE_SAMPLES * SEQ_LEN)
-    common = {
-        "op": "score a folder", "dtype": "bfloat16", "weights_bytes": 2 * model.num_parameters(),
-        "ratio_of": "streamed to resident", **ratios(seconds["disk"], seconds["none"]),
-        "ratio_bytes": most["disk"]["extra_bytes"] / most["none"]["extra_bytes"],
-        "pairs": LARGE_ROUNDS, "versions": versions(),
+    arguments = {
+        name: {"folder": str(folder), "offload": name.split("=")[1], "seq_len": seq_len,
+               "out": str(file)}
+        for name, file in tables.items()
     }  # fmt: skip
-    benchmark.group = "score a folder"
-    benchmark.extra_info["rows"] = [
-        {
-            **common, "provider": f"ours, offload={offload}", **most[offload],
-            **speed(statistics.median(seconds[offload]), tokens, flops),
-        }
-        for offload in runs
-    ]  # fmt: skip
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The JSON of some runs as one table in Markdown."""
-    benches = [bench["extra_info"] for result in results for bench in result["benchmarks"]]
-    infos = [row for info in benches for row in info.get("rows", [info])]
-    machine, cpu = results[0]["machine_info"], results[0]["machine_info"]["cpu"]
-    lines = [
-        f"{results[0]['datetime'][:10]}, {cpu.get('brand_raw', '?')}, {cpu['count']} cores, "
-        f"{machine['system']}, Python {machine['python_version']}, {infos[0]['versions']}. "
-        "FLOPs are those that the job needs, the same for every provider. Extra MB is the peak of "
-        "anonymous memory beside a loaded model, mapped MB that of files; others are the cores "
-        "that other processes kept busy.\n",
-        "| op | dtype | provider | tokens | s | tokens/s | GFLOP/s | extra MB | mapped MB | "
-        "ratio of | time | pairwise | pairs | extra | others |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for info in infos:
-        cells = (
-            info["op"], info["dtype"], info["provider"], info["tokens"], f"{info['s']:.2f}",
-            f"{info['tokens_per_s']:.0f}", f"{info['gflop_per_s']:.0f}",
-            f"{info['extra_bytes'] / 1e6:.0f}", f"{info['mapped_bytes'] / 1e6:.0f}",
-            info["ratio_of"], f"{info['ratio']:.2f}",
-            f"{info['ratio_pairwise']:.2f}",
-            f"{info['pairs']}: {info['ratio_least']:.2f}–{info['ratio_most']:.2f}",
-            f"{info['ratio_bytes']:.3f}", f"{info['others_cores']:.2f}",
+    shape = Shape(**{**vars(LARGE), "layers": layers})
+    tokens = LARGE_SAMPLES * seq_len
+    with started("bench_scoring", "score_folder", arguments) as workers:
+        rows = in_turn(
+            benchmark, workers, 2, flops=shape.needed_flops(tokens),
+            prepare=partial(into_page_cache, folder),
         )  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "measure":
-        print(json.dumps(measure(*json.loads(sys.argv[2]))))
-    else:
-        sys.stdout.write(table([json.loads(Path(file).read_text()) for file in sys.argv[1:]]))
+    resident, streamed = (hf.ImportanceTable.load(file) for file in tables.values())
+    for name in ("l1", "l2", "mask", "act", "down_norm"):
+        assert torch.equal(getattr(streamed, name), getattr(resident, name)), name
+    params = layers * shape.layer_params + 2 * shape.head_params
+    for found in rows.values():
+        report({
+            "op": "score", "model": "", "dtype": "bfloat16", "computes": "entropy",
+            "sizes": {"T": tokens, **shape.sizes, "params": params},
+            **found, "error": 0.0, "error_allowed": 0.0,
+        })  # fmt: skip

@@ -27,6 +27,9 @@ and either `skipped` or `failed`, a reason in a line, or all of these that apply
     flops, gflop_per_s              the same of FLOPs
     peak_bytes                      memory taken beside the inputs; what is returned counts
     mapped_bytes                    pages of files that were in memory beside it
+    others_cores                    that other processes kept busy meanwhile, where it was watched
+    times_first                     whole jobs: this time / that of ours, the median over the rounds
+    kept_overlap                    share of the neurons kept that both providers kept
     error, error_allowed            of the result, relative to its norm, checked before the timing
 """
 
@@ -65,14 +68,14 @@ def row(
     flops: int = 0,
     **measured: Any,
 ) -> Row:
-    """Return a row from the times of a provider and, as many, those of the floor beside it."""
+    """Return a row from a provider's times and, as many, those of a floor beside it, if any."""
     low, ms, high = quartiles(times_ms)
-    ratios = [f / t for f, t in zip(floors_ms, times_ms, strict=True)]
-    found = {
-        **identity, "ms": ms, "ms_low": low, "ms_high": high, "rounds": len(times_ms),
-        "floor": floor, "floor_ms": statistics.median(floors_ms),
-        "percent_of_floor": 100 * statistics.median(ratios), **measured,
-    }  # fmt: skip
+    found = {**identity, "ms": ms, "ms_low": low, "ms_high": high, "rounds": len(times_ms)}
+    if floors_ms:
+        ratios = [f / t for f, t in zip(floors_ms, times_ms, strict=True)]
+        found |= {"floor": floor, "floor_ms": statistics.median(floors_ms)}
+        found["percent_of_floor"] = 100 * statistics.median(ratios)
+    found |= measured
     if bytes_moved:
         found |= {"bytes": bytes_moved, "gb_per_s": bytes_moved / ms / 1e6}
     if flops:

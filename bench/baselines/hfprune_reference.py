@@ -41,14 +41,24 @@ def score(model: PreTrainedModel, ids: Tensor) -> Tensor:
         for sequence in ids:
             model.zero_grad()
             output = model(input_ids=sequence[None])
-            p = torch.softmax(output.logits.float(), dim=-1)
-            log_p = torch.log_softmax(output.logits.float(), dim=-1)
+            p, log_p = probabilities(output.logits)
             (p * log_p).sum(dim=-1).neg().mean().backward()
             for layer, total in enumerate(totals):
                 total += (acts[layer] * grads[layer]).abs().sum(dim=(0, 1))
             acts.clear()
             grads.clear()
     return torch.stack(totals)
+
+
+def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p and log p in fp32, each from an upcast of its own."""
+    return torch.softmax(logits.float(), dim=-1), torch.log_softmax(logits.float(), dim=-1)
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """H of each row, for those who time it alone."""
+    p, log_p = probabilities(logits)
+    return (p * log_p).sum(dim=-1).neg()
 
 
 @contextmanager

@@ -1,0 +1,212 @@
+"""What every suite shares: a case with its floor, providers of its result, checked, then timed.
+
+A provider's result is held to fp64, norm-wise: its error may be twice that of plain torch in the
+same dtype and four roundings more, as in the tests. What fails that is not timed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from meter import (
+    DEVICE,
+    GPU,
+    Evictor,
+    alternated_ms,
+    clock_s,
+    peak_bytes,
+    rounds_for,
+    synchronize,
+)
+from records import Row, row
+from shapes import Spec
+from torch import Tensor
+
+from hfprune_fast.kernels._triton import INTERPRETED
+
+Results = dict[str, Tensor]
+# Rows whose gradients are compared, spread over all: each is computed alone.
+CHECKED_ROWS = 64
+# Of a round; and the seconds that a provider of a case is given.
+LEAST_ROUNDS, BUDGET_S = 5, 0.8
+
+
+OUT_OF_MEMORY = "out of memory"
+
+
+class AbsentError(Exception):
+    """A provider that cannot run here; the reason in a line."""
+
+
+class WrongError(Exception):
+    """A provider whose result is not the operation's."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an operation's result, in a call that returns all or some of it."""
+
+    make: Callable[[Any], Callable[[], Results]]
+    computes: str = "entropy"
+    # Of the error beside what plain torch's rounding explains, where a provider says it skips some.
+    more_error: float = 0.0
+
+
+class Case(ABC):
+    """An operation's inputs at one shape, and what its results and times are held against."""
+
+    PROVIDERS: ClassVar[dict[str, Provider]]
+    floor_name: ClassVar[str] = "copy"
+    bytes_moved: int = 0  # by any provider that reads its input once and writes its output once
+    flops: int = 0
+    most_rounds: int = 50
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec, self.dtype = spec, getattr(torch, spec.dtype)
+        self.generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        made = torch.empty(shape, dtype=self.dtype, device=DEVICE)
+        return made.normal_(std=std, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """fp32 between 0.5 and 1.5."""
+        return torch.rand(shape, device=DEVICE, generator=self.generator) + 0.5
+
+    def refill(self) -> None:  # noqa: B027 - most providers leave their input as it was
+        """Undo what a call overwrote."""
+
+    def floor(self) -> None:
+        """A copy of as many bytes; cases of matrix products have their own."""
+        source, target = self._copied
+        target.copy_(source)
+
+    @property
+    def _copied(self) -> tuple[Tensor, Tensor]:
+        if not hasattr(self, "_halves"):
+            half = torch.zeros(self.bytes_moved // 8, dtype=torch.float32, device=DEVICE)
+            self._halves = half, torch.zeros_like(half)
+        return self._halves
+
+    @abstractmethod
+    def truth(self, computes: str) -> Results:
+        """The result in fp64, written plainly; of per-row results the rows in `checked_rows`."""
+
+    @abstractmethod
+    def plain(self, computes: str) -> Results:
+        """The same by plain torch in the case's dtype."""
+
+    def sampled(self, results: Results) -> Results:
+        """The part of a provider's results that truth and plain have."""
+        return results
+
+    @cache  # noqa: B019 - a case is one object for all of its providers
+    def judged(self, computes: str) -> tuple[Results, dict[str, float]]:
+        """The truth, and the error that each part of a result may have."""
+        truth, plain = self.truth(computes), self.plain(computes)
+        rounding = 4 * torch.finfo(self.dtype).eps
+        allowed = {name: 2 * error_of(plain[name], truth[name]) + rounding for name in truth}
+        return truth, allowed
+
+    def check(self, provider: Provider, results: Results) -> tuple[float, float]:
+        """Return the error that comes closest to what is allowed, and that; raise beyond it."""
+        truth, allowed = self.judged(provider.computes)
+        if not results or (unknown := results.keys() - truth.keys()):
+            raise WrongError(f"returned {sorted(results)}, unknown {sorted(unknown)}")
+        worst = (0.0, 1.0)
+        for name, got in self.sampled(results).items():
+            error, limit = error_of(got, truth[name]), allowed[name] + provider.more_error
+            if not error <= limit or not bool(results[name].isfinite().all()):
+                raise WrongError(f"{name} is off by {error:.1e} of its norm, allowed {limit:.1e}")
+            worst = max(worst, (error, limit), key=lambda pair: pair[0] / pair[1])
+        return worst
+
+
+def error_of(got: Tensor, truth: Tensor) -> float:
+    """‖got - truth‖ / ‖truth‖, NaN where there is one."""
+    if got.shape != truth.shape:
+        raise WrongError(f"shape {tuple(got.shape)}, not {tuple(truth.shape)}")
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def spread_rows(tokens: int) -> Tensor:
+    """The rows that are compared, the first and the last among them."""
+    return torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=DEVICE).long().unique()
+
+
+def needs_triton(*, interpreted: bool = True) -> None:
+    """Raise where Triton kernels do not run; the interpreter counts if it can have them right."""
+    if not (GPU or (INTERPRETED and interpreted)):
+        raise AbsentError("needs a GPU")
+
+
+def measured(case: Case, name: str, benchmark: Any = None) -> Row:
+    """Check a provider of a case and time it beside the floor; return the row.
+
+    With pytest-benchmark's fixture that has the clock, and prints its own table; else events on the
+    device do. A provider that cannot run, is wrong or takes more memory than there is becomes a row
+    that says so.
+    """
+    provider = case.PROVIDERS[name]
+    identity = {**case.spec.identity, "provider": name, "computes": provider.computes}
+    try:
+        call = provider.make(case)
+        case.refill()
+        error, allowed = case.check(provider, call())
+        case.refill()
+        peak = peak_bytes(call)
+        case.floor()
+        rounds = rounds_for(call, case.refill, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
+        clock = alternated_ms if benchmark is None else by_fixture(benchmark)
+        times_ms, floors_ms = clock(call, case.floor, case.refill, rounds)
+    except AbsentError as reason:
+        return {**identity, "skipped": str(reason)}
+    except WrongError as reason:
+        return {**identity, "failed": f"wrong: {reason}"}
+    except torch.OutOfMemoryError:
+        return {**identity, "failed": OUT_OF_MEMORY}
+    except Exception as error:  # a peer's, whose versions are many
+        return {
+            **identity,
+            "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        }
+    return row(
+        identity, times_ms, floors_ms, floor=case.floor_name, bytes_moved=case.bytes_moved,
+        flops=case.flops, peak_bytes=peak, error=error, error_allowed=allowed,
+    )  # fmt: skip
+
+
+def by_fixture(benchmark: Any) -> Callable[..., tuple[list[float], list[float]]]:
+    """alternated_ms with the fixture's clock: its setup of each round has the floor's time."""
+
+    def alternated(
+        call: Callable[[], object],
+        floor: Callable[[], object],
+        refill: Callable[[], object],
+        rounds: int,
+    ) -> tuple[list[float], list[float]]:
+        evict, floors_ms = Evictor(), []
+
+        def setup() -> None:
+            refill()
+            evict()
+            begin = clock_s()
+            floor()
+            floors_ms.append(1e3 * (clock_s() - begin))
+            refill()
+            evict()
+            synchronize()
+
+        def finished() -> None:
+            call()
+            synchronize()
+
+        benchmark.pedantic(finished, setup=setup, rounds=rounds)
+        return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms
+
+    return alternated

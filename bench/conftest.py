@@ -1,0 +1,127 @@
+"""How the suites run: at which scale, which providers, and where their rows go.
+
+    .venv/bin/pytest bench --small --rows DIR      DIR/<machine>-<date>.json and .md
+
+`--tiny` rehearses: nobody's shapes, and Triton's kernels in its interpreter if TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest does not, with its importlib mode
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hfprune_fast's suites")
+    scales = group.addoption
+    scales("--small", action="store_const", dest="scale", const="small", default="full",
+           help="few tokens, for a CPU")  # fmt: skip
+    scales("--tiny", action="store_const", dest="scale", const="tiny", help="a rehearsal")
+    group.addoption("--rows", type=Path, metavar="DIR", help="write the result file there")
+    group.addoption("--rows-suffix", default="", help="what its name ends with")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `case` and `provider` runs for every spec of its module and all its providers."""
+    if "provider" not in metafunc.fixturenames or not hasattr(metafunc.module, "specs"):
+        return
+    module = metafunc.module
+    pairs = [
+        pytest.param(spec, name, id=f"{spec}, {name}")
+        for spec in module.specs(metafunc.config.getoption("scale"))
+        for name in module.CASES[spec.op].PROVIDERS
+    ]
+    metafunc.parametrize(("case", "provider"), pairs, indirect=["case"])
+
+
+@pytest.fixture(scope="module")
+def _made() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, _made: dict[Any, Any]) -> Any:
+    """The case of a spec, one for all its providers and one at a time."""
+    spec = request.param
+    if spec not in _made:
+        _made.clear()
+        gc.collect()
+        _made[spec] = request.module.CASES[spec.op](spec)
+    return _made[spec]
+
+
+@pytest.fixture
+def scale(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("scale")  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def report(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Put a row into the result file, and beside pytest-benchmark's own."""
+
+    def report(row: dict[str, Any]) -> None:
+        request.config.stash[ROWS].append(row)
+        benchmark.extra_info.setdefault("rows", []).append(row)
+
+    return report
+
+
+@pytest.fixture
+def measure(benchmark: Any, report: Callable[..., None]) -> Callable[..., None]:
+    """Measure a provider of a case, if it can run and is right."""
+    from case import OUT_OF_MEMORY, measured
+
+    def measure(case: Any, provider: str) -> None:
+        benchmark.group = str(case.spec)
+        row = measured(case, provider, benchmark)
+        report(row)
+        if "skipped" in row or row.get("failed") == OUT_OF_MEMORY:
+            pytest.skip(row.get("skipped", OUT_OF_MEMORY))
+        if "failed" in row:
+            pytest.fail(row["failed"], pytrace=False)
+
+    return measure
+
+
+@pytest.fixture
+def checkpoint_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for gigabytes, which pytest would keep."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    import torch
+
+    torch.set_num_threads(2 if not torch.cuda.is_available() else torch.get_num_threads())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    folder = config.getoption("rows")
+    if folder is None or not config.stash[ROWS]:
+        return
+    import records
+    from ceilings import ceilings
+
+    result = records.described() | {
+        "ceilings": ceilings(config.getoption("scale")),
+        "rows": config.stash[ROWS],
+    }
+    path = records.write(result, folder, config.getoption("rows_suffix"))
+    print(f"\n{path}")

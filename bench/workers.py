@@ -1,0 +1,94 @@
+"""A provider of a whole job in a process of its own, so that no memory is another's.
+
+A suite starts one for each provider and has them run in turn. What a run takes is measured in the
+process: a thread reads RssAnon, its anonymous memory that is in RAM, every 2 ms. The baseline is
+taken when everything is imported, a small model has gone through the same provider, so that
+libraries hold their buffers, and free memory has gone back to the system; for a loaded model after
+its weights are there, for a folder before. Weights that are mapped from a file are not anonymous:
+RssFile, read by the same thread, shows them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+THREADS = 2
+
+
+class Worker:
+    """Runs what `module.job(**arguments)` returns again and again, in another process."""
+
+    def __init__(self, module: str, job: str, arguments: dict[str, Any]) -> None:
+        case = json.dumps([module, job, arguments])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, case], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )  # fmt: skip
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def run(self) -> dict[str, Any]:
+        """One run: seconds, and memory in bytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise RuntimeError(f"a worker ended with exit status {self.process.wait()}")
+
+
+@contextmanager
+def started(
+    module: str, job: str, arguments: dict[str, dict[str, Any]]
+) -> Iterator[dict[str, Worker]]:
+    """One worker for each provider, all of them warm, and gone in the end."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name, of_one in arguments.items():
+            workers[name] = Worker(module, job, of_one)
+            workers[name].answer()  # one after the other, or they would be in each other's way
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from process_meters import Others, PeakMemory
+
+    torch.set_num_threads(THREADS)
+    module, job, arguments = json.loads(sys.argv[1])
+    run = getattr(importlib.import_module(module), job)(**arguments)
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        with Others() as others, PeakMemory() as memory:
+            begin = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - begin
+        found = {"s": seconds, "others_cores": others.cores}
+        found |= {"peak_bytes": memory.anon_bytes, "mapped_bytes": memory.file_bytes}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
