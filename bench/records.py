@@ -23,6 +23,7 @@ and either `skipped` or `failed`, a reason in a line, or all of these that apply
     floor, floor_ms                 what it is held against ("copy": the bytes it must move, copied;
                                     "products": its matrix products alone; "memcpy", "cp")
     percent_of_floor                100 x the median over the rounds of floor / time, side by side
+    percent_low, percent_high       the quartiles of the same
     bytes, gb_per_s                 that any provider must move, and at which rate this one did
     flops, gflop_per_s              the same of FLOPs
     peak_bytes                      memory taken beside the inputs; what is returned counts
@@ -31,6 +32,8 @@ and either `skipped` or `failed`, a reason in a line, or all of these that apply
     times_first                     whole jobs: this time / that of ours, the median over the rounds
     kept_overlap                    share of the neurons kept that both providers kept
     error, error_allowed            of the result, relative to its norm, checked before the timing
+
+What reads result files needs the standard library alone, so torch is imported where it is asked.
 """
 
 from __future__ import annotations
@@ -43,15 +46,13 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 Row = dict[str, Any]
+Result = dict[str, Any]
 KEY = ("op", "model", "dtype", "sizes", "provider")
 _PACKAGES = (
     "hfprune_fast", "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy",
@@ -72,9 +73,9 @@ def row(
     low, ms, high = quartiles(times_ms)
     found = {**identity, "ms": ms, "ms_low": low, "ms_high": high, "rounds": len(times_ms)}
     if floors_ms:
-        ratios = [f / t for f, t in zip(floors_ms, times_ms, strict=True)]
+        percents = quartiles([100 * f / t for f, t in zip(floors_ms, times_ms, strict=True)])
         found |= {"floor": floor, "floor_ms": statistics.median(floors_ms)}
-        found["percent_of_floor"] = 100 * statistics.median(ratios)
+        found["percent_low"], found["percent_of_floor"], found["percent_high"] = percents
     found |= measured
     if bytes_moved:
         found |= {"bytes": bytes_moved, "gb_per_s": bytes_moved / ms / 1e6}
@@ -95,8 +96,10 @@ def key(found: Row) -> tuple[Any, ...]:
     return tuple(tuple(sorted(found[k].items())) if k == "sizes" else found[k] for k in KEY)
 
 
-def described(threads: int | None = None) -> dict[str, Any]:
+def described(threads: int | None = None) -> Result:
     """Return a result with everything but rows and ceilings: where, with what and when."""
+    import torch
+
     cuda = torch.cuda.is_available()
     machine = _gpu() if cuda else _cpu()
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
@@ -113,7 +116,7 @@ def described(threads: int | None = None) -> dict[str, Any]:
     }
 
 
-def write(result: dict[str, Any], folder: Path, suffix: str = "") -> Path:
+def write(result: Result, folder: Path, suffix: str = "") -> Path:
     """Write a result under its name, <machine>-<date>.json, a row a line; return the path."""
     name = f"{result['machine']['name']}-{result['date'][:10]}{suffix}.json"
     head = {k: v for k, v in result.items() if k != "rows"}
@@ -126,8 +129,43 @@ def write(result: dict[str, Any], folder: Path, suffix: str = "") -> Path:
     return path
 
 
-def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+class ResultError(Exception):
+    """A file that is no result; says in a line which and why."""
+
+
+def read(path: Path) -> Result:
+    """Return a result that has what its readers rely on; raise ResultError for another file."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # which json's and UTF-8's errors are
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise ResultError(f"{path}: {reason}") from None
+    try:
+        _check(result)
+    except ValueError as error:
+        raise ResultError(f"{path}: not a result file: {error}") from None
+    return result  # type: ignore[no-any-return]
+
+
+def _check(result: Any) -> None:
+    _of(result, {"machine": dict, "versions": dict, "date": str, "rows": list})
+    _of(result["machine"], {"name": str, "device": str, "processor": str})
+    for number, found in enumerate(result["rows"], 1):
+        _of(found, {name: dict if name == "sizes" else str for name in KEY})
+        if len(found.keys() & {"ms", "skipped", "failed"}) != 1:
+            raise ValueError(f"row {number} has not one of 'ms', 'skipped' and 'failed'")
+        if "ms" in found:
+            _of(found, dict.fromkeys(("ms", "ms_low", "ms_high"), (int, float)) | {"rounds": int})
+
+
+def _of(found: Any, kinds: dict[str, Any]) -> None:
+    """Raise unless it is a dictionary with values of these kinds, numbers above 0."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(found)[:40]!r} is no object")
+    for name, kind in kinds.items():
+        value = found.get(name)
+        if not isinstance(value, kind) or (kind in (int, (int, float)) and not value > 0):
+            raise ValueError(f"{name!r} cannot be {str(value)[:40]!r}")
 
 
 def _rounded(value: Any) -> Any:
@@ -140,6 +178,8 @@ def _rounded(value: Any) -> Any:
 
 
 def _gpu() -> dict[str, Any]:
+    import torch
+
     properties = torch.cuda.get_device_properties(0)
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
