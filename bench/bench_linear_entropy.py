@@ -86,9 +86,12 @@ class Head(Case):
         return losses[:, 0], p.scatter_add(1, labels, -torch.ones_like(losses))
 
     def plain(self, computes: str) -> Results:
-        losses = {"entropy": eager_loss, "cross entropy": eager_cross_entropy}
-        results = differentiated(losses[computes], self)
-        return self.sampled(results)
+        losses = {"entropy": eager_entropies, "cross entropy": eager_cross_entropies}[computes]
+        all_rows = torch.arange(len(self.hidden), device=self.hidden.device)
+        each = [losses(self.hidden[r], self.weight, self.target[r]) for r in all_rows.split(512)]
+        hidden = self.hidden[self.rows].requires_grad_()
+        loss = losses(hidden, self.weight, self.target[self.rows]).sum() / len(self.hidden)
+        return {"loss": torch.cat(each).mean(), "d_hidden": torch.autograd.grad(loss, hidden)[0]}
 
     def sampled(self, results: Results) -> Results:
         return results | {"d_hidden": results["d_hidden"][self.rows]}
@@ -101,16 +104,21 @@ def differentiated(loss: Loss, case: Head) -> Results:
     return {"loss": made.detach(), "d_hidden": d_hidden}
 
 
-def eager_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    return eager_entropy(functional.linear(hidden, weight)).mean()
+def eager_entropies(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return eager_entropy(functional.linear(hidden, weight))
+
+
+def eager_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return eager_entropies(hidden, weight, target).mean()
 
 
 def reference_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
     return entropy_of(functional.linear(hidden, weight)).mean()
 
 
-def eager_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return functional.cross_entropy(functional.linear(hidden, weight).float(), target)
+def eager_cross_entropies(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    logits = functional.linear(hidden, weight).float()
+    return functional.cross_entropy(logits, target, reduction="none")
 
 
 def by(make_loss: Callable[[], Loss]) -> Provider:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +68,7 @@ class Case(ABC):
     def __init__(self, spec: Spec) -> None:
         self.spec, self.dtype = spec, getattr(torch, spec.dtype)
         self.generator = torch.Generator(DEVICE).manual_seed(0)
+        self._judged: dict[str, tuple[Results, dict[str, float]]] = {}
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         made = torch.empty(shape, dtype=self.dtype, device=DEVICE)
@@ -105,13 +105,14 @@ class Case(ABC):
         """The part of a provider's results that truth and plain have."""
         return results
 
-    @cache  # noqa: B019 - a case is one object for all of its providers
     def judged(self, computes: str) -> tuple[Results, dict[str, float]]:
         """The truth, and the error that each part of a result may have."""
-        truth, plain = self.truth(computes), self.plain(computes)
-        rounding = 4 * torch.finfo(self.dtype).eps
-        allowed = {name: 2 * error_of(plain[name], truth[name]) + rounding for name in truth}
-        return truth, allowed
+        if computes not in self._judged:
+            truth, plain = self.truth(computes), self.plain(computes)
+            rounding = 4 * torch.finfo(self.dtype).eps
+            allowed = {name: 2 * error_of(plain[name], truth[name]) + rounding for name in truth}
+            self._judged[computes] = truth, allowed
+        return self._judged[computes]
 
     def check(self, provider: Provider, results: Results) -> tuple[float, float]:
         """Return the error that comes closest to what is allowed, and that; raise beyond it."""

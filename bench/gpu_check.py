@@ -1,20 +1,26 @@
 """Check and time every kernel on the GPU at hand; under 8 minutes, no network, nothing to install.
 
-    python bench/gpu_check.py --out bench/results/2026-11-22-h200
-    python bench/gpu_check.py --only scoring streamed --out bench/results/2026-11-22-h200-models
+    python bench/gpu_check.py --out bench/results
+    python bench/gpu_check.py --only scoring streamed --out bench/results
+    python bench/gpu_check.py --only timing --timing-seconds 560 --out bench/results
 
 It needs what a stock CUDA image has: torch, triton, transformers, pytest, pip and setuptools. It
-builds the package into a temporary folder, runs `tests/gpu` there, times each kernel against its
-floor (`gpu_times.py`), and writes DIR/result.json and DIR/result.md, and a log of each phase. Each
-phase has a process and a time limit of its own, so one that fails loses no other. These are added,
-or with `--only` run alone, which leaves out the others but for the build:
+builds the package into a temporary folder, runs `tests/gpu` there, and times each kernel beside its
+floor and its peers (`gpu_times.py`; liger-kernel and cut-cross-entropy where they are installed).
+It writes DIR/<machine>-<date>.json, in the form that `report.py` makes tables of, and in
+DIR/<machine>-<date>.check/ the verdicts on targets (check.md) and a log of each phase. A second run
+on the same day keeps the rows of the first that it has not measured anew. Each phase has a process
+and a time limit of its own, so one that fails loses no other. These are added, or with `--only` run
+alone, which leaves out the others but for the build:
 
     --scoring    an 8B model scored, beside the paper's arithmetic (`gpu_scoring.py`), 2.5 minutes
     --streamed   a 70B's layers brought from disk and RAM (`gpu_streamed.py`), up to 4 minutes; it
                  takes 25 GB of disk under TMPDIR and 45 GB of host memory, less where there is less
     --tune       a sweep of the kernels' configurations (`gpu_times.py`), up to 6 minutes
 
-The build, --scoring and --streamed are under 8 minutes together. `--rehearse` runs on a CPU.
+The build, --scoring and --streamed are under 8 minutes together. The kernels' rows that have no
+time left say so: the third command above has time for fp32, the series of sizes and torch.compile.
+`--rehearse` runs on a CPU.
 
 The exit status is 0 when all ran and was correct, whatever the times; 1 when a phase or a test
 failed; 2 when there is no CUDA device or the arguments are wrong.
@@ -24,9 +30,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -41,6 +45,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
 from gpu_report import report
+from records import Result, ResultError, described, key, read, write
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -63,6 +68,8 @@ def main() -> None:
     parser.add_argument("--scoring", action="store_true", help="score an 8B model as well")
     parser.add_argument("--streamed", action="store_true", help="stream a 70B's layers as well")
     parser.add_argument("--tune", action="store_true", help="sweep configurations as well")
+    parser.add_argument("--timing-seconds", type=int, default=LIMITS_S["timing"], metavar="S",
+                        help="how long the kernels' rows may take")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     args = parser.parse_args()
     out = args.out.resolve()
@@ -73,16 +80,23 @@ def main() -> None:
         sys.exit(2)
     wanted = {*(args.only or DEFAULT), *(name for name in OPTIONAL if getattr(args, name))}
     phases = [name for name in DEFAULT + OPTIONAL if name in wanted]
-    out.mkdir(parents=True, exist_ok=True)
+    LIMITS_S["timing"] = args.timing_seconds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
-    result = {**provenance(args.rehearse), "phases": {}}
+    result: Result = {**provenance(args.rehearse), "phases": {}, "ceilings": [], "rows": []}
+    try:
+        before = earlier(result, out)
+    except ResultError as error:
+        print(f"gpu_check.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    beside = out / f"{result['machine']['name']}-{result['date'][:10]}.check"
+    beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hfprune_gpu_check_") as folder:
-        run = Run(Path(folder), out, args.rehearse, result)
+        run = Run(Path(folder), beside, args.rehearse, result, before)
         if run.phase("build"):
             for phase in phases:
                 run.phase(phase)
     table = report(result)
-    (out / "result.md").write_text(table, encoding="utf-8")
+    (beside / "check.md").write_text(table, encoding="utf-8")
     print("\n" + table, end="")
     sys.exit(any(phase["error"] for phase in result["phases"].values()))
 
@@ -99,46 +113,51 @@ def no_device() -> str | None:
     return f"no CUDA device (torch {torch.__version__}, built with {built})"
 
 
-def provenance(rehearsal: bool) -> dict[str, Any]:
-    def output(*command: str) -> str | None:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
+def provenance(rehearsal: bool) -> Result:
     def sha256(folder: str) -> str:
         sources = hashlib.sha256()
         for path in sorted((ROOT / folder).glob("*.py")):
             sources.update(path.read_bytes())
         return sources.hexdigest()
 
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return {
-        "rehearsal": rehearsal,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "uncommitted_changes": None if changed is None else bool(changed),
-        "kernels_sha256": sha256("kernels"),
-        "package_sha256": sha256("hfprune_fast"),
-        "driver": driver.splitlines()[0] if driver else None,
-        "python": sys.version.split()[0],
-        **{name: version(name) for name in ("torch", "triton", "transformers")},
-    }
+    hashes = {"kernels_sha256": sha256("kernels"), "package_sha256": sha256("hfprune_fast")}
+    return {**described(), "rehearsal": rehearsal, **hashes}
+
+
+def earlier(result: Result, folder: Path) -> Result | None:
+    """The file that was written there on the same day, if there is one; of this commit or refused.
+
+    Raises:
+        ResultError: it is of another commit, and writing would lose it.
+    """
+    path = folder / f"{result['machine']['name']}-{result['date'][:10]}.json"
+    if not path.exists():
+        return None
+    found = read(path)
+    if found["commit"] != result["commit"]:
+        raise ResultError(f"{path} is of another commit; give another --out, or remove it")
+    return found
+
+
+def joined(before: Result | None, result: Result) -> Result:
+    """The result with the rows of before that it has not measured anew."""
+    if before is None:
+        return result
+    rows = {key(row): row for row in before["rows"]}
+    for row in result["rows"]:
+        if "skipped" not in row or key(row) not in rows:
+            rows[key(row)] = row
+    ceilings = result["ceilings"] or before.get("ceilings", [])
+    return {**result, "rows": list(rows.values()), "ceilings": ceilings}
 
 
 class Run:
-    """The phases; each writes what it found into result, and result.json is kept up to date."""
+    """The phases; each writes what it found into result, and the result file is kept up to date."""
 
-    def __init__(self, folder: Path, out: Path, rehearse: bool, result: dict[str, Any]) -> None:
-        self.folder, self.out, self.result = folder, out, result
+    def __init__(
+        self, folder: Path, out: Path, rehearse: bool, result: Result, before: Result | None
+    ) -> None:
+        self.folder, self.out, self.result, self.before = folder, out, result, before
         self.site = folder / "site"
         hidden = ("HFPRUNE_BACKEND", "PYTEST_ADDOPTS")  # they would change what runs
         env = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -172,7 +191,7 @@ class Run:
             entry["error"] = f"{type(error).__name__}: {error}"
         entry["seconds"] = round(time.monotonic() - start, 1)
         print(f"{name}: {entry['seconds']:.0f} s, {entry['error'] or 'ok'}", flush=True)
-        (self.out / "result.json").write_text(json.dumps(self.result, indent=1) + "\n")
+        write(joined(self.before, self.result), self.out.parent)
         return entry["error"] is None
 
     def command(self, name: str, *command: str | Path) -> str | None:
@@ -214,7 +233,6 @@ class Run:
         if error:
             return error
         found = json.loads(info.read_text())
-        self.result["device"] = found["device"]
         if not Path(found["package"]).resolve().is_relative_to(self.site.resolve()):
             return f"the package was imported from {found['package']}, not from {self.site}"
         return None
@@ -251,8 +269,11 @@ class Run:
         return error
 
     def timing(self) -> str | None:
+        """What is wrong of ours is an error; what is wrong of a peer is a row that says so."""
         error = self._worker("timing", "gpu_times.py", "timing")
-        return error or "; ".join(self.result.get("errors", [])) or None
+        wrong = [row for row in self.result["rows"] if "failed" in row]
+        ours = [f"{row['op']}: {row['failed']}" for row in wrong if "ours" in row["provider"]]
+        return error or "; ".join(ours) or None
 
     def tune(self) -> str | None:
         return self._worker("tune", "gpu_times.py", "tune")
@@ -265,7 +286,9 @@ class Run:
 
     def _scores(self, name: str) -> str | None:
         error = self._worker(name, f"gpu_{name}.py")
-        return error or "; ".join(self.result.get(name, {}).get("errors", [])) or None
+        found = self.result.get(name, {})
+        self.result["rows"] += found.pop("records", [])
+        return error or "; ".join(found.get("errors", [])) or None
 
     def _worker(self, name: str, *worker: str) -> str | None:
         found = self.folder / f"{name}.json"

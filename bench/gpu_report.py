@@ -1,12 +1,12 @@
-"""The result of `gpu_check.py` as Markdown that is also readable as it is."""
+"""The verdicts of `gpu_check.py` as Markdown that is also readable as it is."""
 
 from __future__ import annotations
 
 from typing import Any
 
-HEADER = [
-    "op", "shape", "ours ms", "floor ms", "% of floor", "target", "eager ms", "eager/ours", "",
-]  # fmt: skip
+from report_text import commit, hardware, number, percent, shape, software
+
+HEADER = ["op", "shape", "ms", "floor ms", "% of floor", "target", "verdict"]
 SCORING_HEADER = [
     "provider", "ms/sequence", "tokens/s", "TFLOP/s", "% of products", "x reference",
     "extra GB", "planned/measured", "error of l1 (allowed)", "rank corr.", "targets",
@@ -19,15 +19,12 @@ STREAMED_HEADER = [
 
 
 def report(result: dict[str, Any]) -> str:
-    device = result.get("device", {}).get("name", "unknown device")
+    device = "rehearsal, numbers mean nothing" if result["rehearsal"] else hardware(result)
     lines = [
         f"# {device}",
         "",
-        f"{result['date']}, commit {result['commit']}"
-        + (" with uncommitted changes" if result["uncommitted_changes"] else "")
-        + f", kernels {result['kernels_sha256'][:12]}",
-        f"driver {result['driver']}, torch {result['torch']}, triton {result['triton']}, "
-        f"transformers {result['transformers']}, Python {result['python']}",
+        f"{result['date']}, {commit(result)}, kernels {result['kernels_sha256'][:12]}",
+        software(result),
         "",
     ]
     for name, phase in result["phases"].items():
@@ -39,13 +36,16 @@ def report(result: dict[str, Any]) -> str:
             f"{counts['skipped']} skipped"
         )
         lines += [f"  - {text}" for text in (*counts["failures"][:10], *counts["skips"][:3])]
-    if ceilings := result.get("ceilings"):
-        lines += [
-            f"- copy: {ceilings['copy_gb_per_s']:.0f} GB/s read and written; "
-            f"bf16 product of {ceilings['gemm_size']}³: {ceilings['gemm_tflops']:.0f} TFLOP/s",
-            "",
-        ]
-        lines += table([HEADER, *map(_cells, result["rows"])])
+    for found in result["ceilings"]:
+        lines.append(
+            f"- {found['dtype']}: copy {found['copy_gb_per_s']:.0f} GB/s read and written, "
+            f"product {found['product_gflop_per_s'] / 1e3:.0f} TFLOP/s"
+        )
+    judged = [row for row in result["rows"] if "verdict" in row]
+    if judged:
+        lines += ["", *table([HEADER, *map(_cells, judged)])]
+    late = sum(row.get("skipped") == "out of time" for row in result["rows"])
+    lines += ["", f"{late} rows had no time left."] if late else []
     lines += _scoring(result["scoring"]) if "scoring" in result else []
     lines += _streamed(result["streamed"]) if "streamed" in result else []
     for name, found in result.get("tune", {}).items():
@@ -53,26 +53,19 @@ def report(result: dict[str, Any]) -> str:
         timed = [r for r in found if "median_ms" in r]
         rows = [
             [f"{'*' if r['current'] else ''}{i}", *map(str, r["config"].values()),
-             f"{r['median_ms']:.3f}", f"{r['iqr_ms']:.3f}"]
+             f"{r['median_ms']:.3f}"]
             for i, r in enumerate(timed, 1)
             if i <= 8 or r["current"]
         ]  # fmt: skip
-        lines += table([["", *found[0]["config"], "median ms", "IQR ms"], *rows])
+        lines += table([["", *found[0]["config"], "median ms"], *rows])
         lines.append(f"\n{len(found) - len(timed)} of {len(found)} not timed")
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    ours_ms = row["times"]["ours"]["median_ms"]
-    eager_ms = row["times"].get("eager", {}).get("median_ms")
-    target = row["target_percent"]
     return [
-        row["op"], row["shape"], f"{ours_ms:.3f}", f"{row['floor_ms']:.3f}",
-        f"{row['percent_of_floor']:.1f}",
-        "" if target is None else f"{target:.0f}: {row['verdict']}",
-        "" if eager_ms is None else f"{eager_ms:.2f}",
-        "" if eager_ms is None else f"{eager_ms / ours_ms:.1f}",
-        row["note"],
+        row["op"], shape(row), number(row["ms"]), number(row["floor_ms"]),
+        percent(row["percent_of_floor"]), percent(row["target_percent"]), row["verdict"],
     ]  # fmt: skip
 
 

@@ -19,19 +19,18 @@ from typing import Any
 
 import torch
 from gpu_judge import U, check_rows, no_retreat, relative_errors
-from gpu_models import (
+from gpu_progress import (
     BF16,
     SEQ_LEN,
     SPARE_BYTES,
     Progress,
-    Shape,
     evict,
     filesystem,
     gemm_tflops,
-    random_ids,
-    write_checkpoint,
 )
-from gpu_timer import GPU, synchronize
+from meter import DEVICE, GPU, synchronize
+from models import Shape, random_ids, write_checkpoint
+from records import row as record
 from torch import Tensor
 
 from hfprune_fast import loading, planning
@@ -101,7 +100,7 @@ class Streamed:
 
     def __init__(self, folder: Path, layers: int) -> None:
         self.folder, self.layers = folder, layers
-        self.ids = random_ids(max(PASS_SEQUENCES), SHAPE.vocab)
+        self.ids = random_ids(max(PASS_SEQUENCES), SEQ_LEN, SHAPE.vocab)
         blueprint = loading.blueprint(folder)
         self.device = blueprint.device
         self.shape = ModelShape.of(blueprint.checkpoint.size, blueprint.model.config)
@@ -249,8 +248,9 @@ def main() -> None:
     progress.note("the checkpoint")
     begin = time.monotonic()
     layers = write_checkpoint(
-        folder, SHAPE, most_layers=MOST_LAYERS, deadline=begin + WRITE_SECONDS
-    )
+        folder, SHAPE, most_layers=MOST_LAYERS, deadline=begin + WRITE_SECONDS,
+        spare_bytes=SPARE_BYTES, device=DEVICE,
+    )  # fmt: skip
     written = sum(path.stat().st_size for path in folder.iterdir())
     result |= {"layers": layers, "checkpoint_bytes": written, "filesystem": filesystem(folder)}
     result["written_gb_per_s"] = written / (time.monotonic() - begin) / 1e9
@@ -270,7 +270,23 @@ def main() -> None:
             streamed.measure(offload, progress, now + share * (progress.deadline - now))
         except Exception as error:
             progress.failed(f"offload {offload}", error)
+    result["records"] = [record_of(row, result["gemm_tflops"]) for row in result["rows"]]
     progress.note("done")
+
+
+def record_of(row: dict[str, Any], gemm_tflops: float) -> dict[str, Any]:
+    """A row in the form of result files: of the layers that ran, nothing extrapolated."""
+    identity = {
+        "op": "score", "model": "", "dtype": "bfloat16", "computes": "entropy",
+        "sizes": {"T": row["pass_tokens"], **SHAPE.sizes, "L": row["layers"]},
+        "provider": f"ours, offload={row['provider']}",
+    }  # fmt: skip
+    times_ms = [1e3 * a_pass["s"] for a_pass in row["passes"][1:]]
+    floors_ms = len(times_ms) * [row["flops"] / gemm_tflops / 1e9]
+    return record(
+        identity, times_ms, floors_ms, floor="products", flops=row["flops"],
+        peak_bytes=row["peak_bytes"], error=row["error"], error_allowed=row["error_allowed"],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
      "ceilings": [{"dtype": "bfloat16", "copy_gb_per_s": ..., "product_gflop_per_s": ...}],
      "rows": [row, ...]}
 
-A row is one provider of one operation at one shape. Its key is (op, model, dtype, sizes, provider):
+A row is one provider of one operation at one shape; `key` says of which, with `sweep`:
 
     op         softmax_entropy, softmax_entropy_grad, linear_entropy, gated_taylor,
                taylor_statistics, compact_rows, compact_columns, prune_checkpoint, score, whole_job
@@ -93,7 +93,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def key(found: Row) -> tuple[Any, ...]:
     """What a row is of, to be compared with another file's."""
-    return tuple(tuple(sorted(found[k].items())) if k == "sizes" else found[k] for k in KEY)
+    sizes = tuple(sorted(found["sizes"].items()))
+    return *(found[k] for k in KEY if k != "sizes"), sizes, found.get("sweep")
 
 
 def described(threads: int | None = None) -> Result:
