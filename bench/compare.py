@@ -28,10 +28,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
 from records import Result, ResultError, Row, key, read
@@ -74,7 +72,7 @@ class Pair:
     @property
     def floors(self) -> Ratio | None:
         """How much further from the floor: inverse, as a percentage is a speed."""
-        if not (self.before.get("percent_of_floor") and self.after.get("percent_of_floor")):
+        if not (self.before.get("percent_low") and self.after.get("percent_low")):
             return None
         return _ratio(self.before, self.after, "percent_of_floor", "percent_low", "percent_high")
 
@@ -120,16 +118,8 @@ class Pair:
 
 
 def _ratio(over: Row, under: Row, middle: str, low: str, high: str) -> Ratio:
-    """A ratio of medians, from lower to upper quartile over upper to lower; without, of times'."""
-    ratio = over[middle] / under[middle]
-    if all(row.get(name) for row in (over, under) for name in (low, high)):
-        return Ratio(ratio, over[low] / under[high], over[high] / under[low])
-    # A percentage without quartiles varies as its row's times do, at most.
-    low_end, high_end = (
-        (under["ms_low"] / under["ms"]) / (over["ms_high"] / over["ms"]),
-        (under["ms_high"] / under["ms"]) / (over["ms_low"] / over["ms"]),
-    )
-    return Ratio(ratio, ratio * low_end, ratio * high_end)
+    """A ratio of medians, and from lower to upper quartile over upper to lower."""
+    return Ratio(over[middle] / under[middle], over[low] / under[high], over[high] / under[low])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(before: Result, after: Result, threshold: float, memory_threshold: float) -> int:
-    rows_before, rows_after = _keyed(before["rows"]), _keyed(after["rows"])
+    rows_before, rows_after = ({key(r): r for r in result["rows"]} for result in (before, after))
     common = [name for name in rows_before if name in rows_after]
     if not common:
         raise ResultError("no row is in both files")
@@ -176,17 +166,6 @@ def compare(before: Result, after: Result, threshold: float, memory_threshold: f
     ours = sum(row["provider"].startswith("ours") for row in (pair.before for pair in shown))
     print(f"\n{len(shown)} rows, {ours} of them ours; {worse} got worse")
     return 1 if worse else 0
-
-
-def _keyed(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
-    """Rows by what they are of; two series can meet in a size, which then has two rows."""
-    met: Counter[tuple[Any, ...]] = Counter()
-    found = {}
-    for row in rows:
-        name = key(row)
-        found[name, met[name]] = row
-        met[name] += 1
-    return found
 
 
 def _told(result: Result) -> str:
