@@ -318,7 +318,8 @@ def softmax_entropy(
         RuntimeError: a second derivative is asked for.
 
     The maths is fp32 (fp64 for fp64 logits). Memory traffic on a GPU: forward, one read of the
-    logits; backward, one or two reads (the second one often from the L2 cache) and one write.
+    logits; backward, one or two reads (the second one often from the L2 cache) and one write. The
+    torch path reads them twice in the forward as well.
     """
     return _softmax_entropy(logits, softcap, logit_scale, backend)
 

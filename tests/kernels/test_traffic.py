@@ -1,0 +1,142 @@
+"""The bytes a logit or an element that the docs of the operations promise."""
+
+import pytest
+import torch
+from torch import Tensor
+from traffic import Touched, kernel_traffic
+
+from hfprune_fast.kernels import (
+    TRITON_VERSION,
+    gated_taylor,
+    linear_entropy,
+    softmax_entropy,
+    softmax_entropy_grad_,
+    taylor_statistics,
+)
+
+needs_triton = pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed")
+# One block of 8192 and less, many of them, and some with a rest.
+VOCABULARIES = [1000, 16384, 20001]
+# Whole chunks of 128 tokens and blocks of neurons, and neither.
+SHAPES = [(2, 256, 128), (2, 130, 200), (3, 5, 40)]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_softmax_entropy_reads_a_logit_once_and_in_its_backward_twice(
+    vocab: int, dtype: torch.dtype
+) -> None:
+    logits = random(3, vocab, dtype=dtype).requires_grad_()
+    size = logits.numel() * dtype.itemsize
+    with kernel_traffic(logits=logits) as forward:
+        entropy = softmax_entropy(logits, backend="triton")
+    assert forward.read == {"logits": size}
+    assert forward.written == {"fp32": 4 * 3}
+    with kernel_traffic(logits=logits) as backward:
+        entropy.sum().backward()
+    assert backward.read == {"logits": 2 * size, "fp32": 4 * 3}
+    # The gradient is a tensor of its own, known by its dtype alone, as the entropy is.
+    written = {"bf16": size, "fp32": 4 * 3} if dtype == torch.bfloat16 else {"fp32": size + 4 * 3}
+    assert backward.written == written
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "logit_scale": 0.5}])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_softmax_entropy_grad_takes_two_reads_and_one_write(
+    vocab: int, options: dict[str, float]
+) -> None:
+    logits = random(3, vocab + 5)[:, :vocab]  # rows that lie apart
+    with kernel_traffic(logits=logits) as traffic:
+        softmax_entropy_grad_(logits, torch.ones(3), backend="triton", **options)
+    assert traffic.read == {"logits": 2 * 2 * 3 * vocab, "fp32": 4 * 3}
+    assert traffic.written == {"logits": 2 * 3 * vocab, "fp32": 4 * 3}
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_plain_torch_takes_two_reads_and_one_write_too(vocab: int) -> None:
+    logits = random(60, vocab)
+
+    def is_logits(tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+
+    with Touched(is_logits) as forward:
+        softmax_entropy(logits, backend="torch")
+    with Touched(is_logits) as both:
+        softmax_entropy_grad_(logits, torch.ones(60), backend="torch")
+    assert (forward.read, forward.written) == (2 * logits.numel(), 0)
+    assert (both.read, both.written) == (2 * logits.numel(), logits.numel())
+
+
+@needs_triton
+@pytest.mark.parametrize("vocab", [1000, 9001])
+def test_linear_entropy_moves_ten_bytes_a_logit(vocab: int) -> None:
+    tokens, rows = 20, 5
+    hidden, weight = random(tokens, 12), random(vocab, 12)
+    budget = rows * 2 * (-(-vocab // 16) * 16)
+    with (
+        kernel_traffic(hidden=hidden, weight=weight) as a_pass,
+        Touched(lambda tensor: tensor.shape == (rows, vocab)) as products,
+    ):
+        linear_entropy(hidden, weight, logits_budget_bytes=budget, backend="triton")
+    logits = tokens * vocab
+    assert (products.read, products.written) == (logits, logits)
+    assert a_pass.read == {"bf16": 2 * 2 * logits, "fp32": 4 * tokens}
+    assert a_pass.written == {"bf16": 2 * logits, "fp32": 4 * tokens}
+    assert 2 * (products.read + products.written) + a_pass.of("bf16") == 10 * logits
+
+
+@needs_triton
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gated_taylor_reads_three_and_writes_two(
+    shape: tuple[int, int, int], overwrite: bool
+) -> None:
+    batch, seq_len, width = shape
+    grad, gate, up = (random(*shape) for _ in range(3))
+    out = (gate, up) if overwrite else (torch.empty_like(gate), torch.empty_like(up))
+    named = {"grad": grad, "gate": gate, "up": up, "d_gate": out[0], "d_up": out[1]}
+    if overwrite:
+        del named["d_gate"], named["d_up"]
+    with kernel_traffic(**named) as traffic:
+        gated_taylor(
+            grad, gate, up,
+            overwrite=overwrite, out=None if overwrite else out, backend="triton",
+        )  # fmt: skip
+    size, partials = 2 * grad.numel(), 16 * width * batch * -(-seq_len // 128)
+    written = ("gate", "up") if overwrite else ("d_gate", "d_up")
+    assert traffic.read == {"grad": size, "gate": size, "up": size, "fp32": partials}
+    assert traffic.written == dict.fromkeys(written, size) | {"fp32": partials, "fp64": 32 * width}
+    if seq_len % 128 == 0:
+        assert traffic.of(*named, "fp32") == 10.25 * grad.numel()
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_taylor_statistics_reads_two(shape: tuple[int, int, int]) -> None:
+    batch, seq_len, width = shape
+    grad, act = random(*shape), random(*shape)
+    with kernel_traffic(grad=grad, act=act) as traffic:
+        taylor_statistics(grad, act, backend="triton")
+    size, partials = 2 * grad.numel(), 16 * width * batch * -(-seq_len // 128)
+    assert traffic.read == {"grad": size, "act": size, "fp32": partials}
+    assert traffic.written == {"fp32": partials, "fp64": 32 * width}
+    if seq_len % 128 == 0:
+        assert traffic.of("grad", "act", "fp32") == 4.25 * grad.numel()
+
+
+@needs_triton
+def test_padding_is_not_read() -> None:
+    grad, gate, up = (random(2, 130, 40) for _ in range(3))
+    token_mask = torch.arange(130) < torch.tensor([[130], [7]])
+    with kernel_traffic(grad=grad, gate=gate, up=up, token_mask=token_mask) as traffic:
+        gated_taylor(grad, gate, up, overwrite=True, token_mask=token_mask, backend="triton")
+    for name in ("grad", "gate", "up"):
+        assert traffic.read[name] == 2 * 40 * (130 + 7)
+    assert traffic.read["token_mask"] == 2 * 130  # once for each block of neurons, here one
+    assert traffic.written["gate"] == traffic.written["up"] == 2 * grad.numel()
