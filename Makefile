@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types aot tiny-model install clean
+.PHONY: demo test lint types aot bench bench-large tiny-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
@@ -25,6 +25,17 @@ types: $(VENV)/.dev install
 aot: install
 	$(BIN)/python bench/aot.py
 
+# Every operation beside its peers at sizes for a CPU, in under 10 minutes on 2 idle cores: writes
+# bench/results/<machine>-<date>.json and .md. `python bench/report.py` puts them into the README.
+BENCH = $(BIN)/pytest bench -v --rows bench/results --benchmark-columns=median,iqr,rounds
+
+bench: $(VENV)/.bench install
+	$(BENCH) --small
+
+# A checkpoint of 5 GB, scored resident and streamed: a quarter of an hour; <machine>-<date>-large.json.
+bench-large: $(VENV)/.bench install
+	HFPRUNE_LARGE=1 $(BENCH) --small --rows-suffix=-large -k from_disk
+
 # Trains the model that ships with the package again, beside it; about a quarter of an hour on 2 cores.
 tiny-model: $(VENV)/.runtime
 	rm -rf build/tiny
@@ -44,6 +55,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.runtime
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[bench]'
 	touch $@
 
 clean:

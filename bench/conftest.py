@@ -113,15 +113,14 @@ def _threads() -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    folder = config.getoption("rows")
-    if folder is None or not config.stash[ROWS]:
+    folder, rows = config.getoption("rows"), config.stash[ROWS]
+    if folder is None or not rows:
         return
     import records
     from ceilings import ceilings
+    from report import markdown
 
-    result = records.described() | {
-        "ceilings": ceilings(config.getoption("scale")),
-        "rows": config.stash[ROWS],
-    }
+    result = records.described() | {"ceilings": ceilings(config.getoption("scale")), "rows": rows}
     path = records.write(result, folder, config.getoption("rows_suffix"))
-    print(f"\n{path}")
+    path.with_suffix(".md").write_text(markdown(records.read(path)), encoding="utf-8")
+    print(f"\n{path} and .md; `python bench/report.py` brings the README up to date")

@@ -66,7 +66,7 @@ class Others:
         return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def wait_for_quiet(limit_s: float = 120) -> None:
+def wait_for_quiet(limit_s: float) -> None:
     """Return when others have left the machine alone for two seconds, or after limit_s."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
