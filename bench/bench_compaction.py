@@ -189,7 +189,7 @@ def test_prune_checkpoint(
 
     copied = ["sh", "-c", 'cp -r "$0" "$1" && sync', pruned, copy]
     floor = partial(subprocess.run, copied, check=True)
-    times_ms, floors_ms = by_fixture(benchmark)(prune, floor, prepare, 5 if size else 1)
+    times_ms, floors_ms = by_fixture(benchmark)(prune, floor, prepare, 3 if size else 1)
     kept_bytes = sum(path.stat().st_size for path in pruned.iterdir())
     identity = {
         "op": "prune_checkpoint", "model": "", "dtype": "bfloat16", "provider": "ours",

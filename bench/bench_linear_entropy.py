@@ -218,7 +218,7 @@ def specs(scale: str) -> Iterator[Spec]:
         "small": {"T": 256, "D": 512, "V": 32000},
         "tiny": {"T": 16, "D": 8, "V": 200},
     }[scale]
-    series = {"T": (0.25, 0.5, 1, 2), "V": (0.25, 0.5, 1, 2, 4)} if scale != "tiny" else {"T": (1,)}
+    series = {"T": (0.25, 0.5, 1, 2), "V": (0.25, 1, 4)} if scale != "tiny" else {"T": (1,)}
     for letter, factors in series.items():
         for factor in factors:
             sizes = fixed | {letter: int(factor * fixed[letter])}

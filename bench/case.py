@@ -32,7 +32,7 @@ Results = dict[str, Tensor]
 # Rows whose gradients are compared, spread over all: each is computed alone.
 CHECKED_ROWS = 64
 # Of a round; and the seconds that a provider of a case is given.
-LEAST_ROUNDS, BUDGET_S = 5, 0.8
+LEAST_ROUNDS, BUDGET_S = 5, 0.5
 
 
 OUT_OF_MEMORY = "out of memory"
@@ -92,6 +92,12 @@ class Case(ABC):
             half = torch.zeros(self.bytes_moved // 8, dtype=torch.float32, device=DEVICE)
             self._halves = half, torch.zeros_like(half)
         return self._halves
+
+    @classmethod
+    def providers_of(cls, spec: Spec) -> list[str]:
+        """Who is measured; in a series of sizes only those whose growth is of interest."""
+        in_series = ("ours", "HFPrune", "eager", "Liger", "Cut")
+        return [n for n in cls.PROVIDERS if not spec.sweep or n.startswith(in_series)]
 
     @abstractmethod
     def truth(self, computes: str) -> Results:

@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # pytest does not, with its importlib mode
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+RESULT = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    if config.getoption("rows") is not None:
+        from records import described
+
+        config.stash[RESULT] = described()  # of the commit that is measured, not of a later one
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = [
         pytest.param(spec, name, id=f"{spec}, {name}")
         for spec in module.specs(metafunc.config.getoption("scale"))
-        for name in module.CASES[spec.op].PROVIDERS
+        for name in module.CASES[spec.op].providers_of(spec)
     ]
     metafunc.parametrize(("case", "provider"), pairs, indirect=["case"])
 
@@ -120,7 +125,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     from ceilings import ceilings
     from report import markdown
 
-    result = records.described() | {"ceilings": ceilings(config.getoption("scale")), "rows": rows}
+    result = {**config.stash[RESULT], "ceilings": ceilings(config.getoption("scale")), "rows": rows}
     path = records.write(result, folder, config.getoption("rows_suffix"))
     path.with_suffix(".md").write_text(markdown(records.read(path)), encoding="utf-8")
     print(f"\n{path} and .md; `python bench/report.py` brings the README up to date")

@@ -48,7 +48,7 @@ def wanted() -> list[tuple[Spec, str]]:
         (spec, name)
         for suite in SUITES
         for spec in suite.specs(SCALE)
-        for name in suite.CASES[spec.op].PROVIDERS
+        for name in suite.CASES[spec.op].providers_of(spec)
     ]
 
     def order(pair: tuple[Spec, str]) -> tuple[bool, ...]:

@@ -53,11 +53,14 @@ class Spec:
 def of_models(
     op: str, scale: str, letters: str, small_tokens: int, small: tuple[str, ...] = tuple(MODELS)
 ) -> Iterator[Spec]:
-    """Specs of an operation for every model and dtype; letters are of T, D, F and V."""
+    """Specs of an operation for every model and dtype; letters are of T, D, F and V.
+
+    Small ones are in float32 for the first of their models alone.
+    """
     names = {"full": tuple(MODELS), "small": small, "tiny": ("",)}[scale]
     tokens = {"full": 8192, "small": small_tokens, "tiny": 24}[scale]
     for dtype in DTYPES if scale != "tiny" else DTYPES[:1]:
-        for name in names:
+        for name in names if scale != "small" or dtype == DTYPES[0] else names[:1]:
             model = MODELS.get(name, Widths(16, 48, 500))
             sizes = {"T": tokens, "D": model.hidden, "F": model.width, "V": model.vocab}
             yield Spec(op, name, dtype, {letter: sizes[letter] for letter in letters})
