@@ -88,6 +88,9 @@ class Weight(Case):
 
     def refill(self) -> None:
         self.weight.copy_(self.pristine)
+
+    def ready(self) -> None:
+        super().ready()
         time.sleep(0.03)  # torch's threads wait for more by spinning, on a core of the next call
 
     def floor(self) -> None:

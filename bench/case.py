@@ -68,6 +68,7 @@ class Case(ABC):
     def __init__(self, spec: Spec) -> None:
         self.spec, self.dtype = spec, getattr(torch, spec.dtype)
         self.generator = torch.Generator(DEVICE).manual_seed(0)
+        self.evict = Evictor()
         self._judged: dict[str, tuple[Results, dict[str, float]]] = {}
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
@@ -80,6 +81,11 @@ class Case(ABC):
 
     def refill(self) -> None:  # noqa: B027 - most providers leave their input as it was
         """Undo what a call overwrote."""
+
+    def ready(self) -> None:
+        """Before each call, outside its time: fresh inputs, cold caches."""
+        self.refill()
+        self.evict()
 
     def floor(self) -> None:
         """A copy of as many bytes; cases of matrix products have their own."""
@@ -168,9 +174,9 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
         case.refill()
         peak = peak_bytes(call)
         case.floor()
-        rounds = rounds_for(call, case.refill, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
+        rounds = rounds_for(call, case.ready, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
         clock = alternated_ms if benchmark is None else by_fixture(benchmark)
-        times_ms, floors_ms = clock(call, case.floor, case.refill, rounds)
+        times_ms, floors_ms = clock(call, case.floor, case.ready, rounds)
     except AbsentError as reason:
         return {**identity, "skipped": str(reason)}
     except WrongError as reason:
@@ -194,19 +200,17 @@ def by_fixture(benchmark: Any) -> Callable[..., tuple[list[float], list[float]]]
     def alternated(
         call: Callable[[], object],
         floor: Callable[[], object],
-        refill: Callable[[], object],
+        ready: Callable[[], object],
         rounds: int,
     ) -> tuple[list[float], list[float]]:
-        evict, floors_ms = Evictor(), []
+        floors_ms = []
 
         def setup() -> None:
-            refill()
-            evict()
+            ready()
             begin = clock_s()
             floor()
             floors_ms.append(1e3 * (clock_s() - begin))
-            refill()
-            evict()
+            ready()
             synchronize()
 
         def finished() -> None:

@@ -6,7 +6,7 @@ import statistics
 from functools import partial
 
 import torch
-from meter import DEVICE, GPU, alternated_ms
+from meter import DEVICE, GPU, Evictor, alternated_ms
 from shapes import DTYPES
 
 
@@ -14,13 +14,13 @@ def ceilings(scale: str) -> list[dict[str, float | str]]:
     """One entry a dtype; the copied bytes are counted as read and as written."""
     n = {"full": 8192, "small": 2048, "tiny": 64}[scale]
     source = torch.zeros({"full": 1 << 29, "small": 1 << 25, "tiny": 1 << 12}[scale], device=DEVICE)
-    target = torch.empty_like(source)
+    target, evict = torch.empty_like(source), Evictor()
     found: list[dict[str, float | str]] = []
     for name in DTYPES:
         a, b = torch.randn(2, n, n, device=DEVICE).to(getattr(torch, name))
         out = torch.empty_like(a)
         product_ms, copy_ms = alternated_ms(
-            partial(torch.mm, a, b, out=out), partial(target.copy_, source), lambda: None,
+            partial(torch.mm, a, b, out=out), partial(target.copy_, source), evict,
             rounds=20 if GPU else 7,
         )  # fmt: skip
         found.append(

@@ -138,8 +138,8 @@ def tune(op: str, module: Any, small_sizes: dict[str, int], deadline: float) -> 
                 small.refill()
                 result["error_norm"] = small.check(provider, provider.make(small)())[0]
                 call = provider.make(case)
-                rounds = rounds_for(call, case.refill, 0.04, 5, 50) if GPU else 1
-                times_ms, _ = alternated_ms(call, case.floor, case.refill, rounds)
+                rounds = rounds_for(call, case.ready, 0.04, 5, 50) if GPU else 1
+                times_ms, _ = alternated_ms(call, case.floor, case.ready, rounds)
                 result["median_ms"] = statistics.median(times_ms)
             except Exception as error:  # too much shared memory, a compiler's error: not this one
                 text = " ".join(str(error).split())[:300]

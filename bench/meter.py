@@ -35,16 +35,14 @@ class Evictor:
 
 
 def alternated_ms(
-    call: Call, floor: Call, refill: Call, rounds: int
+    call: Call, floor: Call, ready: Call, rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Times of floor() and call() in turn, each after refill() and with cold caches."""
-    evict = Evictor()
+    """Times of floor() and call() in turn, each after ready()."""
     if not GPU:
         times: dict[Call, list[float]] = {floor: [], call: []}
         for _ in range(rounds):
             for timed in (floor, call):
-                refill()
-                evict()
+                ready()
                 begin = time.perf_counter()
                 timed()
                 times[timed].append(1e3 * (time.perf_counter() - begin))
@@ -55,8 +53,7 @@ def alternated_ms(
     torch.cuda._sleep(rounds * 2_000_000)
     for begin, end, call_begin, call_end in events:
         for timed, before, after in ((floor, begin, end), (call, call_begin, call_end)):
-            refill()
-            evict()
+            ready()
             before.record()
             timed()
             after.record()
@@ -92,11 +89,11 @@ def peak_bytes(call: Call) -> int:
     return peak
 
 
-def rounds_for(call: Call, refill: Call, budget_s: float, least: int, most: int) -> int:
+def rounds_for(call: Call, ready: Call, budget_s: float, least: int, most: int) -> int:
     """How many calls fit the budget, after one to warm up."""
-    refill()
+    ready()
     call()
-    refill()
+    ready()
     begin = clock_s()
     call()
     return max(least, min(most, int(budget_s / max(clock_s() - begin, 1e-9))))
