@@ -27,7 +27,7 @@ aot: install
 
 # Every operation beside its peers at sizes for a CPU, in under 10 minutes on 2 idle cores: writes
 # bench/results/<machine>-<date>.json and .md. `python bench/report.py` puts them into the README.
-BENCH = $(BIN)/pytest bench -v --rows bench/results --benchmark-columns=median,iqr,rounds
+BENCH = CUDA_VISIBLE_DEVICES= $(BIN)/pytest bench -v --rows bench/results --benchmark-columns=median,iqr,rounds
 
 bench: $(VENV)/.bench install
 	$(BENCH) --small

@@ -52,6 +52,7 @@ class RowEntropy(Case):
         self.logits = self.normal(spec.sizes["T"], spec.sizes["V"], std=3.0)
         self.bytes_moved = self.logits.nbytes
         self.rows = spread_rows(spec.sizes["T"])
+        self.summed = spec.sizes["V"]
 
     def truth(self, computes: str) -> Results:
         return {"entropy": fp64_entropy(self.logits[self.rows])[0]}

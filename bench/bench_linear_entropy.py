@@ -51,6 +51,7 @@ class Head(Case):
         device = self.hidden.device
         self.target = torch.randint(vocab, (tokens,), device=device, generator=self.generator)
         self.rows = spread_rows(tokens)
+        self.summed, self.inner_dtype = vocab, self.dtype  # of the logits
         self.flops = 4 * tokens * width * vocab
         self.bytes_moved = 2 * self.hidden.nbytes + self.weight.nbytes
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from baselines import hfprune_reference
-from models import Shape, random_ids, random_model, write_checkpoint
+from models import Shape, into_page_cache, random_ids, random_model, write_checkpoint
 from process_meters import wait_for_quiet
 from records import Row, row
 from safetensors.torch import load_file, save_file
@@ -43,7 +43,7 @@ SHAPES = {
     "tiny": [Shape(32, 48, 2, 4, 2, 500)],
 }
 LARGE = Shape(2048, 8192, 0, 32, 8, 128256)
-LARGE_BYTES = int(os.environ.get("HFPRUNE_BENCH_BYTES", 5_000_000_000))
+LARGE_BYTES = int(os.environ.get("HFPRUNE_LARGE_BYTES", 5_000_000_000))
 SAMPLES, LARGE_SAMPLES = 1, 4
 WARM_UP = Shape(64, 96, 8, 8, 4, 512)
 PROVIDERS = {
@@ -73,13 +73,6 @@ def score_folder(folder: str, offload: str, seq_len: int, out: str) -> Any:
         hf.score(folder, ids, batch_size=1, device="cpu", offload=offload).save(out)
 
     return run
-
-
-def into_page_cache(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            while file.read(1 << 24):
-                pass
 
 
 def check(
@@ -117,7 +110,7 @@ def in_turn(
     *,
     flops: int = 0,
     dtype: str = "bfloat16",
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Row]:
     """Run the workers in turn, the fixture timing the first; return what was measured of each.
 
@@ -128,7 +121,7 @@ def in_turn(
     first, *others = workers
 
     def go(name: str) -> None:
-        prepare()
+        prepare(name)
         runs[name].append(workers[name].run())
 
     def setup() -> None:
@@ -215,7 +208,7 @@ def test_score_from_disk(
     with started("bench_scoring", "score_folder", arguments) as workers:
         rows = in_turn(
             benchmark, workers, 2, flops=shape.needed_flops(tokens),
-            prepare=partial(into_page_cache, folder),
+            prepare=lambda _: into_page_cache(folder),
         )  # fmt: skip
     resident, streamed = (hf.ImportanceTable.load(file) for file in tables.values())
     for name in ("l1", "l2", "mask", "act", "down_norm"):

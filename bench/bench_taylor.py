@@ -59,6 +59,7 @@ class Statistics(Case):
         shape = SEQUENCES, spec.sizes["T"] // SEQUENCES, spec.sizes["F"]
         self.grad, self.act = self.normal(*shape, std=0.01), self.normal(*shape)
         self.bytes_moved = 2 * self.grad.nbytes
+        self.summed = spec.sizes["T"]
 
     def truth(self, computes: str) -> Results:
         return fp64_statistics(self.grad, self.act.double())
@@ -90,6 +91,7 @@ class Gated(Case):
         self.gate, self.up = self.normal(*shape), self.normal(*shape)
         self.buffers = self.gate.clone(), self.up.clone()
         self.bytes_moved = 5 * self.grad.nbytes
+        self.summed = spec.sizes["T"]
 
     def refill(self) -> None:
         for buffer, pristine in zip(self.buffers, (self.gate, self.up), strict=True):

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from baselines import hfprune_job
-from bench_scoring import SEQ_LEN, check, in_turn, into_page_cache
-from models import Shape, random_ids, write_checkpoint
+from bench_scoring import SEQ_LEN, check, in_turn
+from models import Shape, into_page_cache, random_ids, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workers import started
@@ -55,7 +55,6 @@ def prune_folder(
     """What a worker runs; it leaves the scores and which neurons were kept beside its output."""
 
     def run(source: str, ids: Tensor) -> None:
-        shutil.rmtree(out, ignore_errors=True)
         keep = PROVIDERS[provider](Path(source), ids, Path(out), RATIO)
         save_file({"keep": keep.contiguous()}, f"{out}.keep.safetensors")
         os.sync()
@@ -79,8 +78,14 @@ def test_whole_job(
                "seq_len": seq_len, "vocab": shape.vocab}
         for name, out in outs.items()
     }  # fmt: skip
+
+    def prepare(name: str) -> None:
+        shutil.rmtree(outs[name], ignore_errors=True)
+        into_page_cache(folder)
+        os.sync()
+
     with started("bench_whole_job", "prune_folder", arguments) as workers:
-        rows = in_turn(benchmark, workers, ROUNDS[scale], prepare=partial(into_page_cache, folder))
+        rows = in_turn(benchmark, workers, ROUNDS[scale], prepare=prepare)
     scores, kept = (
         [load_file(f"{out}.{what}.safetensors")[what] for out in outs.values()]
         for what in ("scores", "keep")

@@ -33,10 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
     config.stash[ROWS] = []
+    if not torch.cuda.is_available():
+        torch.set_num_threads(2)
     if config.getoption("rows") is not None:
         from records import described
 
+        if torch.cuda.is_available():
+            raise pytest.UsageError("result files of a GPU are made by bench/gpu_check.py")
         config.stash[RESULT] = described()  # of the commit that is measured, not of a later one
 
 
@@ -107,13 +113,6 @@ def checkpoint_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder for gigabytes, which pytest would keep."""
     yield tmp_path
     shutil.rmtree(tmp_path)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    import torch
-
-    torch.set_num_threads(2 if not torch.cuda.is_available() else torch.get_num_threads())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -9,9 +9,9 @@ builds the package into a temporary folder, runs `tests/gpu` there, and times ea
 floor and its peers (`gpu_times.py`; liger-kernel and cut-cross-entropy where they are installed).
 It writes DIR/<machine>-<date>.json, in the form that `report.py` makes tables of, and in
 DIR/<machine>-<date>.check/ the verdicts on targets (check.md) and a log of each phase. A second run
-on the same day keeps the rows of the first that it has not measured anew. Each phase has a process
-and a time limit of its own, so one that fails loses no other. These are added, or with `--only` run
-alone, which leaves out the others but for the build:
+of the same commit on the same day keeps what the first found and it does not measure anew. Each
+phase has a process and a time limit of its own, so one that fails loses no other. These are added,
+or with `--only` run alone, which leaves out the others but for the build:
 
     --scoring    an 8B model scored, beside the paper's arithmetic (`gpu_scoring.py`), 2.5 minutes
     --streamed   a 70B's layers brought from disk and RAM (`gpu_streamed.py`), up to 4 minutes; it
@@ -95,7 +95,7 @@ def main() -> None:
         if run.phase("build"):
             for phase in phases:
                 run.phase(phase)
-    table = report(result)
+    table = report(joined(before, result))
     (beside / "check.md").write_text(table, encoding="utf-8")
     print("\n" + table, end="")
     sys.exit(any(phase["error"] for phase in result["phases"].values()))
@@ -140,7 +140,7 @@ def earlier(result: Result, folder: Path) -> Result | None:
 
 
 def joined(before: Result | None, result: Result) -> Result:
-    """The result with the rows of before that it has not measured anew."""
+    """The result with what before has that it has not measured anew."""
     if before is None:
         return result
     rows = {key(row): row for row in before["rows"]}
@@ -148,7 +148,9 @@ def joined(before: Result | None, result: Result) -> Result:
         if "skipped" not in row or key(row) not in rows:
             rows[key(row)] = row
     ceilings = result["ceilings"] or before.get("ceilings", [])
-    return {**result, "rows": list(rows.values()), "ceilings": ceilings}
+    phases = {**before.get("phases", {}), **result["phases"]}
+    found = {**before, **result, "phases": phases, "rows": list(rows.values())}
+    return {**found, "ceilings": ceilings}
 
 
 class Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from report_text import commit, hardware, number, percent, shape, software
+from report_text import commit, hardware, number, percent, shape, software, table
 
 HEADER = ["op", "shape", "ms", "floor ms", "% of floor", "target", "verdict"]
 SCORING_HEADER = [
@@ -43,7 +43,7 @@ def report(result: dict[str, Any]) -> str:
         )
     judged = [row for row in result["rows"] if "verdict" in row]
     if judged:
-        lines += ["", *table([HEADER, *map(_cells, judged)])]
+        lines += ["", *table([HEADER, *map(_cells, judged)], 2)]
     late = sum(row.get("skipped") == "out of time" for row in result["rows"])
     lines += ["", f"{late} rows had no time left."] if late else []
     lines += _scoring(result["scoring"]) if "scoring" in result else []
@@ -69,18 +69,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def table(rows: list[list[str]]) -> list[str]:
-    """A Markdown table with its columns aligned; numbers are not, as the first two are names."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
-
-
 def _scoring(found: dict[str, Any]) -> list[str]:
-    rows = [row for row in found["rows"] if "times" in row]
+    rows = [row for row in found["rows"] if "times_ms" in row]
     lines = ["", *_beyond(found)]
     if rows:
         lines += [

@@ -234,17 +234,18 @@ def main() -> None:
         row["planned_ratio"] = row["planned_bytes"] / row["extra_bytes"] if measured else None
         if name in ways:
             judge_targets(row, ways[name].targets)
-    result["records"] = records_of(result, times, ways, flops)
+    result["records"] = records_of(result, times, ways)
     progress.note("done")
 
 
 def records_of(
-    result: dict[str, Any], times: dict[str, list[float]], ways: dict[str, Way], flops: int
+    result: dict[str, Any], times: dict[str, list[float]], ways: dict[str, Way]
 ) -> list[dict[str, Any]]:
     """The rows in the form of result files; what the planner chooses is plainly "ours"."""
     found = []
     _, gemm_flops = products()
-    floors_ms = [ms * SEQUENCES * flops / gemm_flops for ms in times["products"]]
+    flops = SHAPE.needed_flops(SEQUENCES * SEQ_LEN)  # by anyone; not those that each executes
+    floors_ms = [ms * flops / gemm_flops for ms in times["products"]]
     chosen = next((name for name, way in ways.items() if "stored" in way.targets), None)
     for row in result["rows"]:
         name = row["provider"]
@@ -257,7 +258,7 @@ def records_of(
             "computes": "entropy",
         }  # fmt: skip
         found.append(record(
-            identity, times[name], floors_ms, floor="products", flops=SEQUENCES * flops,
+            identity, times[name], floors_ms, floor="products", flops=flops,
             **({"times_first": statistics.median(ratios)} if ratios else {}),
             peak_bytes=row["extra_bytes"], error=row["error"], error_allowed=row["error_allowed"],
         ))  # fmt: skip

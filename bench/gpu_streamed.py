@@ -106,6 +106,9 @@ class Streamed:
         self.shape = ModelShape.of(blueprint.checkpoint.size, blueprint.model.config)
         self.backend = backend_for(torch.empty(0, dtype=BF16, device=self.device), None, False)
         self.resident, self.band = self.resident_l1()
+        self.wanted = {PASS_SEQUENCES[0]: self.resident}
+        for sequences in PASS_SEQUENCES[1:]:
+            self.wanted[sequences] = self.resident_run(self.plan("none", sequences), sequences)
 
     def plan(self, offload: str, sequences: int) -> Plan:
         return planning.plan_scoring(
@@ -139,13 +142,13 @@ class Streamed:
         sequences = PASS_SEQUENCES[0]
         plan = self.plan("none", sequences)
         half = replace(plan, batch_size=max(1, plan.batch_size // 2))
-        model = ResidentModel(loading.build(loading.blueprint(self.folder)))
-        found = []
-        for each in (plan, half):
-            with no_retreat(), model:
-                batches, how = self.batches(each, sequences), self.how(each, sequences)
-                found.append(score_batches(model, batches, how).statistics[0].cpu())
+        found = [self.resident_run(each, sequences) for each in (plan, half)]
         return found[0], 2 * relative_errors(found[1], found[0]) + U
+
+    def resident_run(self, plan: Plan, sequences: int) -> Tensor:
+        with no_retreat(), ResidentModel(loading.build(loading.blueprint(self.folder))) as model:
+            batches, how = self.batches(plan, sequences), self.how(plan, sequences)
+            return score_batches(model, batches, how).statistics[0].cpu()
 
     def too_little(self, offload: str) -> str | None:
         """Why there is not enough host memory to try, if so."""
@@ -164,10 +167,8 @@ class Streamed:
 
     def measure(self, offload: str, progress: Progress, deadline: float) -> None:
         """Add a row for each size of pass, each with 2 passes at least."""
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
         plans = [self.plan(offload, sequences) for sequences in PASS_SEQUENCES]
-        totals, checked = None, {}
+        totals = None
         done: list[MicroBatch] = []  # again and again, with the totals of all so far
         with no_retreat(), running(loading.blueprint(self.folder), offload) as model:
             for sequences, plan in zip(PASS_SEQUENCES, plans, strict=True):
@@ -177,6 +178,9 @@ class Streamed:
                     continue
                 batches, how = self.batches(plan, sequences), self.how(plan, sequences)
                 passes: list[dict[str, float]] = []
+                checked: dict[str, Any] = {}
+                if GPU:
+                    torch.cuda.reset_peak_memory_stats()
                 while len(passes) < 2 or (len(passes) < PASSES and time.monotonic() < deadline):
                     marks = Marks()
                     begin = time.perf_counter()
@@ -186,8 +190,10 @@ class Streamed:
                     wall = {"s": time.perf_counter() - begin}
                     passes.append(wall | marks.parts(self.layers, len(batches)))
                     progress.note(f"{name}: {wall['s']:.2f} s")
-                    if totals is None:
-                        error = relative_errors(new.statistics[0], self.resident)
+                    if not checked:
+                        added = new.statistics[0].cpu()
+                        added = added if totals is None else added - totals.statistics[0].cpu()
+                        error = relative_errors(added, self.wanted[sequences])
                         checked = check_rows(name, error, self.band)
                     totals = new
                 row = {"provider": offload, "layers": self.layers, "batch_size": plan.batch_size}
@@ -282,9 +288,10 @@ def record_of(row: dict[str, Any], gemm_tflops: float) -> dict[str, Any]:
         "provider": f"ours, offload={row['provider']}",
     }  # fmt: skip
     times_ms = [1e3 * a_pass["s"] for a_pass in row["passes"][1:]]
-    floors_ms = len(times_ms) * [row["flops"] / gemm_tflops / 1e9]
+    flops = replace(SHAPE, layers=row["layers"]).needed_flops(row["pass_tokens"])
+    floors_ms = len(times_ms) * [flops / gemm_tflops / 1e9]
     return record(
-        identity, times_ms, floors_ms, floor="products", flops=row["flops"],
+        identity, times_ms, floors_ms, floor="products", flops=flops,
         peak_bytes=row["peak_bytes"], error=row["error"], error_allowed=row["error_allowed"],
     )  # fmt: skip
 

@@ -37,7 +37,11 @@ class Evictor:
 def alternated_ms(
     call: Call, floor: Call, ready: Call, rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Times of floor() and call() in turn, each after ready()."""
+    """Times of floor() and call() in turn, each after ready().
+
+    On a GPU the host is ahead, so that launches cost nothing, unless a call waits for the device
+    (Liger's does): what it then launches is timed at the host's speed.
+    """
     if not GPU:
         times: dict[Call, list[float]] = {floor: [], call: []}
         for _ in range(rounds):

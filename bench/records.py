@@ -11,7 +11,8 @@ A row is one provider of one operation at one shape; `key` says of which, with `
     op         softmax_entropy, softmax_entropy_grad, linear_entropy, gated_taylor,
                taylor_statistics, compact_rows, compact_columns, prune_checkpoint, score, whole_job
     model      whose shape it is: "Llama-3.1-8B", or "" where the sizes are nobody's
-    sizes      {"T": 256, "D": 4096, "V": 32000}, what the operation has of T, D, F, V, L
+    sizes      {"T": 256, "D": 4096, "V": 32000}, what the operation has of T, D, F, V, L, and of
+               models their params
     dtype      "float32", "bfloat16"
     provider   "ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile", ...
     computes   "entropy", or "cross entropy" of the peers that compute nothing else
@@ -97,7 +98,7 @@ def key(found: Row) -> tuple[Any, ...]:
     return *(found[k] for k in KEY if k != "sizes"), sizes, found.get("sweep")
 
 
-def described(threads: int | None = None) -> Result:
+def described() -> Result:
     """Return a result with everything but rows and ceilings: where, with what and when."""
     import torch
 
@@ -110,7 +111,7 @@ def described(threads: int | None = None) -> Result:
     return {
         "machine": machine,
         "versions": versions,
-        "threads": torch.get_num_threads() if threads is None else threads,
+        "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),

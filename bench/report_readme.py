@@ -58,7 +58,7 @@ def replaced(text: str, sources: list[Source], root: Path) -> str:
 
 
 def for_each(
-    make: Callable[[Source, str], list[str]],
+    make: Callable[[Source, str], list[str]], words: tuple[str, ...] = ("CPU", "GPU")
 ) -> Callable[[list[Source], Path], list[str]]:
     """Lines of every source that has some; a device of which there are none is named."""
 
@@ -72,7 +72,7 @@ def for_each(
         blocks += [
             [f"Not measured on a {word} yet."]
             for device, word in (("cpu", "CPU"), ("cuda", "GPU"))
-            if device not in devices
+            if device not in devices and word in words
         ]
         return [line for i, block in enumerate(blocks) for line in ([""] if i else []) + block]
 
@@ -158,7 +158,7 @@ def scoring(source: Source, link: str) -> list[str]:
         return []
     used = {name: cells for name, cells in columns.items() if any(cells)}
     lines = [list(used), *map(list, zip(*used.values(), strict=True))]
-    notes = ["Memory is what is taken beside the weights"]
+    notes = ["Memory is what was taken beside the weights that were there before"]
     if "mapped" in used:
         notes.append("mapped is what of the checkpoint's files was in memory at a time")
     if "kept alike" in used:
@@ -205,7 +205,7 @@ def _pictures(sources: list[Source], root: Path) -> list[str]:
 PARTS = {
     "kernels": for_each(kernels),
     "scoring": for_each(scoring),
-    "compaction": for_each(compaction),
+    "compaction": for_each(compaction, ("CPU",)),
     "pictures": _pictures,
 }
 

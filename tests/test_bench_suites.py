@@ -18,6 +18,7 @@ from case import AbsentError, Case, Provider, measured
 from records import read
 from shapes import MODELS, Spec
 
+BF16_PARTS = ("d_logits", "d_hidden", "loss", "d_gate")
 ROOT = Path(__file__).parent.parent
 
 
@@ -73,7 +74,7 @@ def case_of(op: str) -> Case:
         ("taylor_statistics", "l2"),
     ],
 )
-@pytest.mark.parametrize("fault", ["nan", "a tenth more", "shape", "none"])
+@pytest.mark.parametrize("fault", ["nan", "more", "shape", "none"])
 def test_what_is_wrong_is_not_timed(op: str, part: str, fault: str) -> None:
     case = case_of(op)
     right = case.PROVIDERS["ours, torch"]
@@ -85,8 +86,9 @@ def test_what_is_wrong_is_not_timed(op: str, part: str, fault: str) -> None:
             results = {name: tensor.clone() for name, tensor in call().items()}
             if fault == "nan":
                 results[part].view(-1)[-1] = torch.nan
-            elif fault == "a tenth more":
-                results[part] *= 1.1
+            elif fault == "more":
+                # A hundredth; four roundings of bfloat16 are more than that.
+                results[part] *= 1.1 if part in BF16_PARTS else 1.01
             elif fault == "shape":
                 results[part] = results[part][None]
             return results

@@ -157,6 +157,8 @@ def test_rehearsal_of_what_scores(tmp_path: Path) -> None:
 
     assert_a_report(out, done.stdout)
     assert done.stdout.count(", extrapolated") == len(rows)
+    assert "planned/measured" in done.stdout
+    assert done.stdout.count("| ours, stored") == 3
 
 
 def test_a_table_of_what_failed_and_of_what_missed() -> None:
