@@ -5,8 +5,8 @@
 
 Providers work in processes of their own and in turn, so that a ratio compares neighbours in time. A
 round waits up to 15 seconds for the machine to be quiet. The second command writes a checkpoint of
-5 GB and scores it resident and streamed, with its files in the page cache. What stands as floor is
-the job's products at the rate that a large one had in the same round.
+5 GB (HFPRUNE_LARGE_BYTES) and scores it resident and streamed, with its files in the page cache.
+The floor is the job's products at the rate that a large one had in the same round.
 """
 
 from __future__ import annotations
