@@ -25,8 +25,8 @@ RESULT = pytest.StashKey[dict[str, Any]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hfprune_fast's suites")
     scales = group.addoption
-    scales("--small", action="store_const", dest="scale", const="small", default="full",
-           help="few tokens, for a CPU")  # fmt: skip
+    scales("--small", action="store_const", dest="scale", const="small",
+           help="few tokens; without a GPU the default")  # fmt: skip
     scales("--tiny", action="store_const", dest="scale", const="tiny", help="a rehearsal")
     group.addoption("--rows", type=Path, metavar="DIR", help="write the result file there")
     group.addoption("--rows-suffix", default="", help="what its name ends with")
@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     config.stash[ROWS] = []
+    config.option.scale = config.option.scale or ("full" if torch.cuda.is_available() else "small")
     if not torch.cuda.is_available():
         torch.set_num_threads(2)
     if config.getoption("rows") is not None:
