@@ -152,7 +152,7 @@ def compare(before: Result, after: Result, threshold: float, memory_threshold: f
     limits = Limits(threshold, memory_threshold, names[0] == names[1])
     print(f"A: {_told(before)}\nB: {_told(after)}\n")
     if not limits.same_machine:
-        print("WARNING: two machines, so time and memory are not judged\n")
+        print("WARNING: two machines, so time and memory are not judged; % of floor is\n")
     pairs = [Pair(rows_before[name], rows_after[name]) for name in common]
     shown = [pair for pair in pairs if "ms" in pair.before or "ms" in pair.after]
     print("\n".join(table([HEADER, *(pair.cells(limits) for pair in shown)], NAMES)))
