@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -33,8 +34,6 @@ Results = dict[str, Tensor]
 CHECKED_ROWS = 64
 # At least so many rounds, and about so many seconds of calls, for each provider.
 LEAST_ROUNDS, BUDGET_S = 5, 0.5
-
-
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -94,12 +93,10 @@ class Case(ABC):
         source, target = self._copied
         target.copy_(source)
 
-    @property
+    @cached_property
     def _copied(self) -> tuple[Tensor, Tensor]:
-        if not hasattr(self, "_halves"):
-            half = torch.zeros(self.bytes_moved // 8, dtype=torch.float32, device=DEVICE)
-            self._halves = half, torch.zeros_like(half)
-        return self._halves
+        half = torch.zeros(self.bytes_moved // 8, dtype=torch.float32, device=DEVICE)
+        return half, torch.zeros_like(half)
 
     @classmethod
     def providers_of(cls, spec: Spec) -> list[str]:

@@ -10,13 +10,13 @@ from meter import DEVICE, GPU, Evictor, alternated_ms
 from shapes import DTYPES
 
 
-def ceilings(scale: str) -> list[dict[str, float | str]]:
+def ceilings(scale: str, dtypes: tuple[str, ...] = DTYPES) -> list[dict[str, float | str]]:
     """One entry a dtype; the copied bytes are counted as read and as written."""
     n = {"full": 8192, "small": 2048, "tiny": 64}[scale]
     source = torch.zeros({"full": 1 << 29, "small": 1 << 25, "tiny": 1 << 12}[scale], device=DEVICE)
     target, evict = torch.empty_like(source), Evictor()
     found: list[dict[str, float | str]] = []
-    for name in DTYPES:
+    for name in dtypes:
         a, b = torch.randn(2, n, n, device=DEVICE).to(getattr(torch, name))
         out = torch.empty_like(a)
         product_ms, copy_ms = alternated_ms(

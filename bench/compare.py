@@ -17,10 +17,10 @@ A row of a provider whose name begins with "ours" is worse if
     or A measured it and it failed in B.
 
 Peers are printed and not judged, and so is what only one side has. Of two machines the time and the
-memory are not judged.
+memory are not judged, % of floor is.
 
-The exit status is 1 if a row got worse, and 2 if a file is no result or no row is in both, with one
-line that says so.
+The exit status is 1 if a row got worse, and 2 if a file is no result or no row of ours is in both,
+with one line that says so.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(before: Result, after: Result, threshold: float, memory_threshold: float) -> int:
     rows_before, rows_after = ({key(r): r for r in result["rows"]} for result in (before, after))
     common = [name for name in rows_before if name in rows_after]
-    if not common:
-        raise ResultError("no row is in both files")
+    if not any(rows_before[name]["provider"].startswith("ours") for name in common):
+        raise ResultError("no row of ours is in both files, so there is nothing to judge")
     names = [result["machine"]["name"] for result in (before, after)]
     limits = Limits(threshold, memory_threshold, names[0] == names[1])
     print(f"A: {_told(before)}\nB: {_told(after)}\n")

@@ -40,10 +40,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(2)
     if config.getoption("rows") is not None:
-        from records import described
+        from records import RESULTS, described
 
+        folder, part = config.option.rows, config.option.keyword or config.option.scale == "tiny"
         if torch.cuda.is_available():
             raise pytest.UsageError("result files of a GPU are made by bench/gpu_check.py")
+        if part and folder.resolve() == RESULTS and not config.option.rows_suffix:
+            raise pytest.UsageError(
+                "--rows bench/results is for whole runs, which these rows would replace; "
+                "give another folder, or a --rows-suffix"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise pytest.UsageError(f"--rows must be a folder, got the file {folder}")
         config.stash[RESULT] = described()  # of the commit that is measured, not of a later one
 
 

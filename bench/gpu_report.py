@@ -89,7 +89,7 @@ def _scoring_cells(row: dict[str, Any]) -> list[str]:
     return [
         row["provider"], f"{row['ms_per_sequence']:.2f}", f"{row['tokens_per_s']:.0f}",
         f"{row['tflops']:.0f}", f"{row['percent_of_gemm']:.1f}", f"{row['times_reference']:.2f}",
-        f"{row['extra_gb']:.2f}", _number(row["planned_ratio"]),
+        f"{row['extra_gb']:.2f}", number(row["planned_ratio"]),
         f"{row['error']:.1e} ({row['error_allowed']:.1e})", "" if rank is None else f"{rank:.5f}",
         "; ".join([row["verdict"], *row["missed"]]) if "verdict" in row else "",
     ]  # fmt: skip
@@ -128,7 +128,7 @@ def _streamed_cells(row: dict[str, Any]) -> list[list[str]]:
         f"{row['forward_s']:.2f}", f"{row['head_s']:.2f}", f"{row['backward_s']:.2f}",
         *_rates(row), f"{row['target_percent']:.0f}: {row['verdict']}",
         f"{row['layer_gb_per_s']:.1f}", f"{row['peak_bytes'] / 1e9:.1f}",
-        _number(row["planned_ratio"]), f"{row['error']:.1e} ({row['error_allowed']:.1e})",
+        number(row["planned_ratio"]), f"{row['error']:.1e} ({row['error_allowed']:.1e})",
     ]  # fmt: skip
     extrapolated = [
         row["provider"], str(row["pass_tokens"]), f"{whole['layers']}, extrapolated",
@@ -146,7 +146,3 @@ def _beyond(found: dict[str, Any]) -> list[str]:
     lines = [f"- skipped: {text}" for text in found["skipped"]]
     lines += [f"- error: {text}" for text in found["errors"]]
     return [*lines, ""] if lines else []
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

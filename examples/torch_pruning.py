@@ -1,16 +1,16 @@
 """Our scores as an importance of Torch-Pruning, which then cuts the MLPs of a small Llama.
 
-    pip install torch-pruning
-    python examples/torch_pruning.py
+    pip install torch-pruning && python examples/torch_pruning.py
 
 Torch-Pruning asks an importance for the scores of a group of layers' channels, and leaves the group
-alone when the answer is None. Takes the model that ships with hfprune_fast, and a few seconds.
+alone when the answer is None. It takes the model that ships with hfprune_fast.
 """
 
 import copy
 import sys
 
-sys.path.append(sys.path.pop(0))  # last: in this file's folder, it is itself called torch_pruning
+# This file is itself called torch_pruning where it lies.
+sys.path[:] = [path for path in sys.path if not path.endswith("examples")]
 
 import torch
 import torch_pruning as tp

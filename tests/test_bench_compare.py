@@ -213,7 +213,8 @@ def test_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_in_common(compared: Compare) -> None:
     code, output = compared(invented(), invented() | {"rows": []})
-    assert (code, output) == (2, "compare.py: no row is in both files\n")
+    said = "compare.py: no row of ours is in both files, so there is nothing to judge\n"
+    assert (code, output) == (2, said)
 
 
 @pytest.mark.parametrize("threshold", ["0.9", "nan", "much"])
@@ -221,3 +222,11 @@ def test_bad_threshold(compared: Compare, threshold: str) -> None:
     with pytest.raises(SystemExit) as exit_info:
         compared(invented(), invented(), "--threshold", threshold)
     assert exit_info.value.code == 2
+
+
+def test_without_a_row_of_ours_there_is_nothing_to_judge(compared: Compare) -> None:
+    after = invented()
+    after["rows"] = [row for row in after["rows"] if not row["provider"].startswith("ours")]
+    code, output = compared(invented(), after)
+    assert code == 2
+    assert "no row of ours" in output

@@ -54,6 +54,19 @@ def test_all_suites_at_tiny_sizes(tmp_path: Path) -> None:
     assert path.with_suffix(".md").read_text().count("| ours, torch") == 6
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [("bench/results", "whole runs"), ("README.md", "must be a folder")],
+)
+def test_rows_that_would_be_lost_are_refused_at_once(rows: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", ROOT / "bench", "--tiny", "--rows", ROOT / rows, "-q"],
+        env={**os.environ, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in done.stderr
+
+
 def case_of(op: str) -> Case:
     for suite in (bench_entropy, bench_linear_entropy, bench_taylor):
         if op in suite.CASES:
