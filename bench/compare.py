@@ -12,7 +12,8 @@ Rows are matched by operation, model, dtype, sizes and provider. For each there 
 
 A row of a provider whose name begins with "ours" is worse if
 
-    slower is above --threshold, and all of its spread is above 1;
+    slower is above --threshold, and all of its spread is above 1, and, on one machine, it took
+    longer as well: a floor that was faster makes what it does not bound look slower;
     memory is above --memory-threshold;
     or A measured it and it failed in B.
 
@@ -94,7 +95,8 @@ class Pair:
             return [f"failed: {self.after['failed']}"]
         found = []
         slower = self.judged(limits)
-        if slower and slower.middle > limits.slower and slower.low > 1:
+        longer = not limits.same_machine or (self.time is not None and self.time.middle > 1)
+        if slower and slower.middle > limits.slower and slower.low > 1 and longer:
             found.append("slower")
         if limits.same_machine and self.memory and self.memory > limits.memory:
             found.append("more memory")
