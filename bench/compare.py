@@ -12,8 +12,8 @@ Rows are matched by operation, model, dtype, sizes and provider. For each there 
 
 A row of a provider whose name begins with "ours" is worse if
 
-    slower is above --threshold, and all of its spread is above 1, and, on one machine, it took
-    longer as well: a floor that was faster makes what it does not bound look slower;
+    slower is above --threshold, and all of its spread above 1; but not if, on one machine, all of
+    the spread of its time is below 1: it was faster, and its floor, which does not bound it, more;
     memory is above --memory-threshold;
     or A measured it and it failed in B.
 
@@ -95,8 +95,8 @@ class Pair:
             return [f"failed: {self.after['failed']}"]
         found = []
         slower = self.judged(limits)
-        longer = not limits.same_machine or (self.time is not None and self.time.middle > 1)
-        if slower and slower.middle > limits.slower and slower.low > 1 and longer:
+        faster = limits.same_machine and self.time is not None and self.time.high < 1
+        if slower and slower.middle > limits.slower and slower.low > 1 and not faster:
             found.append("slower")
         if limits.same_machine and self.memory and self.memory > limits.memory:
             found.append("more memory")
