@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CALLS_KEPT = 16  # position embeddings and masks, of that many shapes of micro-batches
+_POSITION_BITS = 24  # of a row's number; the rest is its sequence's
 _IDS_MUST_BE = "token batches must be (B, T) integers, or mappings with such input_ids"
 _MASK_MUST_BE = "attention_mask must be (B, T) integers"
 
@@ -37,6 +38,7 @@ class MicroBatch:
 
     ids: Tensor  # (B, T) int64, on the CPU, right of each sequence's end 0
     lengths: tuple[int, ...]  # tokens of each sequence, 1 to T
+    first: int = 0  # number of its first sequence in the run
 
     @property
     def tokens(self) -> int:
@@ -49,12 +51,30 @@ class MicroBatch:
             return None
         return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
 
+    @property
+    def labels(self) -> Tensor:
+        """(B, T) the next token at each position, -100 where there is none."""
+        labels = torch.full_like(self.ids, -100)
+        for row, length in enumerate(self.lengths):
+            labels[row, : length - 1] = self.ids[row, 1:length]
+        return labels
+
+    @property
+    def row_ids(self) -> Tensor:
+        """(B, T) a number for each position of each sequence, of which no other in the run has it.
+
+        Whatever the micro-batches, since what is drawn from it must not depend on them.
+        """
+        rows, positions = (torch.arange(n) for n in self.ids.shape)
+        return ((self.first + rows)[:, None] << _POSITION_BITS) + positions
+
     def split(self, most: int) -> list[MicroBatch]:
         """Return the micro-batch in parts of at most `most` sequences, each as long as need be."""
         parts = []
         for i in range(0, len(self.ids), most):
             lengths = self.lengths[i : i + most]
-            parts.append(MicroBatch(self.ids[i : i + most, : max(lengths)], lengths))
+            ids = self.ids[i : i + most, : max(lengths)]
+            parts.append(MicroBatch(ids, lengths, self.first + i))
         return parts
 
 
@@ -100,6 +120,15 @@ def micro_batch(batch: Any, vocab: int) -> MicroBatch:
             f"token ids must be in 0..{vocab - 1} (the vocabulary), got {low if low < 0 else high}"
         )
     return MicroBatch(ids, lengths)
+
+
+def numbered(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+    """Return micro-batches whose sequences are numbered one after another."""
+    first, out = 0, []
+    for batch in batches:
+        out.append(replace(batch, first=first))
+        first += len(batch.ids)
+    return out
 
 
 def _integers(batch: Any, must_be: str) -> Tensor:

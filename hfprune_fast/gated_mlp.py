@@ -35,9 +35,10 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a micro-batch is scored; `take` is given the statistics once, in backward."""
+    """How a micro-batch is scored; `take` is given the statistics of each backward."""
 
     take: Callable[[TaylorStatistics], None]
+    is_last: Callable[[], bool]  # whether the backward that runs is the last one through the graph
     token_mask: Tensor | None
     grad_scale: float
     parity: bool
@@ -76,6 +77,20 @@ def scored(
         yield
     finally:
         del mlp.module.forward
+
+
+@contextmanager
+def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
+    """Collect the inputs of down_proj; a silent MLP's output is 0."""
+    seen: list[Tensor] = []
+    handles = [mlp.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    if silent:
+        handles.append(mlp.module.register_forward_hook(lambda *args: torch.zeros_like(args[2])))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def known_activation(mlp: GatedMLP) -> str | None:
@@ -158,9 +173,9 @@ class _ScoredMLP(torch.autograd.Function):
                 "this MLP's backward has run and has overwritten its gate and up; "
                 "run the forward again"
             )
-        ctx.done = True
         mlp: GatedMLP = ctx.mlp
         scoring: Scoring = ctx.scoring
+        ctx.done = scoring.is_last()
         options: dict[str, Any] = {
             "token_mask": scoring.token_mask,
             "grad_scale": scoring.grad_scale,
@@ -173,7 +188,7 @@ class _ScoredMLP(torch.autograd.Function):
             scoring.take(taylor_statistics(grad, saved[0], **options))
             return (None,) * 6
         statistics, d_gate, d_up = gated_taylor(
-            grad, *saved, activation=ctx.activation, overwrite=True, **options
+            grad, *saved, activation=ctx.activation, overwrite=ctx.done, **options
         )
         del grad
         scoring.take(statistics)

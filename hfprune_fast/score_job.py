@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hfprune_fast import architectures, checkpoint, loading, planning, processes
+from hfprune_fast import architectures, checkpoint, loading, planning, processes, scoring
 from hfprune_fast._version import __version__
 from hfprune_fast.calibration import windows_for
 from hfprune_fast.errors import ArgumentError, CalibrationError
-from hfprune_fast.forward import MicroBatch, ResidentModel, as_batches, micro_batch
+from hfprune_fast.forward import (
+    MicroBatch,
+    ResidentModel,
+    as_batches,
+    micro_batch,
+    numbered,
+)
 from hfprune_fast.importance import ImportanceTable
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
+from hfprune_fast.refit import removal_costs
 from hfprune_fast.report import say, token_bar
 from hfprune_fast.scoring import How, backend_for, no_totals, score_batches
 from hfprune_fast.state import Keeper, Totals
@@ -29,12 +36,21 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 128
 SAVE_SECONDS = 60.0
+CRITERIA = (*scoring.CRITERIA, "activation")
+# What the mean of the sequences' losses is.
+LOSS_NAMES = {
+    "entropy": "entropy_nats",
+    "cross_entropy": "cross_entropy_nats",
+    "fisher": "sampled_cross_entropy_nats",
+}
 
 
 def score(
     model_or_path: PreTrainedModel | str | Path,
     batches_or_source: Iterable[Any] | Tensor | NDArray[Any] | str | Path,
     *,
+    criterion: str | Sequence[str] = "entropy",
+    obs: bool = False,
     samples: int | None = DEFAULT_SAMPLES,
     seq_len: int | None = None,
     seed: int = 0,
@@ -51,16 +67,21 @@ def score(
     distributed: bool = False,
     progress: bool = False,
 ) -> ImportanceTable:
-    """Score every MLP neuron of a model by the entropy criterion (arXiv 2603.08083).
+    """Score every MLP neuron of a model, by default by the paper's criterion.
 
     Args:
         model_or_path: a loaded causal language model, or a folder, hub name or `demo`.
         batches_or_source: token batches: (B, T) integers each, or mappings with such `input_ids`
             and an `attention_mask` of padding on one side; or one (N, T) tensor or array; or, for a
             model given by path, a calibration source as `calibration.token_windows` takes it.
+        criterion: one or several of CRITERIA, which share the forward: "entropy" of the model's output (arXiv 2603.08083),
+            "cross_entropy" of the next token, "fisher" (of a token that is drawn from the output),
+            or "activation", forward only; see `scoring`.
+        obs: also what each neuron's removal costs when the others are refitted (`obs.py`), which
+            takes criterion "fisher", another forward and O(F³) a layer.
         samples: sequences drawn from a source.
         seq_len: tokens a sequence; 1024, or the model's longest if that is less.
-        seed: which documents and windows are drawn from a source.
+        seed: which documents and windows are drawn from a source, and fisher's tokens.
         batch_size: sequences that run at once; by default as many as suit the device and fit. The
             scores do not depend on it but for rounding.
         device, dtype: where and in what a model given by path runs, see `loading.blueprint`.
@@ -82,11 +103,13 @@ def score(
         progress: show a bar on stderr.
 
     Returns:
-        The table of all statistics, (L, F) float64, from which any ratio can be selected.
+        The table of all statistics, (L, F) float64 each, from which any ratio can be selected.
 
     Raises:
         HFPruneError: bad input, one line; its subclasses say which kind.
     """
+    criteria = (criterion,) if isinstance(criterion, str) else tuple(criterion)
+    gradients = _check_criteria(criteria, obs, parity)
     together = processes.launched() if distributed else processes.Processes()
     if resume and together.count > 1:
         raise ArgumentError("--resume is for one process; several keep no state to go on from")
@@ -94,7 +117,9 @@ def score(
         raise ArgumentError("--parity is for one process, in which the paper's code adds up")
     if resume and state_file is None:
         raise ArgumentError("resume needs the state_file to go on from, got none")
-    provenance: dict[str, Any] = {"criterion": "entropy", "versions": _versions()}
+    provenance: dict[str, Any] = {"criteria": list(criteria), "versions": _versions()}
+    if "fisher" in gradients:
+        provenance["seed"] = seed
     calibration: dict[str, Any] = {"source": "token batches"}
     source = batches_or_source
     subject: loading.Blueprint | ResidentModel
@@ -118,7 +143,7 @@ def score(
     like = torch.empty(0, device=subject.device, dtype=subject.dtype)
     backend = backend_for(like, backend, parity)
     shape = planning.ModelShape.of(size, subject.model.config)
-    given = [micro_batch(b, shape.vocab_size) for b in as_batches(source, 1 << 62)]
+    given = numbered(micro_batch(b, shape.vocab_size) for b in as_batches(source, 1 << 62))
     if not given:
         raise CalibrationError("no token batches to score with; expected at least one sequence")
     sequences, tokens = sum(len(b.ids) for b in given), sum(b.tokens for b in given)
@@ -140,6 +165,8 @@ def score(
             memory_budget=memory_budget,
             loaded=isinstance(subject, ResidentModel),
             parity=parity,
+            criteria=max(1, len(gradients)),
+            obs=obs,
         )
 
     with processes.joined(subject.device, together):
@@ -155,7 +182,9 @@ def score(
             "model_fingerprint": provenance.get("model_fingerprint"),
             "samples": sequences,
             "seq_len": max(batch.ids.shape[1] for batch in batches),
-            "seed": calibration.get("seed"),
+            "criteria": list(gradients),
+            "obs": obs,
+            "seed": seed if "fisher" in gradients else calibration.get("seed"),
             "data_sha256": _digest(batches),
             "batch_size": plan.batch_size,
             "logits_budget_bytes": kept.get("logits_budget_bytes", plan.logits_budget_bytes),
@@ -167,6 +196,8 @@ def score(
         }
         how = How(
             backend=backend,
+            criteria=gradients,
+            seed=seed,
             parity=parity,
             recompute=plan.recompute,
             inputs_on_host=plan.inputs_on_host,
@@ -179,7 +210,7 @@ def score(
             ) as model,
             keeper.kept_if_interrupted(sequences),
         ):
-            totals, most = no_totals(model, parity), plan.batch_size
+            totals, most = no_totals(model, how, obs), plan.batch_size
             if resume:
                 totals, most = keeper.resume(totals) or (totals, most)
             share = together.deal(batches)
@@ -189,20 +220,46 @@ def score(
                     model, share, how, totals, most=most, committed=keeper.committed, done=done
                 )
             totals = _sum(totals, together)
+            costs = None
+            if obs and together.rank == 0:  # the others' part is done
+                assert totals.output_fisher is not None
+                fisher = totals.output_fisher.double() / tokens
+                with token_bar("removal costs", tokens, progress) as done:
+                    costs = removal_costs(model, batches, fisher, done)
     assert (totals.samples, totals.tokens) == (sequences, tokens)
     told = ("dtype", "backend", "parity", "batch_size", "samples")
     provenance |= {
         "calibration": {**calibration, "data_sha256": keeper.identity["data_sha256"]},
         **{key: keeper.identity[key] for key in told},
         "tokens": tokens,
-        "entropy_nats": totals.entropy_nats / sequences,
     }
-    return ImportanceTable(
-        **TaylorStatistics(*totals.statistics.double().cpu().unbind())._asdict(),
-        down_norm=totals.down_norm.cpu(),
-        model=size,
-        provenance=provenance,
-    )
+    statistics: dict[str, Tensor] = {}
+    of_criteria = totals.statistics.double().cpu()
+    for c, name in enumerate(gradients):
+        kept = TaylorStatistics(*of_criteria[c].unbind())
+        statistics |= {f"{name}.l1": kept.l1, f"{name}.l2": kept.l2, f"{name}.mask": kept.mask}
+        provenance[LOSS_NAMES[name]] = totals.loss_nats[c] / sequences
+    statistics["act"] = TaylorStatistics(*of_criteria[0].unbind()).act
+    statistics["down_norm"] = totals.down_norm.cpu()
+    if costs is not None:
+        statistics["obs"] = costs
+    return ImportanceTable(statistics, size, provenance)
+
+
+def _check_criteria(criteria: Sequence[str], obs: bool, parity: bool) -> tuple[str, ...]:
+    """Return those that need a gradient."""
+    if not criteria or len(set(criteria)) != len(criteria) or not set(criteria) <= set(CRITERIA):
+        raise ArgumentError(
+            f"criterion must be one of {', '.join(CRITERIA)}, got {', '.join(criteria) or 'none'}"
+        )
+    if obs and "fisher" not in criteria:
+        raise ArgumentError(f"obs needs criterion fisher, got {', '.join(criteria)}")
+    if parity and list(criteria) != ["entropy"]:
+        raise ArgumentError(
+            f"parity rounds as the paper's code does, which knows criterion entropy alone, "
+            f"got {', '.join(criteria)}"
+        )
+    return tuple(criterion for criterion in criteria if criterion != "activation")
 
 
 def _check_asked_of_a_loaded_model(
@@ -223,7 +280,7 @@ def _sum(totals: Totals, together: processes.Processes) -> Totals:
     if together.count == 1:
         return totals
     norms = totals.down_norm if together.rank == 0 else torch.zeros_like(totals.down_norm)
-    numbers = [totals.samples, totals.tokens, totals.entropy_nats]
+    numbers = [totals.samples, totals.tokens, *totals.loss_nats]
     parts = [
         totals.statistics.double(),
         norms,
@@ -235,8 +292,15 @@ def _sum(totals: Totals, together: processes.Processes) -> Totals:
         piece.view(part.shape)
         for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
     )
-    samples, tokens, entropy_nats = counted.tolist()
-    return Totals(statistics, norms, round(samples), round(tokens), entropy_nats)
+    if totals.output_fisher is not None:
+        for layer in totals.output_fisher:  # which is on the CPU
+            on_device = layer.to(norms.device)
+            together.add(on_device)
+            layer.copy_(on_device)
+    samples, tokens, *losses = counted.tolist()
+    return Totals(
+        statistics, norms, totals.output_fisher, round(samples), round(tokens), tuple(losses)
+    )
 
 
 def _digest(batches: Iterable[MicroBatch]) -> str:

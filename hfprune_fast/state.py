@@ -25,19 +25,22 @@ from hfprune_fast.report import say
 
 _FORMAT = "hfprune_state"
 _VERSION = 1
-_TENSORS = ("statistics", "down_norm")
-_NUMBERS = ("samples", "tokens", "entropy_nats")
+_TENSORS = ("statistics", "down_norm", "output_fisher")
+_NUMBERS = ("samples", "tokens", "loss_nats")
 
 
 @dataclass(frozen=True)
 class Totals:
     """What has been added up over the sequences so far."""
 
-    statistics: Tensor  # (4, L, F) fp64 in the order of TaylorStatistics; parity: the model's dtype
+    # (C, 4, L, F) fp64: of each criterion, in the order of TaylorStatistics; parity: the model's
+    # dtype. Where there is no criterion, C is 1 and only act is added up.
+    statistics: Tensor
     down_norm: Tensor  # (L, F) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
+    output_fisher: Tensor | None = None  # (L, D, D) fp32, on the CPU: Σ g gᵀ at the MLPs' outputs
     samples: int = 0
     tokens: int = 0
-    entropy_nats: float = 0.0  # sum over the sequences
+    loss_nats: tuple[float, ...] = ()  # of each criterion, the sum over the sequences
 
 
 class Keeper:
@@ -120,17 +123,18 @@ class Keeper:
         ]
         for name, tensor in tensors.items():
             ours = getattr(like, name)
-            if (tensor.shape, tensor.dtype) != (ours.shape, ours.dtype):
+            if ours is None or (tensor.shape, tensor.dtype) != (ours.shape, ours.dtype):
                 differing.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
         if differing:
             raise ResumeError(
                 f"{self._file} is of another run: {'; '.join(differing)}; "
                 "--force discards it and starts anew"
             )
-        moved = {name: tensor.to(like.statistics.device) for name, tensor in tensors.items()}
+        moved = {name: tensor.to(getattr(like, name).device) for name, tensor in tensors.items()}
         self._kept = header["samples"]
         say(f"going on after {self._kept} sequences, from {self._file}")
         fields: dict[str, Any] = {**moved, **{name: header[name] for name in _NUMBERS}}
+        fields["loss_nats"] = tuple(fields["loss_nats"])
         return Totals(**fields), header["most"]
 
 
@@ -143,7 +147,8 @@ def _short(value: Any) -> str:
 def _save(file: Path, identity: Mapping[str, Any], totals: Totals, most: int) -> None:
     numbers = {name: getattr(totals, name) for name in _NUMBERS}
     header = {"format_version": _VERSION, "identity": identity, "most": most, **numbers}
-    tensors = {name: getattr(totals, name).cpu().contiguous() for name in _TENSORS}
+    held = {name: getattr(totals, name) for name in _TENSORS}
+    tensors = {name: t.cpu().contiguous() for name, t in held.items() if t is not None}
     write_whole(file, save(tensors, {_FORMAT: json.dumps(header)}))
 
 
@@ -151,7 +156,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})[_FORMAT])
-            tensors = {name: opened.get_tensor(name) for name in _TENSORS}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if header["format_version"] != _VERSION:
             raise ValueError(f"format version {header['format_version']}, not {_VERSION}")
         counts = {name: header[name] for name in ("most", "samples", "tokens")}
@@ -159,8 +164,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, count in counts.items():
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name} is {count}")
-        if not math.isfinite(header["entropy_nats"]):
-            raise ValueError(f"entropy_nats is {header['entropy_nats']}")
+        if not {"statistics", "down_norm"} <= tensors.keys() <= set(_TENSORS):
+            raise ValueError(f"it holds {', '.join(tensors)}")
+        if not all(math.isfinite(loss) for loss in header["loss_nats"]):
+            raise ValueError(f"loss_nats is {header['loss_nats']}")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ResumeError(
             f"{file} is not what an interrupted `hfprune score` left, or is damaged "
