@@ -41,7 +41,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hfprune_fast.kernels import _dispatch, entropy, taylor
+from hfprune_fast.kernels import _dispatch, _rows, taylor
 from hfprune_fast.kernels._activations import ACTIVATIONS
 from hfprune_fast.kernels._triton import INTERPRETED, cdiv
 
@@ -55,7 +55,7 @@ SHARED_LIMIT_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gf
 # Of the bytes loaded in loops, and of those stored there: the remainder leaves room for a byte of
 # token_mask beside 32 or more of the rows. One tensor of three in narrow loads leaves 2 in 3.
 WIDE_SHARE = 0.9
-LAUNCHING_MODULES = (entropy, taylor)
+LAUNCHING_MODULES = (_rows, taylor)
 ROW = "{:<32} {:<24} {:<7} {:>5} {:>10} {:>8} {:>7} {:>10} {:>10}"
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -107,9 +107,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _launch_entropy(
+def _launch_rows(
     dtype: torch.dtype, grad_dtype: torch.dtype | None, vocab: int = 128_256, *,
-    softcap: float | None = None, logit_scale: float = 1.0,
+    criterion: str = "entropy", softcap: float | None = None, logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
     def rows(dtype: torch.dtype) -> Tensor:
         # As the buffer of linear_entropy: 16-byte aligned for any vocab.
@@ -119,9 +119,11 @@ def _launch_entropy(
     if grad_dtype is not None:
         row_scale = _meta(8192, dtype=torch.float32)
         grad = logits if grad_dtype == dtype else rows(grad_dtype)
-    entropy.entropy_rows(
-        logits, row_scale, grad, softcap=softcap, logit_scale=logit_scale, backend=None
-    )
+    keys = None if criterion == "entropy" else _meta(8192, dtype=torch.int64)
+    _rows.judge_rows(
+        logits, row_scale, grad, _rows.Criterion(criterion, keys),
+        softcap=softcap, logit_scale=logit_scale, backend=None,
+    )  # fmt: skip
 
 
 def _launch_taylor(
@@ -140,17 +142,24 @@ def _launch_taylor(
 
 
 def _cases() -> Iterator[Case]:
-    case = partial(Case, "_softmax_entropy_kernel")
+    case = partial(Case, "_rows_kernel")
     for name, dtype in _DTYPES.items():
-        yield case(f"{name} forward", partial(_launch_entropy, dtype, None), stores=False)
-        yield case(f"{name} gradient in place", partial(_launch_entropy, dtype, dtype))
+        yield case(f"{name} forward", partial(_launch_rows, dtype, None), stores=False)
+        yield case(f"{name} gradient in place", partial(_launch_rows, dtype, dtype))
     bf16, fp16, fp32 = _DTYPES.values()
-    yield case("fp32 logits, bf16 gradient", partial(_launch_entropy, fp32, bf16))
-    yield case("fp32 logits, fp16 gradient", partial(_launch_entropy, fp32, fp16))
+    yield case("fp32 logits, bf16 gradient", partial(_launch_rows, fp32, bf16))
+    yield case("fp32 logits, fp16 gradient", partial(_launch_rows, fp32, fp16))
     transform = {"softcap": 30.0, "logit_scale": 0.5}
-    yield case("bf16 softcap, scale", partial(_launch_entropy, bf16, bf16, **transform))
-    yield case("bf16 odd V", partial(_launch_entropy, bf16, bf16, 32_001))
-    yield case("fp32 odd V, bf16 gradient", partial(_launch_entropy, fp32, bf16, 32_001))
+    yield case("bf16 softcap, scale", partial(_launch_rows, bf16, bf16, **transform))
+    yield case("bf16 odd V", partial(_launch_rows, bf16, bf16, 32_001))
+    yield case("fp32 odd V, bf16 gradient", partial(_launch_rows, fp32, bf16, 32_001))
+    for criterion in ("cross_entropy", "fisher"):
+        launch = partial(_launch_rows, criterion=criterion)
+        for name, dtype in _DTYPES.items():
+            yield case(f"{name} {criterion}", partial(launch, dtype, dtype))
+        yield case(f"fp32 {criterion}, bf16 gradient", partial(launch, fp32, bf16))
+        yield case(f"bf16 {criterion} softcap, scale", partial(launch, bf16, bf16, **transform))
+        yield case(f"bf16 {criterion} odd V", partial(launch, bf16, bf16, 32_001))
 
     case = partial(Case, "_taylor_kernel")
     for (name, dtype), masked in product(_DTYPES.items(), (False, True)):

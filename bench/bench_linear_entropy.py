@@ -23,12 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hfprune_fast.kernels import linear_entropy
-from hfprune_fast.kernels.linear_entropy import (
-    _Buffers,
-    _onednn_linear,
-    _product,
-    _product_back,
-)
+from hfprune_fast.kernels._head import Buffers, onednn_linear, product, product_back
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Rows of logits that the truth makes at a time, in fp64.
@@ -56,8 +51,8 @@ class Head(Case):
         self.bytes_moved = 2 * self.hidden.nbytes + self.weight.nbytes
 
     def floor(self) -> None:
-        linear = _onednn_linear(self.hidden, self.weight)
-        buffers = _Buffers.allocate(self.hidden, self.weight, False, None, linear is None)
+        linear = onednn_linear(self.hidden, self.weight)
+        buffers = Buffers.allocate(self.hidden, self.weight, False, None, linear is None)
         d_hidden = torch.empty_like(self.hidden)
         for start in range(0, len(self.hidden), len(buffers.logits)):
             hidden = self.hidden[start : start + len(buffers.logits)]
@@ -65,8 +60,8 @@ class Head(Case):
                 linear(linear(hidden, self.weight, None), self.weight.t(), None)
                 continue
             logits = buffers.logits[: len(hidden)]
-            _product(hidden, self.weight, None, logits, 0)
-            _product_back(logits, self.weight, d_hidden[start : start + len(hidden)], 1.0, 0)
+            product(hidden, self.weight, None, logits, 0)
+            product_back(logits, self.weight, d_hidden[start : start + len(hidden)], 1.0, 0)
 
     def truth(self, computes: str) -> Results:
         weight, scale = self.weight.double(), 1 / len(self.hidden)
@@ -191,7 +186,7 @@ def torch_linear_cross_entropy(case: Head) -> Loss:
         raise AbsentError(f"torch {torch.__version__} has no linear_cross_entropy")
     # In the chunks that ours takes: of few tokens it would choose chunks of one row each, and its
     # bf16 loss, a sum over the chunks in bf16, was then off by 8 %.
-    rows = len(_Buffers.allocate(case.hidden, case.weight, False, None).logits)
+    rows = len(Buffers.allocate(case.hidden, case.weight, False, None).logits)
     options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
     return lambda hidden, weight, target: function(hidden, weight, target, options=options)
 

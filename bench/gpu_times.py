@@ -26,7 +26,7 @@ from meter import DEVICE, GPU, alternated_ms, rounds_for
 from records import Row
 from shapes import Spec
 
-from hfprune_fast.kernels import entropy as entropy_module
+from hfprune_fast.kernels import _rows as rows_module
 from hfprune_fast.kernels import taylor as taylor_module
 from hfprune_fast.kernels._dispatch import architecture, configuration
 
@@ -105,7 +105,7 @@ def rows(deadline: float) -> Iterator[Row]:
 def candidates(module: Any) -> list[dict[str, int]]:
     """The configuration in use, then others, those that differ in least first."""
     current = configuration(module._CONFIGS, DEVICE)
-    if module is entropy_module:
+    if module is rows_module:
         axes = {"BLOCK_V": (4096, 8192, 16384), "STAGES": (2, 3, 4), "num_warps": (8, 16, 32)}
     else:
         axes = {
@@ -163,10 +163,10 @@ def main() -> None:
         part.replace(args.out)
 
     if args.what == "info":
-        save(package=entropy_module.__file__)
+        save(package=rows_module.__file__)
     elif args.what == "tune":
         halfway = (time.monotonic() + deadline) / 2
-        found = {"softmax_entropy_grad": tune("softmax_entropy_grad", entropy_module, {"T": 33},
+        found = {"softmax_entropy_grad": tune("softmax_entropy_grad", rows_module, {"T": 33},
                                               halfway)}  # fmt: skip
         save(tune=found)
         # The small shapes differ from the others in nothing that a kernel is compiled for.

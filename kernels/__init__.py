@@ -11,7 +11,13 @@ from hfprune_fast.kernels.entropy import (
     softmax_entropy_grad_reference,
 )
 from hfprune_fast.kernels.gated_taylor import gated_taylor, gated_taylor_reference
-from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
+from hfprune_fast.kernels.linear_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_entropy,
+    linear_entropy_reference,
+    linear_fisher,
+)
 from hfprune_fast.kernels.taylor import (
     TaylorStatistics,
     taylor_statistics,
@@ -24,8 +30,11 @@ __all__ = [
     "TaylorStatistics",
     "gated_taylor",
     "gated_taylor_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "linear_entropy",
     "linear_entropy_reference",
+    "linear_fisher",
     "resolve_backend",
     "softmax_entropy",
     "softmax_entropy_grad_",

@@ -1,18 +1,17 @@
-"""Weighted entropy of a language-model head, and its gradient at the head's input.
+"""Weighted entropy of a language-model head, or another criterion, and its gradient at the input.
 
-    z_t = hidden_t · weightᵀ + bias        loss = Σ_t row_weight_t · H(softmax(z_t))
+    z_t = hidden_t · weightᵀ + bias        loss = Σ_t row_weight_t · value(z_t)
 
-The logits are never whole: rows go through one reused buffer, chunk by chunk. A first product makes
-the logits of a chunk, one pass turns them into dloss/dz (`entropy.py`, where the equation is) and a
+with value(z) the entropy of softmax(z), or -log p_y for a label y or one that is drawn from p. The
+logits are never whole: rows go through one reused buffer, chunk by chunk. A first product makes the
+logits of a chunk, one pass turns them into dloss/dz (`_rows.py`, where the equations are) and a
 second product makes dloss/dhidden. That is 4·T·D·V FLOPs, against 6 where the logits are made again
 for a backward pass. The head is frozen: there is no gradient of weight or bias.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hfprune_fast.kernels._arguments import check_devices, check_grad_scale, check_transform
 from hfprune_fast.kernels._dispatch import resolve_backend, undisturbed
-from hfprune_fast.kernels._triton import cdiv
-from hfprune_fast.kernels.entropy import entropy_rows, softmax_entropy_grad_reference
+from hfprune_fast.kernels._head import Buffers, onednn_linear, product, product_back
+from hfprune_fast.kernels._rows import IGNORED_LABEL, Criterion, judge_rows
+from hfprune_fast.kernels.entropy import softmax_entropy_grad_reference
 
-# The default budget; more where this many rows, which keep the products efficient, do not fit.
-_BUDGET_BYTES = 256 << 20
-_LEAST_ROWS = 512
-_ROWS_MULTIPLE = 128
-# The buffer's rows start at a multiple of this many logits, whatever V, for 16-byte loads.
-_ROW_ALIGNMENT = 16
 # dz of an fp16 head is at least this many times dloss/dz: at V = 32000 and a row weight of 1/1024
 # two thirds of it would be 0 otherwise. |dH/dz| is below 4 for any V up to 300k (most is near one
-# peak of p = 1/2), so with weights up to 1 the largest is a quarter of what fp16 holds.
+# peak of p = 1/2), so with weights up to 1 the largest is a quarter of what fp16 holds. That of the
+# other criteria is at most 1.
 _FP16_DZ_SCALE = 4096.0
 
 
@@ -52,112 +47,38 @@ def linear_entropy_reference(
     return (entropy * row_weight).sum(), d_logits @ weight
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """What a call holds beside its input and output, decided by the byte budget."""
-
-    logits: Tensor  # (rows, V), rows padded to the alignment
-    d_logits: Tensor  # (rows, V): logits itself, or in the dtype of the weight beside fp32 logits
-    tile: int  # vocabulary entries of weight upcast at a time, 0 where the products do it
-
-    @classmethod
-    def allocate(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        fp32_logits: bool,
-        budget_bytes: int | None,
-        needed: bool = True,
-    ) -> _Buffers:
-        (tokens, width), vocab = hidden.shape, len(weight)
-        stride = cdiv(vocab, _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        widen = fp32_logits and hidden.dtype in (torch.bfloat16, torch.float16)
-        fused = widen and hidden.is_cuda and torch.version.hip is None
-        tile, row_bytes = 0, stride * hidden.element_size()
-        if fused:
-            row_bytes += stride * 4
-        elif widen:
-            row_bytes = (stride + 2 * width) * 4  # a chunk of hidden and d_hidden is upcast as well
-        if budget_bytes is None:
-            budget_bytes = max(_BUDGET_BYTES, _LEAST_ROWS * row_bytes)
-        if widen and not fused:
-            tile = max(1, min(vocab, budget_bytes // 4 // max(1, width * 4)))
-            budget_bytes -= tile * width * 4
-        rows = _chunk_rows(tokens, row_bytes, budget_bytes)
-        dtype = torch.float32 if widen else hidden.dtype
-        # Not needed where each product makes its own output.
-        logits = hidden.new_empty(rows, stride if needed else 0, dtype=dtype)[:, :vocab]
-        d_logits = hidden.new_empty(rows, stride)[:, :vocab] if fused else logits
-        return cls(logits, d_logits, tile)
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, dloss/dhidden) through autograd, with the (T, V) logits whole."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        z = logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        terms = torch.nn.functional.cross_entropy(z, labels, reduction="none")
+        loss = (terms * row_weight).sum()
+        (d_hidden,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), d_hidden
 
 
-def _chunk_rows(tokens: int, row_bytes: int, budget_bytes: int) -> int:
-    """Rows at a time: what fits, a multiple of 128 if that many fit, and chunks of equal size."""
-    most = max(1, budget_bytes // max(1, row_bytes))
-    unit = _ROWS_MULTIPLE if most >= _ROWS_MULTIPLE else 1
-    chunks = max(1, cdiv(tokens, most // unit * unit))
-    return min(tokens, cdiv(cdiv(tokens, chunks), unit) * unit)
-
-
-def _onednn_linear(hidden: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
-    """Return the product x · wᵀ + b of oneDNN for fp32 on an x86 CPU, None elsewhere.
-
-    torch's `mm` calls MKL there, which on AMD's processors takes twice as long.
-    """
-    x86_cpu = hidden.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    if not x86_cpu or not torch.backends.mkldnn.is_available():
-        return None
-    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    empty = hidden.numel() == 0 or weight.numel() == 0
-    if operation is None or hidden.dtype != torch.float32 or empty or not weight.is_contiguous():
-        return None
-    return lambda x, w, b: operation(x.contiguous(), w, b, "none", [], "")
-
-
-def _product(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor, tile: int
-) -> None:
-    """logits = hidden · weightᵀ + bias, in the dtype of logits."""
-    if tile:
-        hidden = hidden.to(logits.dtype)
-        for start in range(0, len(weight), tile):
-            entries = slice(start, start + tile)
-            # The upcast tile has no name, so that it is gone before the next one is made.
-            torch.mm(hidden, weight[entries].to(logits.dtype).t(), out=logits[:, entries])
-    elif logits.dtype != hidden.dtype:
-        torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
-    elif bias is None:
-        torch.mm(hidden, weight.t(), out=logits)
-    else:
-        torch.addmm(bias, hidden, weight.t(), out=logits)
-        return
-    if bias is not None:
-        logits += bias
-
-
-def _product_back(
-    d_logits: Tensor, weight: Tensor, d_hidden: Tensor, factor: float, tile: int
-) -> None:
-    """d_hidden = factor · d_logits · weight; the factor meets the sum before it is rounded."""
-    if tile:
-        assert factor == 1, "fp32 logits need no scale of their own"
-        wide_d_hidden = d_logits.new_zeros(d_hidden.shape)
-        for start in range(0, len(weight), tile):
-            entries = slice(start, start + tile)
-            wide_d_hidden.addmm_(d_logits[:, entries], weight[entries].to(d_logits.dtype))
-        d_hidden.copy_(wide_d_hidden)
-    elif factor == 1:
-        torch.mm(d_logits, weight, out=d_hidden)
-    else:
-        torch.addmm(d_hidden, d_logits, weight, beta=0, alpha=factor, out=d_hidden)
-
-
-@torch.library.custom_op("hfprune_fast::linear_entropy", mutates_args=())
-def _linear_entropy(
+@torch.library.custom_op("hfprune_fast::linear_criterion", mutates_args=())
+def _linear_criterion(
     hidden: Tensor,
     weight: Tensor,
     row_weight: Tensor,
     bias: Tensor | None,
+    criterion: str,
+    keys: Tensor | None,
+    seed: int,
     softcap: float | None,
     logit_scale: float,
     fp32_logits: bool,
@@ -168,12 +89,13 @@ def _linear_entropy(
     _check(hidden, weight, row_weight, bias, logits_budget_bytes)
     check_transform(softcap, logit_scale)
     check_grad_scale(grad_scale)
+    _check_keys(hidden, weight, criterion, keys, seed)
     backend = resolve_backend(backend, hidden)
     maths_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    entropy = hidden.new_empty(hidden.shape[0], dtype=maths_dtype)
+    values = hidden.new_empty(hidden.shape[0], dtype=maths_dtype)
     d_hidden = torch.empty_like(hidden)
-    linear = _onednn_linear(hidden, weight) if backend == "torch" else None
-    buffers = _Buffers.allocate(hidden, weight, fp32_logits, logits_budget_bytes, linear is None)
+    linear = onednn_linear(hidden, weight) if backend == "torch" else None
+    buffers = Buffers.allocate(hidden, weight, fp32_logits, logits_budget_bytes, linear is None)
     dz_scale = grad_scale
     if buffers.d_logits.dtype == torch.float16:
         dz_scale = max(grad_scale, _FP16_DZ_SCALE)
@@ -188,29 +110,30 @@ def _linear_entropy(
             else:
                 logits = buffers.logits[: rows.stop - start]
                 d_logits = buffers.d_logits[: rows.stop - start]
-                _product(hidden[rows], weight, bias, logits, buffers.tile)
-            entropy[rows] = entropy_rows(
+                product(hidden[rows], weight, bias, logits, buffers.tile)
+            values[rows] = judge_rows(
                 logits, row_scale[rows], d_logits,
+                Criterion(criterion, None if keys is None else keys[rows], seed),
                 softcap=softcap, logit_scale=logit_scale, backend=backend,
             )  # fmt: skip
             if linear is not None:
                 d_hidden[rows] = linear(d_logits, weight.t(), None)
             else:
                 factor = grad_scale / dz_scale
-                _product_back(d_logits, weight, d_hidden[rows], factor, buffers.tile)
+                product_back(d_logits, weight, d_hidden[rows], factor, buffers.tile)
             del logits, d_logits  # which may be a chunk's own, before the next one's are made
     # Not 0 · NaN where a row of padding has weight 0.
-    terms = torch.where(row_weight == 0, 0, entropy.double() * row_weight)
+    terms = torch.where(row_weight == 0, 0, values.double() * row_weight)
     return terms.sum().to(maths_dtype), d_hidden
 
 
-@_linear_entropy.register_fake
+@_linear_criterion.register_fake
 def _(hidden, *_):
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, torch.empty_like(hidden)
 
 
-@register_flop_formula(torch.ops.hfprune_fast.linear_entropy)
+@register_flop_formula(torch.ops.hfprune_fast.linear_criterion)
 def _flops(hidden: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     """What FlopCounterMode, which sees the operation as one, is told."""
     return 4 * hidden[0] * hidden[1] * weight[0]
@@ -263,14 +186,111 @@ def linear_entropy(
     path up to 10 MiB of temporaries, 20 for fp64). On a GPU, per logit in bf16: 2 bytes written and
     2 read by the products, 4 to 6 by the pass. Nothing waits for the device.
     """
+    return _run(
+        hidden, weight, row_weight, bias, "entropy", None, 0,
+        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+    )  # fmt: skip
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    fp32_logits: bool = False,
+    grad_scale: float = 1.0,
+    logits_budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted cross entropy of labels and its gradient at a frozen head's input.
+
+    loss = Σ_t row_weight_t · -log p_t[label_t], p_t = softmax(hidden_t · weightᵀ + bias).
+
+    Args:
+        labels: (T,) int64, for example the next tokens; -100 (torch's ignore_index) in rows that
+            have none, which then count for nothing, whatever they hold.
+        hidden, weight, row_weight: as in `linear_entropy`. The default of 1/T counts rows without a
+            label as well.
+        bias, softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend: as in
+            `linear_entropy`. fp16's dz is finite up to four times the product that is given there.
+
+    Returns:
+        loss, d_hidden: as in `linear_entropy`. The loss is inf where the logit of a label is -inf;
+            nothing comes to d_hidden from a logit of -inf.
+
+    Raises:
+        ValueError: arguments that do not belong together, or a backend that cannot run. A label
+            outside the vocabulary is seen on a CPU; on a GPU, where a look would wait for it, its
+            row and so the loss are NaN.
+
+    Work, traffic and memory as in `linear_entropy`, and a label a row.
+    """
+    return _run(
+        hidden, weight, row_weight, bias, "cross_entropy", labels, 0,
+        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+    )  # fmt: skip
+
+
+def linear_fisher(
+    hidden: Tensor,
+    weight: Tensor,
+    row_id: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    seed: int = 0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    fp32_logits: bool = False,
+    grad_scale: float = 1.0,
+    logits_budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted cross entropy of labels that the model draws itself, and its gradient.
+
+    loss = Σ_t row_weight_t · -log p_t[y_t], with y_t drawn from p_t = softmax(hidden_t · weightᵀ +
+    bias). The mean of the outer products of such gradients is the Fisher information of the model.
+
+    Args:
+        row_id: (T,) int64. The sample of a row depends on its logits, its id and the seed alone: an
+            id for each token of a data set, such as sequence · 2^20 + position, makes it the same
+            in any micro-batch or chunk. Rows of equal id are not independent.
+        seed: 0 .. 2^63 - 1.
+        hidden, weight, row_weight, bias, softcap, logit_scale, fp32_logits, grad_scale,
+            logits_budget_bytes, backend: as in `linear_cross_entropy`.
+
+    Returns:
+        loss, d_hidden: as in `linear_entropy`. Both backends draw by the same numbers (`_philox`);
+            samples differ only where rounding decides between two entries. An entry of p = 0 is
+            never drawn; a row of nothing but -inf counts 0.
+
+    Raises:
+        ValueError: arguments that do not belong together, or a backend that cannot run.
+
+    Work and memory as in `linear_entropy` (on the torch path one more temporary). On a GPU, beside
+    its traffic, 8192 logits a row are read once more.
+    """
+    return _run(
+        hidden, weight, row_weight, bias, "fisher", row_id, seed,
+        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+    )  # fmt: skip
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, row_weight: Tensor | None, bias: Tensor | None,
+    criterion: str, keys: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if row_weight is None:
         row_weight = hidden.new_full(hidden.shape[:1], 1 / max(1, len(hidden)), dtype=torch.float64)
     if bias is not None:
         bias = bias.detach()
-    return _linear_entropy(
-        hidden.detach(), weight.detach(), row_weight.detach(), bias,
-        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
-    )  # fmt: skip
+    return _linear_criterion(
+        hidden.detach(), weight.detach(), row_weight.detach(), bias, criterion, keys, *options
+    )
 
 
 def _check(
@@ -299,3 +319,24 @@ def _check(
     if logits_budget_bytes is not None and logits_budget_bytes < 1:
         raise ValueError(f"logits_budget_bytes must be at least 1, got {logits_budget_bytes}")
     check_devices(hidden, weight=weight, row_weight=row_weight, bias=bias)
+
+
+def _check_keys(
+    hidden: Tensor, weight: Tensor, criterion: str, keys: Tensor | None, seed: int
+) -> None:
+    if keys is None:
+        return
+    name = "labels" if criterion == "cross_entropy" else "row_id"
+    if keys.shape != hidden.shape[:1] or keys.dtype != torch.int64:
+        raise ValueError(
+            f"{name} must be ({len(hidden)},) torch.int64, got {tuple(keys.shape)} {keys.dtype}"
+        )
+    check_devices(hidden, **{name: keys})
+    if seed < 0:
+        raise ValueError(f"seed must be in 0 .. 2^63 - 1, got {seed}")
+    if name == "labels" and keys.device.type == "cpu":
+        wrong = keys[(keys != IGNORED_LABEL) & ((keys < 0) | (keys >= len(weight)))]
+        if len(wrong):
+            raise ValueError(
+                f"labels must be {IGNORED_LABEL} or in 0 .. {len(weight) - 1}, got {int(wrong[0])}"
+            )

@@ -264,7 +264,7 @@ def test_flops_executed_are_those_counted(streamed: Any) -> None:
     with FlopCounterMode(display=False) as counter:
         streamed.resident_l1()  # twice, in micro-batches of two sizes
     counts = counter.get_flop_counts()["Global"]
-    products = ("aten.mm", "aten.addmm", "hfprune_fast.linear_entropy")
+    products = ("aten.mm", "aten.addmm", "hfprune_fast.linear_criterion")
     counted = sum(count for op, count in counts.items() if str(op) in products)
     tokens = module.PASS_SEQUENCES[0] * module.SEQ_LEN
     assert counted == 2 * module.executed_flops(streamed.layers, tokens)

@@ -111,12 +111,13 @@ def test_opcheck() -> None:
     mask = torch.rand(2, 7, device=DEVICE) < 0.8
     new = torch.empty_like(gated[1]), torch.empty_like(gated[2])
     head = randn(6, 64), randn(97, 64), torch.rand(6, device=DEVICE), None
+    ids = torch.arange(6, device=DEVICE)
     for operation, arguments in [
         (ops.softmax_entropy, (leaf, None, 1.0, None)),
         (ops.softmax_entropy_backward, (logits, scale, 30.0, 1.0, None)),
         (ops.softmax_entropy_grad_, (logits, scale, None, 1.0, None)),
-        (ops.linear_entropy, (*head, None, 1.0, False, 1.0, None, None)),
-        (ops.linear_entropy, (*head, None, 1.0, True, 1.0, None, None)),
+        (ops.linear_criterion, (*head, "entropy", None, 0, None, 1.0, False, 1.0, None, None)),
+        (ops.linear_criterion, (*head, "fisher", ids, 7, None, 1.0, True, 1.0, None, None)),
         (ops.taylor_statistics, (*gated[:2], mask, False, 1.0, None)),
         (ops.gated_taylor_, (*gated, "silu", None, False, 1.0, None)),
         (ops.gated_taylor_out, (*gated, *new, "gelu", mask, False, 1.0, None)),

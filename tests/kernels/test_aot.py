@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, {str(AOT.parent)!r})
 import aot
 from hfprune_fast import kernels
-from hfprune_fast.kernels import entropy, taylor
+from hfprune_fast.kernels import _rows, taylor
 bf16 = torch.bfloat16
 """
 
@@ -152,7 +152,7 @@ def test_narrow_loads_and_stores_are_a_fault(tmp_path: Path) -> None:
 def entropy_rows(stride):
     rows = torch.empty(64, stride, dtype=bf16, device="meta")[:, :32_000]
     scale = torch.empty(64, device="meta")
-    entropy.entropy_rows(rows, scale, rows, softcap=None, logit_scale=1.0, backend=None)
+    _rows.judge_rows(rows, scale, rows, softcap=None, logit_scale=1.0, backend=None)
 
 def gated(stride):
     g, gate = (torch.empty(2, 256, 4096, dtype=bf16, device="meta") for _ in range(2))
@@ -165,8 +165,8 @@ def gated(stride):
 faults = {}
 for arch in ("sm_90", "gfx942"):
     for kernel, launch, stride in (
-        ("_softmax_entropy_kernel", entropy_rows, 32_000),
-        ("_softmax_entropy_kernel", entropy_rows, 32_001),
+        ("_rows_kernel", entropy_rows, 32_000),
+        ("_rows_kernel", entropy_rows, 32_001),
         ("_taylor_kernel", gated, 4096),
         ("_taylor_kernel", gated, 4097),
     ):
@@ -189,7 +189,7 @@ def test_spills_too_much_shared_memory_and_errors_are_faults(tmp_path: Path) -> 
     code = """
 def faults(arch, **configuration):
     case = next(case for case in aot.CASES if case.name == "bf16 gradient in place")
-    with mock.patch.object(entropy, "_CONFIGS", dict.fromkeys(("sm", "gfx"), configuration)):
+    with mock.patch.object(_rows, "_CONFIGS", dict.fromkeys(("sm", "gfx"), configuration)):
         return [fault for report in aot.check(case, arch) for fault in report.faults]
 
 print(json.dumps([

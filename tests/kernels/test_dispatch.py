@@ -42,7 +42,7 @@ def _no_choice_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The launchers that were called."""
     names: list[str] = []
-    for module, kind in (("entropy", "_rows"), ("taylor", "_statistics")):
+    for module, kind in (("_rows", "_rows"), ("taylor", "_statistics")):
         for path in ("torch", "triton"):
             where = f"hfprune_fast.kernels.{module}"
             launcher = getattr(sys.modules[where], f"{kind}_{path}")

@@ -13,7 +13,7 @@ from truth import entropy
 from watch import Watch
 
 from hfprune_fast.kernels import linear_entropy, linear_entropy_reference, softmax_entropy
-from hfprune_fast.kernels.linear_entropy import _linear_entropy
+from hfprune_fast.kernels.linear_entropy import _linear_criterion
 
 NAN = float("nan")
 FP16_SCALE = 4096  # what an fp16 head's dz carries at least, by the docs
@@ -328,7 +328,8 @@ def test_operation_is_registered_as_torch_asks(backend: str) -> None:
     hidden, weight, bias = dyadic(3, 4, 7, torch.bfloat16)
     for options in [(None, 1.0, False, 1.0, None), (8.0, 0.5, True, 2.0, 100)]:
         torch.library.opcheck(
-            _linear_entropy, (hidden, weight, torch.ones(3), bias, *options, backend)
+            _linear_criterion,
+            (hidden, weight, torch.ones(3), bias, "entropy", None, 0, *options, backend),
         )
 
 
