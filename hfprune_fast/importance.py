@@ -6,7 +6,7 @@ The scores file is a safetensors file, so any tool can read it. Layout, version 
     metadata  hfprune_scores: JSON with
               format_version  2
               model           the fields of ModelSize
-              provenance      criteria, model fingerprint, data hash, samples, tokens, seed, versions
+              provenance      criteria, model fingerprint, data hash, samples, tokens, seed, ...
 
 Row l, column j of a tensor is neuron j of layer l. Statistics:
 
@@ -66,7 +66,7 @@ class ImportanceTable:
         shape = (self.model.num_layers, self.model.intermediate_size)
         for name, tensor in self.statistics.items():
             criterion, _, statistic = name.rpartition(".")
-            if not (statistic in _OF_A_CRITERION and criterion or name in _OF_ALL):
+            if not ((statistic in _OF_A_CRITERION and criterion) or name in _OF_ALL):
                 raise ScoresFileError(f"{name} is the name of no statistic")
             if tensor.shape != shape or tensor.dtype != torch.float64:
                 raise ScoresFileError(

@@ -78,11 +78,13 @@ class Plan:
     weights_bytes: int
     activations_bytes: int  # with the logits and, if they are on the device, the layers' inputs
     tables_bytes: int
+    fitting_bytes: int  # of removal costs and refit, one after the other, when scoring is through
     free_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.activations_bytes + self.tables_bytes
+        passing = max(self.activations_bytes, self.fitting_bytes)
+        return self.weights_bytes + passing + self.tables_bytes
 
     def __str__(self) -> str:
         where = {
@@ -97,7 +99,8 @@ class Plan:
             f"{human_bytes(self.total_bytes)} of {human_bytes(self.free_bytes)}: "
             f"weights {human_bytes(self.weights_bytes)}, "
             f"activations {human_bytes(self.activations_bytes)}, "
-            f"tables {human_bytes(self.tables_bytes)}"
+            + (f"or fitting {human_bytes(self.fitting_bytes)}, " if self.fitting_bytes else "")
+            + f"tables {human_bytes(self.tables_bytes)}"
         )
 
 
@@ -114,6 +117,8 @@ def plan_scoring(
     memory_budget: str | None = None,
     loaded: bool = False,
     parity: bool = False,
+    criteria: int = 1,
+    fitting: bool = False,
 ) -> Plan:
     """Choose the first way that fits: stored before recomputed before streamed, much before little.
 
@@ -128,6 +133,8 @@ def plan_scoring(
         memory_budget: such as "24GiB", instead of the memory that is free.
         loaded: the weights are in memory already, and not to be moved.
         parity: one sequence at a time.
+        criteria: how many are scored by.
+        fitting: removal costs are asked for, or a refit.
 
     Raises:
         ArgumentError: an offload or memory budget that is none.
@@ -144,7 +151,7 @@ def plan_scoring(
         if memory_budget is None
         else parse_bytes(memory_budget, "memory_budget")
     )
-    reckon = _Reckoner(shape, device, dtype, seq_len, sequences, free, loaded)
+    reckon = _Reckoner(shape, device, dtype, seq_len, sequences, free, loaded, criteria, fitting)
     at_once = max(1, min(_TOKENS_AT_ONCE.get(device.type, 4096) // seq_len, sequences))
     most = 1 if parity else batch_size or largest or at_once
     plans = list(reckon.plans(most, exact=batch_size is not None, offload=offload))
@@ -169,6 +176,8 @@ class _Reckoner:
         sequences: int,
         free: int,
         loaded: bool,
+        criteria: int,
+        fitting: bool,
     ) -> None:
         self.shape, self.device, self.s = shape, device, dtype.itemsize
         self.w = max(4, self.s)
@@ -179,7 +188,16 @@ class _Reckoner:
         )  # fmt: skip
         self.weights = 0 if loaded else size.total_params * self.s
         # Totals, the copy that a pass adds to, and column norms.
-        self.tables = 2 * 5 * self.layers * self.width * 8
+        self.tables = 2 * (4 * criteria + 1) * self.layers * self.width * 8
+        self.criteria, self.fitting = criteria, 0
+        if fitting:
+            # The covariances of the gradients at the MLPs' outputs, twice, and one on the device.
+            covariances = 2 * self.layers if device.type == "cpu" else 1
+            self.tables += covariances * self.hidden**2 * 4
+            # Second moments and what `obs` makes of them, in fp64; the dense and pruned streams.
+            self.fitting = 4 * self.width**2 * 8 + self.width * self.hidden * 8
+            if device.type == "cpu":
+                self.fitting += 2 * seq_len * sequences * self.hidden * self.s
 
     def plans(self, most: int, exact: bool, offload: str) -> Iterator[Plan]:
         """Yield every way that was asked for, the best first."""
@@ -248,9 +266,12 @@ class _Reckoner:
         held = (1 if recompute else self.layers) * graph
         if recompute:
             held += 0 if on_host else self._input_bytes(max(rows, pass_tokens))
+            held += (self.criteria - 1) * rows * hidden * s
             activations = held - graph + max(graph + passing, head)
         else:
-            activations = held + max(passing, head)
+            # Of all criteria but the last, gradients that cannot be written over gate and up.
+            apart = 2 * rows * width * s if self.criteria > 1 else 0
+            activations = held + max(passing + apart, head)
         return Plan(
             offload=offload,
             recompute=recompute,
@@ -262,6 +283,7 @@ class _Reckoner:
             activations_bytes=_LIBRARIES_BYTES
             + int(activations * (_RECOMPUTE_SLACK if recompute else _STORE_SLACK)),
             tables_bytes=self.tables,
+            fitting_bytes=self.fitting,
             free_bytes=self.free,
         )
 

@@ -41,7 +41,7 @@ def _nothing(tokens: float) -> None:
 def removal_costs(
     model: ResidentModel,
     batches: Sequence[MicroBatch],
-    output_fisher: Sequence[Tensor] | None = None,
+    output_fisher: Tensor | None = None,
     done: Done = _nothing,
 ) -> Tensor:
     """Return what each neuron's removal costs when the others are refitted, (L, F) float64.
@@ -49,8 +49,8 @@ def removal_costs(
     Args:
         model: entered.
         batches: the calibration.
-        output_fisher: C of each layer, (D, D), as `scoring` adds it up; None is the identity, whose
-            costs are not comparable between layers.
+        output_fisher: (L, D, D) C of each layer, the mean of what `scoring` adds up; None is the
+            identity, whose costs are not comparable between layers.
         done: called with the tokens that were worked on, a layer at a time.
 
     Raises:

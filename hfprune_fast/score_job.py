@@ -74,9 +74,9 @@ def score(
         batches_or_source: token batches: (B, T) integers each, or mappings with such `input_ids`
             and an `attention_mask` of padding on one side; or one (N, T) tensor or array; or, for a
             model given by path, a calibration source as `calibration.token_windows` takes it.
-        criterion: one or several of CRITERIA, which share the forward: "entropy" of the model's output (arXiv 2603.08083),
-            "cross_entropy" of the next token, "fisher" (of a token that is drawn from the output),
-            or "activation", forward only; see `scoring`.
+        criterion: one or several of CRITERIA, which share the forward: "entropy" of the model's
+            output (arXiv 2603.08083), "cross_entropy" of the next token, "fisher" (of a token that
+            is drawn from the output), or "activation", forward only; see `scoring`.
         obs: also what each neuron's removal costs when the others are refitted (`obs.py`), which
             takes criterion "fisher", another forward and O(F³) a layer.
         samples: sequences drawn from a source.
@@ -166,7 +166,7 @@ def score(
             loaded=isinstance(subject, ResidentModel),
             parity=parity,
             criteria=max(1, len(gradients)),
-            obs=obs,
+            fitting=obs,
         )
 
     with processes.joined(subject.device, together):
@@ -223,7 +223,7 @@ def score(
             costs = None
             if obs and together.rank == 0:  # the others' part is done
                 assert totals.output_fisher is not None
-                fisher = totals.output_fisher.double() / tokens
+                fisher = totals.output_fisher / tokens
                 with token_bar("removal costs", tokens, progress) as done:
                     costs = removal_costs(model, batches, fisher, done)
     assert (totals.samples, totals.tokens) == (sequences, tokens)
@@ -236,8 +236,8 @@ def score(
     statistics: dict[str, Tensor] = {}
     of_criteria = totals.statistics.double().cpu()
     for c, name in enumerate(gradients):
-        kept = TaylorStatistics(*of_criteria[c].unbind())
-        statistics |= {f"{name}.l1": kept.l1, f"{name}.l2": kept.l2, f"{name}.mask": kept.mask}
+        own = TaylorStatistics(*of_criteria[c].unbind())
+        statistics |= {f"{name}.l1": own.l1, f"{name}.l2": own.l2, f"{name}.mask": own.mask}
         provenance[LOSS_NAMES[name]] = totals.loss_nats[c] / sequences
     statistics["act"] = TaylorStatistics(*of_criteria[0].unbind()).act
     statistics["down_norm"] = totals.down_norm.cpu()

@@ -1,19 +1,30 @@
 """Importance and a budget -> the neurons to keep.
 
 A budget is one of: the fraction of MLP neurons to remove (prune_ratio), the fraction of all the
-model's parameters to remove (param_ratio), or the width itself (intermediate_size). All layers get
-the same width.
+model's parameters to remove (param_ratio), or the width itself (intermediate_size), which is the
+mean width where layers differ. An allocation says which layer gets how many:
+
+    uniform    all the same
+    global     one ranking across layers
+    a number   between the two, 0 is uniform and 1 global
+
+In every allocation of a budget the same number of neurons is kept in all. Protected layers keep all
+of theirs, on top of it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from hfprune_fast.architectures import ModelSize
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.importance import ImportanceTable
+
+MIN_KEEP = 0.05  # of each layer's neurons, in a global ranking
 
 
 def select(
@@ -22,7 +33,11 @@ def select(
     prune_ratio: float | None = None,
     param_ratio: float | None = None,
     intermediate_size: int | None = None,
-    statistic: str = "l1",
+    criterion: str | None = None,
+    statistic: str | None = None,
+    allocation: str | float = "uniform",
+    min_keep: float = MIN_KEEP,
+    protect: Collection[int] = (),
     round_to: int = 1,
 ) -> dict[int, Tensor]:
     """Return the neurons to keep: {layer: sorted (width,) int64 indices}.
@@ -31,12 +46,18 @@ def select(
         table: the scores.
         prune_ratio: fraction of MLP neurons to remove, in [0, 1).
         param_ratio: fraction of all parameters to remove, in [0, 1).
-        intermediate_size: the width to prune to.
-        statistic: "l1" (the paper's), "l2", "mask" or "act".
-        round_to: the width becomes the nearest multiple of this that is not wider than dense.
+        intermediate_size: the (mean) width to prune to.
+        criterion: which of the table's; by default the first.
+        statistic: "l1" (the paper's), "l2", "mask", "act" or "obs"; by default the criterion's.
+        allocation: "uniform", "global" or a number between 0 (uniform) and 1 (global).
+        min_keep: the part of a layer's neurons that a global ranking leaves it at least.
+        protect: layers that are not pruned; the others are, as if they were the whole model.
+        round_to: widths become multiples of this that are not wider than dense; their mean is the
+            nearest one to what was asked for.
 
     Raises:
-        ArgumentError: not exactly one budget, one out of range, or one that cannot be reached.
+        ArgumentError: not exactly one budget, one out of range, or one that cannot be reached; an
+            unknown allocation, layer, criterion or statistic.
 
     Of equally important neurons the one with the lower index is kept.
     """
@@ -47,14 +68,78 @@ def select(
         intermediate_size=intermediate_size,
         round_to=round_to,
     )
-    return keep_top(table.importance(statistic), width)
+    importance = table.importance(statistic, criterion)
+    return keep_top(importance, width, allocation, min_keep, protect, round_to)
 
 
-def keep_top(importance: Tensor, width: int) -> dict[int, Tensor]:
-    """Return each layer's `width` most important neurons of a (L, F) importance, ties by index."""
-    order = importance.sort(dim=1, descending=True, stable=True).indices
-    kept = order[:, :width].sort(dim=1).values.cpu()
-    return dict(enumerate(kept.unbind()))
+def keep_top(
+    importance: Tensor,
+    width: int,
+    allocation: str | float = "uniform",
+    min_keep: float = MIN_KEEP,
+    protect: Collection[int] = (),
+    round_to: int = 1,
+) -> dict[int, Tensor]:
+    """Return each layer's most important neurons of a (L, F) importance, ties by index."""
+    layers, dense = importance.shape
+    protected = _check_layers(protect, layers)
+    pruned = [layer for layer in range(layers) if layer not in protected]
+    widths = dict.fromkeys(protected, dense)
+    widths |= dict(
+        zip(
+            pruned,
+            _widths(importance[pruned], width, _as_number(allocation), min_keep, round_to),
+            strict=True,
+        )
+    )
+    order = importance.sort(dim=1, descending=True, stable=True).indices.cpu()
+    return {layer: order[layer, : widths[layer]].sort().values for layer in range(layers)}
+
+
+def _widths(
+    importance: Tensor, width: int, allocation: float, min_keep: float, step: int
+) -> list[int]:
+    """Return a width for each layer of a (L, F) importance: multiples of step, `width` on average.
+
+    Neurons are dealt in blocks of step, best first in each layer, so whole blocks are what the
+    ranking compares.
+    """
+    layers, dense = importance.shape
+    if not 0 <= min_keep <= 1:
+        raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
+    if allocation == 0 or width == dense:
+        return [width] * layers
+    blocks, wanted = dense // step, width // step
+    ranked = importance.sort(dim=1, descending=True).values[:, : blocks * step]
+    worth = ranked.view(layers, blocks, step).mean(dim=2)
+    least = min(wanted, max(1, math.ceil(min_keep * dense / step)))
+    worth[:, :least] = torch.inf
+    order = worth.flatten().sort(descending=True, stable=True).indices[: layers * wanted]
+    dealt = torch.bincount(order // blocks, minlength=layers).double()
+    shares = wanted + allocation * (dealt - wanted)
+    # Rounded down, and what is missing then goes to the largest remainders.
+    counts = shares.floor().long()
+    missing = layers * wanted - int(counts.sum())
+    counts[(shares - counts).sort(descending=True, stable=True).indices[:missing]] += 1
+    return [int(count) * step for count in counts]
+
+
+def _as_number(allocation: str | float) -> float:
+    number = {"uniform": 0.0, "global": 1.0}.get(str(allocation), allocation)
+    if isinstance(number, str) or not 0 <= number <= 1:
+        raise ArgumentError(
+            f"allocation must be uniform, global or a number in [0, 1], got {allocation!r}"
+        )
+    return float(number)
+
+
+def _check_layers(protect: Collection[int], layers: int) -> set[int]:
+    for layer in protect:
+        if not 0 <= layer < layers:
+            raise ArgumentError(f"protect names layer {layer}; the model has 0..{layers - 1}")
+    if len(set(protect)) == layers:
+        raise ArgumentError("protect names every layer, so none is left to prune")
+    return set(protect)
 
 
 def target_width(
