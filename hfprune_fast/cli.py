@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 from hfprune_fast.importance import STATISTICS, ImportanceTable
 from hfprune_fast.kernels import BACKENDS
 from hfprune_fast.planning import OFFLOADS
-from hfprune_fast.score_job import DEFAULT_SAMPLES, SAVE_SECONDS
+from hfprune_fast.recipe import ALLOCATIONS, DATA_FREE, PRESETS, SELECTS, Recipe
+from hfprune_fast.score_job import CRITERIA, DEFAULT_SAMPLES, SAVE_SECONDS
+from hfprune_fast.selection import MIN_KEEP
 
 Command = Callable[..., Any]
 
 _BUDGETS = ("prune_ratio", "param_ratio", "intermediate_size")
+_SWITCHES = tuple(field.name for field in fields(Recipe))
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -128,14 +131,40 @@ def cli() -> None:
 @click.argument("model")
 @click.option("--calibration", required=True, metavar="SOURCE", help="Text to score on.")
 @click.option("--out", required=True, type=Path, metavar="FILE", help="The scores file to write.")
+@click.option(
+    "--criterion",
+    "criteria",
+    type=click.Choice(CRITERIA),
+    multiple=True,
+    help="What to score by; several share the forward. [default: entropy, the paper's]",
+)
+@click.option(
+    "--obs",
+    is_flag=True,
+    help="Also what each removal costs when the other neurons are refitted; with fisher.",
+)
 @_scoring
 @click.option("--force", is_flag=True, help="Replace an existing scores file.")
 @_common
-def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) -> None:
+def score(
+    model: str,
+    calibration: str,
+    out: Path,
+    criteria: tuple[str, ...],
+    obs: bool,
+    force: bool,
+    **flags: Any,
+) -> None:
     """Score every neuron, every statistic, in one pass: prune at any ratio later."""
     as_json, running = _split(flags)
     pipeline.check_score(model, calibration, out, force=force, resume=running["resume"])
-    table = _score(model, calibration, out, running)
+    table = pipeline.score(
+        model,
+        calibration,
+        criterion=criteria or ("entropy",),
+        obs=obs,
+        **_scoring_of(out, running),
+    )
     if processes.launched().rank > 0:
         return
     with _scores_saved_on_failure(table):
@@ -146,7 +175,8 @@ def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) ->
         {"out": str(out), **asdict(table.model), "provenance": table.provenance},
         f"{out}: {table.model.num_layers} layers x {table.model.intermediate_size} neurons scored "
         f"on {table.provenance['tokens']} tokens\n"
-        f"next: hfprune prune {model} --scores {out} --prune-ratio 0.2 --out DIR",
+        f"next: hfprune prune {model} --scores {out} --calibration {calibration} "
+        "--prune-ratio 0.2 --out DIR",
     )
 
 
@@ -155,14 +185,40 @@ def score(model: str, calibration: str, out: Path, force: bool, **flags: Any) ->
 @click.option("--out", required=True, type=Path, metavar="DIR", help="The folder to make.")
 @_budget
 @click.option("--scores", type=Path, metavar="FILE", help="Scores of `hfprune score`.")
-@click.option("--calibration", metavar="SOURCE", help="Text to score on now, instead of --scores.")
 @click.option(
-    "--statistic",
-    type=click.Choice(STATISTICS),
-    default="l1",
-    show_default=True,
-    help="Statistic to rank by; l1 is the paper's.",
+    "--calibration", metavar="SOURCE", help="Text to refit on, and to score on without --scores."
 )
+@click.option(
+    "--preset",
+    type=click.Choice(tuple(PRESETS)),
+    default="default",
+    show_default=True,
+    help="paper: entropy, l1, uniform, no refit. The options below change single parts of it.",
+)
+@click.option("--criterion", type=click.Choice((*CRITERIA, *DATA_FREE)), help="What to score by.")
+@click.option(
+    "--select",
+    type=click.Choice(SELECTS),
+    help="Rank by obs, what a removal costs when the others are refitted, or by a statistic.",
+)
+@click.option("--statistic", type=click.Choice(STATISTICS), help="Which one; l1 is the paper's.")
+@click.option(
+    "--allocation",
+    type=click.Choice(ALLOCATIONS),
+    help="One width for all layers, one ranking across them, or what calibration shows is best.",
+)
+@click.option(
+    "--refit/--no-refit", default=None, help="Fit down_proj of what is left to the dense model."
+)
+@click.option("--steps", type=int, help="Score and remove in so many parts.")
+@click.option(
+    "--min-keep",
+    type=float,
+    default=MIN_KEEP,
+    show_default=True,
+    help="Part of a layer's neurons that is left at least.",
+)
+@click.option("--protect", default="", metavar="LAYERS", help="Not pruned; such as 0,1,31.")
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. [default: shards are kept]")
 @click.option("--verify", is_flag=True, help="Read the output back from disk and compare it.")
 @_scoring
@@ -173,27 +229,41 @@ def prune(
     out: Path,
     scores: Path | None,
     calibration: str | None,
-    statistic: str,
+    preset: str,
+    min_keep: float,
+    protect: str,
     round_to: int,
     max_shard_size: str | None,
     verify: bool,
     force: bool,
     **flags: Any,
 ) -> None:
-    """Write a smaller checkpoint that transformers loads as it is."""
+    """Write a smaller checkpoint."""
     as_json, running = _split(flags)
     budget = {name: running.pop(name) for name in _BUDGETS}
-    if (scores is None) == (calibration is None):
-        raise ArgumentError("give one of --scores FILE and --calibration SOURCE")
+    switches = {name: running.pop(name) for name in _SWITCHES}
+    table = None if scores is None else ImportanceTable.load(scores)
+    recipe = _recipe(preset, switches, table, calibration)
     if scores is not None and running["resume"]:
         raise ArgumentError("--resume goes on with scoring, so with --calibration, not --scores")
+    layers = _layers(protect)
     # Everything that can be refused is refused before hours of scoring.
     resume = running["resume"]
     pipeline.check_prune(model, out, round_to=round_to, force=force, resume=resume, **budget)
-    if scores is not None:
-        table = ImportanceTable.load(scores)
-    else:
-        table = _score(model, str(calibration), out, running)
+    if table is None and recipe.criterion in DATA_FREE:
+        table = pipeline.weights_table(model, recipe.criterion, running["seed"])
+    elif table is None:
+        table = pipeline.score_by_recipe(
+            model,
+            str(calibration),
+            recipe,
+            out,
+            round_to=round_to,
+            min_keep=min_keep,
+            protect=layers,
+            **budget,
+            **_scoring_of(out, running),
+        )
     if processes.launched().rank > 0:
         return
     with nullcontext() if scores else _scores_saved_on_failure(table):
@@ -201,7 +271,11 @@ def prune(
             model,
             out,
             table,
-            statistic=statistic,
+            recipe=recipe,
+            calibration=calibration,
+            fitting=pipeline.fitting_options(running),
+            min_keep=min_keep,
+            protect=layers,
             round_to=round_to,
             max_shard_size=max_shard_size,
             verify=verify,
@@ -294,16 +368,52 @@ def doctor(as_json: bool, debug: bool) -> None:
     _print(as_json, result, "\n".join(lines))
 
 
-def _score(model: str, calibration: str, out: Path, running: dict[str, Any]) -> ImportanceTable:
+def _scoring_of(out: Path, running: dict[str, Any]) -> dict[str, Any]:
     """Score with a bar, the other processes of torchrun and a state beside the output."""
-    return pipeline.score(
-        model,
-        calibration,
-        state_file=pipeline.state_of(out),
-        distributed=True,
-        progress=True,
-        **running,
-    )
+    state = {"state_file": pipeline.state_of(out)}
+    return {**running, **state, "distributed": True, "progress": True}
+
+
+def _recipe(
+    preset: str,
+    switches: dict[str, Any],
+    table: ImportanceTable | None,
+    calibration: str | None,
+) -> Recipe:
+    """Return the preset with what was asked for otherwise, and with what it takes to do it."""
+    given = {name: value for name, value in switches.items() if value is not None}
+    base = PRESETS[preset]
+    if table is not None and preset == "default":
+        base = replace(base, criterion=table.criteria[0])
+        if "obs" not in table.statistics:
+            base = replace(base, select="statistic")
+    if {"criterion", "statistic"} & given.keys() and "select" not in given:
+        fisher = given.get("criterion", base.criterion) == "fisher"
+        base = replace(base, select="obs" if fisher and "statistic" not in given else "statistic")
+    if calibration is None and preset == "default" and not given.get("refit"):
+        base = replace(base, refit=False, allocation="uniform")
+    if given.get("refit") is False and base.allocation == "auto" and "allocation" not in given:
+        base = replace(base, allocation="uniform", refit=False)
+    if "statistic" in given or base.select == "obs":
+        base = replace(base, statistic=None)
+    recipe = replace(base, **given)
+    data_free = recipe.criterion in DATA_FREE
+    if table is None and calibration is None and not data_free:
+        raise ArgumentError("give --calibration SOURCE, or --scores FILE, or both")
+    if table is not None and data_free:
+        raise ArgumentError(f"criterion {recipe.criterion} takes no --scores")
+    if recipe.steps > 1 and (table is not None or data_free):
+        raise ArgumentError("--steps scores again and again, so with --calibration and no --scores")
+    if calibration is None and preset == "default" and not recipe.refit:
+        report.say("without --calibration nothing is refitted, which costs fidelity")
+    return recipe
+
+
+def _layers(protect: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in protect.split(",") if layer.strip())
+    except ValueError:
+        raise ArgumentError(f"protect must be layers such as 0,1,31, got {protect!r}") from None
 
 
 def _split(flags: dict[str, Any]) -> tuple[bool, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,29 @@ from hfprune_fast import (
     planning,
     selection,
 )
+from hfprune_fast.architectures import neuron_axis
 from hfprune_fast.calibration import DEFAULT_SEQ_LEN, windows_for
 from hfprune_fast.errors import ArgumentError, OutputError, ResumeError, ScoresFileError
 from hfprune_fast.importance import ImportanceTable
+from hfprune_fast.prune_job import Cut, Fitting, allocate, asked, fitting_options, score_in_steps
+from hfprune_fast.recipe import PRESETS, Recipe
 from hfprune_fast.report import say, token_bar
 from hfprune_fast.score_job import DEFAULT_SAMPLES, score
 from hfprune_fast.scoring import column_norms
 from hfprune_fast.streaming import running
 
-__all__ = ["check_prune", "check_score", "evaluate_paths", "plan", "prune_to", "score", "state_of"]
+__all__ = [
+    "check_prune",
+    "check_score",
+    "evaluate_paths",
+    "fitting_options",
+    "plan",
+    "prune_to",
+    "score",
+    "score_by_recipe",
+    "state_of",
+    "weights_table",
+]
 
 Budget = float | int | None
 
@@ -86,12 +101,43 @@ def check_prune(
         say(f"weights are moved by {native.description()}")
 
 
+def score_by_recipe(
+    model: str | Path,
+    source: str | Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    min_keep: float = selection.MIN_KEEP,
+    protect: Collection[int] = (),
+    round_to: int = 1,
+    prune_ratio: float | None = None,
+    param_ratio: float | None = None,
+    intermediate_size: int | None = None,
+    **how: Any,
+) -> ImportanceTable:
+    """Score for `prune_to`, in the recipe's steps, whose models are beside `out` for a while."""
+    size = checkpoint.open_checkpoint(checkpoint.find_model(model)).size
+    width = selection.target_width(
+        size,
+        round_to=round_to,
+        prune_ratio=prune_ratio,
+        param_ratio=param_ratio,
+        intermediate_size=intermediate_size,
+    )
+    cut = Cut(width, min_keep, protect, round_to)
+    return score_in_steps(model, source, recipe, cut, out.resolve().parent, **how)
+
+
 def prune_to(
     model: str | Path,
     out: str | Path,
     table: ImportanceTable,
     *,
-    statistic: str = "l1",
+    recipe: Recipe = PRESETS["paper"],
+    calibration: str | Path | None = None,
+    fitting: Mapping[str, Any] | None = None,
+    min_keep: float = selection.MIN_KEEP,
+    protect: Collection[int] = (),
     round_to: int = 1,
     max_shard_size: str | None = None,
     verify: bool = False,
@@ -99,25 +145,72 @@ def prune_to(
     progress: bool = False,
     **budget: Budget,
 ) -> dict[str, Any]:
-    """Select by a table and write the pruned checkpoint; return what was achieved."""
+    """Select by a table, refit, and write the pruned checkpoint; return what was achieved.
+
+    Args:
+        recipe: see `Recipe`; its steps have been gone through when the table was made.
+        calibration: what is refitted on, a recipe that does not refit needs none.
+        fitting: further options of `prune_job.Fitting`.
+        others: as of `select` and `prune_checkpoint`.
+    """
     check_table(table, model)
-    keep = selection.select(table, statistic=statistic, round_to=round_to, **budget)  # type: ignore[arg-type]
-    asked = {name: value for name, value in budget.items() if value is not None}
+    width = selection.target_width(table.model, round_to=round_to, **budget)  # type: ignore[arg-type]
+    cut = Cut(width, min_keep, protect, round_to)
+    fits = None
+    if recipe.refit:
+        if calibration is None:
+            raise ArgumentError("refit needs --calibration, the text to fit to; or --no-refit")
+        fits = Fitting(model, calibration, **(fitting or {}), progress=progress)
+    importance = table.importance(recipe.ranks_by, recipe.criterion)
+    keep, chosen = allocate(importance, cut, recipe, fits)
     record = {
-        "asked": {**asked, "statistic": statistic, "round_to": round_to},
+        "asked": asked(recipe, cut, budget),
+        "chosen": chosen,
         "provenance": table.provenance,
     }
     achieved = compaction.prune_checkpoint(
         model,
         out,
         keep,
+        replace=None if fits is None else fits.refit(keep),
         max_shard_size=max_shard_size,
         verify=verify,
         force=force,
         record=record,
         progress=progress,
     )
-    return {"out": str(out), **achieved, "statistic": statistic, "verified": verify}
+    return {"out": str(out), **achieved, **asdict(recipe), **chosen, "verified": verify}
+
+
+def weights_table(model: str | Path, criterion: str, seed: int = 0) -> ImportanceTable:
+    """Return a table made without data: "magnitude" of the weights, or "random" numbers."""
+    folder = checkpoint.find_model(model)
+    opened = checkpoint.open_checkpoint(folder)
+    if criterion == "magnitude":
+        statistics = {"weight_norm": weight_norms(opened)}
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        shape = opened.size.num_layers, opened.size.intermediate_size
+        statistics = {"uniform": torch.rand(shape, dtype=torch.float64, generator=generator)}
+    provenance = {
+        "criteria": [criterion],
+        "model": checkpoint.display_name(model),
+        "model_fingerprint": checkpoint.fingerprint(folder),
+        **({"seed": seed} if criterion == "random" else {}),
+    }
+    return ImportanceTable(statistics, opened.size, provenance)
+
+
+def weight_norms(opened: checkpoint.Checkpoint) -> torch.Tensor:
+    """Return the 2-norm of all of a neuron's weights: its gate and up row and its down column."""
+    squares = torch.zeros(opened.size.num_layers, opened.size.intermediate_size).double()
+    for name in opened.tensors:
+        place = neuron_axis(opened.family, name)
+        if place is not None and name.endswith(".weight"):
+            layer, axis = place
+            weight = opened.read(name)
+            squares[layer] += column_norms(weight if axis == 1 else weight.t()).square()
+    return squares.sqrt()
 
 
 def check_table(table: ImportanceTable, model: str | Path) -> None:

@@ -193,12 +193,15 @@ def score_in_steps(
 
 def fitting_options(how: dict[str, Any]) -> dict[str, Any]:
     """Return those of `score`'s options that `Fitting` has as well."""
-    names = "samples seq_len seed batch_size device dtype offload memory_budget progress".split()
+    names = (
+        *("samples", "seq_len", "seed", "batch_size"),
+        *("device", "dtype", "offload", "memory_budget", "progress"),
+    )
     return {name: how[name] for name in names if name in how}
 
 
 def _write_zeroed(model: str | Path, out: Path, keep: Keep, fitting: Fitting | None) -> None:
-    """Write the dense model with removed neurons' columns of down_proj zero, the others refitted."""
+    """Write the dense model with the removed neurons' columns of down_proj set to zero."""
     opened = checkpoint.open_checkpoint(checkpoint.find_model(model))
     refitted = {} if fitting is None else fitting.refit(keep)
     replaced = {}
