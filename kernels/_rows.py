@@ -110,13 +110,16 @@ def _sample(
     up_to = tl.sum(tl.where(step[None, :] <= step[:, None], s[None, :], 0.0), axis=1)
     crossing = tl.min(tl.where((up_to > target) & (s > 0), step, STEPS), axis=0)
     crossing = tl.minimum(crossing, tl.max(tl.where(s > 0, step, 0), axis=0))
-    offs_v = crossing * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = _load_logits(z_ptr, offs_v, V, SOFTCAP, LOGIT_SCALE, True)
+    target -= tl.sum(tl.where(step < crossing, s, 0.0), axis=0)
+    offs = tl.arange(0, BLOCK_V)
+    z = _load_logits(z_ptr, crossing * BLOCK_V + offs, V, SOFTCAP, LOGIT_SCALE, True)
     e = tl.exp(z - base)
-    sums = tl.sum(tl.where(step < crossing, s, 0.0), axis=0) + tl.cumsum(e, axis=0)
-    first = tl.min(tl.where((sums > target) & (e > 0), offs_v, V), axis=0)
-    y = tl.minimum(first, tl.max(tl.where(e > 0, offs_v, 0), axis=0))
-    return y, tl.max(tl.where(offs_v == y, z, float("-inf")), axis=0)
+    # One reduction, as two take more registers than there are: behind those that reach the target,
+    # from the last one on, come those that do not.
+    rank = tl.where(tl.cumsum(e, axis=0) > target, offs, 2 * BLOCK_V - offs)
+    rank = tl.min(tl.where(e > 0, rank, 2 * BLOCK_V), axis=0)
+    offs_y = tl.where(rank < BLOCK_V, rank, 2 * BLOCK_V - rank)
+    return crossing * BLOCK_V + offs_y, tl.max(tl.where(offs == offs_y, z, float("-inf")), axis=0)
 
 
 @jit

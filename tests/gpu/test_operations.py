@@ -9,7 +9,9 @@ from torch import Tensor
 
 from hfprune_fast.kernels import (
     gated_taylor,
+    linear_cross_entropy,
     linear_entropy,
+    linear_fisher,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -40,11 +42,22 @@ def head_in_fp32(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return linear_entropy(hidden, weight, fp32_logits=True)
 
 
+def head_with_labels(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    labels = torch.arange(len(hidden), device=DEVICE) * 61
+    return linear_cross_entropy(hidden, weight, labels)
+
+
+def head_that_draws(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return linear_fisher(hidden, weight, torch.arange(len(hidden), device=DEVICE), seed=3)
+
+
 CALLS: list[tuple[Callable[..., tuple[Tensor, ...]], str]] = [
     (differentiate, "rows"),
     (overwrite_logits, "rows"),
     (linear_entropy, "head"),
     (head_in_fp32, "head"),
+    (head_with_labels, "head"),
+    (head_that_draws, "head"),
     (taylor_statistics, "act"),
     (new_gated, "mlp"),
     (overwrite_gated, "mlp"),

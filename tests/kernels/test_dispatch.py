@@ -13,7 +13,9 @@ from hfprune_fast.kernels import (
     TRITON_VERSION,
     _dispatch,
     gated_taylor,
+    linear_cross_entropy,
     linear_entropy,
+    linear_fisher,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -27,6 +29,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "softmax_entropy": lambda **kw: softmax_entropy(ROWS, **kw),
     "softmax_entropy_grad_": lambda **kw: softmax_entropy_grad_(ROWS.clone(), ROWS[:, 0], **kw),
     "linear_entropy": lambda **kw: linear_entropy(ROWS, torch.ones(5, 3), **kw),
+    "linear_cross_entropy": lambda **kw: linear_cross_entropy(
+        ROWS, torch.ones(5, 3), torch.arange(2), **kw
+    ),
+    "linear_fisher": lambda **kw: linear_fisher(ROWS, torch.ones(5, 3), torch.arange(2), **kw),
     "taylor_statistics": lambda **kw: taylor_statistics(TOKENS, TOKENS, **kw),
     "gated_taylor": lambda **kw: gated_taylor(TOKENS, TOKENS, TOKENS, **kw),
 }

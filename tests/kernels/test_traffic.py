@@ -8,7 +8,9 @@ from traffic import Touched, kernel_traffic
 from hfprune_fast.kernels import (
     TRITON_VERSION,
     gated_taylor,
+    linear_cross_entropy,
     linear_entropy,
+    linear_fisher,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -89,6 +91,22 @@ def test_linear_entropy_moves_ten_bytes_a_logit(vocab: int) -> None:
     assert a_pass.read == {"bf16": 2 * 2 * logits, "fp32": 4 * tokens}
     assert a_pass.written == {"bf16": 2 * logits, "fp32": 4 * tokens}
     assert 2 * (products.read + products.written) + a_pass.of("bf16") == 10 * logits
+
+
+@needs_triton
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_labels_add_an_entry_a_row_and_samples_a_step(vocab: int) -> None:
+    tokens = 6
+    hidden, weight, keys = random(tokens, 12), random(vocab, 12), torch.arange(tokens)
+    with kernel_traffic(hidden=hidden, weight=weight, keys=keys) as labelled:
+        linear_cross_entropy(hidden, weight, keys, backend="triton")
+    with kernel_traffic(hidden=hidden, weight=weight, keys=keys) as sampled:
+        linear_fisher(hidden, weight, keys, backend="triton")
+    both = 2 * 2 * tokens * vocab
+    assert labelled.read == {"bf16": both + 2 * tokens, "fp32": 4 * tokens, "keys": 8 * tokens}
+    assert both < sampled.read["bf16"] <= both + 2 * tokens * min(vocab, 8192)
+    assert sampled.read["keys"] == 8 * tokens
+    assert labelled.written == sampled.written == {"bf16": both // 2, "fp32": 4 * tokens}
 
 
 @needs_triton

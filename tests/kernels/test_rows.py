@@ -1,0 +1,195 @@
+"""Cross entropy and the sampled criterion in the row pass; the entropy is test_entropy.py's."""
+
+from typing import Any
+
+import pytest
+import torch
+from entropy_truth import stored
+from paths import every_path
+from surprise_truth import surprise_truth
+from torch import Tensor
+
+from hfprune_fast.kernels._philox import uniform
+from hfprune_fast.kernels._rows import Criterion, judge_rows
+
+INF, NAN = float("inf"), float("nan")
+VOCABULARIES = [1, 2, 127, 4099, 8192, 20_000]  # 8192 logits are one step of the kernel
+TRANSFORMS: list[dict[str, Any]] = [{}, {"softcap": 5.0, "logit_scale": 1.7}]
+
+
+def normal(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + vocab)
+    return (3 * torch.randn(rows, vocab, generator=generator)).to(dtype)
+
+
+def judged(
+    logits: Tensor, criterion: Criterion, backend: str, row_scale: Tensor | None = None,
+    softcap: float | None = None, logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad = torch.empty_like(logits)  # NaN, as all new memory here
+    scale = torch.ones(len(logits)) if row_scale is None else row_scale
+    values = judge_rows(
+        logits, scale, grad, criterion,
+        softcap=softcap, logit_scale=logit_scale, backend=backend,
+    )  # fmt: skip
+    in_place = logits.clone()
+    again = judge_rows(
+        in_place, scale, in_place, criterion,
+        softcap=softcap, logit_scale=logit_scale, backend=backend,
+    )  # fmt: skip
+    assert (
+        torch.equal(
+            in_place,
+            grad,
+        )
+        and torch.equal(again, values)
+    ) or grad.isnan().any()
+    return values, grad
+
+
+def assert_right(
+    logits: Tensor, labels: Tensor, values: Tensor, grad: Tensor, backend: str, **transform: Any
+) -> None:
+    truth = surprise_truth(logits, labels, **transform)
+    share = 2 if logits.dtype == torch.float64 else 1  # the truth is rounded as well
+    infinite = truth.value == INF
+    assert (values[infinite] == INF).all()
+    error = (values - truth.value)[~infinite].abs()
+    assert (error <= share * truth.value_bound[~infinite]).all()
+    bound = truth.grad_bound + stored(truth.grad.abs() + truth.grad_bound, logits.dtype, backend)
+    assert ((grad - truth.grad).abs() <= share * bound).all()
+
+
+@every_path
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_cross_entropy_equals_float64(
+    backend: str, dtype: torch.dtype, transform: dict[str, Any], vocab: int
+) -> None:
+    logits = normal(4, vocab, dtype)
+    labels = torch.tensor([0, vocab - 1, -100, vocab // 2])
+    values, grad = judged(logits, Criterion("cross_entropy", labels), backend, **transform)
+    assert_right(logits, labels, values, grad, backend, **transform)
+    assert values[2] == 0
+    assert (grad[2] == 0).all()
+
+
+@every_path
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_masked_entries_and_masked_labels(
+    backend: str, dtype: torch.dtype, transform: dict[str, Any]
+) -> None:
+    logits = normal(4, 500, dtype)
+    logits[:, 1::2] = -INF
+    logits[2] = -INF
+    labels = torch.tensor([4, 5, 6, -100])
+    values, grad = judged(logits, Criterion("cross_entropy", labels), backend, **transform)
+    assert_right(logits, labels, values, grad, backend, **transform)
+    assert values[1:3].tolist() == [INF, INF]
+    assert (grad[logits == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "fisher"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_nan_shows_unless_the_row_counts_for_nothing(
+    backend: str, name: str, transform: dict[str, Any]
+) -> None:
+    logits = normal(4, 9000)
+    logits[0, 8500] = logits[1] = logits[2, 3] = NAN
+    keys = torch.tensor([1, 2, 3, -100 if name == "cross_entropy" else 3])
+    scale = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    values, grad = judged(logits, Criterion(name, keys), backend, scale, **transform)
+    assert values[:2].isnan().all()
+    assert grad[:2].isnan().any(dim=1).all()
+    assert (grad[2] == 0).all()
+    assert grad[3].isfinite().all()
+
+
+@pytest.mark.parametrize("label", [-1, -99, -101, 9, 1 << 40])
+def test_a_label_outside_the_vocabulary_is_nan(backend: str, label: int) -> None:
+    criterion = Criterion("cross_entropy", torch.tensor([3, label]))
+    values, grad = judged(normal(2, 9), criterion, backend)
+    assert values.isnan().tolist() == [False, True]
+    assert grad.isnan().all(dim=1).tolist() == [False, True]
+
+
+@every_path
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_a_sample_is_where_the_sum_crosses(
+    backend: str, dtype: torch.dtype, transform: dict[str, Any], vocab: int
+) -> None:
+    logits = normal(8, vocab, dtype)
+    logits[:4, 2::3] = -INF
+    ids, seed = torch.arange(8) + (1 << 40) - 4, 11
+    values, grad = judged(logits, Criterion("fisher", ids, seed), backend, **transform)
+    y = grad.argmin(dim=1)  # of p - [i = y], the only one below 0
+    assert_right(logits, y, values, grad, backend, **transform)
+    truth = surprise_truth(logits, y, **transform)
+    u = uniform(ids, seed, torch.promote_types(dtype, torch.float32)).double()[:, None]
+    up_to = truth.cdf.gather(1, y[:, None])
+    before = torch.where(y[:, None] > 0, truth.cdf.gather(1, (y[:, None] - 1).clamp(min=0)), 0)
+    assert (before - truth.cdf_bound <= u).all()
+    assert (u <= up_to + truth.cdf_bound).all()
+    assert truth.value.isfinite().all()  # p_y > 0
+
+
+def test_uniform_numbers_near_1_draw_no_masked_entry(backend: str) -> None:
+    ids = torch.arange(1 << 20)
+    u = uniform(ids, 0, torch.float32)
+    ids = torch.cat((ids[u.argsort()[-4:]], ids[u.argsort()[:4]]))
+    logits = torch.zeros(8, 30_000)
+    logits[:, :50] = logits[:, 20_001:] = -INF
+    logits[:, 20_000] = -100.0  # exp is 0 in fp32
+    values, grad = judged(logits, Criterion("fisher", ids), backend)
+    y = grad.argmin(dim=1)
+    assert ((y[:4] > 19_900) & (y[:4] < 20_000)).all()
+    assert ((y[4:] >= 50) & (y[4:] < 150)).all()
+    assert values.isfinite().all()
+
+
+def test_nothing_to_draw_counts_nothing(backend: str) -> None:
+    logits = torch.full((2, 9000), -INF)
+    values, grad = judged(logits, Criterion("fisher", torch.arange(2)), backend)
+    assert (values == 0).all()
+    assert (grad == 0).all()
+
+
+def test_samples_have_the_distribution_and_the_fisher_information(backend: str) -> None:
+    rows = 40_000 if backend == "torch" else 800
+    logits = torch.tensor([0.3, -1.0, 1.2, -INF, 0.0, -2.0])
+    p = torch.softmax(logits.double(), dim=0)
+    ids = (torch.arange(rows) % 1000) + (torch.arange(rows) // 1000 << 20)
+    _, grad = judged(logits.repeat(rows, 1), Criterion("fisher", ids, 5), backend)
+    counts = grad.argmin(dim=1).bincount(minlength=6).double()
+    possible = p > 0
+    chi_square = ((counts - rows * p) ** 2 / (rows * p))[possible].sum()
+    # Above 33.4 with probability (1 + x/2) exp(-x/2) = 10^-6, of four degrees of freedom.
+    assert chi_square < 33.4
+    assert counts[3] == 0
+    # Exact expectation over y of each product g_i g_j, and its standard error.
+    g = torch.eye(6, dtype=torch.float64).neg() + p  # of y, row by row
+    products = g[:, :, None] * g[:, None, :]
+    mean = (p[:, None, None] * products).sum(dim=0)
+    assert torch.allclose(mean, torch.diag(p) - p[:, None] * p)
+    variance = (p[:, None, None] * products**2).sum(dim=0) - mean**2
+    found = (grad.double().T @ grad.double()) / rows
+    rounding = 8 * torch.finfo(torch.float32).eps
+    assert ((found - mean).abs() <= 5 * (variance.clamp(min=0) / rows).sqrt() + rounding).all()
+    # So many rows tell the Fisher information from its diagonal.
+    assert ((found - torch.diag(p)).abs() > 5 * (variance.clamp(min=0) / rows).sqrt()).any()
+
+
+def test_samples_repeat_and_depend_on_seed_and_id(backend: str) -> None:
+    logits = normal(1, 300).repeat(12, 1)
+    ids = torch.arange(12) << 20
+
+    def samples(ids: Tensor, seed: int) -> list[int]:
+        return judged(logits, Criterion("fisher", ids, seed), backend)[1].argmin(dim=1).tolist()
+
+    first = samples(ids, 1)
+    assert samples(ids, 1) == first
+    assert samples(ids.flip(0), 1) == first[::-1]
+    assert samples(ids, 2) != first
+    assert samples(ids + 1, 1) != first
+    assert len(set(samples(ids[:1].expand(12), 1))) == 1
