@@ -121,9 +121,11 @@ def least_squares(
     Raises:
         NumericsError: gram is not that of any act, or holds NaN.
     """
-    wide = weight.to(gram.dtype)
+    wide: Tensor = weight.to(gram.dtype)
     right = cross + _shift(gram, ridge) * wide
-    return torch.cholesky_solve(right.t(), _cholesky(gram, ridge)).t()
+    solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, ridge))
+    transposed: Tensor = solved.t()
+    return transposed
 
 
 def _shift(gram: Tensor, ridge: float) -> Tensor:

@@ -155,9 +155,9 @@ def plan_scoring(
     at_once = max(1, min(_TOKENS_AT_ONCE.get(device.type, 4096) // seq_len, sequences))
     most = 1 if parity else batch_size or largest or at_once
     plans = list(reckon.plans(most, exact=batch_size is not None, offload=offload))
-    fitting = (plan for plan in plans if plan.total_bytes <= free)
+    fit = (plan for plan in plans if plan.total_bytes <= free)
     least = min(plans, key=lambda plan: plan.total_bytes)
-    chosen = next(fitting, None if memory_budget else least)
+    chosen = next(fit, None if memory_budget else least)
     if chosen is None:
         raise MemoryShortageError(
             f"memory budget {memory_budget} is too small: the least that scoring needs here is "
