@@ -17,7 +17,7 @@ from checkpoints import random_llama, synthetic_checkpoint
 from safetensors.torch import load_file
 
 import hfprune_fast as hf
-from hfprune_fast import checkpoint, compaction, loading, native
+from hfprune_fast import checkpoint, loading, native, writing
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
 
 
@@ -142,7 +142,7 @@ def test_bad_replacements(
 def test_verify_sees_one_flipped_bit(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    real = compaction._forget_cached
+    real = writing._forget_cached
 
     def flip(file: Path) -> None:
         real(file)
@@ -152,7 +152,7 @@ def test_verify_sees_one_flipped_bit(
             opened.seek(-100, os.SEEK_END)
             opened.write(bytes([byte ^ 1]))
 
-    monkeypatch.setattr(compaction, "_forget_cached", flip)
+    monkeypatch.setattr(writing, "_forget_cached", flip)
     with pytest.raises(OutputError, match=r"tensor model.norm.weight .*not read back"):
         hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(3, 96, 9), verify=True)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -14,6 +14,7 @@ LEAVES = {
     "native",
     *("_version", "architectures", "checkpoint", "errors", "forward", "importance", "loading"),
     *("gated_mlp", "output", "planning", "processes", "report", "state", "streaming"),
+    "writing",
 }
 STAGES = {"calibration", "scoring", "selection", "compaction", "evaluation"}
 WHOLE_JOB = {"score_job", "pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
