@@ -12,6 +12,7 @@ from hfprune_fast.compaction import prune, prune_checkpoint
 from hfprune_fast.errors import HFPruneError
 from hfprune_fast.evaluation import Fidelity, evaluate
 from hfprune_fast.importance import ImportanceTable
+from hfprune_fast.layouts import register_with_transformers
 from hfprune_fast.score_job import score
 from hfprune_fast.selection import select
 
@@ -26,3 +27,5 @@ __all__ = [
     "score",
     "select",
 ]
+
+register_with_transformers()

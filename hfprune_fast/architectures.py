@@ -1,13 +1,13 @@
 """Where each model family keeps its layers, gated MLP and head.
 
 To add a family: one line in FAMILIES (its `model_type` and what differs from LLaMA's names), and
-its name in the README and in the tests' list of families.
+what CONTRIBUTING.md has besides.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(),
     "qwen3": Family(qk_norm=True),
 }
+NON_UNIFORM = "hfprune_"  # begins the model_type of a family whose layers have their own widths
 
 
 @dataclass(frozen=True)
@@ -77,33 +78,70 @@ class ModelSize:
     linear_params: int  # weights of linear layers, the head among them
     params_per_neuron: int  # biases included
 
-    def params_at(self, width: int) -> int:
-        """Parameters of the whole model when every MLP has `width` neurons."""
-        return self.total_params - self._removed(width) * self.params_per_neuron
+    mlp_widths: tuple[int, ...] | None = None  # if not all are intermediate_size, the widest
 
-    def linear_params_at(self, width: int) -> int:
-        """Weights of linear layers, each 2 FLOPs a token, when every MLP has `width` neurons."""
-        return self.linear_params - self._removed(width) * 3 * self.hidden_size
+    def __post_init__(self) -> None:
+        uniform = self.mlp_widths is None or set(self.mlp_widths) == {self.intermediate_size}
+        widths = None if uniform else tuple(self.mlp_widths or ())
+        object.__setattr__(self, "mlp_widths", widths)
 
-    def pruned_to(self, width: int) -> dict[str, Any]:
-        """Widths, parameters and ratios of pruning every MLP to `width` neurons."""
-        params = self.params_at(width)
-        return {
-            "intermediate_size": width,
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each layer's MLP."""
+        return self.mlp_widths or (self.intermediate_size,) * self.num_layers
+
+    def params_at(self, widths: int | Sequence[int]) -> int:
+        """Parameters of the whole model when its MLPs have so many neurons, all or each."""
+        return self.total_params - self._removed(widths) * self.params_per_neuron
+
+    def linear_params_at(self, widths: int | Sequence[int]) -> int:
+        """Weights of linear layers, each 2 FLOPs a token, when the MLPs have so many neurons."""
+        return self.linear_params - self._removed(widths) * 3 * self.hidden_size
+
+    def pruned_to(self, widths: int | Sequence[int]) -> dict[str, Any]:
+        """Widths, parameters and ratios of pruning the MLPs to so many neurons, all or each.
+
+        `mlp_widths` and `dense_mlp_widths` are there when they differ from layer to layer.
+        """
+        params = self.params_at(widths)
+        each = [widths] if isinstance(widths, int) else list(widths)
+        achieved: dict[str, Any] = {
+            "intermediate_size": max(each),
             "dense_intermediate_size": self.intermediate_size,
-            "prune_ratio": 1 - width / self.intermediate_size,
+            "prune_ratio": 1 - (sum(self.widths) - self._removed(widths)) / sum(self.widths),
             "params": params,
             "dense_params": self.total_params,
             "param_ratio": 1 - params / self.total_params,
         }
+        if len(set(each)) > 1:
+            achieved["mlp_widths"] = each
+        if self.mlp_widths is not None:
+            achieved["dense_mlp_widths"] = list(self.mlp_widths)
+        return achieved
 
-    def _removed(self, width: int) -> int:
-        return self.num_layers * (self.intermediate_size - width)
+    def _removed(self, widths: int | Sequence[int]) -> int:
+        left = self.num_layers * widths if isinstance(widths, int) else sum(widths)
+        return sum(self.widths) - left
+
+
+def widths_text(widths: Sequence[int]) -> str:
+    """Say how wide MLPs are: 61, or 40 to 61 (mean 50.3)."""
+    if len(set(widths)) == 1:
+        return str(widths[0])
+    return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"
+
+
+def family_type(config: Mapping[str, Any]) -> Any:
+    """Return the model_type of a parsed config.json's family."""
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type.removeprefix(NON_UNIFORM) in FAMILIES:
+        return model_type.removeprefix(NON_UNIFORM)
+    return model_type
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family of a parsed config.json, or raise UnsupportedModelError."""
-    model_type, classes = config.get("model_type"), config.get("architectures")
+    model_type, classes = family_type(config), config.get("architectures")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     name = classes[0] if isinstance(classes, list) and classes else "this model"
@@ -145,16 +183,18 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
 def size_of(model: PreTrainedModel) -> ModelSize:
     """Count the parameters of a model, which may be on the meta device."""
     mlps = parts_of(model).mlps
-    width, hidden = mlps[0].gate.weight.shape
+    hidden = mlps[0].gate.in_features
+    widths = tuple(mlp.gate.out_features for mlp in mlps)
     biases = sum(linear.bias is not None for linear in (mlps[0].gate, mlps[0].up))
     return ModelSize(
-        model_type=str(model.config.model_type),
+        model_type=str(family_type(model.config.to_dict())),
         num_layers=len(mlps),
         hidden_size=hidden,
-        intermediate_size=width,
+        intermediate_size=max(widths),
         total_params=sum(p.numel() for p in model.parameters()),
         linear_params=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
         params_per_neuron=3 * hidden + biases,
+        mlp_widths=widths,
     )
 
 

@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 
-from hfprune_fast.architectures import Family, ModelSize, family_of, neuron_axis
+from hfprune_fast.architectures import (
+    NON_UNIFORM,
+    Family,
+    ModelSize,
+    family_of,
+    family_type,
+    neuron_axis,
+)
 from hfprune_fast.errors import CheckpointError, one_line
 from hfprune_fast.native import ITEM_BYTES, SafetensorsFile
 
@@ -38,7 +45,7 @@ _BLOCK_BYTES = 16 << 20
 # Buffers that old LLaMA checkpoints carry and transformers computes itself.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 # What changes when a checkpoint is saved again, but not what it computes.
-_CONFIG_NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "use_cache"}
+_CONFIG_NOT_IN_FINGERPRINT = {"_name_or_path", "auto_map", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder}/config.json has {key} {value!r}, expected a positive integer"
             )
         sizes[key] = value
-    layers, hidden, width, vocab = sizes.values()
+    layers, hidden, _, vocab = sizes.values()
+    widths = _widths(folder, config)
     decoder = f"{family.decoder}."
     if not any(name.startswith(decoder) for name in tensors):  # saved as base model
         decoder = ""
@@ -222,20 +230,26 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if name.startswith(first) and neuron_axis(family, name) is None
     }
     biased = config.get("mlp_bias") is True
-    for part, shape in (
-        (family.gate, (width, hidden)),
-        (family.up, (width, hidden)),
-        (family.down, (hidden, width)),
-    ):
-        layer[f"{part}.weight"] = shape
-        if biased:
-            layer[f"{part}.bias"] = shape[:1]
+
+    def mlp(width: int) -> dict[str, tuple[int, ...]]:
+        tensors: dict[str, tuple[int, ...]] = {}
+        for part, shape in (
+            (family.gate, (width, hidden)),
+            (family.up, (width, hidden)),
+            (family.down, (hidden, width)),
+        ):
+            tensors[f"{part}.weight"] = shape
+            if biased:
+                tensors[f"{part}.bias"] = shape[:1]
+        return tensors
+
     layer = {name: shape for name, shape in layer.items() if not name.endswith(_IGNORED_SUFFIX)}
     expected = {
         f"{decoder}{family.layers}.{i}.{name}": shape
-        for i in range(layers)
-        for name, shape in layer.items()
+        for i, width in enumerate(widths)
+        for name, shape in (layer | mlp(width)).items()
     }
+    linear = sum(prod(shape) for shape in expected.values() if len(shape) == 2)
     embedding, head = f"{decoder}{family.embedding}.weight", f"{family.head}.weight"
     tied = config.get("tie_word_embeddings") is True
     expected |= {embedding: (vocab, hidden), f"{decoder}{family.norm}.weight": (hidden,)}
@@ -244,13 +258,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_tensors_are(folder, tensors, expected)
     counted = sum(prod(shape) for name, shape in expected.items() if not (tied and name == head))
     size = ModelSize(
-        model_type=str(config["model_type"]),
+        model_type=str(family_type(config)),
         num_layers=layers,
         hidden_size=hidden,
-        intermediate_size=width,
+        intermediate_size=max(widths),
         total_params=counted,
-        linear_params=layers * sum(prod(s) for s in layer.values() if len(s) == 2) + vocab * hidden,
+        linear_params=linear + vocab * hidden,
         params_per_neuron=3 * hidden + 2 * biased,
+        mlp_widths=widths,
     )
     checkpoint = Checkpoint(folder, config, family, tensors, size)
     if tied and head in tensors and not _equal(checkpoint, head, embedding):
@@ -260,6 +275,34 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "set tie_word_embeddings to false in its config.json"
         )
     return checkpoint
+
+
+def _widths(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the width of each layer's MLP that a config.json tells of."""
+    layers, widest = config["num_hidden_layers"], config["intermediate_size"]
+    widths: Any = [widest] * layers
+    if str(config["model_type"]).startswith(NON_UNIFORM) and config.get("mlp_widths") is not None:
+        widths = config["mlp_widths"]
+    elif config.get("per_layer_config"):  # transformers' own way to say it
+        try:
+            told = {int(i): dict(of) for i, of in config["per_layer_config"].items()}
+        except (AttributeError, TypeError, ValueError):
+            told = {-1: {}}
+        if any(set(of) != {"intermediate_size"} for of in told.values()):
+            raise CheckpointError(
+                f"{folder}/config.json has a per_layer_config that is not {{layer: "
+                '{"intermediate_size": width}}, and nothing else is known here'
+            )
+        widths = [
+            told.get(i, {"intermediate_size": widest})["intermediate_size"] for i in range(layers)
+        ]
+    ok = isinstance(widths, list) and len(widths) == layers
+    if not ok or not all(type(w) is int and 1 <= w <= widest for w in widths):
+        raise CheckpointError(
+            f"{folder}/config.json must have an MLP width in 1..{widest} for each of its "
+            f"{layers} layers, got {widths!r}"
+        )
+    return tuple(widths)
 
 
 def check_tensors_are(

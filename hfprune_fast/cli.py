@@ -287,8 +287,7 @@ def prune(
     _print(
         as_json,
         result,
-        f"{out}: intermediate_size {result['dense_intermediate_size']} -> "
-        f"{result['intermediate_size']} "
+        f"{out}: {_widths(result)} "
         f"({result['prune_ratio']:.2%} of the neurons), "
         f"{result['dense_params']:,} -> {result['params']:,} parameters "
         f"({result['param_ratio']:.2%} removed)\n"
@@ -366,6 +365,12 @@ def doctor(as_json: bool, debug: bool) -> None:
     width = max(map(len, names.values()))
     lines = (f"{names[key]:{width}}  {doctoring.show(v)}" for key, v in result.items())
     _print(as_json, result, "\n".join(lines))
+
+
+def _widths(result: dict[str, Any]) -> str:
+    if {"mlp_widths", "dense_mlp_widths"} & result.keys():
+        return f"MLP neurons a layer {report.neurons_text(result)}"
+    return f"intermediate_size {result['dense_intermediate_size']} -> {result['intermediate_size']}"
 
 
 def _scoring_of(out: Path, running: dict[str, Any]) -> dict[str, Any]:

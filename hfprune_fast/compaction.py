@@ -1,5 +1,6 @@
 """keep -> a smaller model of the same architecture, in memory or from disk to disk.
 
+Layers may keep different numbers of neurons; `layouts` has the ways to write such a model down.
 gate_proj and up_proj lose rows (and bias entries), down_proj loses columns. On disk every other
 tensor is copied byte for byte, so the dtype and all that is not MLP stay what they were.
 """
@@ -7,7 +8,7 @@ tensor is copied byte for byte, so the dtype and all that is not MLP stay what t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,15 @@ from hfprune_fast._version import __version__
 from hfprune_fast.architectures import parts_of
 from hfprune_fast.checkpoint import display_name, find_model, open_checkpoint, read_json_object
 from hfprune_fast.errors import ArgumentError, CheckpointError, OutputError
+from hfprune_fast.layouts import (
+    CODE,
+    CODE_FILE,
+    check_layout,
+    check_native,
+    code_files,
+    config_of,
+    describe,
+)
 from hfprune_fast.output import check_writable, whole_folder
 from hfprune_fast.report import model_card, parse_bytes
 from hfprune_fast.writing import Writing, write_json
@@ -41,7 +51,9 @@ def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
 
     Args:
         model: a causal language model of a known family.
-        keep: {layer: sorted int64 indices}, every layer, one width.
+        keep: {layer: sorted int64 indices}, every layer. With different widths, a model of the
+            family's own class gets one of `nonuniform`'s, which save_pretrained ships; of another
+            class, such as one's own, it must be written by `prune_checkpoint`.
 
     Raises:
         ArgumentError: keep does not fit the model; nothing was cut.
@@ -49,11 +61,11 @@ def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
     Memory: each parameter gets storage of exactly its kept size, and the old one goes before the
     next is cut, so that at most one parameter's kept bytes are held twice.
     """
-    mlps = parts_of(model).mlps
-    dense = mlps[0].gate.out_features
-    keep, width = _check_keep(keep, len(mlps), dense)
-    for layer, mlp in enumerate(mlps):
-        kept = keep[layer].to(mlp.gate.weight.device)
+    parts = parts_of(model)
+    dense = [mlp.gate.out_features for mlp in parts.mlps]
+    keep = _check_keep(keep, dense)
+    for layer, mlp in enumerate(parts.mlps):
+        kept, width = keep[layer].to(mlp.gate.weight.device), len(keep[layer])
         for linear in (mlp.gate, mlp.up):
             linear.weight = _cut_parameter(linear.weight, 0, kept)
             if linear.bias is not None:
@@ -61,10 +73,10 @@ def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
             linear.out_features = width
         mlp.down.weight = _cut_parameter(mlp.down.weight, 1, kept)
         mlp.down.in_features = width
-    model.config.intermediate_size = width
-    for module in model.modules():  # LlamaMLP and its kin repeat the config's width
-        if getattr(module, "intermediate_size", None) == dense:
-            module.intermediate_size = width  # type: ignore[assignment]
+        for module in parts.layers[layer].modules():  # LlamaMLP and its kin repeat the width
+            if getattr(module, "intermediate_size", None) == dense[layer]:
+                module.intermediate_size = width  # type: ignore[assignment]
+    describe(model, _widths(keep))
 
 
 def prune_checkpoint(
@@ -72,6 +84,7 @@ def prune_checkpoint(
     out: str | Path,
     keep: Mapping[int, Tensor],
     *,
+    layout: str = "auto",
     replace: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str | None = None,
     verify: bool = False,
@@ -84,9 +97,15 @@ def prune_checkpoint(
     Args:
         source: a model folder, hub name or `demo`; it is only read.
         out: the folder to make. It appears under this name only when whole.
-        keep: {layer: sorted int64 indices}, every layer, one width.
-        replace: {tensor name: tensor} written in place of what the cut leaves, of its shape and
-            dtype (a refitted down_proj, say). Each is asked for in its turn, and again to verify.
+        keep: {layer: sorted int64 indices}, every layer.
+        layout: how layers of different widths are written. "custom", which "auto" is: classes that
+            `import hfprune_fast` makes known to transformers, and whose code is put beside the
+            weights for `trust_remote_code=True`; "native": transformers' per_layer_config, if the
+            installed version builds the family by it; "padded": with zero neurons up to the widest
+            layer, which loads everywhere and is as large as if all were that wide.
+        replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
+            padding) and dtype (a refitted down_proj, say). Each is asked for in its turn, and again
+            to verify.
         max_shard_size: bytes, or "5GB", "512MiB"; by default the source's shards are kept.
         verify: read the written tensors back from the disk and compare them with the source.
         force: replace `out` if all it holds was written by this function.
@@ -94,27 +113,38 @@ def prune_checkpoint(
         progress: show a bar on stderr.
 
     Returns:
-        What was achieved: widths, parameters, ratios.
+        What was achieved: widths, parameters, ratios; of the model as written, padding included.
 
     Raises:
         OutputError: out exists, overlaps the source or cannot be written, or reads back otherwise.
         CheckpointError: the source is damaged, or its tensors are not those of its config.
-        ArgumentError: keep, replace or max_shard_size do not fit the model.
+        ArgumentError: keep, layout, replace or max_shard_size do not fit the model.
         NumericsError: a value that was to be written is NaN or infinite.
 
-    Memory: a block of 256 KiB a thread (without the C++ extension, a tensor a thread); the source
-    is mapped, and its pages are given back. Tokenizer, generation config etc. are copied.
+    Memory: a block of 256 KiB a thread (padded, or without the C++ extension, a tensor a thread);
+    the source is mapped, and its pages are given back. Tokenizer, generation config etc. are
+    copied.
     """
+    check_layout(layout)
     folder, target = find_model(source), Path(out).resolve()
     check_output_folder(target, folder, force=force)
     checkpoint = open_checkpoint(folder)
     size = checkpoint.size
-    keep, width = _check_keep(keep, size.num_layers, size.intermediate_size)
+    keep = _check_keep(keep, size.widths)
+    widths = _widths(keep)
+    uniform = len(set(widths)) == 1
+    if layout == "native" and not uniform:
+        check_native(checkpoint.config, widths)
     shard_bytes = None
     if max_shard_size is not None:
         shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
-    writing = Writing(checkpoint, keep, width, replace or {}, shard_bytes)
-    achieved = size.pruned_to(width)
+    pad_to = max(widths) if layout == "padded" else 0
+    writing = Writing(checkpoint, keep, replace or {}, shard_bytes, pad_to=pad_to)
+    achieved = size.pruned_to(max(widths) if pad_to else widths)
+    if not uniform:
+        layout = "custom" if layout == "auto" else layout
+        achieved |= {"layout": layout, "mlp_widths": list(widths)}
+    config = config_of(checkpoint.config, widths, layout)
     full_record = {
         "hfprune_fast": __version__,
         "base_model": display_name(source),
@@ -122,16 +152,19 @@ def prune_checkpoint(
         **(record or {}),
     }
     kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
+    not_copied = {*_NOT_COPIED, *code_files(checkpoint.config)}
     with whole_folder(target, force) as partial:
-        write_json(partial / "config.json", {**checkpoint.config, "intermediate_size": width})
+        write_json(partial / "config.json", config)
         writing.write(partial, progress)
         (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
         for path in sorted(folder.iterdir()):
-            replaced = path.name in _NOT_COPIED or path.name.endswith(_NOT_COPIED_SUFFIXES)
+            replaced = path.name in not_copied or path.name.endswith(_NOT_COPIED_SUFFIXES)
             if path.is_file() and not replaced:
                 shutil.copyfile(path, partial / path.name)
         if (folder / _TEMPLATES).is_dir():
             shutil.copytree(folder / _TEMPLATES, partial / _TEMPLATES)
+        if layout == "custom" and not uniform:
+            shutil.copyfile(CODE, partial / CODE_FILE)
         files = sorted(_files_in(partial) | {RECORD})
         write_json(partial / RECORD, {**full_record, "files": files, "keep": kept}, indent=None)
         if verify:
@@ -177,14 +210,12 @@ def _files_written(out: Path) -> set[str]:
         return set()
 
 
-def _check_keep(
-    keep: Mapping[int, Tensor], num_layers: int, dense: int
-) -> tuple[dict[int, Tensor], int]:
-    """Return keep as int64 tensors, and its one width."""
-    if not isinstance(keep, Mapping) or sorted(keep) != list(range(num_layers)):
+def _check_keep(keep: Mapping[int, Tensor], dense: Sequence[int]) -> dict[int, Tensor]:
+    """Return keep as int64 tensors that fit layers of so many neurons."""
+    if not isinstance(keep, Mapping) or sorted(keep) != list(range(len(dense))):
         got = sorted(keep) if isinstance(keep, Mapping) else f"a {type(keep).__name__}"
         raise ArgumentError(
-            f"keep must have an entry for each layer 0..{num_layers - 1}, got {got}"
+            f"keep must have an entry for each layer 0..{len(dense) - 1}, got {got}"
         )
     tensors = {layer: torch.as_tensor(indices) for layer, indices in keep.items()}
     for layer, indices in tensors.items():
@@ -194,16 +225,18 @@ def _check_keep(
             and indices.dtype == torch.int64
             and bool((indices.diff() > 0).all())
             and int(indices[0]) >= 0
-            and int(indices[-1]) < dense
+            and int(indices[-1]) < dense[layer]
         )
         if not ok:
             raise ArgumentError(
-                f"keep[{layer}] must be sorted, distinct int64 indices in 0..{dense - 1}"
+                f"keep[{layer}] must be sorted, distinct int64 indices in 0..{dense[layer] - 1}, "
+                "one or more"
             )
-    widths = {len(indices) for indices in tensors.values()}
-    if len(widths) != 1:
-        raise ArgumentError(f"keep must have one width for all layers, got {sorted(widths)}")
-    return tensors, widths.pop()
+    return tensors
+
+
+def _widths(keep: Mapping[int, Tensor]) -> list[int]:
+    return [len(keep[layer]) for layer in range(len(keep))]
 
 
 def _cut_parameter(parameter: Tensor, axis: int, kept: Tensor) -> nn.Parameter:

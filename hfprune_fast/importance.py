@@ -8,7 +8,8 @@ The scores file is a safetensors file, so any tool can read it. Layout, version 
               model           the fields of ModelSize
               provenance      criteria, model fingerprint, data hash, samples, tokens, seed, ...
 
-Row l, column j of a tensor is neuron j of layer l. Statistics:
+Row l, column j of a tensor is neuron j of layer l; F is the widest layer's, and where a layer has
+fewer neurons (`mlp_widths` in the fields of ModelSize) its row ends in zeros. Statistics:
 
     CRITERION.l1, .l2, .mask  sums over the calibration of x = gradient times act (kernels/taylor),
                               the gradient being that of the criterion (scoring.py)
@@ -148,7 +149,7 @@ class ImportanceTable:
                         f"this release reads version {_VERSION}"
                     )
                 statistics = {n: tensors.get_tensor(n) for n in tensors.keys()}  # noqa: SIM118
-            size = ModelSize(**{f.name: header["model"][f.name] for f in fields(ModelSize)})
+            size = _size(header["model"])
             table = cls(statistics, size, dict(header["provenance"]))
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
@@ -163,3 +164,9 @@ class ImportanceTable:
                 "expected one written by `hfprune score`"
             ) from None
         return table
+
+
+def _size(header: dict[str, Any]) -> ModelSize:
+    """Return the model's size; files from before layers could differ have no widths."""
+    names = [f.name for f in fields(ModelSize) if f.name in header or f.name != "mlp_widths"]
+    return ModelSize(**{name: header[name] for name in names})

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hfprune_fast.architectures import ModelSize, size_of
+from hfprune_fast.architectures import NON_UNIFORM, ModelSize, size_of
 from hfprune_fast.checkpoint import (
     TORCH_DTYPES,
     Checkpoint,
@@ -29,6 +29,7 @@ from hfprune_fast.checkpoint import (
     read_config,
 )
 from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
+from hfprune_fast.layouts import register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 def build_config(folder: Path) -> Any:
     """Return the transformers config of a folder that `read_config` accepts."""
-    read_config(folder)
+    if str(read_config(folder)["model_type"]).startswith(NON_UNIFORM):
+        register()
     from transformers import AutoConfig
 
     with _one_line_errors(f"{folder}/config.json is not a valid configuration"):

@@ -139,6 +139,7 @@ def prune_to(
     min_keep: float = selection.MIN_KEEP,
     protect: Collection[int] = (),
     round_to: int = 1,
+    layout: str = "auto",
     max_shard_size: str | None = None,
     verify: bool = False,
     force: bool = False,
@@ -173,6 +174,7 @@ def prune_to(
         out,
         keep,
         replace=None if fits is None else fits.refit(keep),
+        layout=layout,
         max_shard_size=max_shard_size,
         verify=verify,
         force=force,
@@ -234,7 +236,8 @@ def check_table(table: ImportanceTable, model: str | Path) -> None:
         last = f".{size.num_layers - 1}.{opened.family.down}.weight"
         name = next(name for name in opened.tensors if name.endswith(last))
         down = opened.read(name)
-        same = torch.allclose(column_norms(down), table.down_norm[-1], rtol=2**-8)
+        norms = column_norms(down)
+        same = torch.allclose(norms, table.down_norm[-1, : len(norms)], rtol=2**-8)
     if not same:
         raise ScoresFileError(
             f"the scores are of another model than {model}: same shape, other weights "

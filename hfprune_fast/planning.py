@@ -56,8 +56,10 @@ class ModelShape:
 
     @property
     def layer_params(self) -> int:
-        head = self.vocab_size * self.size.hidden_size
-        return (self.size.linear_params - head) // self.size.num_layers + 4 * self.size.hidden_size
+        """Parameters of the widest layer, or a few more."""
+        size, head = self.size, self.vocab_size * self.size.hidden_size
+        if_all_widest = size.linear_params_at(size.intermediate_size) - head
+        return if_all_widest // size.num_layers + 4 * size.hidden_size
 
     @property
     def flops_per_token(self) -> int:

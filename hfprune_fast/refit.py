@@ -59,7 +59,8 @@ def removal_costs(
     layers = len(model.parts.layers)
     tokens = sum(batch.tokens for batch in batches)
     stream = [_put_away(model.begin(batch)) for batch in batches]
-    costs = []
+    widest = max(mlp.down.in_features for mlp in model.parts.mlps)
+    costs = torch.zeros(layers, widest, dtype=torch.float64)
     for layer in range(layers):
         mlp = model.parts.mlps[layer]
         with model.weights_of(layer, then=(layer + 1) % layers):
@@ -73,8 +74,8 @@ def removal_costs(
                 done(batch.tokens / layers)
             metric = None if output_fisher is None else output_fisher[layer].to(model.device)
             _check(gram, layer)
-            costs.append(costs_of_one(gram.div_(tokens), mlp.down.weight, metric).cpu())
-    return torch.stack(costs)
+            costs[layer, :width] = costs_of_one(gram.div_(tokens), mlp.down.weight, metric).cpu()
+    return costs
 
 
 @dataclass

@@ -69,7 +69,7 @@ class How:
 def no_totals(model: ResidentModel, how: How, output_fisher: bool = False) -> Totals:
     """Return the totals of no sequence, on the model's device."""
     mlps, device = model.parts.mlps, model.device
-    width, hidden = mlps[0].gate.weight.shape
+    width, hidden = max(mlp.gate.weight.shape[0] for mlp in mlps), mlps[0].down.weight.shape[0]
     shape = len(mlps), width
     criteria = max(1, len(how.criteria)), len(TaylorStatistics._fields)
     dtype = model.dtype if how.parity else torch.float64
@@ -250,7 +250,8 @@ class _Pass:
                 layer, then=(layer + 1) if criteria else (layer + 1) % self.layers
             ):
                 if totals.samples == 0:
-                    down_norm[layer] = column_norms(model.parts.mlps[layer].down.weight)
+                    norms = column_norms(model.parts.mlps[layer].down.weight)
+                    down_norm[layer, : len(norms)] = norms
                 for i in self._each():
                     hidden[i] = self._forward(layer, i, hidden[i], staged[:, :, layer], scales[i])
         if not criteria:
@@ -321,7 +322,8 @@ class _Pass:
             output = self.model.run(layer, self._brought(hidden), self.batches[i])
         (act,) = acts
         sums = taylor_statistics(act, act, token_mask=self.masks[i], backend=self.how.backend)
-        staged[0, TaylorStatistics._fields.index("act")] += sums.act
+        act_row = staged[0, TaylorStatistics._fields.index("act")]
+        act_row[: len(sums.act)] += sums.act
         return self._hold(output)
 
     def _with_graph(
@@ -330,7 +332,9 @@ class _Pass:
         """Run a layer with an autograd graph from its input to its output, which are kept."""
 
         def take(statistics: TaylorStatistics) -> None:
-            staged[self._criterion].add_(torch.stack(statistics))
+            added = torch.stack(statistics)
+            # The columns of this layer's neurons.
+            staged[self._criterion, :, : added.shape[1]].add_(added)
 
         def is_last() -> bool:
             return self._criterion == len(self.how.criteria) - 1

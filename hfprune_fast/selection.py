@@ -20,7 +20,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from hfprune_fast.architectures import ModelSize
+from hfprune_fast.architectures import ModelSize, widths_text
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.importance import ImportanceTable
 
@@ -152,6 +152,11 @@ def target_width(
 ) -> int:
     """Return the width that a budget asks for, rounded to the nearest multiple of round_to."""
     dense = size.intermediate_size
+    if size.mlp_widths is not None:
+        raise ArgumentError(
+            f"the model's layers have {widths_text(size.mlp_widths)} MLP neurons, and neurons are "
+            "chosen only where all have as many; give prune_checkpoint a keep of your own"
+        )
     budgets = {
         "prune_ratio": prune_ratio,
         "param_ratio": param_ratio,

@@ -30,21 +30,25 @@ class Writing:
         self,
         source: Checkpoint,
         keep: Mapping[int, Tensor],
-        width: int,
         replace: Mapping[str, Tensor],
         shard_bytes: int | None,
+        *,
+        pad_to: int = 0,
     ) -> None:
         self.source, self.replace = source, replace
         self.cuts: dict[str, tuple[int, Any]] = {}  # axis and the indices that stay
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kept_shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # as written, with zeros up to pad_to neurons
         for name, info in source.tensors.items():
-            shape = info.shape
+            kept_shape = shape = info.shape
             place = neuron_axis(source.family, name)
             if place is not None:
                 layer, axis = place
                 self.cuts[name] = axis, keep[layer].cpu().contiguous().numpy()
-                shape = (*shape[:axis], width, *shape[axis + 1 :])
-            self.shapes[name] = shape
+                width = len(keep[layer])
+                kept_shape = (*shape[:axis], width, *shape[axis + 1 :])
+                shape = (*shape[:axis], max(width, pad_to), *shape[axis + 1 :])
+            self.kept_shapes[name], self.shapes[name] = kept_shape, shape
         for name in replace:
             if name not in self.shapes:
                 raise ArgumentError(f"replace names {name}, which the checkpoint does not have")
@@ -109,8 +113,9 @@ class Writing:
             self._write_index(partial, total)
 
     def _write_tensor(self, writer: Any, name: str) -> None:
-        if name in self.replace:
-            finite = writer.write(name, self._replacement(name))
+        made = self._made(name)
+        if made is not None:
+            finite = writer.write(name, made.reshape(-1).view(np.uint8))
         else:
             info = self.source.tensors[name]
             axis, kept = self.cuts.get(name, (0, None))
@@ -119,15 +124,32 @@ class Writing:
         if not finite:
             raise NumericsError(f"{self.source.folder}: tensor {name} holds NaN or inf")
 
-    def _replacement(self, name: str) -> Any:
-        tensor = self.replace[name]
-        dtype = self.source.tensors[name].dtype
-        if tuple(tensor.shape) != self.shapes[name] or tensor.dtype != TORCH_DTYPES[dtype]:
-            raise ArgumentError(
-                f"replace[{name}] must be {self.shapes[name]} {TORCH_DTYPES[dtype]}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    def _made(self, name: str) -> Any:
+        """Return a tensor that is no plain cut of the source's: replaced or padded; or None."""
+        shape = self.kept_shapes[name]
+        if name not in self.replace and self.shapes[name] == shape:
+            return None
+        info = self.source.tensors[name]
+        kind = f"u{native.ITEM_BYTES[info.dtype]}"
+        axis, kept = self.cuts.get(name, (0, None))
+        if name in self.replace:
+            tensor = self.replace[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != TORCH_DTYPES[info.dtype]:
+                raise ArgumentError(
+                    f"replace[{name}] must be {shape} {TORCH_DTYPES[info.dtype]}, "
+                    f"got {tuple(tensor.shape)} {tensor.dtype}"
+                )
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            cut = flat.numpy().view(kind).reshape(shape)
+        else:
+            whole = np.frombuffer(self.source.data(name), kind).reshape(info.shape)
+            cut = whole.take(kept, axis)
+            self.source.files[info.file].done_with(name)
+        if self.shapes[name] == shape:
+            return cut
+        padded = np.zeros(self.shapes[name], kind)
+        padded[tuple(slice(size) for size in shape)] = cut
+        return padded
 
     def _write_index(self, partial: Path, total_bytes: int) -> None:
         old = self.source.folder / INDEX
@@ -164,8 +186,9 @@ class Writing:
         kind = f"u{native.ITEM_BYTES[info.dtype]}"
         ours = np.frombuffer(written.data(name), kind)
         axis, kept = self.cuts.get(name, (0, None))
-        if name in self.replace:
-            theirs, kept = np.frombuffer(self._replacement(name), kind), None
+        made = self._made(name)
+        if made is not None:
+            theirs, kept = made.reshape(-1), None
         else:
             theirs = np.frombuffer(self.source.data(name), kind)
         rows, dense_rows = (self.shapes[name] or (1,))[0], (info.shape or (1,))[0]

@@ -14,7 +14,7 @@ LEAVES = {
     "native",
     *("_version", "architectures", "checkpoint", "errors", "forward", "importance", "loading"),
     *("gated_mlp", "output", "planning", "processes", "report", "state", "streaming"),
-    "writing",
+    *("layouts", "nonuniform", "writing"),
 }
 STAGES = {"calibration", "scoring", "selection", "compaction", "evaluation"}
 WHOLE_JOB = {"score_job", "pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
@@ -72,6 +72,11 @@ def test_kernels_import_torch_triton_and_each_other() -> None:
         assert {module for module, _ in imports(path)} <= {"kernels"}, path
         others = {name.split(".")[0] for name in imported_names(path)} - sys.stdlib_module_names
         assert others <= {"hfprune_fast", "torch", "triton"}, path
+
+
+def test_what_is_copied_into_checkpoints_imports_only_transformers() -> None:
+    others = imported_names(PACKAGE / "nonuniform.py") - sys.stdlib_module_names
+    assert others == {"transformers"}
 
 
 def test_only_one_module_imports_triton() -> None:
