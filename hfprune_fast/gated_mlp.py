@@ -38,11 +38,12 @@ class Scoring:
     """How a micro-batch is scored; `take` is given the statistics of each backward."""
 
     take: Callable[[TaylorStatistics], None]
-    is_last: Callable[[], bool]  # whether the backward that runs is the last one through the graph
     token_mask: Tensor | None
     grad_scale: float
     parity: bool
     backend: str
+    # Whether the backward that runs is the last one through the graph, which may overwrite it.
+    is_last: Callable[[], bool] = lambda: True
 
 
 @contextmanager

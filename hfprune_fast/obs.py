@@ -123,15 +123,14 @@ def least_squares(
     """
     wide: Tensor = weight.to(gram.dtype)
     right = cross + _shift(gram, ridge) * wide
-    solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, ridge))
-    transposed: Tensor = solved.t()
-    return transposed
+    return torch.cholesky_solve(right.t(), _cholesky(gram, ridge)).t()
 
 
 def _shift(gram: Tensor, ridge: float) -> Tensor:
     """λ·mean(diag), or λ for acts that are all 0."""
     mean = gram.diagonal().mean()
-    return ridge * torch.where(mean > 0, mean, torch.ones_like(mean))
+    shift: Tensor = ridge * torch.where(mean > 0, mean, torch.ones_like(mean))
+    return shift
 
 
 def _cholesky(gram: Tensor, ridge: float) -> Tensor:

@@ -340,7 +340,7 @@ class _Pass:
             return self._criterion == len(self.how.criteria) - 1
 
         needs_grad = layer > 0
-        scoring = Scoring(take, is_last, self.masks[i], scale, self.how.parity, self.how.backend)
+        scoring = Scoring(take, self.masks[i], scale, self.how.parity, self.how.backend, is_last)
         hidden = hidden.detach().requires_grad_(needs_grad)
         mlp = self.model.parts.mlps[layer]
         with (
