@@ -183,8 +183,8 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
 def size_of(model: PreTrainedModel) -> ModelSize:
     """Count the parameters of a model, which may be on the meta device."""
     mlps = parts_of(model).mlps
-    hidden = mlps[0].gate.in_features
-    widths = tuple(mlp.gate.out_features for mlp in mlps)
+    hidden = mlps[0].gate.weight.shape[1]
+    widths = tuple(len(mlp.gate.weight) for mlp in mlps)
     biases = sum(linear.bias is not None for linear in (mlps[0].gate, mlps[0].up))
     return ModelSize(
         model_type=str(family_type(model.config.to_dict())),

@@ -21,6 +21,7 @@ from hfprune_fast import demo as demonstration
 from hfprune_fast import doctor as doctoring
 from hfprune_fast import pipeline, processes, report
 from hfprune_fast._version import __version__
+from hfprune_fast.architectures import widths_text
 from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 from hfprune_fast.importance import STATISTICS, ImportanceTable
 from hfprune_fast.kernels import BACKENDS
@@ -173,8 +174,8 @@ def score(
     _print(
         as_json,
         {"out": str(out), **asdict(table.model), "provenance": table.provenance},
-        f"{out}: {table.model.num_layers} layers x {table.model.intermediate_size} neurons scored "
-        f"on {table.provenance['tokens']} tokens\n"
+        f"{out}: {table.model.num_layers} layers x {widths_text(table.model.widths)} neurons "
+        f"scored on {table.provenance['tokens']} tokens\n"
         f"next: hfprune prune {model} --scores {out} --calibration {calibration} "
         "--prune-ratio 0.2 --out DIR",
     )

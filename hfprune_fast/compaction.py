@@ -121,7 +121,7 @@ def prune_checkpoint(
         ArgumentError: keep, layout, replace or max_shard_size do not fit the model.
         NumericsError: a value that was to be written is NaN or infinite.
 
-    Memory: a block of 256 KiB a thread (padded, or without the C++ extension, a tensor a thread);
+    Memory: a block of 256 KiB a thread (without the C++ extension a tensor a thread, padded two);
     the source is mapped, and its pages are given back. Tokenizer, generation config etc. are
     copied.
     """

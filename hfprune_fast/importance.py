@@ -45,7 +45,7 @@ DEFAULT_STATISTIC = {
     "magnitude": "weight_norm",
     "random": "uniform",
 }
-STATISTICS = ("l1", "l2", "mask", "act", "obs")
+STATISTICS = ("l1", "l2", "mask", "act")
 _OF_A_CRITERION = ("l1", "l2", "mask")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _FORMAT = "hfprune_scores"

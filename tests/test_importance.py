@@ -13,9 +13,13 @@ from hfprune_fast.errors import OutputError, ScoresFileError
 SIZE = ModelSize("llama", 2, 8, 5, 1000, 900, 24)
 
 
+NAMES = ("entropy.l1", "entropy.l2", "entropy.mask", "act", "down_norm")
+
+
 def a_table() -> hf.ImportanceTable:
     tensors = torch.rand(5, 2, 5, dtype=torch.float64).unbind()
-    return hf.ImportanceTable(*tensors, model=SIZE, provenance={"seed": 3, "model": "m"})
+    provenance = {"seed": 3, "model": "m"}
+    return hf.ImportanceTable(dict(zip(NAMES, tensors, strict=True)), SIZE, provenance)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -32,12 +36,12 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_layout_is_the_documented_one(tmp_path: Path) -> None:
     a_table().save(tmp_path / "s")
     with safe_open(tmp_path / "s", framework="pt") as tensors:
-        assert sorted(tensors.keys()) == ["act", "down_norm", "l1", "l2", "mask"]
+        assert sorted(tensors.keys()) == sorted(NAMES)
         metadata = tensors.metadata()
     header = json.loads(metadata.pop("hfprune_scores"))
     assert metadata == {}
     assert sorted(header) == ["format_version", "model", "provenance"]
-    assert header["format_version"] == 1
+    assert header["format_version"] == 2
 
 
 def test_not_a_scores_file(tmp_path: Path) -> None:
@@ -54,7 +58,7 @@ def test_not_a_scores_file(tmp_path: Path) -> None:
     with pytest.raises(ScoresFileError, match="format version 9"):
         hf.ImportanceTable.load(path)
     nested = "[" * 10**5
-    for header in ("{", "7", nested, '{"format_version": 1}', '{"format_version": 1, "model": []}'):
+    for header in ("{", "7", nested, '{"format_version": 2}', '{"format_version": 2, "model": []}'):
         save_file({"l1": torch.zeros(2, 5)}, path, {"hfprune_scores": header})
         with pytest.raises(ScoresFileError, match="damaged"):
             hf.ImportanceTable.load(path)
@@ -72,16 +76,16 @@ def test_truncated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
 def test_numbers_that_cannot_be_scores(value: float) -> None:
-    tensors = [torch.zeros(2, 5, dtype=torch.float64) for _ in range(5)]
-    tensors[1][1, 2] = value
-    with pytest.raises(ScoresFileError, match="l2 holds NaN, inf or negative"):
-        hf.ImportanceTable(*tensors, model=SIZE, provenance={})
+    tensors = {name: torch.zeros(2, 5, dtype=torch.float64) for name in NAMES}
+    tensors["entropy.l2"][1, 2] = value
+    with pytest.raises(ScoresFileError, match="entropy.l2 holds NaN, inf or negative"):
+        hf.ImportanceTable(tensors, SIZE, {})
 
 
 def test_shape_and_dtype_are_checked() -> None:
-    tensors = [torch.zeros(2, 5, dtype=torch.float64) for _ in range(5)]
+    tensors = {name: torch.zeros(2, 5, dtype=torch.float64) for name in NAMES}
     with pytest.raises(ScoresFileError, match=r"act must be \(2, 5\) float64"):
-        hf.ImportanceTable(*tensors[:3], tensors[3].float(), tensors[4], SIZE, {})
+        hf.ImportanceTable({**tensors, "act": tensors["act"].float()}, SIZE, {})
 
 
 def test_the_mode_is_that_of_any_new_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama
 from truth import forward, tiny_model
 
 import hfprune_fast as hf
-from hfprune_fast import checkpoint, layouts, loading, nonuniform, pipeline
+from hfprune_fast import checkpoint, layouts, loading, nonuniform, pipeline, selection
 from hfprune_fast.architectures import FAMILIES, ModelSize, size_of
 from hfprune_fast.errors import ArgumentError, CheckpointError
 
@@ -389,6 +389,22 @@ def test_scores_are_those_of_the_padded_model(dense: Path, tmp_path: Path) -> No
     for offload in ("disk", "cpu"):
         streamed = hf.score(tmp_path / "custom", ids, device="cpu", offload=offload)
         assert torch.equal(streamed.l1, table.l1)
+
+
+def test_scored_and_pruned_from_the_command_line(
+    dense: Path, tmp_path: Path, hfprune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "select", lambda *_, **__: keep_of())
+    text = ["--calibration", "demo", "--samples", 2, "--seq-len", 32, "--device", "cpu"]
+    run = hfprune("prune", dense, "--out", tmp_path / "out", "--prune-ratio", 0.3, *text)
+    assert run.code == 0, run.err
+    assert "MLP neurons a layer 30 to 96 (mean 62.3) of 96 (35.07% of the neurons)" in run.out
+    run = hfprune("score", tmp_path / "out", "--out", tmp_path / "scores", *text)
+    assert run.code == 0, run.err
+    assert "3 layers x 30 to 96 (mean 62.3) neurons scored" in run.out
+    run = hfprune("plan", tmp_path / "out", "--prune-ratio", 0.3)
+    assert run.code == 2
+    assert "neurons are chosen only where all have as many" in run.err
 
 
 @pytest.mark.parametrize("layout", ["custom", "padded"])

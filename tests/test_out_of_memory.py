@@ -113,7 +113,7 @@ def assert_same(ours: Totals, theirs: Totals) -> None:
     assert torch.equal(ours.statistics, theirs.statistics)
     assert torch.equal(ours.down_norm, theirs.down_norm)
     assert (ours.samples, ours.tokens) == (theirs.samples, theirs.tokens)
-    assert ours.entropy_nats == theirs.entropy_nats
+    assert ours.loss_nats == theirs.loss_nats
 
 
 @WAYS

@@ -21,7 +21,14 @@ def size_of_width(width: int) -> ModelSize:
 def table_of(l1: torch.Tensor) -> hf.ImportanceTable:
     size = size_of_width(l1.shape[1])
     ones = torch.ones_like(l1)
-    return hf.ImportanceTable(l1, l1 * 2, l1.flip(1), ones, l1 + 1, size, {})
+    statistics = {
+        "entropy.l1": l1,
+        "entropy.l2": l1 * 2,
+        "entropy.mask": l1.flip(1),
+        "act": ones,
+        "down_norm": l1 + 1,
+    }
+    return hf.ImportanceTable(statistics, size, {})
 
 
 def test_the_papers_widths() -> None:

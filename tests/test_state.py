@@ -133,7 +133,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "samples a word": rewritten(lambda header, _: header.update(samples="x")),
     "samples a fraction": rewritten(lambda header, _: header.update(samples=2.5)),
     "most is 0": rewritten(lambda header, _: header.update(most=0)),
-    "entropy is no number": rewritten(lambda header, _: header.update(entropy_nats=float("nan"))),
+    "entropy is no number": rewritten(lambda header, _: header.update(loss_nats=[float("nan")])),
     "a tensor less": rewritten(lambda _, tensors: tensors.popitem()),
 }
 

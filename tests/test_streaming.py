@@ -88,7 +88,7 @@ def score(
 def assert_equal(got: Totals, expected: Totals) -> None:
     assert torch.equal(got.statistics, expected.statistics)
     assert torch.equal(got.down_norm, expected.down_norm)
-    assert got.entropy_nats == expected.entropy_nats
+    assert got.loss_nats == expected.loss_nats
     assert (got.samples, got.tokens) == (expected.samples, expected.tokens)
     assert bool(expected.statistics.all())
     assert bool(expected.down_norm.all())

@@ -12,12 +12,13 @@ PACKAGE = ROOT / "hfprune_fast"
 
 LEAVES = {
     "native",
+    *("obs", "recipe"),
     *("_version", "architectures", "checkpoint", "errors", "forward", "importance", "loading"),
     *("gated_mlp", "output", "planning", "processes", "report", "state", "streaming"),
     *("layouts", "nonuniform", "writing"),
 }
-STAGES = {"calibration", "scoring", "selection", "compaction", "evaluation"}
-WHOLE_JOB = {"score_job", "pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
+STAGES = {"refit", "calibration", "scoring", "selection", "compaction", "evaluation"}
+WHOLE_JOB = {"prune_job", "score_job", "pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
 
 
 def imports(path: Path) -> set[tuple[str, str]]:
