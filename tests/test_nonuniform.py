@@ -325,7 +325,9 @@ def test_a_new_model_starts_like_the_family() -> None:
     model = nonuniform.HFPruneLlamaForCausalLM(config)
     assert widths_of(model) == (900, 700)
     for layer in model.model.layers:
-        assert 0.48 < float(layer.mlp.up_proj.weight.std()) < 0.52  # 44,800 draws or more: 0.0017
+        assert (
+            0.48 < float(layer.mlp.up_proj.weight.detach().std()) < 0.52
+        )  # 44,800 draws or more: 0.0017
     for wrong in ([900], [900, 901], [0, 900]):
         config.mlp_widths = wrong
         with pytest.raises(ValueError, match=r"a width in 1\.\.900 for each of the 2 layers"):
