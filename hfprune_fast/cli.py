@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 from hfprune_fast.importance import STATISTICS, ImportanceTable
 from hfprune_fast.kernels import BACKENDS
 from hfprune_fast.planning import OFFLOADS
-from hfprune_fast.recipe import ALLOCATIONS, DATA_FREE, PRESETS, SELECTS, Recipe
+from hfprune_fast.recipe import ALLOCATIONS, DATA_FREE, PRESETS, SELECTS, Recipe, resolve
 from hfprune_fast.score_job import CRITERIA, DEFAULT_SAMPLES, SAVE_SECONDS
 from hfprune_fast.selection import MIN_KEEP
 
@@ -243,10 +243,10 @@ def prune(
     as_json, running = _split(flags)
     budget = {name: running.pop(name) for name in _BUDGETS}
     switches = {name: running.pop(name) for name in _SWITCHES}
-    table = None if scores is None else ImportanceTable.load(scores)
-    recipe = _recipe(preset, switches, table, calibration)
     if scores is not None and running["resume"]:
         raise ArgumentError("--resume goes on with scoring, so with --calibration, not --scores")
+    table = None if scores is None else ImportanceTable.load(scores)
+    recipe = _recipe(preset, switches, table, calibration)
     layers = _layers(protect)
     # Everything that can be refused is refused before hours of scoring.
     resume = running["resume"]
@@ -382,36 +382,26 @@ def _scoring_of(out: Path, running: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(
     preset: str,
-    switches: dict[str, Any],
+    asked: dict[str, Any],
     table: ImportanceTable | None,
     calibration: str | None,
 ) -> Recipe:
-    """Return the preset with what was asked for otherwise, and with what it takes to do it."""
-    given = {name: value for name, value in switches.items() if value is not None}
-    base = PRESETS[preset]
-    if table is not None and preset == "default":
-        base = replace(base, criterion=table.criteria[0])
-        if "obs" not in table.statistics:
-            base = replace(base, select="statistic")
-    if {"criterion", "statistic"} & given.keys() and "select" not in given:
-        fisher = given.get("criterion", base.criterion) == "fisher"
-        base = replace(base, select="obs" if fisher and "statistic" not in given else "statistic")
-    if calibration is None and preset == "default" and not given.get("refit"):
-        base = replace(base, refit=False, allocation="uniform")
-    if given.get("refit") is False and base.allocation == "auto" and "allocation" not in given:
-        base = replace(base, allocation="uniform", refit=False)
-    if "statistic" in given or base.select == "obs":
-        base = replace(base, statistic=None)
-    recipe = replace(base, **given)
+    """Return the preset with what was asked for otherwise, if there is all that it takes."""
+    scored = None if table is None else (table.criteria, "obs" in table.statistics)
+    recipe = resolve(preset, asked, scored, fits=calibration is not None)
     data_free = recipe.criterion in DATA_FREE
     if table is None and calibration is None and not data_free:
         raise ArgumentError("give --calibration SOURCE, or --scores FILE, or both")
     if table is not None and data_free:
         raise ArgumentError(f"criterion {recipe.criterion} takes no --scores")
+    if recipe.refit and calibration is None:
+        raise ArgumentError("--refit needs --calibration, the text to fit to")
     if recipe.steps > 1 and (table is not None or data_free):
         raise ArgumentError("--steps scores again and again, so with --calibration and no --scores")
-    if calibration is None and preset == "default" and not recipe.refit:
-        report.say("without --calibration nothing is refitted, which costs fidelity")
+    if preset == "default" and calibration is None:
+        report.say(
+            "nothing is refitted; give --calibration as well for a model closer to the dense"
+        )
     return recipe
 
 

@@ -121,9 +121,10 @@ def least_squares(
     Raises:
         NumericsError: gram is not that of any act, or holds NaN.
     """
-    wide: Tensor = weight.to(gram.dtype)
-    right = cross + _shift(gram, ridge) * wide
-    return torch.cholesky_solve(right.t(), _cholesky(gram, ridge)).t()
+    right = cross + _shift(gram, ridge) * weight.to(gram.dtype)
+    factor = _cholesky(gram, ridge)
+    solved: Tensor = torch.cholesky_solve(right.t(), factor)
+    return solved.t()
 
 
 def _shift(gram: Tensor, ridge: float) -> Tensor:
@@ -135,6 +136,7 @@ def _shift(gram: Tensor, ridge: float) -> Tensor:
 
 def _cholesky(gram: Tensor, ridge: float) -> Tensor:
     gram.diagonal().add_(_shift(gram, ridge))
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
         raise NumericsError("the activations' second moments are not positive; try float32")

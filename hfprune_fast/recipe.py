@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from hfprune_fast.errors import ArgumentError
 
@@ -65,3 +67,36 @@ PRESETS = {
     "default": Recipe(),
     "paper": Recipe("entropy", "statistic", "l1", "uniform", refit=False),
 }
+
+
+def resolve(
+    preset: str,
+    asked: Mapping[str, Any],
+    scored: tuple[tuple[str, ...], bool] | None = None,
+    *,
+    fits: bool = True,
+) -> Recipe:
+    """Return a preset's recipe with what was asked for in its place.
+
+    What was left open follows the rest: the default recipe ranks by what the scores hold, by a
+    statistic if a criterion without removal costs or a statistic was asked for, and neither refits
+    nor measures allocations where there is nothing to fit to.
+
+    Args:
+        preset: a name in PRESETS.
+        asked: fields of Recipe; None leaves one open.
+        scored: of scores that are there already, their criteria and whether they have removal costs.
+        fits: whether there is a calibration text.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    values = asdict(PRESETS[preset])
+    if preset == "default" and scored is not None:
+        values["criterion"] = scored[0][0]
+    values["criterion"] = given.get("criterion", values["criterion"])
+    has_costs = values["criterion"] == "fisher" and (scored is None or scored[1])
+    if not has_costs or "statistic" in given:
+        values["select"] = "statistic"
+    values["refit"] = given.get("refit", values["refit"] and fits)
+    if values["allocation"] == "auto" and not values["refit"]:
+        values["allocation"] = "uniform"
+    return Recipe(**{**values, **given})

@@ -78,7 +78,7 @@ def test_truncated(tmp_path: Path) -> None:
 def test_numbers_that_cannot_be_scores(value: float) -> None:
     tensors = {name: torch.zeros(2, 5, dtype=torch.float64) for name in NAMES}
     tensors["entropy.l2"][1, 2] = value
-    with pytest.raises(ScoresFileError, match="entropy.l2 holds NaN, inf or negative"):
+    with pytest.raises(ScoresFileError, match=r"entropy\.l2 holds NaN, inf or negative"):
         hf.ImportanceTable(tensors, SIZE, {})
 
 
