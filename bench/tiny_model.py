@@ -96,11 +96,12 @@ def gather() -> Corpus:
     warnings.simplefilter("ignore", DeprecationWarning)
     paths = sysconfig.get_paths()
     python = dict(module_docstrings(Path(paths["stdlib"]), "python"))
-    others = {
-        name: text
-        for package in PACKAGES
-        for name, text in module_docstrings(Path(paths["purelib"]) / package, package)
-    }
+    others: dict[str, str] = {}
+    for package in PACKAGES:
+        folder = Path(paths["purelib"]) / package
+        if not folder.is_dir():  # importable from elsewhere: the corpus would silently be smaller
+            raise SystemExit(f"{package}: expected its sources in {folder}, got none")
+        others.update(module_docstrings(folder, package))
     seen_paragraphs: set[str] = set()
     shipped_shingles: set[int] = set()
 
