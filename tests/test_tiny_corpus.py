@@ -1,10 +1,10 @@
-"""bench/tiny_model.py: a corpus that is whole or refused."""
+"""bench/tiny_corpus.py: a corpus that is whole or refused."""
 
 import sysconfig
 from pathlib import Path
 
 import pytest
-from tiny_model import gather
+from tiny_corpus import gather
 
 
 def test_a_package_whose_sources_are_elsewhere_is_an_error(
