@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types aot bench bench-large tiny-model install clean
+.PHONY: demo test lint types aot bench bench-large tiny-model qwen3-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
@@ -40,6 +40,11 @@ bench-large: $(VENV)/.bench install
 tiny-model: $(VENV)/.runtime
 	rm -rf build/tiny
 	$(BIN)/python bench/tiny_model.py --out build/tiny
+
+# A trained model of another family and shape, which does not ship; about a quarter of an hour too.
+qwen3-model: $(VENV)/.runtime
+	rm -rf build/qwen3
+	$(BIN)/python bench/tiny_model.py --family qwen3 --out build/qwen3
 
 # The package itself, as users get it: built and copied, not editable. Needs no network.
 install: $(VENV)/.runtime
