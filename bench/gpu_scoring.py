@@ -173,7 +173,7 @@ def checked(
         progress.note(f"{name}: checked")
         try:
             totals = subject.ours(way)
-            l1 = totals.statistics[0]
+            l1 = totals.statistics[0, 0]
             row = {"provider": name, "batch_size": way.batch_size, "recompute": way.recompute}
             row |= judge.check(name, l1)
             row["rank_correlation"] = rank_correlation(l1, reference)

@@ -148,7 +148,7 @@ class Streamed:
     def resident_run(self, plan: Plan, sequences: int) -> Tensor:
         with no_retreat(), ResidentModel(loading.build(loading.blueprint(self.folder))) as model:
             batches, how = self.batches(plan, sequences), self.how(plan, sequences)
-            return score_batches(model, batches, how).statistics[0].cpu()
+            return score_batches(model, batches, how).statistics[0, 0].cpu()
 
     def too_little(self, offload: str) -> str | None:
         """Why there is not enough host memory to try, if so."""
@@ -191,8 +191,8 @@ class Streamed:
                     passes.append(wall | marks.parts(self.layers, len(batches)))
                     progress.note(f"{name}: {wall['s']:.2f} s")
                     if not checked:
-                        added = new.statistics[0].cpu()
-                        added = added if totals is None else added - totals.statistics[0].cpu()
+                        added = new.statistics[0, 0].cpu()
+                        added = added if totals is None else added - totals.statistics[0, 0].cpu()
                         error = relative_errors(added, self.wanted[sequences])
                         checked = check_rows(name, error, self.band)
                     totals = new

@@ -178,8 +178,8 @@ class _Reckoner:
         sequences: int,
         free: int,
         loaded: bool,
-        criteria: int,
-        fitting: bool,
+        criteria: int = 1,
+        fitting: bool = False,
     ) -> None:
         self.shape, self.device, self.s = shape, device, dtype.itemsize
         self.w = max(4, self.s)

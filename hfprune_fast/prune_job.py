@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from hfprune_fast import checkpoint, compaction, evaluation, loading, planning, selection
 from hfprune_fast.calibration import windows_for
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.forward import MicroBatch, micro_batch, numbered
+from hfprune_fast.forward import MicroBatch, ResidentModel, micro_batch, numbered
 from hfprune_fast.importance import ImportanceTable
 from hfprune_fast.recipe import Recipe
 from hfprune_fast.refit import Keep, refit
@@ -23,7 +23,7 @@ from hfprune_fast.score_job import DEFAULT_SAMPLES, score
 from hfprune_fast.streaming import running
 
 # What allocation "auto" tries, on at most so many sequences, of which a quarter is not fitted to.
-_TRIED = (0.0, 0.5, 1.0)
+ALLOCATIONS_TRIED = (0.0, 0.5, 1.0)
 _TRIAL_SEQUENCES = 64
 
 
@@ -107,33 +107,47 @@ class Fitting:
 
         KL(dense || pruned) is over sequences that were not fitted to.
         """
-        batches = self._trial()
-        held_out = max(1, len(batches) // 4)
         blueprint = loading.blueprint(self._folder, **self._how)
+        batches = trial(self.batches)
         with (
             token_bar("allocating", _tokens(batches), self._progress) as done,
             running(blueprint, self._plan.offload) as model,
         ):
-            results, dense = refit(model, batches, keeps, held_out=held_out, done=done)
-            head = model.head()
-            kl = [
-                evaluation.compare(batches[-held_out:], dense, r.hidden, head, head).kl_nats
-                for r in results
-            ]
+            kl = held_out_kl(model, batches, keeps, done)
         return min(range(len(kl)), key=kl.__getitem__), kl
 
-    def _trial(self) -> list[MicroBatch]:
-        """Return the first sequences, in two micro-batches or more."""
-        batches: list[MicroBatch] = []
-        for batch in self.batches:
-            if sum(len(b.ids) for b in batches) >= _TRIAL_SEQUENCES:
-                break
-            batches.append(batch)
-        if len(batches) == 1:
-            batches = batches[0].split(max(1, len(batches[0].ids) * 3 // 4))
-        if len(batches) == 1:
-            raise ArgumentError("allocation auto needs 2 calibration samples or more, got 1")
-        return batches
+
+def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Return the first sequences of a calibration, in two micro-batches or more."""
+    first: list[MicroBatch] = []
+    for batch in batches:
+        if sum(len(b.ids) for b in first) >= _TRIAL_SEQUENCES:
+            break
+        first.append(batch)
+    if len(first) == 1:
+        first = first[0].split(max(1, len(first[0].ids) * 3 // 4))
+    if len(first) == 1:
+        raise ArgumentError("allocation auto needs 2 calibration samples or more, got 1")
+    return first
+
+
+def held_out_kl(
+    model: ResidentModel,
+    batches: Sequence[MicroBatch],
+    keeps: Sequence[Keep],
+    done: Callable[[float], object] = lambda tokens: None,
+) -> list[float]:
+    """Return KL(dense || pruned) of each keep over the last quarter of the batches.
+
+    They are refitted on the others.
+    """
+    held_out = max(1, len(batches) // 4)
+    results, dense = refit(model, batches, keeps, held_out=held_out, done=done)
+    head = model.head()
+    return [
+        evaluation.compare(batches[-held_out:], dense, r.hidden, head, head).kl_nats
+        for r in results
+    ]
 
 
 def _tokens(batches: Sequence[MicroBatch]) -> int:
@@ -148,9 +162,9 @@ def allocate(
         return cut.keep(importance, recipe.allocation), {"allocation": recipe.allocation}
     if fitting is None:
         raise ArgumentError("allocation auto needs --calibration; choose uniform or global")
-    keeps = [cut.keep(importance, number) for number in _TRIED]
+    keeps = [cut.keep(importance, number) for number in ALLOCATIONS_TRIED]
     best, kl = fitting.closest(keeps)
-    tried = dict(zip(map(str, _TRIED), kl, strict=True))
+    tried = dict(zip(map(str, ALLOCATIONS_TRIED), kl, strict=True))
     say(
         "allocation: KL on held-out calibration is "
         + ", ".join(
@@ -158,7 +172,7 @@ def allocate(
             for name, nats in zip(("uniform", "halfway", "global"), kl, strict=True)
         )
     )
-    return keeps[best], {"allocation": _TRIED[best], "allocations_kl_nats": tried}
+    return keeps[best], {"allocation": ALLOCATIONS_TRIED[best], "allocations_kl_nats": tried}
 
 
 def score_in_steps(

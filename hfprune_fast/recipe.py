@@ -85,7 +85,7 @@ def resolve(
     Args:
         preset: a name in PRESETS.
         asked: fields of Recipe; None leaves one open.
-        scored: of scores that are there already, their criteria and whether they have removal costs.
+        scored: of scores that are there, their criteria, and whether they have removal costs.
         fits: whether there is a calibration text.
     """
     given = {name: value for name, value in asked.items() if value is not None}

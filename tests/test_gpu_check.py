@@ -214,7 +214,7 @@ def test_wrong_scores_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.Mo
     def ours(self: Any, way: Any, totals: Any = None) -> Any:
         found = right(self, way, totals)
         if way.batch_size == 4:
-            found.statistics[0, 1] *= 7 / 8
+            found.statistics[0, 0, 1] *= 7 / 8
         return found
 
     monkeypatch.setattr(module.Subject, "ours", ours)

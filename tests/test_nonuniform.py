@@ -396,7 +396,7 @@ def test_scores_are_those_of_the_padded_model(dense: Path, tmp_path: Path) -> No
 def test_scored_and_pruned_from_the_command_line(
     dense: Path, tmp_path: Path, hfprune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "select", lambda *_, **__: keep_of())
+    monkeypatch.setattr(selection, "keep_top", lambda *_, **__: keep_of())
     text = ["--calibration", "demo", "--samples", 2, "--seq-len", 32, "--device", "cpu"]
     run = hfprune("prune", dense, "--out", tmp_path / "out", "--prune-ratio", 0.3, *text)
     assert run.code == 0, run.err

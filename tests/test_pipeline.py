@@ -39,7 +39,7 @@ def test_pruned_checkpoint_in_another_process(
     model = "demo" if which == "demo" else llama_dir
     folder = checkpoint.find_model(model)
     out = tmp_path / "out"
-    flags = ["--calibration", "demo", "--samples", 4, "--seq-len", 32]
+    flags = ["--calibration", "demo", "--samples", 4, "--seq-len", 32, "--preset", "paper"]
     run = hfprune("prune", model, "--prune-ratio", 0.2, "--out", out, *flags)
     assert run.code == 0, run.err  # type: ignore[attr-defined]
     saved = tmp_path / "logits.pt"

@@ -121,7 +121,7 @@ def test_pruning_together_writes_one_checkpoint(hfprune: Hfprune) -> None:
     assert {path.name for path in Path("pruned").iterdir()} == {
         path.name for path in Path("one").iterdir()
     }
-    assert json.loads(Path("log0.out").read_text())["intermediate_size"] == 72
+    assert json.loads(Path("log0.out").read_text())["prune_ratio"] == 0.25
     assert Path("log1.out").read_text() == logs[1] == ""
 
 
