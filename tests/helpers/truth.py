@@ -7,7 +7,7 @@ D hidden_size, F intermediate_size, V vocab_size, L layers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,13 +134,23 @@ def kl_nats(dense_logits: Tensor, pruned_logits: Tensor) -> Tensor:
     return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(dim=-1)
 
 
-def scores(state_dict: Mapping[str, Tensor], config: Any, sequences: Tensor) -> dict[str, Tensor]:
-    """The statistics l1, l2, mask, act, each (L, F), and "loss" (N,), of sequences (N, S)."""
+def scores(
+    state_dict: Mapping[str, Tensor],
+    config: Any,
+    sequences: Tensor,
+    loss_of: Callable[[Tensor, Tensor, int], Tensor] = lambda logits, ids, n: entropy(
+        logits
+    ).mean(),
+) -> dict[str, Tensor]:
+    """The statistics l1, l2, mask, act, each (L, F), and "loss" (N,), of sequences (N, S).
+
+    loss_of is given the logits and ids of a sequence, and its number.
+    """
     weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
     losses, per_sequence = [], []
-    for ids in sequences:
+    for number, ids in enumerate(sequences):
         run = forward(weights, config, ids)
-        loss = entropy(run.logits).mean()
+        loss = loss_of(run.logits, ids, number)
         grads = torch.stack(torch.autograd.grad(loss, run.acts))  # (L, S, F)
         acts = torch.stack(run.acts).detach()
         x = grads * acts
