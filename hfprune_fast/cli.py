@@ -285,6 +285,8 @@ def prune(
             **budget,
         )
     pipeline.state_of(out).unlink(missing_ok=True)
+    if preset == "default" and calibration is None:
+        report.say("nothing was refitted; with --calibration as well it stays closer to the dense")
     _print(
         as_json,
         result,
@@ -398,10 +400,6 @@ def _recipe(
         raise ArgumentError("--refit needs --calibration, the text to fit to")
     if recipe.steps > 1 and (table is not None or data_free):
         raise ArgumentError("--steps scores again and again, so with --calibration and no --scores")
-    if preset == "default" and calibration is None:
-        report.say(
-            "nothing is refitted; give --calibration as well for a model closer to the dense"
-        )
     return recipe
 
 

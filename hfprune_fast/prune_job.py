@@ -25,6 +25,8 @@ from hfprune_fast.streaming import running
 # What allocation "auto" tries, on at most so many sequences, of which a quarter is not fitted to.
 ALLOCATIONS_TRIED = (0.0, 0.5, 1.0)
 _TRIAL_SEQUENCES = 64
+# Below this a refit follows the calibration text more than the model.
+_TOKENS_A_NEURON = 8
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ class Fitting:
             memory_budget=memory_budget,
             fitting=True,
         )
+        tokens, width = ids.numel(), shape.size.intermediate_size
+        if tokens < _TOKENS_A_NEURON * width:
+            say(
+                f"{tokens} calibration tokens are few to refit {width} neurons a layer; "
+                f"{_TOKENS_A_NEURON * width} or more generalise better"
+            )
         self.batches = numbered(
             micro_batch(part, shape.vocab_size) for part in ids.split(self._plan.batch_size)
         )

@@ -101,3 +101,67 @@ def test_bad_budgets(arguments: dict[str, Any], message: str) -> None:
 def test_unknown_statistic() -> None:
     with pytest.raises(ArgumentError, match="statistic must be one of l1, l2, mask, act"):
         hf.select(table_of(torch.ones(2, 4).double()), prune_ratio=0.5, statistic="l3")
+
+
+importances = st.integers(1, 5).flatmap(
+    lambda layers: st.lists(
+        st.lists(st.integers(0, 9), min_size=13, max_size=13), min_size=layers, max_size=layers
+    )
+)
+
+
+@given(importances, st.integers(1, 13), st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0]))
+def test_every_allocation_keeps_as_many(
+    rows: list[list[int]], width: int, step: int, allocation: float
+) -> None:
+    importance = torch.tensor(rows, dtype=torch.float64)
+    width = max(step, width // step * step)
+    keep = keep_top(importance, width, allocation, min_keep=0.2, round_to=step)
+    widths = [len(kept) for kept in keep.values()]
+    assert sum(widths) == width * len(rows)
+    assert all(w % step == 0 for w in widths)
+    assert min(widths) >= min(width, 3)  # a fifth of 13, rounded up
+    for row, kept in zip(importance, keep.values(), strict=True):
+        gone = torch.ones(13, dtype=torch.bool)
+        gone[kept] = False
+        assert not gone.any() or float(row[kept].min()) >= float(row[gone].max())
+
+
+def test_global_is_one_ranking() -> None:
+    importance = torch.rand(4, 50, dtype=torch.float64)
+    importance[1] *= 3
+    keep = keep_top(importance, 20, "global", min_keep=0)
+    threshold = importance.flatten().sort(descending=True).values[4 * 20 - 1]
+    for layer, kept in keep.items():
+        assert kept.tolist() == (importance[layer] >= threshold).nonzero().squeeze(1).tolist()
+    halfway = keep_top(importance, 20, 0.5, min_keep=0)
+    for layer, kept in halfway.items():
+        assert abs(len(kept) - (20 + len(keep[layer])) / 2) < 1
+
+
+def test_a_layer_keeps_its_part_and_a_protected_one_all() -> None:
+    importance = torch.arange(30, dtype=torch.float64).view(10, 3).t().contiguous()
+    importance[0] = 1e-9
+    widths = [len(k) for k in keep_top(importance, 6, "global", min_keep=0.25).values()]
+    assert widths[0] == 3
+    assert sum(widths) == 18
+    protected = keep_top(importance, 6, "global", min_keep=0.25, protect=[0])
+    assert [len(k) for k in protected.values()] == [10, 6, 6]
+    assert [len(k) for k in keep_top(importance, 6, protect=[2]).values()] == [6, 6, 10]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allocation": "fair"}, "allocation must be uniform, global or a number .*got 'fair'"),
+        ({"allocation": 1.5}, "allocation must be"),
+        ({"allocation": "global", "min_keep": 2}, r"min_keep must be in \[0, 1\], got 2"),
+        ({"protect": [2]}, r"protect names layer 2; the model has 0\.\.1"),
+        ({"protect": [0, 1]}, "protect names every layer"),
+        ({"criterion": "fisher"}, "by entropy, not by fisher"),
+    ],
+)
+def test_what_an_allocation_cannot_be(options: dict[str, Any], message: str) -> None:
+    table = table_of(torch.rand(2, 6, dtype=torch.float64))
+    with pytest.raises(ArgumentError, match=message):
+        hf.select(table, intermediate_size=3, **options)
