@@ -25,6 +25,7 @@ from hfprune_fast.architectures import widths_text
 from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 from hfprune_fast.importance import STATISTICS, ImportanceTable
 from hfprune_fast.kernels import BACKENDS
+from hfprune_fast.layouts import LAYOUTS
 from hfprune_fast.planning import OFFLOADS
 from hfprune_fast.recipe import ALLOCATIONS, DATA_FREE, PRESETS, SELECTS, Recipe, resolve
 from hfprune_fast.score_job import CRITERIA, DEFAULT_SAMPLES, SAVE_SECONDS
@@ -220,6 +221,13 @@ def score(
     help="Part of a layer's neurons that is left at least.",
 )
 @click.option("--protect", default="", metavar="LAYERS", help="Not pruned; such as 0,1,31.")
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="auto",
+    show_default=True,
+    help="How widths that differ are written; padded loads everywhere, and is larger.",
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. [default: shards are kept]")
 @click.option("--verify", is_flag=True, help="Read the output back from disk and compare it.")
 @_scoring
@@ -234,6 +242,7 @@ def prune(
     min_keep: float,
     protect: str,
     round_to: int,
+    layout: str,
     max_shard_size: str | None,
     verify: bool,
     force: bool,
@@ -278,6 +287,7 @@ def prune(
             min_keep=min_keep,
             protect=layers,
             round_to=round_to,
+            layout=layout,
             max_shard_size=max_shard_size,
             verify=verify,
             force=force,

@@ -1,7 +1,8 @@
-"""The whole job on the small model that ships with the package, beside two yardsticks.
+"""The whole job on the small model that ships with the package, beside what it is held against.
 
-Scores the model, removes a fraction of every layer's neurons, saves, reloads, and measures fidelity
-on held-out text; then does the same with neurons chosen by weight magnitude and at random.
+Scores the model, removes a fraction of its neurons by the default recipe, saves, reloads, and
+measures fidelity on held-out text; then does the same with one width for all layers, and with
+neurons chosen as in the paper, by weight magnitude and at random.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 
 from hfprune_fast import checkpoint, compaction, evaluation, loading, pipeline, report, selection
-from hfprune_fast.architectures import parts_of
 from hfprune_fast.calibration import windows_for
+from hfprune_fast.recipe import Recipe
 
 SEQ_LEN = 256
 RANDOM_SEEDS = 5
@@ -29,24 +30,35 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
     source = checkpoint.TINY_MODEL
+    text = source / "calibration.txt"
+    how: dict[str, Any] = {
+        "seq_len": SEQ_LEN,
+        "samples": 64,
+        "batch_size": _BATCH_SIZE,
+        "device": "cpu",
+    }
+    pruned = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch) / "pruned"
         pipeline.check_prune(source, folder, prune_ratio=prune_ratio, force=force)
         table = pipeline.score(
-            source,
-            source / "calibration.txt",
-            seq_len=SEQ_LEN,
-            samples=64,
-            batch_size=_BATCH_SIZE,
-            device="cpu",
-            progress=True,
+            source, text, criterion=["fisher", "entropy"], obs=True, progress=True, **how
         )
-        achieved = pipeline.prune_to(source, folder, table, prune_ratio=prune_ratio, force=force)
-        pruned = loading.load_model(folder, device="cpu")
+
+        def prune(folder: Path, recipe: Recipe, force: bool) -> dict[str, Any]:
+            return pipeline.prune_to(
+                source, folder, table, recipe=recipe, calibration=text, fitting=how, force=force,
+                prune_ratio=prune_ratio,
+            )  # fmt: skip
+
+        achieved = prune(folder, Recipe(), force)
+        pruned["default"] = loading.load_model(folder, device="cpu")
+        uniform = Path(scratch) / "uniform"
+        width = prune(uniform, Recipe(allocation="uniform"), False)["intermediate_size"]
+        pruned["uniform"] = loading.load_model(uniform, device="cpu")
     dense = loading.load_model(source, device="cpu")
     held_out = windows_for(source, source / "heldout.txt", SEQ_LEN, None, 0)
     batches = held_out.split(_BATCH_SIZE)
-    width = achieved["intermediate_size"]
 
     def measure(model: Any) -> dict[str, Any]:
         return asdict(evaluation.evaluate(dense, model, batches))
@@ -56,13 +68,14 @@ def run(
         compaction.prune(model, selection.keep_top(importance, width))
         return measure(model)
 
-    rows = {"dense": measure(dense), "entropy": measure(pruned)}
-    rows["magnitude"] = measure_kept(_magnitude(dense))
+    rows = {"dense": measure(dense), **{name: measure(model) for name, model in pruned.items()}}
+    rows["entropy"] = measure_kept(table.importance("l1", "entropy"))
+    rows["magnitude"] = measure_kept(pipeline.weights_table(source, "magnitude").importance())
     report.say(f"measuring {RANDOM_SEEDS} random choices")
     at_random = []
     for seed in range(RANDOM_SEEDS):
         generator = torch.Generator().manual_seed(seed)
-        at_random.append(measure_kept(torch.rand(table.l1.shape, generator=generator)))
+        at_random.append(measure_kept(torch.rand(table.obs.shape, generator=generator)))
     rows["random"] = {key: mean(row[key] for row in at_random) for key in at_random[0]}
     for name, row in rows.items():
         row["params"] = achieved["dense_params" if name == "dense" else "params"]
@@ -73,7 +86,9 @@ def table(result: dict[str, Any]) -> str:
     """Format the result of `run` as one table."""
     names = {
         "dense": "dense",
-        "entropy": "pruned by entropy",
+        "default": "pruned by hfprune",
+        "uniform": "pruned by hfprune, uniform widths",
+        "entropy": "pruned by entropy, as in the paper",
         "magnitude": "pruned by weight magnitude",
         "random": f"pruned at random (mean of {RANDOM_SEEDS})",
     }
@@ -93,15 +108,3 @@ def table(result: dict[str, Any]) -> str:
         f"{result['fidelity']['dense']['tokens']} held-out tokens"
     )
     return f"{title}\n\n{report.text_table(header, rows)}"
-
-
-def _magnitude(model: Any) -> torch.Tensor:
-    """2-norm of all of a neuron's weights: its gate row, up row and down column. (L, F)"""
-    return torch.stack(
-        [
-            torch.cat([mlp.gate.weight, mlp.up.weight, mlp.down.weight.t()], dim=1)
-            .double()
-            .norm(dim=1)
-            for mlp in parts_of(model).mlps
-        ]
-    )

@@ -334,6 +334,7 @@ def plan(
         batch_size=batch_size,
         offload=offload,
         memory_budget=memory_budget,
+        fitting=True,
     )
     attention = 4 * seq_len * shape.attention_width * size.num_layers
     result = size.pruned_to(width)

@@ -151,6 +151,21 @@ def neurons_text(achieved: dict[str, Any]) -> str:
     return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
 
 
+def _recipe_rows(asked: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say how the neurons were chosen, and what became of the others."""
+    if asked["select"] == "obs":
+        ranked = "what a removal costs when the others are refitted (criterion `fisher`)"
+    else:
+        ranked = f"criterion `{asked['criterion']}`"
+        ranked += f", statistic `{asked['statistic']}`" if asked["statistic"] else ""
+    allocation = chosen.get("allocation", asked["allocation"])
+    shares = {0.0: "uniform", 0.5: "halfway between uniform and global", 1.0: "global"}
+    rows = [("ranked by", ranked), ("allocation", shares.get(allocation, str(allocation)))]
+    if asked["refit"]:
+        rows.append(("down_proj", "refitted to the dense model by least squares"))
+    return rows
+
+
 def model_card(record: dict[str, Any]) -> str:
     """Return README.md of a pruned checkpoint, from the record that becomes its hfprune.json."""
     base_model, achieved = record["base_model"], record["achieved"]
@@ -162,8 +177,8 @@ def model_card(record: dict[str, Any]) -> str:
         ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]
-    if "statistic" in record.get("asked", {}):
-        rows.append(("ranked by", f"output entropy, statistic `{record['asked']['statistic']}`"))
+    if "criterion" in record.get("asked", {}):
+        rows += _recipe_rows(record["asked"], record.get("chosen", {}))
     calibration = provenance.get("calibration")
     if isinstance(calibration, dict) and "source" in calibration:
         rows.append(("calibration", str(calibration["source"])))
