@@ -1,12 +1,12 @@
 """How close to the dense model each way to prune stays, without training.
 
     python bench/fidelity.py MODEL --calibration TEXT --text TEXT [--name NAME]
-    python bench/fidelity.py --tables            the tables, the picture and the README's part again
 
 MODEL is a folder or `demo`. Every recipe below is scored, allocated and refitted on windows of the
 calibration text, once for each seed (which draws the windows, and fisher's tokens), and measured on
 another text: KL(dense || pruned), perplexity and top-1 agreement. Rows go to
-bench/results/fidelity/NAME.jsonl as they come, so an interrupted run goes on where it was.
+bench/results/fidelity/NAME.jsonl as they come, so an interrupted run goes on where it was;
+`python bench/report.py` makes tables and a picture of them.
 
 A pruned model is measured as the dense one with its down_proj replaced: columns of removed neurons
 are zero and the others refitted, which is the same function as the smaller model. All is fp32; the
@@ -218,9 +218,11 @@ def run(args: argparse.Namespace, ways: Sequence[Way] = WAYS) -> Path:
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", help="a model folder, or demo")
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--text", type=Path, help="held-out text, of other documents")
+    parser.add_argument("model", help="a model folder, or demo")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument(
+        "--text", type=Path, required=True, help="held-out text, of other documents"
+    )
     parser.add_argument("--name", help="of the model in the results; by default its folder's")
     parser.add_argument("--out", type=Path, default=fidelity_report.FOLDER)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -228,14 +230,8 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--eval-samples", type=int, default=64, help="held-out windows")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--tables", action="store_true", help="only from what is measured")
-    args = parser.parse_args(argv)
-    if not args.tables and None in (args.model, args.calibration, args.text):
-        parser.error("MODEL, --calibration and --text are needed")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parsed()
-    if not arguments.tables:
-        run(arguments)
+    print(run(parsed()))

@@ -6,8 +6,9 @@
                                              result files give; nothing is written
 
 The README has its parts between `<!-- results: NAME -->` and `<!-- end -->`; NAME is kernels,
-scoring, compaction or pictures. They and the pictures are of the newest file of each machine and
-suffix: <machine>-<date>.json, <machine>-<date>-large.json. Nothing but Python is needed.
+scoring, compaction, pictures or fidelity. They and the pictures are of the newest file of each
+machine and suffix: <machine>-<date>.json, <machine>-<date>-large.json; fidelity's of all of
+bench/results/fidelity/*.jsonl. Nothing but Python is needed.
 
 The exit status is 2 when a file is no result, with one line that says why.
 """
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
+import fidelity_report
 import pictures
 from records import ROOT, Result, ResultError, Row, read
 from report_readme import replaced
@@ -110,7 +112,13 @@ def disagreements(root: Path) -> Iterator[str]:
         elif now != text:
             yield f"{path.relative_to(root)}: {_first_difference(now, text)}"
     results = root / "bench" / "results"
-    for path in sorted([*results.glob("*.svg"), *results.glob("*-20[0-9][0-9]-*.md")]):
+    for path in sorted(
+        [
+            *results.glob("*.svg"),
+            *results.glob("fidelity/*.md"),
+            *results.glob("*-20[0-9][0-9]-*.md"),
+        ]
+    ):
         if path not in expected:
             yield f"{path.relative_to(root)}: of no result file that counts; delete it"
 
@@ -122,7 +130,7 @@ def texts(root: Path) -> dict[Path, str]:
     tables = {source.path.with_suffix(".md"): markdown(source.result) for source in found}
     drawn = {path: picture.svg for path, picture in pictures.of(current).items()}
     text = replaced(readme.read_text(encoding="utf-8"), current, root)
-    return tables | drawn | {readme: text}
+    return tables | drawn | fidelity_report.texts(root) | {readme: text}
 
 
 def markdown(result: Result) -> str:

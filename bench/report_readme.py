@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fidelity_report
 import pictures
 from records import ResultError, Row
 from report_cells import (
@@ -207,6 +208,7 @@ PARTS = {
     "scoring": for_each(scoring),
     "compaction": for_each(compaction, ("CPU",)),
     "pictures": _pictures,
+    "fidelity": fidelity_report.readme,
 }
 
 
