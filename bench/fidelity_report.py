@@ -202,7 +202,7 @@ def readme(_: object, root: Path) -> list[str]:
 
 def picture(found: list[Measured]) -> str:
     """KL against parameters removed, a panel a model, the same scale in all."""
-    canvas = Canvas(WIDTH, PANEL_HEIGHT + 130)
+    canvas = Canvas(WIDTH, PANEL_HEIGHT + 152)
     canvas.text(MARGIN, 22, "KL(dense ‖ pruned) without training, held-out text, nats", bold=True)
     shown = [way for _, way, _, _ in LINES]
     values = [row["kl_nats"] for m in found for row in m.rows if way_of(row) in shown]

@@ -13,6 +13,7 @@ from hfprune_fast.errors import HFPruneError
 from hfprune_fast.evaluation import Fidelity, evaluate
 from hfprune_fast.importance import ImportanceTable
 from hfprune_fast.layouts import register_with_transformers
+from hfprune_fast.refit import refit_down_proj
 from hfprune_fast.score_job import score
 from hfprune_fast.selection import select
 
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "prune",
     "prune_checkpoint",
+    "refit_down_proj",
     "score",
     "select",
 ]

@@ -355,7 +355,10 @@ def plan(model: str, **flags: Any) -> None:
     ]
     header = (result["model"], "dense", "pruned", "removed")
     scoring = f"scoring on {result['scoring']['device']}: {result['scoring']['summary']}"
-    _print(as_json, result, f"{report.text_table(header, rows)}\n\n{scoring}")
+    pruning = result["pruning"]
+    told = f"prune, by the default recipe: {pruning['summary']}; "
+    told += f"about {report.human_seconds(pruning['seconds'])} of products at this machine's speed"
+    _print(as_json, result, f"{report.text_table(header, rows)}\n\n{scoring}\n{told}")
 
 
 @cli.command()

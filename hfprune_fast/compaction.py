@@ -46,7 +46,12 @@ _TEMPLATES = "additional_chat_templates"
 _NOT_COPIED = ("config.json", RECORD, "README.md", ".gitattributes", ".gitignore")
 
 
-def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
+def prune(
+    model: PreTrainedModel,
+    keep: Mapping[int, Tensor],
+    *,
+    down_proj: Mapping[int, Tensor] | None = None,
+) -> None:
     """Cut a loaded model's MLPs down to the kept neurons, in place.
 
     Args:
@@ -54,9 +59,11 @@ def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
         keep: {layer: sorted int64 indices}, every layer. With different widths, a model of the
             family's own class gets one of `nonuniform`'s, which save_pretrained ships; of another
             class, such as one's own, it must be written by `prune_checkpoint`.
+        down_proj: {layer: (D, width)} weights in place of what the cut leaves, such as
+            `refit_down_proj` returns.
 
     Raises:
-        ArgumentError: keep does not fit the model; nothing was cut.
+        ArgumentError: keep or down_proj does not fit the model; nothing was cut.
 
     Memory: each parameter gets storage of exactly its kept size, and the old one goes before the
     next is cut, so that at most one parameter's kept bytes are held twice.
@@ -64,6 +71,10 @@ def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
     parts = parts_of(model)
     dense = [mlp.gate.out_features for mlp in parts.mlps]
     keep = _check_keep(keep, dense)
+    for layer, weight in (down_proj or {}).items():
+        expected = (parts.mlps[layer].down.weight.shape[0], len(keep[layer]))
+        if tuple(weight.shape) != expected:
+            raise ArgumentError(f"down_proj[{layer}] must be {expected}, got {tuple(weight.shape)}")
     for layer, mlp in enumerate(parts.mlps):
         kept, width = keep[layer].to(mlp.gate.weight.device), len(keep[layer])
         for linear in (mlp.gate, mlp.up):
@@ -72,6 +83,8 @@ def prune(model: PreTrainedModel, keep: Mapping[int, Tensor]) -> None:
                 linear.bias = _cut_parameter(linear.bias, 0, kept)
             linear.out_features = width
         mlp.down.weight = _cut_parameter(mlp.down.weight, 1, kept)
+        if down_proj and layer in down_proj:
+            mlp.down.weight.data.copy_(down_proj[layer])
         mlp.down.in_features = width
         for module in parts.layers[layer].modules():  # LlamaMLP and its kin repeat the width
             if getattr(module, "intermediate_size", None) == dense[layer]:

@@ -308,7 +308,8 @@ def plan(
     """Say what pruning to a budget would give, and how scoring would run, from config.json alone.
 
     FLOPs are those of a forward pass over one sequence, per token: 2 for each weight of a linear
-    layer, and 4 · seq_len · heads · head_dim a layer for attention's two products.
+    layer, and 4 · seq_len · heads · head_dim a layer for attention's two products. "pruning" is of
+    the default recipe, and its seconds are its products' at the speed of one that is timed here.
     """
     folder = checkpoint.find_model(model, config_only=True)
     size = loading.model_size(folder)
@@ -325,17 +326,19 @@ def plan(
     else:
         to_run_in = getattr(torch, dtype)
     shape = planning.ModelShape.of(size, config)
-    scoring = planning.plan_scoring(
-        shape,
-        device=target,
-        dtype=to_run_in,
-        seq_len=seq_len,
-        sequences=samples,
-        batch_size=batch_size,
-        offload=offload,
-        memory_budget=memory_budget,
-        fitting=True,
-    )
+    options: dict[str, Any] = {
+        "device": target,
+        "dtype": to_run_in,
+        "seq_len": seq_len,
+        "sequences": samples,
+        "batch_size": batch_size,
+        "offload": offload,
+        "memory_budget": memory_budget,
+    }
+    scoring = planning.plan_scoring(shape, **options)
+    pruning = planning.plan_scoring(shape, fitting=True, **options)
+    flops = planning.pruning_flops(shape, samples * seq_len)
+    seconds = flops / planning.product_flops_per_second(target, to_run_in)
     attention = 4 * seq_len * shape.attention_width * size.num_layers
     result = size.pruned_to(width)
     for prefix, neurons in (("dense_", size.intermediate_size), ("", width)):
@@ -347,4 +350,5 @@ def plan(
         "dtype": str(stored).removeprefix("torch."),
         "seq_len": seq_len,
         "scoring": {"summary": str(scoring), "device": str(target), **asdict(scoring)},
+        "pruning": {"summary": str(pruning), "flops": flops, "seconds": seconds, **asdict(pruning)},
     }

@@ -17,17 +17,21 @@ hidden_size, on the host if the model is on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hfprune_fast.errors import NumericsError
-from hfprune_fast.forward import MicroBatch, ResidentModel
+from hfprune_fast.errors import CalibrationError, NumericsError
+from hfprune_fast.forward import MicroBatch, ResidentModel, as_batches, micro_batch, numbered
 from hfprune_fast.gated_mlp import acts_of
 from hfprune_fast.obs import least_squares
 from hfprune_fast.obs import removal_costs as costs_of_one
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Keep = Mapping[int, Tensor]
 Done = Callable[[float], object]
@@ -137,6 +141,30 @@ def refit(
             for stream, result in zip(streams, results, strict=True):
                 result.hidden.append(_put_away(model.parts.norm(stream[i].to(model.device))))
     return results, dense[fitted:]
+
+
+def refit_down_proj(
+    model: PreTrainedModel, batches: Iterable[Any], keep: Keep
+) -> dict[int, Tensor]:
+    """Return {layer: (D, width)} what down_proj of a loaded model becomes when it is cut to `keep`.
+
+    Args:
+        model: the dense model, which is left as it is; see `hf.prune` for what comes next.
+        batches: the calibration, as `hf.score` takes it.
+        keep: {layer: sorted int64 indices}, of `hf.select`.
+
+    The fit is that of `refit`; 8 tokens or more for each kept neuron generalise well.
+
+    Raises:
+        CalibrationError: no batch, or ids that the model does not have.
+        NumericsError: NaN or inf in a weight or a layer's activations, named.
+    """
+    with ResidentModel(model) as dense:
+        items = numbered(micro_batch(batch, dense.vocab) for batch in as_batches(batches))
+        if not items:
+            raise CalibrationError("no token batches to refit on; expected at least one sequence")
+        (result,), _ = refit(dense, items, [keep])
+    return result.weights
 
 
 class _CutLayer:

@@ -112,6 +112,14 @@ def human_bytes(count: int) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
+def human_seconds(seconds: float) -> str:
+    """Seconds, minutes or hours: 3.4 min."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def parse_bytes(size: int | str, argument: str) -> int:
     """Return a size as bytes: 5GB and 5GiB, KB and KiB, MB and MiB are understood."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)

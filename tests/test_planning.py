@@ -154,7 +154,8 @@ def test_plan_says_what_score_does(tmp_path: Path, hfprune: Callable[..., Any]) 
     flags = ["--device", "cpu", "--memory-budget", "128MB", "--seq-len", 64, "--samples", 16]
     for offload in ("none", "disk"):
         planned = hfprune("plan", "demo", "--prune-ratio", 0.2, *flags, "--offload", offload)
-        text = planned.out.splitlines()[-1]
+        text, pruning = planned.out.splitlines()[-2:]
+        assert pruning.startswith("prune, by the default recipe: weights ")
         assert text.startswith("scoring on cpu: weights ")
         out = tmp_path / f"{offload}.safetensors"
         scored = hfprune(

@@ -12,7 +12,7 @@ from truth import attention, rms_norm, tiny_model
 
 import hfprune_fast as hf
 from hfprune_fast import loading, obs
-from hfprune_fast.errors import NumericsError
+from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 from hfprune_fast.forward import MicroBatch, ResidentModel, numbered
 from hfprune_fast.obs import REFIT_RIDGE
 from hfprune_fast.refit import refit, removal_costs
@@ -123,6 +123,27 @@ def test_the_streams_are_those_of_a_model_that_is_really_cut() -> None:
         (expected,) = entered.final_hidden(batches[1:])
     for row, length in zip((results[0].hidden[0] - expected).abs(), LENGTHS[2:], strict=True):
         assert float(row[:length].max()) < 1e-12 * float(expected.abs().max())
+
+
+def test_a_loaded_model_is_refitted_and_cut_in_three_lines() -> None:
+    model = tiny_model("qwen3", dtype=torch.float32)
+    batches = [batch.ids for batch in batches_of(model, (40,) * 6)]
+    dense = copy.deepcopy(model)
+    table = hf.score(model, batches, criterion="fisher", obs=True)
+    keep = hf.select(table, prune_ratio=0.3, statistic="obs", allocation="global")
+    weights = hf.refit_down_proj(model, batches, keep)
+    plain = copy.deepcopy(model)
+    hf.prune(plain, keep)
+    with pytest.raises(ArgumentError, match=r"down_proj\[0\] must be \(64, \d+\), got \(64, 3\)"):
+        hf.prune(model, keep, down_proj={0: weights[0][:, :3]})
+    assert model.config.intermediate_size == 96
+    hf.prune(model, keep, down_proj=weights)
+    for layer, weight in weights.items():
+        assert torch.equal(model.model.layers[layer].mlp.down_proj.weight, weight)
+    kl = [hf.evaluate(dense, cut, batches).kl_nats for cut in (model, plain)]
+    assert kl[0] < 0.7 * kl[1]
+    with pytest.raises(CalibrationError, match="no token batches to refit on"):
+        hf.refit_down_proj(dense, [], keep)
 
 
 def test_what_is_held_out_is_not_fitted_to() -> None:

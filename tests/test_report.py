@@ -1,10 +1,12 @@
 import re
 import time
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from hfprune_fast.architectures import ModelSize
+from hfprune_fast.recipe import PRESETS, Recipe
 from hfprune_fast.report import human_bytes, model_card, mute, say, text_table, token_bar
 
 
@@ -37,12 +39,17 @@ def test_model_card() -> None:
     assert "calibration" not in card
     record |= {
         "base_model": "local",
-        "asked": {"statistic": "l2"},
+        "asked": {**asdict(PRESETS["paper"]), "statistic": "l2"},
         "provenance": {"samples": 3, "tokens": 96, "calibration": {"source": "a.txt"}},
     }
     card = model_card(record)
     assert "base_model:" not in card  # a folder's name is no hub name
-    assert "| ranked by | output entropy, statistic `l2` |" in card
+    assert "| ranked by | criterion `entropy`, statistic `l2` |" in card
+    assert "| allocation | uniform |" in card
+    assert "refitted" not in card
+    default = {**record, "asked": asdict(Recipe()), "chosen": {"allocation": 0.5}}
+    assert "| allocation | halfway between uniform and global |" in model_card(default)
+    assert "| down_proj | refitted to the dense model by least squares |" in model_card(default)
     assert "| calibration size | 3 samples, 96 tokens |" in card
     assert model_card({**record, "provenance": {"calibration": "edited by hand"}})
 
