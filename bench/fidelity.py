@@ -1,16 +1,16 @@
 """How close to the dense model each way to prune stays, without training.
 
     python bench/fidelity.py MODEL --calibration TEXT --text TEXT [--name NAME]
+    python bench/report.py            the tables, the picture and the README's part from the results
 
-MODEL is a folder or `demo`. Every recipe below is scored, allocated and refitted on windows of the
-calibration text, once for each seed (which draws the windows, and fisher's tokens), and measured on
-another text: KL(dense || pruned), perplexity and top-1 agreement. Rows go to
-bench/results/fidelity/NAME.jsonl as they come, so an interrupted run goes on where it was;
-`python bench/report.py` makes tables and a picture of them.
+MODEL is a folder, a hub name or `demo`. Every way of `fidelity_ways.py` is scored, allocated and
+refitted on windows of the calibration text, once for each seed (which draws the windows, and
+fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 agreement.
+All is fp32 on a CPU; the paper's recipe with the rounding of its script (bf16 parity) is a row of
+its own. The held-out windows are the same for all seeds.
 
-A pruned model is measured as the dense one with its down_proj replaced: columns of removed neurons
-are zero and the others refitted, which is the same function as the smaller model. All is fp32; the
-paper's recipe with the rounding of its script (`parity`, bf16) is a row of its own.
+Rows go to NAME.jsonl in bench/results/fidelity as they come. An interrupted run goes on where it
+was, and so does one that is asked for further seeds, ratios or rows.
 """
 
 from __future__ import annotations
@@ -19,219 +19,168 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
-import fidelity_report
-from records import described
+from fidelity_report import FOLDER, read
+from fidelity_subject import Seed, Subject
+from fidelity_ways import QUICK, STEPPED_RATIOS, WAYS, Way, way_of
+from records import ResultError, described, rounded
 
-import hfprune_fast as hf
-from hfprune_fast import checkpoint, evaluation, loading, pipeline, prune_job, selection
+from hfprune_fast import checkpoint
 from hfprune_fast.calibration import windows_for
-from hfprune_fast.forward import MicroBatch, ResidentModel, micro_batch, numbered
-from hfprune_fast.refit import refit
+from hfprune_fast.errors import ArgumentError, HFPruneError
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
-BATCH = 16
+ROWS = {"all": WAYS, "quick": QUICK}
+# A file is of one of each: rows of others cannot be compared with it.
+SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
+Key = tuple[Way, float, int]  # a way, a ratio, a seed
+# Two windows with as many equal tokens in a row have them from one document.
+SHARED_RUN = 48
 
 
-@dataclass(frozen=True)
-class Way:
-    """A recipe of the table. The paper's is the first, which the others are held against."""
-
-    criterion: str
-    statistic: str  # "obs" ranks by removal costs
-    allocation: str = "uniform"
-    refit: bool = False
-
-
-PAPER = Way("entropy", "l1")
-WAYS = (
-    PAPER,
-    Way("entropy, parity", "l1"),
-    *(Way("entropy", statistic) for statistic in ("l2", "mask")),
-    *(Way("cross_entropy", statistic) for statistic in ("l1", "l2", "mask")),
-    *(Way("fisher", statistic) for statistic in ("l1", "l2", "mask", "obs")),
-    Way("activation", "act"),
-    Way("magnitude", "weight_norm"),
-    Way("random", "uniform"),
-    *(Way(*ranked, "global") for ranked in (("entropy", "l1"), ("fisher", "l2"))),
-    *(
-        Way(*ranked, refit=True)
-        for ranked in (("entropy", "l1"), ("fisher", "l2"), ("activation", "act"))
-    ),
-    Way("fisher", "l2", "global", refit=True),
-    *(Way("fisher", "obs", allocation, refit=True) for allocation in ("uniform", "global", "auto")),
-)
-
-
-class Subject:
-    """A dense model, the text that pruned ones are measured on, and where its head reads."""
-
-    def __init__(self, folder: Path, text: Path, seq_len: int, samples: int) -> None:
-        self.folder = folder
-        self.model = loading.load_model(folder, dtype="float32", device="cpu")
-        self.size = checkpoint.open_checkpoint(folder).size
-        ids = windows_for(folder, text, seq_len, samples, 0)
-        self.held_out = [micro_batch(part, self.size_of_vocabulary) for part in ids.split(BATCH)]
-        with ResidentModel(self.model) as model:
-            self.hidden = list(model.final_hidden(self.held_out))
-        mlps = ResidentModel(self.model).parts.mlps
-        self.downs = [mlp.down for mlp in mlps]
-        self.weights = [down.weight.detach() for down in self.downs]
-
-    @property
-    def size_of_vocabulary(self) -> int:
-        return int(self.model.config.vocab_size)
-
-    def measure(self, keep: Mapping[int, Tensor], fitted: Mapping[int, Tensor] | None) -> Any:
-        """Return the fidelity of the model that keeps these neurons."""
-        try:
-            for layer, (down, dense) in enumerate(zip(self.downs, self.weights, strict=True)):
-                kept = keep[layer]
-                left = dense[:, kept] if fitted is None else fitted[layer]
-                weight = torch.zeros_like(dense).index_copy_(1, kept, left)
-                down.weight = torch.nn.Parameter(weight, requires_grad=False)
-            with ResidentModel(self.model) as model:
-                head = model.head()
-                hidden = model.final_hidden(self.held_out)
-                return evaluation.compare(self.held_out, self.hidden, hidden, head, head)
-        finally:
-            for down, dense in zip(self.downs, self.weights, strict=True):
-                down.weight = torch.nn.Parameter(dense, requires_grad=False)
-
-
-class Seed:
-    """What is scored, once for all ways, with one seed."""
-
-    def __init__(self, subject: Subject, ids: Tensor, seed: int) -> None:
-        self.subject, self.ids, self.seed = subject, ids, seed
-        self.batches: list[MicroBatch] = numbered(
-            micro_batch(part, subject.size_of_vocabulary) for part in ids.split(BATCH)
-        )
-        self._tables: dict[str, hf.ImportanceTable] = {}
-
-    def importance(self, way: Way) -> Tensor:
-        if way.criterion in ("magnitude", "random"):
-            folder = self.subject.folder
-            return pipeline.weights_table(folder, way.criterion, self.seed).importance()
-        if way.criterion == "entropy, parity":
-            return self._table("parity").importance("l1")
-        return self._table("scores").importance(way.statistic, way.criterion)
-
-    def _table(self, which: str) -> hf.ImportanceTable:
-        if which not in self._tables and which == "parity":
-            bf16 = loading.load_model(self.subject.folder, dtype="bfloat16", device="cpu")
-            self._tables[which] = hf.score(bf16, self.ids.split(1), parity=True)
-        elif which not in self._tables:
-            self._tables[which] = hf.score(
-                self.subject.model,
-                self.ids.split(BATCH),
-                criterion=["entropy", "cross_entropy", "fisher", "activation"],
-                obs=True,
-                seed=self.seed,
-            )
-        return self._tables[which]
-
-    def keep(self, way: Way, ratio: float) -> dict[int, Tensor]:
-        importance = self.importance(way)
-        width = selection.target_width(self.subject.size, prune_ratio=ratio)
-        if way.allocation != "auto":
-            return selection.keep_top(importance, width, way.allocation)
-        keeps = [
-            selection.keep_top(importance, width, number) for number in prune_job.ALLOCATIONS_TRIED
-        ]
-        with ResidentModel(self.subject.model) as model:
-            kl = prune_job.held_out_kl(model, prune_job.trial(self.batches), keeps)
-        return keeps[min(range(len(kl)), key=kl.__getitem__)]
-
-    def rows(self, way: Way, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Measure a way at all ratios, whose refits share the dense model's run."""
-        keeps = [self.keep(way, ratio) for ratio in ratios]
-        fitted: Sequence[Mapping[int, Tensor] | None] = [None] * len(keeps)
-        if way.refit:
-            with ResidentModel(self.subject.model) as model:
-                fitted = [result.weights for result in refit(model, self.batches, keeps)[0]]
-        for ratio, keep, weights in zip(ratios, keeps, fitted, strict=True):
-            widths = [len(keep[layer]) for layer in range(len(keep))]
-            fidelity = self.subject.measure(keep, weights)
-            yield {
-                **asdict(way),
-                "prune_ratio": ratio,
-                "seed": self.seed,
-                "widths": widths,
-                "param_ratio": self.subject.size.pruned_to(widths)["param_ratio"],
-                **asdict(fidelity),
-            }
-
-
-def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in (*Way.__dataclass_fields__, "prune_ratio", "seed"))
-
-
-def run(args: argparse.Namespace, ways: Sequence[Way] = WAYS) -> Path:
+def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
     folder = checkpoint.find_model(args.model)
-    if Path(args.calibration).resolve() == Path(args.text).resolve():
-        raise SystemExit("fidelity: --text must be another text than --calibration")
-    file: Path = args.out / f"{args.name or checkpoint.display_name(args.model)}.jsonl"
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_texts(args.calibration, args.text)
     subject = Subject(folder, args.text, args.seq_len, args.eval_samples)
+    drawn = {
+        seed: windows_for(folder, args.calibration, args.seq_len, args.samples, seed)
+        for seed in args.seeds
+    }
+    for ids in drawn.values():
+        check_windows(ids, subject.ids)
     header = {
-        "model": file.stem,
+        "model": args.name or checkpoint.display_name(args.model).rpartition("/")[2],
         "model_type": subject.size.model_type,
         "params": subject.size.total_params,
-        "calibration": {"samples": args.samples, "seq_len": args.seq_len},
+        "calibration": {"samples": len(drawn[args.seeds[0]]), "seq_len": args.seq_len},
+        "evaluation": {"samples": len(subject.ids), "seq_len": args.seq_len},
         "texts": [Path(args.calibration).name, Path(args.text).name],
         **described(),
     }
-    if not file.exists():
-        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    for seed in args.seeds:
-        ids = windows_for(folder, args.calibration, args.seq_len, args.samples, seed)
-        drawn = Seed(subject, ids, seed)
-        for way in ways:
-            done = {identity(row) for row in fidelity_report.read(file).rows}
-            left = [
-                ratio
-                for ratio in args.ratios
-                if identity({**asdict(way), "prune_ratio": ratio, "seed": seed}) not in done
-            ]
-            begun = time.perf_counter()
-            for row in drawn.rows(way, left) if left else ():
-                with file.open("a", encoding="utf-8") as rows:
-                    rows.write(json.dumps(row) + "\n")
-            print(
-                f"{file.stem}, seed {seed}: {way.criterion} {way.statistic} {way.allocation}"
-                f"{' refit' * way.refit}: {time.perf_counter() - begun:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    file: Path = args.out / f"{header['model']}.jsonl"
+    done = _done(file, header)
+    todo = [
+        (seed, way, ratios)
+        for seed in args.seeds
+        for way in ROWS[args.rows]
+        if (ratios := [r for r in _ratios(way, args.ratios) if (way, r, seed) not in done])
+    ]
+    _measure(subject, drawn, todo, header, file, told)
     return file
 
 
+def check_texts(calibration: str | Path, text: str | Path) -> None:
+    """Refuse one text for both, whatever it is called."""
+    one, other = Path(calibration), Path(text)
+    same = str(calibration) == str(text) or one.resolve() == other.resolve()
+    if not same and one.is_file() and other.is_file():
+        same = one.read_bytes() == other.read_bytes()
+    if same:
+        raise ArgumentError(f"text {text} is the calibration text; give one of other documents")
+
+
+def check_windows(calibration: Tensor, held_out: Tensor) -> None:
+    """Refuse held-out windows that have a long run of tokens in common with calibration."""
+    seen = {run for window in calibration for run in _runs(window)}
+    sharing = sum(any(run in seen for run in _runs(window)) for window in held_out)
+    if sharing:
+        raise ArgumentError(
+            f"{sharing} of {len(held_out)} held-out windows have {SHARED_RUN} tokens in a row in "
+            "common with calibration windows; give texts of different documents"
+        )
+
+
+def _runs(window: Tensor) -> list[bytes]:
+    ids = window.numpy()
+    length = min(SHARED_RUN, len(ids))
+    return [ids[i : i + length].tobytes() for i in range(len(ids) - length + 1)]
+
+
+def _ratios(way: Way, ratios: Sequence[float]) -> list[float]:
+    return [ratio for ratio in ratios if way.steps == 1 or ratio in STEPPED_RATIOS]
+
+
+def _done(file: Path, header: dict[str, Any]) -> set[Key]:
+    """Return what an earlier run has measured; refuse to add to one with other settings."""
+    if not file.exists():
+        return set()
+    earlier = read(file)
+    for name in SETTINGS:
+        if (was := earlier.header.get(name, header[name])) != header[name]:
+            raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
+    return {(way_of(row), row["prune_ratio"], row["seed"]) for row in earlier.rows}
+
+
+def _measure(
+    subject: Subject,
+    drawn: dict[int, Tensor],
+    todo: list[tuple[int, Way, list[float]]],
+    header: dict[str, Any],
+    file: Path,
+    told: Callable[[str], None],
+) -> None:
+    if todo:
+        _append(file, header)
+    efforts = [len(ratios) * _effort(way) for _, way, ratios in todo]
+    begun, seeds = time.monotonic(), {}
+    for i, (seed, way, ratios) in enumerate(todo):
+        if seed not in seeds:
+            seeds = {seed: Seed(subject, drawn[seed], seed)}
+        for row in seeds[seed].rows(way, ratios):
+            _append(file, row)
+        seconds = time.monotonic() - begun
+        left = seconds * sum(efforts[i + 1 :]) / sum(efforts[: i + 1])
+        told(
+            f"{header['model']} {i + 1}/{len(todo)}: seed {seed}, {way}; "
+            f"{seconds / 60:.1f} min, about {left / 60:.0f} to go"
+        )
+
+
+def _effort(way: Way) -> float:
+    """How long a way takes about, in forward passes over the held-out text."""
+    tried = 3 if way.allocation == "auto" else 0
+    return 1 + (5 + tried) * way.refit + 15 * (way.steps - 1)
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(rounded(line)) + "\n")
+
+
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="a model folder, or demo")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument(
-        "--text", type=Path, required=True, help="held-out text, of other documents"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("model", help="a model folder, a hub name, or demo")
+    parser.add_argument("--calibration", required=True, help="text to score and refit on")
+    parser.add_argument("--text", required=True, help="text to measure on, of other documents")
     parser.add_argument("--name", help="of the model in the results; by default its folder's")
-    parser.add_argument("--out", type=Path, default=fidelity_report.FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of MLP neurons")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--eval-samples", type=int, default=64, help="held-out windows")
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rows", choices=ROWS, default="all")
     return parser.parse_args(argv)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        print(run(parsed(argv), lambda line: print(line, file=sys.stderr, flush=True)))
+    except (ResultError, HFPruneError) as error:
+        print(f"fidelity.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    print(run(parsed()))
+    sys.exit(main())

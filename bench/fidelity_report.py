@@ -1,7 +1,8 @@
 """The tables, the README's part and the picture of what `fidelity.py` measured.
 
 A file NAME.jsonl in bench/results/fidelity is a header and then a row a line: a way to prune, at a
-ratio, with a seed. What is told is the mean over the seeds, with the lowest and highest.
+ratio, with a seed. A later run that adds rows adds its header before them. What is told is the mean
+over the seeds, with the lowest and highest.
 """
 
 from __future__ import annotations
@@ -13,92 +14,98 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from fidelity_ways import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Way, way_of
 from records import RESULTS, ROOT, ResultError
 from report_text import commit, hardware, table
 from svg import FAINT, GREY, Canvas, Scale
 
 FOLDER = RESULTS / "fidelity"
-WAY = ("criterion", "statistic", "allocation", "refit")
-Key = tuple[Any, ...]
-PAPER: Key = ("entropy", "l1", "uniform", False)
-DEFAULT: Key = ("fisher", "obs", "auto", True)
-UNIFORM: Key = ("fisher", "obs", "uniform", True)
 # What the README shows, in this order: the paper's recipe, its criterion's rivals by rank alone,
 # then what allocation and refit add, one after the other.
-SHOWN: tuple[Key, ...] = (
-    ("random", "uniform", "uniform", False),
-    ("magnitude", "weight_norm", "uniform", False),
+SHOWN = (
+    RANDOM,
+    MAGNITUDE,
     PAPER,
-    ("entropy", "l2", "uniform", False),
-    ("cross_entropy", "l2", "uniform", False),
-    ("activation", "act", "uniform", False),
-    ("fisher", "mask", "uniform", False),
-    ("fisher", "l2", "uniform", False),
-    ("fisher", "obs", "uniform", False),
-    ("entropy", "l1", "uniform", True),
-    ("fisher", "l2", "uniform", True),
+    Way("entropy", "l2"),
+    Way("cross_entropy", "l2"),
+    Way("activation", "act"),
+    Way("fisher", "mask"),
+    Way("fisher", "l2"),
+    Way("fisher", "obs"),
+    Way("entropy", "l1", refit=True),
+    Way("fisher", "l2", refit=True),
     UNIFORM,
-    ("entropy", "l1", "global", False),
-    ("fisher", "l2", "global", False),
-    ("fisher", "l2", "global", True),
+    Way("entropy", "l1", "global"),
+    Way("fisher", "l2", "global"),
+    Way("fisher", "l2", "global", refit=True),
     DEFAULT,
 )
 README_RATIOS = (0.2, 0.3, 0.5)
-LINES: tuple[tuple[str, Key, str, str], ...] = (
-    ("random", ("random", "uniform", "uniform", False), "#8c8c8c", "circle"),
-    ("magnitude", ("magnitude", "weight_norm", "uniform", False), "#e69f00", "down"),
+LINES = (
+    ("random", RANDOM, "#8c8c8c", "circle"),
+    ("magnitude", MAGNITUDE, "#e69f00", "down"),
     ("the paper's: entropy, l1, uniform", PAPER, "#d55e00", "square"),
-    ("fisher, l2, uniform", ("fisher", "l2", "uniform", False), "#009e73", "diamond"),
+    ("fisher, l2, uniform", Way("fisher", "l2"), "#009e73", "diamond"),
     ("default, uniform widths", UNIFORM, "#56b4e9", "up"),
     ("default", DEFAULT, "#0072b2", "circle"),
 )
 WIDTH, PANEL_HEIGHT, MARGIN = 860, 250, 14
+_NEEDED = {
+    *("criterion", "statistic", "prune_ratio", "seed", "param_ratio", "tokens"),
+    *("kl_nats", "ppl_dense", "ppl_pruned", "top1_agreement"),
+}
 
 
 @dataclass(frozen=True)
 class Measured:
     """A model's rows: of a way, at a ratio, with a seed."""
 
-    header: dict[str, Any]
+    headers: list[dict[str, Any]]
     rows: list[dict[str, Any]]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Of the first run; later ones have the same settings."""
+        return self.headers[0]
 
     @property
     def ratios(self) -> list[float]:
         return sorted({row["prune_ratio"] for row in self.rows})
 
     @property
-    def ways(self) -> list[Key]:
+    def ways(self) -> list[Way]:
         return list(dict.fromkeys(map(way_of, self.rows)))
 
-    def of(self, way: Key, ratio: float) -> list[dict[str, Any]]:
+    def of(self, way: Way, ratio: float) -> list[dict[str, Any]]:
         return [r for r in self.rows if way_of(r) == way and r["prune_ratio"] == ratio]
 
-    def against_paper(self, way: Key, ratio: float) -> list[float]:
+    def against_paper(self, way: Way, ratio: float) -> list[float]:
         """KL as a part of the paper's with the same seed."""
         paper = {row["seed"]: row["kl_nats"] for row in self.of(PAPER, ratio)}
         found = self.of(way, ratio)
         return [row["kl_nats"] / paper[row["seed"]] for row in found if row["seed"] in paper]
 
 
-def way_of(row: dict[str, Any]) -> Key:
-    return tuple(row[name] for name in WAY)
-
-
 def read(file: Path) -> Measured:
+    """Return what is in a file; raise ResultError for another's."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        header, *rows = (json.loads(line) for line in lines)
-        assert isinstance(header["params"], int)
-        assert all(isinstance(row["kl_nats"], float) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ResultError(f"{file} is no result of fidelity.py: {error!r}") from None
-    return Measured(header, rows)
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        headers = [line for line in lines if "machine" in line]
+        rows = [line for line in lines if "machine" not in line]
+        if not headers or not {"model", "params", "calibration", "texts"} <= headers[0].keys():
+            raise ValueError("no header that says of which model and texts")
+        if missing := next((m for row in rows if (m := _NEEDED - row.keys())), None):
+            raise ValueError(f"a row has no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ResultError(f"{file}: no result of fidelity.py: {error}") from None
+    return Measured(headers, rows)
 
 
 def all_of(root: Path = ROOT) -> list[Measured]:
     """Every model, the smallest first."""
     folder = root / FOLDER.relative_to(ROOT)
     found = [read(file) for file in sorted(folder.glob("*.jsonl"))]
+    found = [measured for measured in found if measured.rows]
     return sorted(found, key=lambda measured: int(measured.header["params"]))
 
 
@@ -114,9 +121,9 @@ def named(model: Measured) -> str:
     return f"{model.header['model']} ({model.header['model_type']}, {millions:.1f} M)"
 
 
-def way_cells(way: Key) -> list[str]:
-    criterion, statistic, allocation, refit = way
-    return [criterion, statistic, allocation, "yes" if refit else ""]
+def way_cells(way: Way) -> list[str]:
+    allocation = way.allocation + (f", {way.steps} steps" if way.steps > 1 else "")
+    return [way.criterion, way.statistic, allocation, "yes" if way.refit else ""]
 
 
 def span(values: Iterable[float], digits: int = 3) -> str:
@@ -128,6 +135,12 @@ def span(values: Iterable[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f}" + (f" ({low}–{high})" if low != high else "")
 
 
+def _runs(model: Measured) -> str:
+    """When, and by which code: 2026-11-24, commit 0123456789; then the next run's."""
+    told = (f"{header['date'][:10]}, {commit(header)}" for header in model.headers)
+    return "; ".join(dict.fromkeys(told))
+
+
 def markdown(model: Measured) -> str:
     """All of a model: KL against the paper's, KL, perplexity and agreement of each way."""
     header = model.header
@@ -137,7 +150,7 @@ def markdown(model: Measured) -> str:
     lines = [
         f"# {named(model)}",
         "",
-        f"{hardware(header)}, {header['date']}, {commit(header)}. Calibration: "
+        f"{hardware(header)}, {_runs(model)}. Calibration: "
         f"{calibration['samples']} windows of {calibration['seq_len']} tokens of "
         f"{header['texts'][0]}, drawn with seeds {', '.join(map(str, seeds))}; measured on "
         f"{model.rows[0]['tokens']} tokens of {header['texts'][1]}, where the dense model's "

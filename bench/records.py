@@ -122,7 +122,7 @@ def write(result: Result, folder: Path, suffix: str = "") -> Path:
     """Write a result under its name, <machine>-<date>.json, a row a line; return the path."""
     name = f"{result['machine']['name']}-{result['date'][:10]}{suffix}.json"
     head = {k: v for k, v in result.items() if k != "rows"}
-    rows = ",\n".join(f"  {json.dumps(_rounded(r))}" for r in result["rows"])
+    rows = ",\n".join(f"  {json.dumps(rounded(r))}" for r in result["rows"])
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
     assert json.loads(text)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,12 +170,12 @@ def _of(found: Any, kinds: dict[str, Any]) -> None:
             raise ValueError(f"{name!r} cannot be {str(value)[:40]!r}")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six digits are more than any clock has."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     return value
 
 

@@ -1,0 +1,135 @@
+"""A dense model and a text to measure pruned ones on, and what is scored with a seed.
+
+A pruned model is the dense one with another down_proj: columns of removed neurons are zero, and the
+others refitted or as they were. That is the same function as the smaller model, since a neuron
+acts on nothing but through its column (a test holds the two together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from fidelity_ways import Way
+from torch import Tensor, nn
+
+import hfprune_fast as hf
+from hfprune_fast import checkpoint, evaluation, loading, pipeline, prune_job, selection
+from hfprune_fast.calibration import windows_for
+from hfprune_fast.forward import MicroBatch, ResidentModel, micro_batch, numbered
+from hfprune_fast.refit import Keep, refit
+
+BATCH = 16
+Weights = Mapping[int, Tensor]  # {layer: (D, kept)} of down_proj
+
+
+class Subject:
+    """A dense model in fp32, held-out windows, and its hidden states over them."""
+
+    def __init__(self, folder: Path, text: str | Path, seq_len: int, samples: int) -> None:
+        self.folder = folder
+        self.size = checkpoint.open_checkpoint(folder).size
+        self.model = loading.load_model(folder, dtype="float32", device="cpu")
+        self.ids = windows_for(folder, text, seq_len, samples, 0)
+        with ResidentModel(self.model) as model:
+            self.vocab = model.vocab
+            self._downs = [mlp.down for mlp in model.parts.mlps]
+            self._batches = evaluation.windows(self.ids.split(BATCH), self.vocab)
+            self._dense_hidden = list(model.final_hidden(self._batches))
+
+    @contextmanager
+    def pruned(self, keep: Keep, fitted: Weights | None = None) -> Iterator[None]:
+        """The model is a pruned one inside, with the dense one's weights unless they are given."""
+        dense = [down.weight for down in self._downs]
+        try:
+            for layer, (down, weight) in enumerate(zip(self._downs, dense, strict=True)):
+                left = weight[:, keep[layer]] if fitted is None else fitted[layer]
+                cut = torch.zeros_like(weight).index_copy_(1, keep[layer], left.detach())
+                down.weight = nn.Parameter(cut, requires_grad=False)
+            yield
+        finally:
+            for down, weight in zip(self._downs, dense, strict=True):
+                down.weight = weight
+
+    def measure(self, keep: Keep, fitted: Weights | None = None) -> evaluation.Fidelity:
+        """Return the fidelity of a pruned model."""
+        with self.pruned(keep, fitted), ResidentModel(self.model) as model:
+            hidden, head = model.final_hidden(self._batches), model.head()
+            return evaluation.compare(self._batches, self._dense_hidden, hidden, head, head)
+
+
+class Seed:
+    """The calibration windows of a seed, and what was scored on them, once for all ways."""
+
+    def __init__(self, subject: Subject, ids: Tensor, seed: int) -> None:
+        self.subject, self.ids, self.seed = subject, ids, seed
+        self._batches: list[MicroBatch] = numbered(
+            micro_batch(part, subject.vocab) for part in ids.split(BATCH)
+        )
+        self._tables: dict[str, hf.ImportanceTable] = {}
+
+    def rows(self, way: Way, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
+        """Measure a way at all ratios, whose refits share the dense model's run."""
+        keeps = [self.keep(way, ratio) for ratio in ratios]
+        fitted = self._fitted(keeps) if way.refit else [None] * len(keeps)
+        for ratio, keep, weights in zip(ratios, keeps, fitted, strict=True):
+            widths = [len(keep[layer]) for layer in range(len(keep))]
+            yield {
+                **asdict(way),
+                "prune_ratio": ratio,
+                "seed": self.seed,
+                "widths": widths,
+                "param_ratio": self.subject.size.pruned_to(widths)["param_ratio"],
+                **asdict(self.subject.measure(keep, weights)),
+            }
+
+    def keep(self, way: Way, ratio: float) -> Keep:
+        """Return the neurons that a way keeps, after all but the last of its steps were scored."""
+        dense = self.subject.size.intermediate_size
+        width = selection.target_width(self.subject.size, prune_ratio=ratio)
+        importance = self._importance(way)
+        for step in range(1, way.steps):
+            part = dense - (dense - width) * step // way.steps
+            so_far = self._allocated(importance, part, way.allocation)
+            weights = self._fitted([so_far])[0] if way.refit else None
+            with self.subject.pruned(so_far, weights):
+                again = self._score([way.criterion], obs=way.statistic == "obs")
+            importance = again.importance(way.statistic, way.criterion)
+        return self._allocated(importance, width, way.allocation)
+
+    def _allocated(self, importance: Tensor, width: int, allocation: str) -> Keep:
+        if allocation != "auto":
+            return selection.keep_top(importance, width, allocation)
+        keeps = [selection.keep_top(importance, width, a) for a in prune_job.ALLOCATIONS_TRIED]
+        with ResidentModel(self.subject.model) as model:
+            kl = prune_job.held_out_kl(model, prune_job.trial(self._batches), keeps)
+        return keeps[min(range(len(kl)), key=kl.__getitem__)]
+
+    def _fitted(self, keeps: Sequence[Keep]) -> list[Weights]:
+        with ResidentModel(self.subject.model) as model:
+            return [result.weights for result in refit(model, self._batches, keeps)[0]]
+
+    def _importance(self, way: Way) -> Tensor:
+        if way.criterion in ("magnitude", "random"):
+            folder = self.subject.folder
+            return pipeline.weights_table(folder, way.criterion, self.seed).importance()
+        if way.criterion == "entropy, parity":
+            return self._table("parity").importance("l1")
+        return self._table("scores").importance(way.statistic, way.criterion)
+
+    def _table(self, which: str) -> hf.ImportanceTable:
+        if which not in self._tables and which == "parity":
+            bf16 = loading.load_model(self.subject.folder, dtype="bfloat16", device="cpu")
+            self._tables[which] = hf.score(bf16, self.ids.split(1), parity=True)
+        elif which not in self._tables:
+            every = ["entropy", "cross_entropy", "fisher", "activation"]
+            self._tables[which] = self._score(every, obs=True)
+        return self._tables[which]
+
+    def _score(self, criteria: list[str], obs: bool) -> hf.ImportanceTable:
+        batches = self.ids.split(BATCH)
+        return hf.score(self.subject.model, batches, criterion=criteria, obs=obs, seed=self.seed)
