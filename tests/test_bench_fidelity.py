@@ -1,0 +1,346 @@
+"""bench/fidelity.py: what is measured, what it goes on from, and what is told of it."""
+
+import copy
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import fidelity
+import fidelity_report
+import pytest
+import report
+import torch
+from fidelity_subject import Seed, Subject
+from fidelity_ways import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, WAYS, Way, way_of
+
+import hfprune_fast as hf
+from hfprune_fast import selection
+from hfprune_fast.calibration import windows_for
+from hfprune_fast.checkpoint import TINY_MODEL
+
+CALIBRATION, HELD_OUT = TINY_MODEL / "calibration.txt", TINY_MODEL / "heldout.txt"
+SEQ_LEN, SAMPLES = 64, 8
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject(TINY_MODEL, HELD_OUT, SEQ_LEN, 4)
+
+
+@pytest.fixture(scope="module")
+def seed(subject: Subject) -> Seed:
+    return Seed(subject, windows_for(TINY_MODEL, CALIBRATION, SEQ_LEN, SAMPLES, 0), 0)
+
+
+@pytest.fixture
+def measure(
+    tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run fidelity.py on the shipped model and few tokens; its exit status and what it said."""
+
+    def run(*options: Any, text: Path = HELD_OUT, calibration: Path = CALIBRATION) -> Any:
+        capsys.readouterr()
+        code = fidelity.main(
+            ["demo", "--calibration", str(calibration), "--text", str(text), "--out", str(tmp_path),
+             "--samples", str(SAMPLES), "--eval-samples", "4", "--seq-len", str(SEQ_LEN),
+             "--rows", "quick", *map(str, options)]
+        )  # fmt: skip
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "demo.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "way", [Way("random", "uniform", "global"), Way("fisher", "l2", refit=True)]
+)
+def test_a_measured_model_is_the_smaller_one(subject: Subject, seed: Seed, way: Way) -> None:
+    """Zero columns are a cut: the fidelity is that of the model that is really smaller."""
+    keep = seed.keep(way, 0.4)
+    (row,) = seed.rows(way, [0.4])
+    smaller = copy.deepcopy(subject.model)
+    batches = seed.ids.split(16)
+    fitted = hf.refit_down_proj(subject.model, batches, keep) if way.refit else None
+    hf.prune(smaller, keep, down_proj=fitted)
+    want = hf.evaluate(subject.model, smaller, subject.ids.split(16))
+    # Both add the same numbers, and zeros, in another order. That moves logits, which are below 32,
+    # by some units in the last place (a few for each of 4 layers), and a KL by twice as much.
+    with torch.no_grad():
+        largest = float(smaller(subject.ids).logits.abs().max())
+    assert largest < 32
+    ulp = 32 * torch.finfo(torch.float32).eps
+    assert abs(row["kl_nats"] - want.kl_nats) <= 2 * 4 * 4 * ulp
+    assert row["ppl_pruned"] == pytest.approx(want.ppl_pruned, rel=2 * 4 * 4 * ulp)
+    assert row["tokens"] == want.tokens == 4 * SEQ_LEN
+    assert row["widths"] == [mlp.down_proj.in_features for mlp in mlps(smaller)]
+    params = [sum(p.numel() for p in model.parameters()) for model in (smaller, subject.model)]
+    assert row["param_ratio"] == pytest.approx(1 - params[0] / params[1], rel=1e-12)
+
+
+def mlps(model: Any) -> list[Any]:
+    return [layer.mlp for layer in model.model.layers]
+
+
+def test_the_dense_model_is_left_as_it_was(subject: Subject) -> None:
+    before = [mlp.down_proj.weight for mlp in mlps(subject.model)]
+    dense = subject.size.intermediate_size
+    half = {layer: torch.arange(dense // 2) for layer in range(len(before))}
+    assert subject.measure(half).kl_nats > 0
+    with pytest.raises(RuntimeError, match="inside"), subject.pruned(half):
+        raise RuntimeError("inside")
+    after = [mlp.down_proj.weight for mlp in mlps(subject.model)]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    everything = subject.measure({layer: torch.arange(dense) for layer in half})
+    assert (everything.kl_nats, everything.top1_agreement) == (0, 1)
+
+
+def test_each_way_ranks_by_its_own_scores(seed: Seed) -> None:
+    """No two keep the same, but what `auto` chose from."""
+    ways = [way for way in WAYS if not way.refit and way.allocation == "uniform"]
+    kept = {tuple(torch.cat(list(seed.keep(way, 0.3).values())).tolist()) for way in ways}
+    assert len(kept) == len(ways) > 10
+
+
+def test_auto_keeps_one_of_those_that_it_tries(seed: Seed) -> None:
+    keep = seed.keep(DEFAULT, 0.3)
+    width = selection.target_width(seed.subject.size, prune_ratio=0.3)
+    tried = [selection.keep_top(seed._importance(DEFAULT), width, a) for a in (0.0, 0.5, 1.0)]
+    assert any(all(torch.equal(keep[i], one[i]) for i in keep) for one in tried)
+
+
+def test_steps_never_bring_a_neuron_back(seed: Seed) -> None:
+    way = Way("fisher", "obs", refit=True, steps=2)
+    # The first of two steps to a half is a cut by a quarter with the dense model's scores.
+    first, last, straight = seed.keep(UNIFORM, 0.25), seed.keep(way, 0.5), seed.keep(UNIFORM, 0.5)
+    assert {len(kept) for kept in last.values()} == {seed.subject.size.intermediate_size // 2}
+    assert all(set(last[i].tolist()) <= set(first[i].tolist()) for i in last)
+    assert any(not torch.equal(last[i], straight[i]) for i in last), "scored once, not twice"
+
+
+def test_rows_of_a_run_and_what_a_rerun_adds(
+    measure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, said = measure("--seeds", 0, "--ratios", 0.2, 0.5)
+    assert code == 0, said
+    assert said.count(" to go\n") == len(QUICK)
+    header, *rows = found = lines(tmp_path)
+    assert header["model"] == "demo"
+    assert header["params"] == 1_049_728
+    assert [(way_of(row), row["prune_ratio"]) for row in rows] == [
+        (way, ratio) for way in QUICK for ratio in (0.2, 0.5)
+    ]
+    kl = {(way_of(row), row["prune_ratio"]): row["kl_nats"] for row in rows}
+    assert all(kl[way, 0.5] > kl[way, 0.2] > 0 for way in QUICK)
+    assert kl[UNIFORM, 0.5] < kl[PAPER, 0.5] < kl[RANDOM, 0.5]
+
+    assert measure("--seeds", 0, "--ratios", 0.2, 0.5) == (0, "")
+    assert lines(tmp_path) == found, "what is measured is measured again"
+
+    # Interrupted after the fourth row: the others come again, with the same numbers.
+    file = tmp_path / "demo.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    assert measure("--seeds", 0, "--ratios", 0.2, 0.5)[0] == 0
+    again = lines(tmp_path)
+    assert again[:5] == found[:5]
+    assert again[5]["machine"] == header["machine"], "the second run says nothing of itself"
+    assert again[6:] == found[5:]
+
+
+def test_one_text_for_both_is_refused(
+    measure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    copied, part = tmp_path / "copied.txt", tmp_path / "part.txt"
+    copied.write_bytes(CALIBRATION.read_bytes())
+    text = CALIBRATION.read_text(encoding="utf-8")
+    part.write_text(text[: len(text) // 3], encoding="utf-8")
+    for same in (CALIBRATION, copied):
+        code, said = measure(text=same)
+        assert (code, said.count("\n")) == (2, 1)
+        assert said == (
+            f"fidelity.py: text {same} is the calibration text; give one of other documents\n"
+        )
+    code, said = measure("--samples", 500, text=part)
+    assert code == 2
+    assert re.search(r"[1-4] of 4 held-out windows have 48 tokens in a row in common", said)
+    assert not (tmp_path / "demo.jsonl").exists()
+
+
+def test_other_settings_are_refused(
+    measure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    write(tmp_path / "demo.jsonl", invented("demo", {}))
+    before = lines(tmp_path)
+    code, said = measure("--seeds", 0)
+    assert (code, said.count("\n")) == (2, 1)
+    assert re.search(r"demo\.jsonl has params 1000000, not 1049728; give another --out", said)
+    assert lines(tmp_path) == before
+
+
+KL = {
+    PAPER: {0.2: (0.10, 0.12, 0.20), 0.5: (1.0, 1.1, 1.2)},
+    RANDOM: {0.2: (0.3, 0.3, 0.3), 0.5: (3.0, 3.3, 3.6)},
+    UNIFORM: {0.2: (0.05, 0.03, 0.04), 0.5: (0.25, 0.55, 0.6)},
+    DEFAULT: {0.2: (0.02, 0.024, 0.04), 0.5: (0.2, 0.22, 0.24)},
+}
+
+
+def invented(
+    name: str, kl: dict[Way, dict[float, tuple[float, ...]]], params: int = 1_000_000
+) -> list[dict[str, Any]]:
+    header = {
+        "model": name, "model_type": "llama", "params": params,
+        "calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"samples": 4, "seq_len": 64},
+        "texts": ["one.txt", "other.txt"], "date": "2030-01-02T15:00:00+00:00",
+        "machine": {"name": "inventa-9", "device": "cpu", "processor": "Inventa 9", "cores": 2},
+        "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "uncommitted_changes": False,
+    }  # fmt: skip
+    rows = [
+        {
+            **vars(way), "prune_ratio": ratio, "seed": seed, "widths": [10, 12],
+            "param_ratio": ratio / 2, "kl_nats": value, "ppl_dense": 30.0,
+            "ppl_pruned": 30 + value, "top1_agreement": 1 - value / 10, "tokens": 256,
+        }
+        for way, of in kl.items()
+        for ratio, values in of.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    return [header, *rows]
+
+
+def write(path: Path, told: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in told), encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project with the results of two models, of which the smaller sorts last by name."""
+    folder = tmp_path / "bench/results/fidelity"
+    write(folder / "small.jsonl", invented("small", KL))
+    double = {
+        way: {ratio: tuple(2 * v for v in values) for ratio, values in of.items()}
+        for way, of in KL.items()
+    }
+    write(folder / "large.jsonl", invented("large", double, 8_000_000))
+    (tmp_path / "README.md").write_text("<!-- results: fidelity -->\n<!-- end -->\n")
+    assert report.main([], tmp_path) == 0
+    return tmp_path
+
+
+def cells(text: str, *names: str) -> list[str]:
+    """What the first line of a table that begins with these cells has after them."""
+    for line in text.splitlines():
+        found = [part.strip().strip("*") for part in line.strip("|").split("|")]
+        if tuple(found[: len(names)]) == names:
+            return found[len(names) :]
+    raise AssertionError(f"no line of {names}")
+
+
+def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:
+    text = (root / "bench/results/fidelity/small.md").read_text(encoding="utf-8")
+    ratio, nats, perplexity, agreement = text.split("\n## ")[1:]
+    # Of each seed first, then their mean: 0.02/0.1, 0.024/0.12, 0.04/0.2 are all 0.2.
+    assert cells(ratio, "fisher", "obs", "auto", "yes") == ["0.200", "0.200"]
+    parts = [0.05 / 0.10, 0.03 / 0.12, 0.04 / 0.20]
+    assert cells(ratio, "fisher", "obs", "uniform", "yes")[0] == (
+        f"{mean(parts):.3f} (0.200–0.500)"
+    )
+    assert cells(nats, "entropy", "l1", "uniform", "")[0] == "0.140 (0.100–0.200)"
+    assert cells(perplexity, "entropy", "l1", "uniform", "")[0] == "30.14 (30.10–30.20)"
+    assert cells(agreement, "entropy", "l1", "uniform", "")[0] == "0.986 (0.980–0.990)"
+    assert "20%: 10.00%; 50%: 25.00%" in text
+    assert "2030-01-02, commit 0123456789" in text
+    assert "8 windows of 64 tokens of one.txt, drawn with seeds 0, 1, 2" in text
+
+
+def test_the_readme_has_both_models_the_smallest_first(root: Path) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    head = cells(text, "criterion", "statistic", "allocation", "refit")
+    assert head == [f"{name}, {ratio}%" for name in ("small", "large") for ratio in (20, 30, 50)]
+    parts = [0.25 / 1.0, 0.55 / 1.1, 0.6 / 1.2]
+    for start in (0, 3):  # twice the KL of both is the same part
+        row = cells(text, "fisher", "obs", "uniform", "yes")[start : start + 3]
+        assert row == ["0.32", "", f"{mean(parts):.2f}"], "30 % was not measured"
+    for link in re.findall(r"\]\((.+?)\)", text):
+        assert (root / link).exists()
+
+
+def test_a_later_runs_commit_is_told(root: Path) -> None:
+    path = root / "bench/results/fidelity/small.jsonl"
+    header, *rows = invented("small", {Way("fisher", "l2"): {0.2: (0.06,)}})
+    later = [header | {"commit": "fedcba9876543210", "date": "2030-01-05T15:00:00+00:00"}, *rows]
+    write(path, [*map(json.loads, path.read_text().splitlines()), *later])
+    assert report.main(["--check"], root) == 1
+    assert report.main([], root) == 0
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "2030-01-02, commit 0123456789; 2030-01-05, commit fedcba9876" in text
+    assert cells(text, "fisher", "l2", "uniform", "") == ["0.600", ""]
+
+
+def test_what_no_result_gives_is_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = root / "bench/results/fidelity"
+    picture = (folder / "fidelity.svg").read_text(encoding="utf-8")
+    (folder / "fidelity.svg").write_text(picture.replace("small", "tiny"), encoding="utf-8")
+    (folder / "gone.md").write_text("# gone")
+    capsys.readouterr()
+    assert report.main(["--check"], root) == 1
+    said = capsys.readouterr().out
+    assert "bench/results/fidelity/fidelity.svg: line " in said
+    assert "bench/results/fidelity/gone.md: of no result file that counts; delete it" in said
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("{", "no result of fidelity.py: "),
+        ("[]\n", "no header"),
+        (json.dumps(invented("x", KL)[1]), "no header"),
+        ("\n".join(map(json.dumps, [invented("x", {})[0], {"seed": 0}])), "a row has no criterion"),
+    ],
+)
+def test_no_result_file(
+    root: Path, told: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "bench/results/fidelity/x.jsonl").write_text(told)
+    capsys.readouterr()
+    assert report.main([], root) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "bench/results/fidelity/begun.jsonl", invented("begun", {}))
+    (tmp_path / "README.md").write_text("<!-- results: fidelity -->\n<!-- end -->\n")
+    assert report.main([], tmp_path) == 0
+    assert "Not measured yet." in (tmp_path / "README.md").read_text()
+
+
+def test_a_point_is_where_its_number_is(root: Path) -> None:
+    text = (root / "bench/results/fidelity/fidelity.svg").read_text(encoding="utf-8")
+    sheet = ElementTree.fromstring(text)
+    width, height = float(sheet.attrib["width"]), float(sheet.attrib["height"])
+    ticks = [
+        (math.log(float(found[2])), float(found[1]) - 4)
+        for found in re.finditer(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', text)
+    ]
+    (low, start), *_, (high, end) = sorted(set(ticks))
+    # The colour of the default's line: of the small model, then of the large one.
+    colour = next(look for label, _, look, _ in fidelity_report.LINES if label == "default")
+    drawn = re.findall(rf'<polyline points="([^"]+)" fill="none" stroke="{colour}"', text)
+    assert len(drawn) == 2
+    for factor, line in zip((1, 2), drawn, strict=True):
+        for ratio, place in zip((0.2, 0.5), line.split(), strict=True):
+            x, y = map(float, place.split(","))
+            value = math.log(factor * mean(KL[DEFAULT][ratio]))
+            assert y == pytest.approx(start + (end - start) * (value - low) / (high - low), abs=0.2)
+            assert 0 < x < width
+            assert 0 < y < height
