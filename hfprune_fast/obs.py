@@ -23,11 +23,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_fast import native
 from hfprune_fast.errors import NumericsError
 
 OBS_RIDGE = 0.01
 REFIT_RIDGE = 0.1
-_BLOCK = 64
+_BLOCK = 128
+_COMPACT_BELOW = 0.8  # of the rows; cheaper than making the matrices smaller each time
 
 
 def removal_costs(
@@ -62,28 +64,39 @@ def removal_costs(
     inverse = torch.cholesky_inverse(_cholesky(gram, ridge))
     costs = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
     left = torch.arange(len(gram), device=gram.device)
-    dearest = costs.new_zeros(())
-    while len(left):
-        removals = min(block, len(left))
-        order, added = _remove(inverse, products, removals)
+    gone = torch.zeros_like(left, dtype=torch.bool)
+    dearest, count = costs.new_zeros(()), len(gram)
+    while count:
+        removals = min(block, count)
+        order, added = _remove(inverse, products, gone, removals)
         added = added.clamp_(min=0)
         added[0] = torch.maximum(added[0], dearest)
         added = added.cummax(0).values
         dearest = added[-1]
         costs[left[order]] = added / 2
-        stay = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stay[order] = False
-        left, kept = left[stay], stay.nonzero().squeeze(1)
-        inverse = inverse[kept][:, kept]
-        products = products[kept][:, kept]
+        gone[order] = True
+        count -= removals
+        if count < _COMPACT_BELOW * len(left):
+            stay = (~gone).nonzero().squeeze(1)
+            inverse, products = _only(inverse, stay), _only(products, stay)
+            left, gone = left[stay], gone[stay]
     return costs
 
 
-def _remove(inverse: Tensor, products: Tensor, removals: int) -> tuple[Tensor, Tensor]:
+def _only(matrix: Tensor, stay: Tensor) -> Tensor:
+    """Return the rows and columns that stay."""
+    return native.compact_columns(matrix[stay], stay)
+
+
+def _remove(
+    inverse: Tensor, products: Tensor, gone: Tensor, removals: int
+) -> tuple[Tensor, Tensor]:
     """Remove a block of neurons from H and M, in place; return which, in order, and their costs."""
     size = len(inverse)
     rows_h, rows_r, rows_q = (inverse.new_zeros(removals, size) for _ in range(3))
-    diagonal, norms = inverse.diagonal().clone(), products.diagonal().clone()
+    # What is gone must not be taken again; the others' diagonal stays above 1 / max(A).
+    diagonal = inverse.diagonal().masked_fill(gone, 1)
+    norms = products.diagonal().masked_fill(gone, torch.inf)
     order = torch.zeros(removals, dtype=torch.int64, device=inverse.device)
     added = inverse.new_zeros(removals)
     for i in range(removals):
@@ -96,7 +109,6 @@ def _remove(inverse: Tensor, products: Tensor, removals: int) -> tuple[Tensor, T
         rows_h[i], rows_r[i], rows_q[i] = h / h[j].sqrt(), r, q
         diagonal -= rows_h[i].square()
         norms -= 2 * r * q
-        # What is gone must not be taken again; the others' diagonal stays above 1 / max(A).
         norms[j], diagonal[j] = torch.inf, 1
     inverse.addmm_(rows_h.t(), rows_h, alpha=-1)
     products.addmm_(rows_r.t(), rows_q, alpha=-1)
