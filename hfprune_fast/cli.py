@@ -304,7 +304,7 @@ def prune(
         f"({result['prune_ratio']:.2%} of the neurons), "
         f"{result['dense_params']:,} -> {result['params']:,} parameters "
         f"({result['param_ratio']:.2%} removed)\n"
-        f"next: hfprune evaluate {model} {out} --text SOURCE",
+        f"{_loading(result)}next: hfprune evaluate {model} {out} --text SOURCE",
     )
 
 
@@ -381,6 +381,16 @@ def doctor(as_json: bool, debug: bool) -> None:
     width = max(map(len, names.values()))
     lines = (f"{names[key]:{width}}  {doctoring.show(v)}" for key, v in result.items())
     _print(as_json, result, "\n".join(lines))
+
+
+def _loading(result: dict[str, Any]) -> str:
+    """Say what it takes to load what transformers does not know."""
+    if result.get("layout") != "custom":
+        return ""
+    return (
+        "loads with transformers after `import hfprune_fast`, or with trust_remote_code=True; "
+        "--allocation uniform makes a plain checkpoint\n"
+    )
 
 
 def _widths(result: dict[str, Any]) -> str:
