@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fidelity_ways import Way
@@ -62,6 +62,13 @@ class Subject:
             return evaluation.compare(self._batches, self._dense_hidden, hidden, head, head)
 
 
+class _Pruned(NamedTuple):
+    """Which model it is, given the calibration."""
+
+    refit: bool
+    keep: tuple[bytes, ...]  # the neurons of each layer
+
+
 class Seed:
     """The calibration windows of a seed, and what was scored on them, once for all ways."""
 
@@ -71,12 +78,18 @@ class Seed:
             micro_batch(part, subject.vocab) for part in ids.split(BATCH)
         )
         self._tables: dict[str, hf.ImportanceTable] = {}
+        self._measured: dict[_Pruned, evaluation.Fidelity] = {}
 
     def rows(self, way: Way, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Measure a way at all ratios, whose refits share the dense model's run."""
         keeps = [self.keep(way, ratio) for ratio in ratios]
-        fitted = self._fitted(keeps) if way.refit else [None] * len(keeps)
-        for ratio, keep, weights in zip(ratios, keeps, fitted, strict=True):
+        # An allocation that is chosen is often one that was measured as itself.
+        models = [_Pruned(way.refit, tuple(k.numpy().tobytes() for k in v.values())) for v in keeps]
+        new = {m: keep for m, keep in zip(models, keeps, strict=True) if m not in self._measured}
+        fitted = self._fitted([*new.values()]) if way.refit and new else [None] * len(new)
+        for (pruned, keep), weights in zip(new.items(), fitted, strict=True):
+            self._measured[pruned] = self.subject.measure(keep, weights)
+        for ratio, keep, pruned in zip(ratios, keeps, models, strict=True):
             widths = [len(keep[layer]) for layer in range(len(keep))]
             yield {
                 **asdict(way),
@@ -84,7 +97,7 @@ class Seed:
                 "seed": self.seed,
                 "widths": widths,
                 "param_ratio": self.subject.size.pruned_to(widths)["param_ratio"],
-                **asdict(self.subject.measure(keep, weights)),
+                **asdict(self._measured[pruned]),
             }
 
     def keep(self, way: Way, ratio: float) -> Keep:

@@ -12,6 +12,7 @@ from typing import Any
 
 import fidelity
 import fidelity_report
+import fidelity_subject
 import pytest
 import report
 import torch
@@ -19,9 +20,10 @@ from fidelity_subject import Seed, Subject
 from fidelity_ways import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, WAYS, Way, way_of
 
 import hfprune_fast as hf
-from hfprune_fast import selection
+from hfprune_fast import prune_job, selection
 from hfprune_fast.calibration import windows_for
 from hfprune_fast.checkpoint import TINY_MODEL
+from hfprune_fast.refit import refit
 
 CALIBRATION, HELD_OUT = TINY_MODEL / "calibration.txt", TINY_MODEL / "heldout.txt"
 SEQ_LEN, SAMPLES = 64, 8
@@ -109,11 +111,25 @@ def test_each_way_ranks_by_its_own_scores(seed: Seed) -> None:
     assert len(kept) == len(ways) > 10
 
 
-def test_auto_keeps_one_of_those_that_it_tries(seed: Seed) -> None:
-    keep = seed.keep(DEFAULT, 0.3)
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_auto_keeps_what_is_closest_and_measures_it_once(
+    seed: Seed, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prune_job, "held_out_kl", lambda *_: [float(i != best) for i in range(3)])
     width = selection.target_width(seed.subject.size, prune_ratio=0.3)
-    tried = [selection.keep_top(seed._importance(DEFAULT), width, a) for a in (0.0, 0.5, 1.0)]
-    assert any(all(torch.equal(keep[i], one[i]) for i in keep) for one in tried)
+    keep, share = seed.keep(DEFAULT, 0.3), prune_job.ALLOCATIONS_TRIED[best]
+    want = selection.keep_top(seed._importance(DEFAULT), width, share)
+    assert all(torch.equal(keep[layer], want[layer]) for layer in want)
+
+    fits: list[int] = []
+    monkeypatch.setattr(
+        fidelity_subject, "refit", lambda *args: fits.append(len(args[2])) or refit(*args)
+    )
+    as_itself = Way("fisher", "obs", {0: "uniform", 1: "auto", 2: "global"}[best], refit=True)
+    fresh = Seed(seed.subject, seed.ids, 0)
+    (one,), (other,) = fresh.rows(as_itself, [0.3]), fresh.rows(DEFAULT, [0.3])
+    assert fits == [1]
+    assert {**one, "allocation": "auto"} == other
 
 
 def test_steps_never_bring_a_neuron_back(seed: Seed) -> None:
