@@ -421,6 +421,8 @@ def _recipe(
         raise ArgumentError(f"criterion {recipe.criterion} takes no --scores")
     if recipe.refit and calibration is None:
         raise ArgumentError("--refit needs --calibration, the text to fit to")
+    if recipe.steps > 1 and processes.launched().count > 1:
+        raise ArgumentError("--steps is for one process; it writes models between its steps")
     if recipe.steps > 1 and (table is not None or data_free):
         raise ArgumentError("--steps scores again and again, so with --calibration and no --scores")
     return recipe
