@@ -8,7 +8,7 @@ over the seeds, with the lowest and highest.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,7 +16,7 @@ from typing import Any
 
 from fidelity_ways import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Way, way_of
 from records import RESULTS, ROOT, ResultError
-from report_text import commit, hardware, table
+from report_text import commit, hardware, number, table
 from svg import FAINT, GREY, Canvas, Scale
 
 FOLDER = RESULTS / "fidelity"
@@ -42,7 +42,7 @@ SHOWN = (
 )
 README_RATIOS = (0.2, 0.3, 0.5)
 LINES = (
-    ("random", RANDOM, "#8c8c8c", "circle"),
+    ("random", RANDOM, "#8c8c8c", "cross"),
     ("magnitude", MAGNITUDE, "#e69f00", "down"),
     ("the paper's: entropy, l1, uniform", PAPER, "#d55e00", "square"),
     ("fisher, l2, uniform", Way("fisher", "l2"), "#009e73", "diamond"),
@@ -126,13 +126,13 @@ def way_cells(way: Way) -> list[str]:
     return [way.criterion, way.statistic, allocation, "yes" if way.refit else ""]
 
 
-def span(values: Iterable[float], digits: int = 3) -> str:
+def span(values: Iterable[float], told: Callable[[float], str] = "{:.3f}".format) -> str:
     """Mean, with the lowest and highest."""
     values = list(values)
     if not values:
         return ""
-    low, high = (f"{v:.{digits}f}" for v in (min(values), max(values)))
-    return f"{mean(values):.{digits}f}" + (f" ({low}–{high})" if low != high else "")
+    low, high = told(min(values)), told(max(values))
+    return told(mean(values)) + (f" ({low}–{high})" if low != high else "")
 
 
 def _runs(model: Measured) -> str:
@@ -156,11 +156,11 @@ def markdown(model: Measured) -> str:
         f"{model.rows[0]['tokens']} tokens of {header['texts'][1]}, where the dense model's "
         f"perplexity is {dense:.2f}. fp32. Mean over the seeds (lowest–highest).",
     ]
-    for title, value in (
-        ("KL(dense ‖ pruned), times that of the paper's recipe with the same seed", None),
-        ("KL(dense ‖ pruned), nats", "kl_nats"),
-        ("Perplexity", "ppl_pruned"),
-        ("Top-1 agreement", "top1_agreement"),
+    for title, value, told in (
+        ("KL(dense ‖ pruned), times that of the paper's recipe with the same seed", None, ".3f"),
+        ("KL(dense ‖ pruned), nats", "kl_nats", ""),
+        ("Perplexity", "ppl_pruned", ".2f"),
+        ("Top-1 agreement", "top1_agreement", ".3f"),
     ):
         cells = [["criterion", "statistic", "allocation", "refit"]]
         cells[0] += [f"{ratio:.0%} of neurons" for ratio in model.ratios]
@@ -170,15 +170,14 @@ def markdown(model: Measured) -> str:
                     model.against_paper(way, ratio)
                     if value is None
                     else (row[value] for row in model.of(way, ratio)),
-                    2 if value == "ppl_pruned" else 3,
+                    f"{{:{told}}}".format if told else number,
                 )
                 for ratio in model.ratios
             ]
             cells.append(way_cells(way) + values)
         lines += ["", f"## {title}", "", *table(cells, 4)]
-    removed = [
-        f"{ratio:.0%}: {model.of(PAPER, ratio)[0]['param_ratio']:.2%}" for ratio in model.ratios
-    ]
+    of_all = {row["prune_ratio"]: row["param_ratio"] for row in model.rows}
+    removed = [f"{ratio:.0%}: {of_all[ratio]:.2%}" for ratio in model.ratios]
     lines += ["", f"Of all parameters are removed, at {'; '.join(removed)}."]
     return "\n".join(lines) + "\n"
 
@@ -201,12 +200,12 @@ def readme(_: object, root: Path) -> list[str]:
         f"[{named(m)}]({(FOLDER.relative_to(ROOT) / m.header['model']).as_posix()}.md)"
         for m in found
     )
-    seeds = len({row["seed"] for row in found[0].rows})
+    seeds = sorted({len({row["seed"] for row in measured.rows}) for measured in found})
     told = (
         f"KL(dense ‖ pruned) on held-out text, times that of the paper's recipe at the same number "
-        f"of neurons removed; mean over {seeds} calibration seeds, {hardware(found[0].header)}, "
-        f"{found[0].header['date'][:10]}. All rows, with the spread, KL in nats, perplexity and "
-        f"agreement: {links}."
+        f"of neurons removed; mean over {' or '.join(map(str, seeds))} calibration seeds, "
+        f"{hardware(found[0].header)}, {found[0].header['date'][:10]}. All rows, with the spread, "
+        f"KL in nats, perplexity and agreement: {links}."
     )
     image = (FOLDER.relative_to(ROOT) / "fidelity.svg").as_posix()
     alt = "KL against the parameters removed, a panel a model"

@@ -285,6 +285,7 @@ def test_the_readme_has_both_models_the_smallest_first(root: Path) -> None:
     for start in (0, 3):  # twice the KL of both is the same part
         row = cells(text, "fisher", "obs", "uniform", "yes")[start : start + 3]
         assert row == ["0.32", "", f"{mean(parts):.2f}"], "30 % was not measured"
+    assert "mean over 3 calibration seeds" in text
     for link in re.findall(r"\]\((.+?)\)", text):
         assert (root / link).exists()
 
