@@ -58,10 +58,10 @@ def removal_costs(
 
     O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
     """
+    inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)  # the caller holds it anyway
     wide = weight.to(gram.dtype)
     through = wide if metric is None else metric.to(gram.dtype) @ wide
     products = wide.t() @ through
-    inverse = torch.cholesky_inverse(_cholesky(gram, ridge))
     costs = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
     left = torch.arange(len(gram), device=gram.device)
     gone = torch.zeros_like(left, dtype=torch.bool)
@@ -69,7 +69,6 @@ def removal_costs(
     while count:
         removals = min(block, count)
         order, added = _remove(inverse, products, gone, removals)
-        added = added.clamp_(min=0)
         added[0] = torch.maximum(added[0], dearest)
         added = added.cummax(0).values
         dearest = added[-1]
