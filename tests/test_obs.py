@@ -61,6 +61,50 @@ def test_costs_are_those_of_solving_anew(width: int, with_metric: bool, block: i
     assert torch.allclose(got, expected, rtol=RTOL, atol=RTOL * float(expected.max()))
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_what_gets_cheaper_is_told_the_dearer_cost(block: int) -> None:
+    """Of two that cancel, the first to go leaves the other with less to do: 3/4, then 1/4."""
+    gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    weight = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    costs = removal_costs(gram, weight, ridge=0, block=block)
+    assert costs.tolist() == pytest.approx([3 / 8, 3 / 8], rel=1e-15)
+
+
+def test_neurons_that_are_alike_cost_alike() -> None:
+    """Uncorrelated acts: each costs ½(1 + λ)|w|², in whatever order those of one price go."""
+    weight = torch.ones(4, 200, dtype=torch.float64)
+    weight[:, 50:120] = 2
+    costs = removal_costs(torch.eye(200, dtype=torch.float64), weight, ridge=0.25)
+    expected = 0.5 * 1.25 * weight.square().sum(0)
+    assert torch.allclose(costs, expected, rtol=200 * torch.finfo(torch.float64).eps, atol=0)
+
+
+def test_outputs_that_nobody_reads_cost_nothing() -> None:
+    """A metric of rank 1 sees one direction; what rounding leaves of the rest is not negative."""
+    gram, weight, _ = a_layer(30)
+    nobody = removal_costs(gram.clone(), weight, torch.zeros(6, 6, dtype=torch.float64))
+    assert nobody.tolist() == [0.0] * 30
+    seen = torch.randn(6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    costs = removal_costs(gram.clone(), weight, seen @ seen.t(), block=4)
+    assert bool((costs >= 0).all())
+    # The same as of an MLP whose only output is that direction.
+    alone = removal_costs(gram.clone(), seen.t() @ weight)
+    assert torch.allclose(costs, alone, rtol=RTOL, atol=RTOL * float(alone.max()))
+
+
+@pytest.mark.parametrize("block", [1, 5, 64])
+def test_all_removals_add_up_to_the_output(block: int) -> None:
+    """Which is worth ½tr(W A Wᵀ C)."""
+    gram, weight, metric = a_layer(40, hidden=9)
+    # Costs that fall would be told the dearer one's, and their sum not be that.
+    gram = gram.diagonal().diag()
+    wide = gram + 0.01 * gram.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    whole = float((weight @ wide @ weight.t() @ metric).trace()) / 2
+    assert float(removal_costs(gram.clone(), weight, metric, block=block).sum()) == pytest.approx(
+        whole, rel=RTOL
+    )
+
+
 def test_a_neuron_that_never_fires_or_writes_nothing_costs_nothing() -> None:
     gram, weight, _ = a_layer(8)
     gram[3], gram[:, 3] = 0, 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from truth import attention, rms_norm, tiny_model
+from watch import Watch
 
 import hfprune_fast as hf
 from hfprune_fast import loading, obs
@@ -144,6 +145,90 @@ def test_a_loaded_model_is_refitted_and_cut_in_three_lines() -> None:
     assert kl[0] < 0.7 * kl[1]
     with pytest.raises(CalibrationError, match="no token batches to refit on"):
         hf.refit_down_proj(dense, [], keep)
+
+
+def test_each_layers_weight_brings_the_stream_closer() -> None:
+    """Than the dense weight's columns there, after the same refitted layers before it."""
+    model = tiny_model("qwen3")
+    batches, keep = batches_of(model), keep_of(model)
+    with ResidentModel(model) as entered:
+        (result,), _ = refit(entered, batches, [keep])
+    cut = copy.deepcopy(model)
+    hf.prune(cut, keep)
+    for layer, weight in result.weights.items():
+        before = distance(model, cut, batches, layer)
+        cut.model.layers[layer].mlp.down_proj.weight.copy_(weight)
+        assert distance(model, cut, batches, layer) < 0.9 * before
+
+
+def distance(
+    dense: PreTrainedModel, cut: PreTrainedModel, batches: list[MicroBatch], layer: int
+) -> float:
+    """Mean square of what the residual streams differ by behind a layer."""
+    streams = []
+    for model in (dense, cut):
+        rows: list[Tensor] = []
+        handle = model.model.layers[layer].register_forward_hook(
+            lambda _, args, output, rows=rows: rows.append(output[0])
+        )
+        for batch in batches:
+            for ids, length in zip(batch.ids, batch.lengths, strict=True):
+                model(ids[None, :length], use_cache=False)
+        handle.remove()
+        streams.append(torch.cat(rows))
+    return float((streams[0] - streams[1]).square().mean())
+
+
+def test_several_models_are_each_fitted_alone() -> None:
+    model = tiny_model("llama")
+    batches = batches_of(model)
+    keeps = [keep_of(model), keep_of(model, (96, 5, 40)), keep_of(model, (3, 60, 20))]
+    with ResidentModel(model) as entered:
+        together, _ = refit(entered, batches, keeps, held_out=1)
+        for keep, result in zip(keeps, together, strict=True):
+            (alone,), _ = refit(entered, batches, [keep], held_out=1)
+            for layer in keep:
+                assert torch.equal(result.weights[layer], alone.weights[layer])
+            assert torch.equal(result.hidden[0], alone.hidden[0])
+
+
+@pytest.mark.parametrize(("models", "held_out"), [(1, 0), (3, 1)])
+def test_the_bar_ends_at_the_tokens_there_are(models: int, held_out: int) -> None:
+    model = tiny_model("llama")
+    batches = batches_of(model)
+    fitted: list[float] = []
+    costed: list[float] = []
+    with ResidentModel(model) as entered:
+        refit(entered, batches, [keep_of(model)] * models, held_out=held_out, done=fitted.append)
+        removal_costs(entered, batches, done=costed.append)
+    assert sum(fitted) == pytest.approx(sum(LENGTHS))
+    assert sum(costed) == pytest.approx(sum(LENGTHS))
+    assert min(fitted + costed) > 0
+
+
+def test_moments_are_in_memory_a_layer_at_a_time() -> None:
+    model = tiny_model("llama", intermediate_size=320, hidden_size=8)
+    batches, keep = batches_of(model, (9, 7)), keep_of(model, (310,) * 3)
+    matrix = 320**2 * 8  # beside which all else is small, but for the rows of a block of removals
+    with ResidentModel(model) as entered:
+        with Watch(*model.parameters()) as costing:
+            removal_costs(entered, batches)
+        with Watch(*model.parameters()) as fitting:
+            refit(entered, batches, [keep])
+    assert costing.peak < 4 * matrix
+    assert fitting.peak < 2.5 * matrix
+
+
+def test_layers_of_different_widths_have_costs_of_their_own() -> None:
+    """Rows of a table are as long as the widest layer's, the others end in zeros."""
+    model = tiny_model("llama")
+    hf.prune(model, keep_of(model))
+    batches = [batch.ids for batch in batches_of(model, (40,) * 4)]
+    table = hf.score(model, batches, criterion="fisher", obs=True)
+    assert table.obs.shape == (3, 77)
+    for costs, width in zip(table.obs, (50, 20, 77), strict=True):
+        assert bool((costs[:width] > 0).all())
+        assert bool((costs[width:] == 0).all())
 
 
 def test_what_is_held_out_is_not_fitted_to() -> None:

@@ -47,7 +47,7 @@ class Watch(Seeing):
     def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         self.names.add(func.name())
         factors: tuple[Tensor, ...] = ()
-        if "mm" in func.name():
+        if func.name().partition(".")[0].rstrip("_").endswith("mm"):
             factors = args[-2:]
         elif "linear_pointwise" in func.name():  # oneDNN's x · wᵀ
             factors = args[0], args[1].t()
