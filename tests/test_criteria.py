@@ -10,12 +10,12 @@ from exact import make_float64_exact
 from tolerances import relative_error
 from torch import Tensor
 from transformers import PreTrainedModel
+from truth import forward, tiny_model
 from truth import scores as true_scores
-from truth import tiny_model
 
 import hfprune_fast as hf
-from hfprune_fast import scoring
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast import obs, scoring
+from hfprune_fast.errors import ArgumentError, ResumeError
 from hfprune_fast.forward import MicroBatch, ResidentModel, numbered
 from hfprune_fast.kernels._philox import uniform
 from hfprune_fast.scoring import How, no_totals, score_batches
@@ -46,24 +46,111 @@ def drawn_token(logits: Tensor, ids: Tensor, number: int) -> Tensor:
     return -log_p.gather(1, drawn(logits.detach(), number)[:, None]).mean()
 
 
-TRUTHS: dict[str, Any] = {"cross_entropy": next_token, "fisher": drawn_token}
-NAMES = {"cross_entropy": "cross_entropy_nats", "fisher": "sampled_cross_entropy_nats"}
+def mean_entropy(logits: Tensor, ids: Tensor, number: int) -> Tensor:
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+TRUTHS: dict[str, Any] = {
+    "entropy": mean_entropy,
+    "cross_entropy": next_token,
+    "fisher": drawn_token,
+}
+NAMES = {
+    "entropy": "entropy_nats",
+    "cross_entropy": "cross_entropy_nats",
+    "fisher": "sampled_cross_entropy_nats",
+}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("criterion", ["cross_entropy", "fisher"])
-def test_float64_is_the_truth(criterion: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("criteria", [("cross_entropy",), ("fisher",), ("fisher", *ALL[:2]), ALL])
+def test_float64_is_the_truth(
+    criteria: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(family)
     make_float64_exact(model, monkeypatch)
     ids = ids_of(model)
-    truth = true_scores(model.state_dict(), model.config, ids, TRUTHS[criterion])
-    table = hf.score(model, ids.split(2), criterion=criterion, seed=SEED)
-    for statistic in ("l1", "l2", "mask"):
-        error = relative_error(table.importance(statistic, criterion), truth[statistic]).max()
-        assert error < 1e-12, f"{statistic}: {error:.1e}"
-    assert table.provenance[NAMES[criterion]] == pytest.approx(
-        float(truth["loss"].mean()), rel=1e-12
+    table = hf.score(model, ids.split(2), criterion=criteria, seed=SEED)
+    for criterion in criteria:
+        truth = true_scores(model.state_dict(), model.config, ids, TRUTHS[criterion])
+        for statistic in ("l1", "l2", "mask", "act"):
+            got = table.act if statistic == "act" else table.importance(statistic, criterion)
+            error = relative_error(got, truth[statistic]).max()
+            assert error < 1e-12, f"{criterion} {statistic}: {error:.1e}"
+        assert table.provenance[NAMES[criterion]] == pytest.approx(
+            float(truth["loss"].mean()), rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"pass_tokens": 40}])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_way_of_running_leaves_the_truth(
+    at_once: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sequences of their own lengths, padded to the longest beside them."""
+    model = tiny_model("llama")
+    make_float64_exact(model, monkeypatch)
+    ids, lengths = ids_of(model), (24, 2, 17, 9, 24)
+    batches = numbered(
+        MicroBatch(ids[i : i + at_once], lengths[i : i + at_once]) for i in range(0, 5, at_once)
     )
+    with ResidentModel(model) as entered:
+        totals = score_batches(entered, batches, How(criteria=ALL, seed=SEED, **options))
+    for c, criterion in enumerate(ALL):
+        truths = [
+            true_scores(
+                model.state_dict(), model.config, ids[n : n + 1, :length], numbered_as(n, criterion)
+            )
+            for n, length in enumerate(lengths)
+        ]
+        for row, statistic in zip(totals.statistics[c], ("l1", "l2", "mask", "act"), strict=True):
+            truth = torch.stack([t[statistic] for t in truths]).sum(0)
+            error = relative_error(row, truth).max()
+            assert error < 1e-12, f"{criterion} {statistic}: {error:.1e}"
+        loss = sum(float(truth["loss"].sum()) for truth in truths)
+        assert totals.loss_nats[c] == pytest.approx(loss, rel=1e-12)
+
+
+def numbered_as(number: int, criterion: str) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The loss of the sequence that has this number among all."""
+    return lambda logits, ids, _: TRUTHS[criterion](logits, ids, number)
+
+
+def test_what_is_drawn_stays_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches are halved in the middle of the run; no sequence gets another's tokens."""
+    model = tiny_model("llama")
+    batches = numbered(MicroBatch(part, (24,) * len(part)) for part in ids_of(model, 7).split(4))
+    add_to = scoring._Pass.add_to
+
+    def short(self: Any, totals: Any) -> Any:
+        if sum(len(batch.ids) for batch in self.batches) > 1 + (totals.samples == 0):
+            raise MemoryError
+        return add_to(self, totals)
+
+    with ResidentModel(model) as entered:
+        whole = score_batches(entered, batches, How(criteria=("fisher",), seed=SEED))
+        monkeypatch.setattr(scoring._Pass, "add_to", short)
+        halved = score_batches(entered, batches, How(criteria=("fisher",), seed=SEED))
+    assert halved.samples == 7
+    assert torch.allclose(halved.statistics, whole.statistics, rtol=1e-12)
+    assert halved.loss_nats == pytest.approx(whole.loss_nats, rel=1e-12)
+
+
+def test_a_gradient_scale_is_taken_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a power of two, so to the last bit."""
+    model = tiny_model("llama")
+    batches = numbered(MicroBatch(part, (24,) * len(part)) for part in ids_of(model).split(2))
+    how = How(criteria=ALL, seed=SEED)
+    with ResidentModel(model) as entered:
+        plain = score_batches(entered, batches, how, no_totals(entered, how, True))
+        monkeypatch.setattr(scoring._Pass, "_grad_scale", lambda *_: 2.0**9)
+        scaled = score_batches(entered, batches, how, no_totals(entered, how, True))
+    assert torch.equal(scaled.statistics, plain.statistics)
+    assert scaled.loss_nats == plain.loss_nats
+    assert plain.output_fisher is not None
+    assert scaled.output_fisher is not None
+    assert torch.equal(scaled.output_fisher, plain.output_fisher)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -115,6 +202,13 @@ def test_activation_alone_runs_forward_only(monkeypatch: pytest.MonkeyPatch) -> 
     alone = hf.score(model, ids.split(2), criterion="activation")
     assert torch.allclose(alone.act, both.act, rtol=1e-14)
     assert torch.equal(alone.down_norm, both.down_norm)
+    lengths = torch.tensor([24, 3, 9, 1, 24])
+    mask = torch.arange(24) < lengths[:, None]
+    padded = hf.score(model, [{"input_ids": ids, "attention_mask": mask}], criterion="activation")
+    apart = hf.score(
+        model, [row[None, :n] for row, n in zip(ids, lengths, strict=True)], criterion="activation"
+    )
+    assert torch.allclose(padded.act, apart.act, rtol=1e-10)
     assert set(alone.statistics) == {"act", "down_norm"}
     assert torch.equal(alone.importance(), alone.act.sqrt() * alone.down_norm)
     assert torch.equal(both.importance(criterion="activation"), both.importance("act"))
@@ -157,17 +251,40 @@ def output_gradients(model: PreTrainedModel, ids: Tensor, number: int) -> list[T
     return [grad[0] for grad in grads]
 
 
-def test_removal_costs_rank_and_are_the_same_streamed(llama_dir: Path, text_file: Path) -> None:
+def test_removal_costs_are_made_of_acts_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer's of its own: plain moments of both, without padding."""
+    model = tiny_model("llama")
+    make_float64_exact(model, monkeypatch)
+    ids, lengths = ids_of(model, samples=4), (24, 9, 17, 24)
+    mask = torch.arange(24) < torch.tensor(lengths)[:, None]
+    batch = {"input_ids": ids, "attention_mask": mask}
+    table = hf.score(model, [batch], criterion="fisher", obs=True, seed=SEED)
+    acts: list[list[Tensor]] = [[], [], []]
+    grads: list[list[Tensor]] = [[], [], []]
+    for number, (row, length) in enumerate(zip(ids, lengths, strict=True)):
+        for layer, act in enumerate(forward(model.state_dict(), model.config, row[:length]).acts):
+            acts[layer].append(act.detach())
+        for layer, grad in enumerate(output_gradients(model, row[:length], number)):
+            grads[layer].append(grad)
+    for layer in range(3):
+        act, grad = torch.cat(acts[layer]), torch.cat(grads[layer])
+        moments, metric = act.t() @ act / sum(lengths), grad.t() @ grad / sum(lengths)
+        weight = model.model.layers[layer].mlp.down_proj.weight
+        error = relative_error(table.obs[layer], obs.removal_costs(moments, weight, metric))
+        assert error < 1e-5, f"layer {layer}: {error:.1e}"  # the metric is kept in fp32
+
+
+def test_streamed_weights_give_the_same_bits(llama_dir: Path, text_file: Path) -> None:
     running: dict[str, Any] = {"samples": 4, "seq_len": 32, "device": "cpu"}
-    resident = hf.score(llama_dir, text_file, criterion=["fisher", "entropy"], obs=True, **running)
-    assert bool((resident.obs > 0).all())
-    for offload in ("disk", "cpu"):
-        streamed = hf.score(
-            llama_dir, text_file, criterion=["fisher", "entropy"], obs=True, offload=offload,
-            batch_size=resident.provenance["batch_size"], **running,
-        )  # fmt: skip
-        for name, tensor in resident.statistics.items():
-            assert torch.equal(streamed.statistics[name], tensor), name
+    for criteria, costs in ((("fisher", "entropy", "cross_entropy"), True), ("activation", False)):
+        asked: dict[str, Any] = {**running, "criterion": criteria, "obs": costs, "batch_size": 2}
+        resident = hf.score(llama_dir, text_file, **asked)
+        assert not costs or bool((resident.obs > 0).all())
+        for offload in ("disk", "cpu"):
+            streamed = hf.score(llama_dir, text_file, offload=offload, **asked)
+            assert streamed.statistics.keys() == resident.statistics.keys()
+            for name, tensor in resident.statistics.items():
+                assert torch.equal(streamed.statistics[name], tensor), name
 
 
 def test_state_keeps_all_criteria(
@@ -184,8 +301,14 @@ def test_state_keeps_all_criteria(
     with pytest.raises(KeyboardInterrupt):
         hf.score(llama_dir, text_file, **running, **state)
     monkeypatch.setattr(scoring._Pass, "add_to", run)
-    with pytest.raises(hf.HFPruneError, match="criteria"):
-        hf.score(llama_dir, text_file, **{**running, "criterion": ["fisher"]}, **state, resume=True)
+    for other, said in (
+        ({"criterion": ["fisher"]}, "criteria"),
+        ({"criterion": ["fisher", "entropy"]}, "criteria"),
+        ({"obs": False}, "obs True, not False"),
+        ({"seed": 1}, "seed 0, not 1"),
+    ):
+        with pytest.raises(ResumeError, match=f"of another run: .*{said}"):
+            hf.score(llama_dir, text_file, **{**running, **other}, **state, resume=True)
     resumed = hf.score(llama_dir, text_file, **running, **state, resume=True)
     for name, tensor in whole.statistics.items():
         assert torch.equal(resumed.statistics[name], tensor), name
