@@ -118,23 +118,28 @@ def numbered_as(number: int, criterion: str) -> Callable[[Tensor, Tensor, int], 
 
 
 def test_what_is_drawn_stays_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Micro-batches are halved in the middle of the run; no sequence gets another's tokens."""
+    """In the middle of a backward, so that micro-batches are halved: each sequence counts once."""
     model = tiny_model("llama")
     batches = numbered(MicroBatch(part, (24,) * len(part)) for part in ids_of(model, 7).split(4))
-    add_to = scoring._Pass.add_to
+    how = How(criteria=("entropy", "fisher"), seed=SEED)
+    backward = scoring._Pass._backward
 
-    def short(self: Any, totals: Any) -> Any:
-        if sum(len(batch.ids) for batch in self.batches) > 1 + (totals.samples == 0):
+    def short(self: Any, layer: int, i: int, *rest: Any) -> Any:
+        if layer == 1 and len(self.batches[i].ids) > 1 + (self.batches[i].first == 0):
             raise MemoryError
-        return add_to(self, totals)
+        return backward(self, layer, i, *rest)
 
     with ResidentModel(model) as entered:
-        whole = score_batches(entered, batches, How(criteria=("fisher",), seed=SEED))
-        monkeypatch.setattr(scoring._Pass, "add_to", short)
-        halved = score_batches(entered, batches, How(criteria=("fisher",), seed=SEED))
+        whole = score_batches(entered, batches, how, no_totals(entered, how, True))
+        monkeypatch.setattr(scoring._Pass, "_backward", short)
+        halved = score_batches(entered, batches, how, no_totals(entered, how, True))
     assert halved.samples == 7
     assert torch.allclose(halved.statistics, whole.statistics, rtol=1e-12)
     assert halved.loss_nats == pytest.approx(whole.loss_nats, rel=1e-12)
+    assert halved.output_fisher is not None
+    assert whole.output_fisher is not None
+    error = (halved.output_fisher - whole.output_fisher).norm() / whole.output_fisher.norm()
+    assert error < 2**-22  # kept in fp32
 
 
 def test_a_gradient_scale_is_taken_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +196,16 @@ def test_padding_counts_for_nothing(criterion: str) -> None:
     for statistic in ("l1", "l2", "mask"):
         ours, theirs = (t.importance(statistic) for t in (padded, apart))
         assert torch.allclose(ours, theirs, rtol=1e-10)  # norms are in fp32, of the same values
+
+
+@pytest.mark.parametrize("criteria", [(), ("fisher",), ALL])
+def test_the_bar_ends_at_the_tokens_there_are(criteria: tuple[str, ...]) -> None:
+    model = tiny_model("llama")
+    batches = numbered(MicroBatch(part, (24,) * len(part)) for part in ids_of(model).split(2))
+    worked: list[float] = []
+    with ResidentModel(model) as entered:
+        score_batches(entered, batches, How(criteria=criteria), done=worked.append)
+    assert sum(worked) == pytest.approx(5 * 24)
 
 
 def test_activation_alone_runs_forward_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import random_llama
 from torch import Tensor
 from truth import tiny_model
 
@@ -15,7 +16,8 @@ import hfprune_fast as hf
 from hfprune_fast import prune_job, selection
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.forward import MicroBatch, ResidentModel, numbered
-from hfprune_fast.prune_job import Cut, allocate, held_out_kl, score_in_steps, trial
+from hfprune_fast.loading import load_model
+from hfprune_fast.prune_job import Cut, Fitting, allocate, held_out_kl, score_in_steps, trial
 from hfprune_fast.recipe import Recipe
 from hfprune_fast.refit import refit
 
@@ -100,6 +102,113 @@ def test_in_steps_what_is_gone_stays_gone(
     assert table.provenance["model_fingerprint"] == dense.provenance["model_fingerprint"]
 
 
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_checkpoint_is_fitted_as_it_is_stored(
+    offload: str, save_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """A base model in bfloat16, run in float32: its own names, its own dtype."""
+    model = random_llama(tied=True).to(torch.bfloat16)
+    folder = save_checkpoint(model.model)
+    fitting = Fitting(
+        folder, text_file, samples=6, seq_len=40, device="cpu", dtype="float32", offload=offload
+    )
+    keep = selection.keep_top(torch.rand(3, 96, dtype=torch.float64), 40, "global")
+    replaced = fitting.refit(keep)
+    with ResidentModel(load_model(folder, dtype="float32", device="cpu")) as entered:
+        (expected,), _ = refit(entered, fitting.batches, [keep])
+    for layer, kept in keep.items():
+        weight = replaced.pop(f"layers.{layer}.mlp.down_proj.weight")
+        assert weight.shape == (64, len(kept))
+        assert torch.equal(weight, expected.weights[layer].to(torch.bfloat16))
+    assert not replaced
+    hf.prune_checkpoint(folder, tmp_path / "out", keep, replace=fitting.refit(keep), verify=True)
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_the_closest_is_so_by_the_kl_of_checkpoints_that_are_written(
+    offload: str, llama_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"seq_len": 40, "device": "cpu"}
+    fitting = Fitting(llama_dir, text_file, samples=20, batch_size=5, offload=offload, **options)
+    importance = torch.rand(3, 96, dtype=torch.float64) * torch.tensor([[1.0], [3.0], [9.0]])
+    keeps = [selection.keep_top(importance, width, 1.0) for width in (60, 30, 80)]
+    best, kl = fitting.closest(keeps)
+    assert best == 2
+    # Of 20 sequences in fives the last five are held out.
+    told = Fitting(llama_dir, text_file, samples=20, batch_size=5, **options)
+    held_out = told.batches.pop().ids
+    dense = load_model(llama_dir, device="cpu")
+    for i, keep in enumerate(keeps):
+        out = tmp_path / str(i)
+        hf.prune_checkpoint(llama_dir, out, keep, replace=told.refit(keep))
+        fidelity = hf.evaluate(dense, load_model(out, device="cpu"), [held_out])
+        assert kl[i] == pytest.approx(fidelity.kl_nats, rel=1e-4)  # float32
+
+
+def test_few_tokens_to_fit_to_are_told(
+    llama_dir: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for samples in (24, 23):  # 8 tokens for each of 96 neurons are 768
+        Fitting(llama_dir, text_file, samples=samples, seq_len=32, device="cpu")
+    said = "hfprune: 736 calibration tokens are few to refit 96 neurons a layer; 768 or more"
+    assert [line[: len(said)] for line in capfd.readouterr().err.splitlines()] == [said]
+
+
+@pytest.mark.parametrize("refits", [True, False])
+def test_the_model_between_two_steps_is_dense_but_for_zeros(
+    refits: bool, llama_dir: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    how: dict[str, Any] = {"samples": 30, "seq_len": 32, "device": "cpu", "seed": 4}
+    asked: dict[str, Any] = {**how, "state_file": tmp_path / "state", "resume": False}
+    calls: list[dict[str, Any]] = []
+    between: list[Any] = []
+
+    def note(model: Path, source: Path, **options: Any) -> hf.ImportanceTable:
+        calls.append(options)
+        between.append(load_model(model, device="cpu"))
+        return hf.score(model, source, **options)
+
+    monkeypatch.setattr(prune_job, "score", note)
+    recipe = Recipe(allocation="uniform", refit=refits, steps=2)
+    table = score_in_steps(llama_dir, text_file, recipe, Cut(40, round_to=8), tmp_path, **asked)
+    # Only the first step has a state to go on from: the second's model is gone when it is asked.
+    assert calls[0] == {**asked, "criterion": "fisher", "obs": True}
+    assert calls[1] == {**calls[0], "state_file": None}
+    first = hf.score(llama_dir, text_file, criterion="fisher", obs=True, **how)
+    keep = hf.select(first, intermediate_size=68, statistic="obs")  # half of the way
+    dense, zeroed = between
+    fitted = Fitting(llama_dir, text_file, **how).refit(keep)
+    for name, weight in dense.state_dict().items():
+        got = zeroed.state_dict()[name]
+        if "down_proj" in name:
+            kept = keep[int(name.split(".")[2])]
+            assert torch.equal(got[:, kept], fitted[name] if refits else weight[:, kept])
+            assert int((got != 0).any(0).sum()) == len(kept)
+        else:
+            assert torch.equal(got, weight)
+    assert bool((table.obs == 0).sum() == 3 * (96 - 68))
+
+
+def test_a_step_that_fails_leaves_no_model_behind(
+    llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+
+    def failing(model: Any, *args: Any, **options: Any) -> hf.ImportanceTable:
+        if Path(model) == llama_dir:
+            return hf.score(model, *args, **options)
+        assert list(beside.glob("**/*.safetensors"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune_job, "score", failing)
+    recipe = Recipe("entropy", "statistic", None, "uniform", refit=False, steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        score_in_steps(llama_dir, text_file, recipe, Cut(30), beside, samples=2, seq_len=16)
+    assert list(beside.iterdir()) == []
+
+
 def test_the_default_recipe_on_the_command_line(
     llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Callable[..., Any]
 ) -> None:
@@ -148,8 +257,6 @@ def test_yardsticks_need_no_text(
     )  # fmt: skip
     assert run.code == 0, run.err
     keep = json.loads((tmp_path / "out" / "hfprune.json").read_text())["keep"]
-    from hfprune_fast.loading import load_model
-
     model = load_model(llama_dir, device="cpu")
     if criterion == "magnitude":
         for layer, kept in keep.items():

@@ -206,6 +206,48 @@ def test_the_bar_ends_at_the_tokens_there_are(models: int, held_out: int) -> Non
     assert min(fitted + costed) > 0
 
 
+def test_moments_of_bfloat16_acts_are_of_float32_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the first layer, whose acts and streams are the dense model's to the last bit."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    batches, keep = batches_of(model, (40,) * 8), keep_of(model)
+    mlp, norm = model.model.layers[0].mlp, model.model.layers[0].post_attention_layernorm
+    seen: dict[str, list[Tensor]] = {"act": [], "before": [], "behind": []}
+    handles = [
+        mlp.down_proj.register_forward_pre_hook(lambda _, args: seen["act"].append(args[0])),
+        norm.register_forward_pre_hook(lambda _, args: seen["before"].append(args[0])),
+        model.model.layers[0].register_forward_hook(lambda *args: seen["behind"].append(args[2])),
+    ]
+    for batch in batches:
+        model(batch.ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    act, before, behind = (torch.cat(seen[name]).flatten(0, 1).double() for name in seen)
+    noted: list[Tensor] = []
+
+    def note(gram: Tensor, *rest: Any, **options: Any) -> Tensor:
+        noted.extend([gram.clone(), *rest])
+        return obs.least_squares(gram, *rest, **options)
+
+    def note_costs(gram: Tensor, *_: Any) -> Tensor:
+        noted.append(gram.clone())
+        return gram.diagonal()
+
+    monkeypatch.setattr("hfprune_fast.refit.least_squares", note)
+    monkeypatch.setattr("hfprune_fast.refit.costs_of_one", note_costs)
+    with ResidentModel(model) as entered:
+        refit(entered, batches, [keep])
+        gram, cross = noted[:2]
+        noted.clear()
+        removal_costs(entered, batches)
+    kept, missing = act[:, keep[0]], behind - before
+    for got, left, right in ((gram, kept, kept), (cross, missing, kept), (noted[0], act, act)):
+        # Each product and sum of a batch rounds once, as does the difference of the streams.
+        most = 82 * torch.finfo(torch.float32).eps * (left.abs().t() @ right.abs()) / 320
+        assert bool(((got - left.t() @ right / 320).abs() <= most).all())
+
+
 def test_moments_are_in_memory_a_layer_at_a_time() -> None:
     model = tiny_model("llama", intermediate_size=320, hidden_size=8)
     batches, keep = batches_of(model, (9, 7)), keep_of(model, (310,) * 3)

@@ -139,6 +139,64 @@ def test_global_is_one_ranking() -> None:
         assert abs(len(kept) - (20 + len(keep[layer])) / 2) < 1
 
 
+@pytest.mark.parametrize(("dear", "widths"), [(5.0, [6, 2]), (7.0, [4, 4])])
+def test_whole_blocks_are_dealt_by_their_mean(dear: float, widths: list[int]) -> None:
+    """Layers of 7 in twos, the seventh in none; (3, 3) is worth more than (5, 0), not (7, 0)."""
+    importance = torch.tensor(
+        [[3, 9, 9, 0.5, 9, 9, 3], [0, 9, 0, dear, 0, 9, 0]], dtype=torch.float64
+    )
+    keep = keep_top(importance, 4, "global", min_keep=0, round_to=2)
+    assert [len(k) for k in keep.values()] == widths
+    assert keep[0].tolist() == ([0, 1, 2, 4, 5, 6] if dear == 5 else [1, 2, 4, 5])
+    assert keep[1].tolist() == ([1, 5] if dear == 5 else [0, 1, 3, 5])
+
+
+def test_parts_of_a_block_go_to_the_largest_remainders() -> None:
+    importance = torch.zeros(3, 10, dtype=torch.float64)
+    for layer, strong in enumerate((0, 3, 9)):  # with their floors a global ranking's widths
+        importance[layer, :strong] = 5
+    importance[1, 3:] = 1e-3
+    keep = keep_top(importance, 4, "global", min_keep=0.1)
+    assert [len(k) for k in keep.values()] == [1, 3, 8]
+    # 4 + 0.3 · (-3, -1, 4) = 3.1, 3.7, 5.2
+    assert [len(k) for k in keep_top(importance, 4, 0.3, min_keep=0.1).values()] == [3, 4, 5]
+
+
+def test_a_floor_gives_way_to_the_width_and_leaves_no_layer_empty() -> None:
+    importance = torch.stack([torch.full((20,), 1e-6), torch.rand(20) + 1, torch.rand(20) + 1])
+    importance = importance.double()
+    for min_keep, least in ((0, 1), (0.01, 1), (0.26, 6), (1, 7)):
+        keep = keep_top(importance, 7, "global", min_keep=min_keep)
+        assert len(keep[0]) == least
+        assert sum(map(len, keep.values())) == 21
+    in_blocks = keep_top(importance, 8, "global", min_keep=0.15, round_to=4)
+    assert len(in_blocks[0]) == 4
+
+
+def test_what_is_dense_stays_so() -> None:
+    importance = torch.rand(3, 13, dtype=torch.float64)
+    for allocation in ("uniform", "global", 0.5):
+        for step in (1, 5):  # 13 is no multiple of 5, and nothing is to go
+            keep = keep_top(importance, 13, allocation, round_to=step)
+            assert [k.tolist() for k in keep.values()] == [list(range(13))] * 3
+
+
+@given(importances, st.integers(1, 12), st.integers(1, 4), st.integers(0, 4))
+def test_protected_layers_are_apart(
+    rows: list[list[int]], width: int, step: int, protected: int
+) -> None:
+    """The others are what they would be if they were the whole model."""
+    importance = torch.tensor([*rows, rows[0]], dtype=torch.float64)
+    protected = min(protected, len(rows))
+    width = max(step, width // step * step)
+    keep = keep_top(importance, width, "global", protect=[protected], round_to=step)
+    assert keep.pop(protected).tolist() == list(range(13))
+    others = torch.cat([importance[:protected], importance[protected + 1 :]])
+    alone = keep_top(others, width, "global", round_to=step)
+    for kept, expected in zip(keep.values(), alone.values(), strict=True):
+        assert torch.equal(kept, expected)
+
+
 def test_a_layer_keeps_its_part_and_a_protected_one_all() -> None:
     importance = torch.arange(30, dtype=torch.float64).view(10, 3).t().contiguous()
     importance[0] = 1e-9
