@@ -94,6 +94,24 @@ def test_they_agree_on_a_plan_and_add_up_in_one_exchange() -> None:
         assert said == ["collective broadcast", "collective all_reduce"]
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_removal_costs_are_of_the_gradients_of_all(hfprune: Hfprune, number: int) -> None:
+    """And of the same tokens that are drawn; with two sequences, a third process has nothing."""
+    args = score_args("--criterion", "entropy", "--criterion", "fisher", "--obs", "--samples", 2,
+                      "--dtype", "float64", batch_size=1)  # fmt: skip
+    assert hfprune(*args, "--out", "one").code == 0
+    codes, logs = run_together(number, *args)
+    assert codes == [0] * number, logs
+    expected, table = hf.ImportanceTable.load("one"), hf.ImportanceTable.load("scores")
+    assert table.statistics.keys() == expected.statistics.keys()
+    for name, tensor in expected.statistics.items():
+        # The gradients' covariances are kept and added up in float32.
+        rtol = 1e-4 if name == "obs" else 1e-12
+        torch.testing.assert_close(table.statistics[name], tensor, rtol=rtol, atol=0)
+    for name in ("entropy_nats", "sampled_cross_entropy_nats"):
+        assert table.provenance[name] == pytest.approx(expected.provenance[name], rel=1e-12)
+
+
 def test_processes_without_a_sequence_add_nothing(hfprune: Hfprune) -> None:
     args = score_args("--samples", 2)
     assert hfprune(*args, "--out", "one").code == 0
