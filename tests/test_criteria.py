@@ -303,18 +303,19 @@ def test_streamed_weights_give_the_same_bits(llama_dir: Path, text_file: Path) -
 
 
 def test_state_keeps_all_criteria(
-    llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ids = torch.randint(2048, (4, 32), generator=torch.Generator().manual_seed(0))
     running: dict[str, Any] = {
-        "samples": 4, "seq_len": 32, "batch_size": 1, "criterion": ["entropy", "fisher"],
+        "batch_size": 1, "criterion": ["entropy", "fisher"],
         "obs": True,
     }  # fmt: skip
-    whole = hf.score(llama_dir, text_file, **running)
+    whole = hf.score(llama_dir, ids, **running)
     run = scoring._Pass.add_to
     monkeypatch.setattr(scoring._Pass, "add_to", failing_at(2, run))
     state: dict[str, Any] = {"state_file": tmp_path / "state", "save_seconds": 0}
     with pytest.raises(KeyboardInterrupt):
-        hf.score(llama_dir, text_file, **running, **state)
+        hf.score(llama_dir, ids, **running, **state)
     monkeypatch.setattr(scoring._Pass, "add_to", run)
     for other, said in (
         ({"criterion": ["fisher"]}, "criteria"),
@@ -323,8 +324,8 @@ def test_state_keeps_all_criteria(
         ({"seed": 1}, "seed 0, not 1"),
     ):
         with pytest.raises(ResumeError, match=f"of another run: .*{said}"):
-            hf.score(llama_dir, text_file, **{**running, **other}, **state, resume=True)
-    resumed = hf.score(llama_dir, text_file, **running, **state, resume=True)
+            hf.score(llama_dir, ids, **{**running, **other}, **state, resume=True)
+    resumed = hf.score(llama_dir, ids, **running, **state, resume=True)
     for name, tensor in whole.statistics.items():
         assert torch.equal(resumed.statistics[name], tensor), name
 
