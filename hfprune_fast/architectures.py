@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from hfprune_fast.errors import UnsupportedModelError
+from hfprune_fast.errors import ArgumentError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,6 +197,31 @@ def size_of(model: PreTrainedModel) -> ModelSize:
         params_per_neuron=3 * hidden + biases,
         mlp_widths=widths,
     )
+
+
+def check_keep(keep: Mapping[int, Tensor], dense: Sequence[int]) -> dict[int, Tensor]:
+    """Return keep as int64 tensors that fit layers of so many neurons."""
+    if not isinstance(keep, Mapping) or sorted(keep) != list(range(len(dense))):
+        got = sorted(keep) if isinstance(keep, Mapping) else f"a {type(keep).__name__}"
+        raise ArgumentError(
+            f"keep must have an entry for each layer 0..{len(dense) - 1}, got {got}"
+        )
+    tensors = {layer: torch.as_tensor(indices) for layer, indices in keep.items()}
+    for layer, indices in tensors.items():
+        ok = (
+            indices.dim() == 1
+            and len(indices) > 0
+            and indices.dtype == torch.int64
+            and bool((indices.diff() > 0).all())
+            and int(indices[0]) >= 0
+            and int(indices[-1]) < dense[layer]
+        )
+        if not ok:
+            raise ArgumentError(
+                f"keep[{layer}] must be sorted, distinct int64 indices in 0..{dense[layer] - 1}, "
+                "one or more"
+            )
+    return tensors
 
 
 def neuron_axis(family: Family, tensor_name: str) -> tuple[int, int] | None:

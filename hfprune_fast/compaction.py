@@ -8,7 +8,7 @@ tensor is copied byte for byte, so the dtype and all that is not MLP stay what t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hfprune_fast import native
 from hfprune_fast._version import __version__
-from hfprune_fast.architectures import parts_of
+from hfprune_fast.architectures import check_keep, parts_of
 from hfprune_fast.checkpoint import display_name, find_model, open_checkpoint, read_json_object
 from hfprune_fast.errors import ArgumentError, CheckpointError, OutputError
 from hfprune_fast.layouts import (
@@ -70,8 +70,10 @@ def prune(
     """
     parts = parts_of(model)
     dense = [mlp.gate.out_features for mlp in parts.mlps]
-    keep = _check_keep(keep, dense)
+    keep = check_keep(keep, dense)
     for layer, weight in (down_proj or {}).items():
+        if layer not in keep:
+            raise ArgumentError(f"down_proj has layer {layer}; the model has 0..{len(dense) - 1}")
         expected = (parts.mlps[layer].down.weight.shape[0], len(keep[layer]))
         if tuple(weight.shape) != expected:
             raise ArgumentError(f"down_proj[{layer}] must be {expected}, got {tuple(weight.shape)}")
@@ -143,7 +145,7 @@ def prune_checkpoint(
     check_output_folder(target, folder, force=force)
     checkpoint = open_checkpoint(folder)
     size = checkpoint.size
-    keep = _check_keep(keep, size.widths)
+    keep = check_keep(keep, size.widths)
     widths = _widths(keep)
     uniform = len(set(widths)) == 1
     if layout == "native" and not uniform:
@@ -221,31 +223,6 @@ def _files_written(out: Path) -> set[str]:
         return set(read_json_object(out / RECORD)["files"])
     except (CheckpointError, KeyError, TypeError):
         return set()
-
-
-def _check_keep(keep: Mapping[int, Tensor], dense: Sequence[int]) -> dict[int, Tensor]:
-    """Return keep as int64 tensors that fit layers of so many neurons."""
-    if not isinstance(keep, Mapping) or sorted(keep) != list(range(len(dense))):
-        got = sorted(keep) if isinstance(keep, Mapping) else f"a {type(keep).__name__}"
-        raise ArgumentError(
-            f"keep must have an entry for each layer 0..{len(dense) - 1}, got {got}"
-        )
-    tensors = {layer: torch.as_tensor(indices) for layer, indices in keep.items()}
-    for layer, indices in tensors.items():
-        ok = (
-            indices.dim() == 1
-            and len(indices) > 0
-            and indices.dtype == torch.int64
-            and bool((indices.diff() > 0).all())
-            and int(indices[0]) >= 0
-            and int(indices[-1]) < dense[layer]
-        )
-        if not ok:
-            raise ArgumentError(
-                f"keep[{layer}] must be sorted, distinct int64 indices in 0..{dense[layer] - 1}, "
-                "one or more"
-            )
-    return tensors
 
 
 def _widths(keep: Mapping[int, Tensor]) -> list[int]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hfprune_fast.architectures import check_keep
 from hfprune_fast.errors import CalibrationError, NumericsError
 from hfprune_fast.forward import MicroBatch, ResidentModel, as_batches, micro_batch, numbered
 from hfprune_fast.gated_mlp import acts_of
@@ -156,6 +157,7 @@ def refit_down_proj(
     The fit is that of `refit`; 8 tokens or more for each kept neuron generalise well.
 
     Raises:
+        ArgumentError: keep does not fit the model.
         CalibrationError: no batch, or ids that the model does not have.
         NumericsError: NaN or inf in a weight or a layer's activations, named.
     """
@@ -163,6 +165,7 @@ def refit_down_proj(
         items = numbered(micro_batch(batch, dense.vocab) for batch in as_batches(batches))
         if not items:
             raise CalibrationError("no token batches to refit on; expected at least one sequence")
+        keep = check_keep(keep, [mlp.down.in_features for mlp in dense.parts.mlps])
         (result,), _ = refit(dense, items, [keep])
     return result.weights
 

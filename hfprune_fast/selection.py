@@ -126,7 +126,7 @@ def _widths(
 
 def _as_number(allocation: str | float) -> float:
     number = {"uniform": 0.0, "global": 1.0}.get(str(allocation), allocation)
-    if isinstance(number, str) or not 0 <= number <= 1:
+    if not isinstance(number, int | float) or not 0 <= number <= 1:
         raise ArgumentError(
             f"allocation must be uniform, global or a number in [0, 1], got {allocation!r}"
         )

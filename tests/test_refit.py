@@ -147,6 +147,31 @@ def test_a_loaded_model_is_refitted_and_cut_in_three_lines() -> None:
         hf.refit_down_proj(dense, [], keep)
 
 
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({0: [0], 1: [0]}, r"keep must have an entry for each layer 0\.\.2, got \[0, 1\]"),
+        ({0: [0], 1: [0, 96], 2: [0]}, r"keep\[1\] must be sorted, distinct int64 .* in 0\.\.95"),
+        ({0: [0], 1: [2, 1], 2: [0]}, r"keep\[1\] must be sorted"),
+        ({0: [0], 1: [0], 2: []}, r"keep\[2\] must be sorted, .* one or more"),
+    ],
+)
+def test_what_is_no_keep_is_refused(kept: dict[int, list[int]], message: str) -> None:
+    model = tiny_model("llama")
+    keep = {layer: torch.tensor(indices) for layer, indices in kept.items()}
+    with pytest.raises(ArgumentError, match=message):
+        hf.refit_down_proj(model, [batches_of(model)[0].ids], keep)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_weight_of_no_layer_is_refused(layer: int) -> None:
+    model = tiny_model("llama")
+    keep = keep_of(model)
+    with pytest.raises(ArgumentError, match=rf"down_proj has layer {layer}; the model has 0\.\.2"):
+        hf.prune(model, keep, down_proj={layer: torch.zeros(64, 77)})
+    assert model.config.intermediate_size == 96
+
+
 def test_each_layers_weight_brings_the_stream_closer() -> None:
     """Than the dense weight's columns there, after the same refitted layers before it."""
     model = tiny_model("qwen3")

@@ -213,6 +213,9 @@ def test_a_layer_keeps_its_part_and_a_protected_one_all() -> None:
     [
         ({"allocation": "fair"}, "allocation must be uniform, global or a number .*got 'fair'"),
         ({"allocation": 1.5}, "allocation must be"),
+        ({"allocation": "auto"}, "allocation must be .*got 'auto'"),
+        ({"allocation": None}, "allocation must be .*got None"),
+        ({"allocation": float("nan")}, "allocation must be .*got nan"),
         ({"allocation": "global", "min_keep": 2}, r"min_keep must be in \[0, 1\], got 2"),
         ({"protect": [2]}, r"protect names layer 2; the model has 0\.\.1"),
         ({"protect": [0, 1]}, "protect names every layer"),
