@@ -14,7 +14,7 @@ from truth import forward, tiny_model
 from truth import scores as true_scores
 
 import hfprune_fast as hf
-from hfprune_fast import obs, scoring
+from hfprune_fast import obs, planning, scoring
 from hfprune_fast.errors import ArgumentError, ResumeError
 from hfprune_fast.forward import MicroBatch, ResidentModel, numbered
 from hfprune_fast.kernels._philox import uniform
@@ -72,6 +72,7 @@ def test_float64_is_the_truth(
     make_float64_exact(model, monkeypatch)
     ids = ids_of(model)
     table = hf.score(model, ids.split(2), criterion=criteria, seed=SEED)
+    assert table.provenance.get("seed") == (SEED if "fisher" in criteria else None)
     for criterion in criteria:
         truth = true_scores(model.state_dict(), model.config, ids, TRUTHS[criterion])
         for statistic in ("l1", "l2", "mask", "act"):
@@ -247,6 +248,28 @@ def test_covariance_of_the_gradients_at_the_outputs(recompute: bool) -> None:
         assert error < 2**-22, f"layer {layer}: {error:.1e}"  # kept in fp32
 
 
+def test_covariance_in_bfloat16_is_of_float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    ids = ids_of(model, samples=4)
+    batches = numbered(MicroBatch(part, (24,) * len(part)) for part in ids.split(1))
+    grads: list[list[Tensor]] = [[], [], []]
+    backward = scoring._Pass._backward
+
+    def noting(self: Any, layer: int, i: int, d_outputs: list[Tensor], *rest: Any) -> Any:
+        grads[layer].append(24 * d_outputs[0][0].double())
+        return backward(self, layer, i, d_outputs, *rest)
+
+    monkeypatch.setattr(scoring._Pass, "_backward", noting)
+    how = How(criteria=("fisher",), seed=SEED)
+    with ResidentModel(model) as entered:
+        got = score_batches(entered, batches, how, no_totals(entered, how, True)).output_fisher
+    assert got is not None
+    for layer, rows in enumerate(map(torch.cat, grads)):
+        # A rounding each of a row and its length, and of each of 96 products and sums.
+        most = 100 * torch.finfo(torch.float32).eps * (rows.abs().t() @ rows.abs())
+        assert bool(((got[layer] - rows.t() @ rows).abs() <= most).all())
+
+
 def output_gradients(model: PreTrainedModel, ids: Tensor, number: int) -> list[Tensor]:
     """Gradient of Σ log p(y) at each MLP's output, (S, D), y as drawn."""
     outputs: list[Tensor] = []
@@ -349,12 +372,40 @@ def failing_at(call: int, run: Callable[..., Any]) -> Callable[..., Any]:
         ({"criterion": ["fisher", "fisher"]}, "got fisher, fisher"),
         ({"obs": True}, "obs needs criterion fisher, got entropy"),
         ({"criterion": "fisher", "parity": True}, "parity .* criterion entropy alone, got fisher"),
+        (
+            {"criterion": ["entropy", "activation"], "parity": True},
+            "alone, got entropy, activation",
+        ),
     ],
 )
 def test_what_cannot_be_asked_for(asked: dict[str, Any], message: str) -> None:
     model = tiny_model("llama")
     with pytest.raises(ArgumentError, match=message):
         hf.score(model, ids_of(model), **asked)
+
+
+def test_the_plan_knows_what_is_scored_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    asked: list[tuple[int, bool]] = []
+    plan_scoring = planning.plan_scoring
+
+    def note(*args: Any, criteria: int, fitting: bool, **options: Any) -> planning.Plan:
+        asked.append((criteria, fitting))
+        return plan_scoring(*args, criteria=criteria, fitting=fitting, **options)
+
+    monkeypatch.setattr(planning, "plan_scoring", note)
+    hf.score(model, ids_of(model), criterion=["activation", "entropy", "fisher"], obs=True)
+    hf.score(model, ids_of(model), criterion="activation")
+    assert asked == [(2, True), (1, False)]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "statistic"), [("entropy", "l1"), ("cross_entropy", "l2"), ("fisher", "l2")]
+)
+def test_each_criterion_ranks_by_its_own_statistic(criterion: str, statistic: str) -> None:
+    model = tiny_model("llama")
+    table = hf.score(model, ids_of(model), criterion=criterion)
+    assert torch.equal(table.importance(), table.statistics[f"{criterion}.{statistic}"])
 
 
 def test_a_table_names_what_it_lacks() -> None:
