@@ -33,7 +33,7 @@ from shapes import Spec, of_models
 from torch import Tensor
 
 import hfprune_fast
-from hfprune_fast import native
+from hfprune_fast.checkpoint import native
 
 THREADS, KEPT = min(2, len(os.sched_getaffinity(0))), 0.8
 BYTES = {"full": 2_000_000_000, "small": 1_000_000_000, "tiny": 0}

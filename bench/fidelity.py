@@ -31,8 +31,8 @@ from fidelity_subject import Seed, Subject
 from fidelity_ways import QUICK, STEPPED_RATIOS, WAYS, Way, way_of
 from records import ResultError, described, rounded
 
-from hfprune_fast import checkpoint
-from hfprune_fast.calibration import windows_for
+from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.data.calibration import windows_for
 from hfprune_fast.errors import ArgumentError, HFPruneError
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -46,7 +46,7 @@ SHARED_RUN = 48
 
 def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
-    folder = checkpoint.find_model(args.model)
+    folder = checkpoints.find_model(args.model)
     check_texts(args.calibration, args.text)
     subject = Subject(folder, args.text, args.seq_len, args.eval_samples)
     drawn = {
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     for ids in drawn.values():
         check_windows(ids, subject.ids)
     header = {
-        "model": args.name or checkpoint.display_name(args.model).rpartition("/")[2],
+        "model": args.name or checkpoints.display_name(args.model).rpartition("/")[2],
         "model_type": subject.size.model_type,
         "params": subject.size.total_params,
         "calibration": {"samples": len(drawn[args.seeds[0]]), "seq_len": args.seq_len},

@@ -18,10 +18,15 @@ from fidelity_ways import Way
 from torch import Tensor, nn
 
 import hfprune_fast as hf
-from hfprune_fast import checkpoint, evaluation, loading, pipeline, prune_job, selection
-from hfprune_fast.calibration import windows_for
-from hfprune_fast.forward import MicroBatch, ResidentModel, micro_batch, numbered
-from hfprune_fast.refit import Keep, refit
+from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.commands import pipeline
+from hfprune_fast.data.batches import MicroBatch, micro_batch, numbered
+from hfprune_fast.data.calibration import windows_for
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.evaluation import fidelity
+from hfprune_fast.pruning import selection
+from hfprune_fast.pruning.refit import Keep, refit
 
 BATCH = 16
 Weights = Mapping[int, Tensor]  # {layer: (D, kept)} of down_proj
@@ -32,13 +37,13 @@ class Subject:
 
     def __init__(self, folder: Path, text: str | Path, seq_len: int, samples: int) -> None:
         self.folder = folder
-        self.size = checkpoint.open_checkpoint(folder).size
+        self.size = checkpoints.open_checkpoint(folder).size
         self.model = loading.load_model(folder, dtype="float32", device="cpu")
         self.ids = windows_for(folder, text, seq_len, samples, 0)
         with ResidentModel(self.model) as model:
             self.vocab = model.vocab
             self._downs = [mlp.down for mlp in model.parts.mlps]
-            self._batches = evaluation.windows(self.ids.split(BATCH), self.vocab)
+            self._batches = fidelity.windows(self.ids.split(BATCH), self.vocab)
             self._dense_hidden = list(model.final_hidden(self._batches))
 
     @contextmanager
@@ -55,11 +60,11 @@ class Subject:
             for down, weight in zip(self._downs, dense, strict=True):
                 down.weight = weight
 
-    def measure(self, keep: Keep, fitted: Weights | None = None) -> evaluation.Fidelity:
+    def measure(self, keep: Keep, fitted: Weights | None = None) -> fidelity.Fidelity:
         """Return the fidelity of a pruned model."""
         with self.pruned(keep, fitted), ResidentModel(self.model) as model:
             hidden, head = model.final_hidden(self._batches), model.head()
-            return evaluation.compare(self._batches, self._dense_hidden, hidden, head, head)
+            return fidelity.compare(self._batches, self._dense_hidden, hidden, head, head)
 
 
 class _Pruned(NamedTuple):
@@ -78,7 +83,7 @@ class Seed:
             micro_batch(part, subject.vocab) for part in ids.split(BATCH)
         )
         self._tables: dict[str, hf.ImportanceTable] = {}
-        self._measured: dict[_Pruned, evaluation.Fidelity] = {}
+        self._measured: dict[_Pruned, fidelity.Fidelity] = {}
 
     def rows(self, way: Way, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Measure a way at all ratios, whose refits share the dense model's run."""
@@ -117,9 +122,9 @@ class Seed:
     def _allocated(self, importance: Tensor, width: int, allocation: str) -> Keep:
         if allocation != "auto":
             return selection.keep_top(importance, width, allocation)
-        keeps = [selection.keep_top(importance, width, a) for a in prune_job.ALLOCATIONS_TRIED]
+        keeps = [selection.keep_top(importance, width, a) for a in allocation.ALLOCATIONS_TRIED]
         with ResidentModel(self.subject.model) as model:
-            kl = prune_job.held_out_kl(model, prune_job.trial(self._batches), keeps)
+            kl = allocation.held_out_kl(model, allocation.trial(self._batches), keeps)
         return keeps[min(range(len(kl)), key=kl.__getitem__)]
 
     def _fitted(self, keeps: Sequence[Keep]) -> list[Weights]:

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from hfprune_fast import scoring
+from hfprune_fast.scoring import run
 
 U = torch.finfo(torch.bfloat16).eps / 2  # the most that one rounding changes, relatively
 
@@ -61,5 +61,5 @@ def no_retreat() -> Iterator[None]:
     def refuse(message: str) -> None:
         raise RuntimeError(f"not what was asked for: {message}")
 
-    with mock.patch.object(scoring, "say", refuse):
+    with mock.patch.object(run, "say", refuse):
         yield

@@ -25,11 +25,14 @@ from models import Shape, random_ids, random_model
 from records import row as record
 from torch import Tensor, nn
 
-from hfprune_fast import architectures, planning
-from hfprune_fast.forward import ResidentModel, micro_batch
-from hfprune_fast.planning import ModelShape, Plan
-from hfprune_fast.scoring import How, backend_for, score_batches
-from hfprune_fast.state import Totals
+from hfprune_fast.data.batches import micro_batch
+from hfprune_fast.engine import planner
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.planner import ModelShape, Plan
+from hfprune_fast.models import spec
+from hfprune_fast.scoring.passes import How
+from hfprune_fast.scoring.resume import Totals
+from hfprune_fast.scoring.run import backend_for, score_batches
 
 SHAPE = Shape(4096, 14336, 32, 32, 8, 128_256) if GPU else Shape(64, 160, 3, 4, 2, 500)
 SEQUENCES = 8
@@ -71,13 +74,13 @@ class Subject:
 
     def ways(self) -> Iterator[Way]:
         """What the planner chooses, fewer and more at once, and with layers recomputed."""
-        device, size = self.resident.device, architectures.size_of(self.model)
+        device, size = self.resident.device, spec.size_of(self.model)
         shape = ModelShape.of(size, self.model.config)
-        chosen = planning.plan_scoring(
+        chosen = planner.plan_scoring(
             shape, device=device, dtype=BF16, seq_len=SEQ_LEN, sequences=SEQUENCES, loaded=True
         )
         print(f"planned: {chosen}", flush=True)
-        reckoner = planning._Reckoner(
+        reckoner = planner._Reckoner(
             shape, device, BF16, SEQ_LEN, SEQUENCES, chosen.free_bytes, loaded=True
         )
         stored, recomputed = {1, 4, 8, chosen.batch_size}, {2, 4}

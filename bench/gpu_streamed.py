@@ -33,11 +33,14 @@ from models import Shape, random_ids, write_checkpoint
 from records import row as record
 from torch import Tensor
 
-from hfprune_fast import loading, planning
-from hfprune_fast.forward import MicroBatch, ResidentModel, micro_batch
-from hfprune_fast.planning import ModelShape, Plan
-from hfprune_fast.scoring import How, backend_for, score_batches
-from hfprune_fast.streaming import running
+from hfprune_fast.checkpoint import loading
+from hfprune_fast.data.batches import MicroBatch, micro_batch
+from hfprune_fast.engine import planner
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.planner import ModelShape, Plan
+from hfprune_fast.engine.streaming import running
+from hfprune_fast.scoring.passes import How
+from hfprune_fast.scoring.run import backend_for, score_batches
 
 SHAPE = Shape(8192, 28672, 80, 64, 8, 128_256) if GPU else Shape(64, 160, 6, 4, 2, 500)
 MOST_LAYERS = 12 if GPU else 3
@@ -111,7 +114,7 @@ class Streamed:
             self.wanted[sequences] = self.resident_run(self.plan("none", sequences), sequences)
 
     def plan(self, offload: str, sequences: int) -> Plan:
-        return planning.plan_scoring(
+        return planner.plan_scoring(
             self.shape,
             device=self.device,
             dtype=BF16,
@@ -157,7 +160,7 @@ class Streamed:
         layer, head = (1 << (size - 1).bit_length() for size in sizes)
         pinned = self.layers * layer + head if offload == "cpu" else 2 * max(layer, head)
         inputs = 2 * max(PASS_SEQUENCES) * SEQ_LEN * (self.layers + 2) * SHAPE.hidden
-        needed, free = pinned + 2 * inputs, planning.available_bytes(torch.device("cpu"))
+        needed, free = pinned + 2 * inputs, planner.available_bytes(torch.device("cpu"))
         if free > needed:
             return None
         return (

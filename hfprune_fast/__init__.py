@@ -8,14 +8,15 @@ hf.evaluate(dense, pruned, batches)                  # KL, perplexity, top-1 agr
 """
 
 from hfprune_fast._version import __version__
-from hfprune_fast.compaction import prune, prune_checkpoint
 from hfprune_fast.errors import HFPruneError
-from hfprune_fast.evaluation import Fidelity, evaluate
-from hfprune_fast.importance import ImportanceTable
-from hfprune_fast.layouts import register_with_transformers
-from hfprune_fast.refit import refit_down_proj
-from hfprune_fast.score_job import score
-from hfprune_fast.selection import select
+from hfprune_fast.evaluation.fidelity import Fidelity, evaluate
+from hfprune_fast.models.registration import register_with_transformers
+from hfprune_fast.pruning.in_memory import prune
+from hfprune_fast.pruning.on_disk import prune_checkpoint
+from hfprune_fast.pruning.refit import refit_down_proj
+from hfprune_fast.pruning.selection import select
+from hfprune_fast.scoring.score import score
+from hfprune_fast.scoring.table import ImportanceTable
 
 __all__ = [
     "Fidelity",

@@ -17,19 +17,22 @@ from typing import Any
 import click
 import torch
 
-from hfprune_fast import demo as demonstration
-from hfprune_fast import doctor as doctoring
-from hfprune_fast import pipeline, processes, report
+from hfprune_fast import console
 from hfprune_fast._version import __version__
-from hfprune_fast.architectures import widths_text
+from hfprune_fast.checkpoint.layouts import LAYOUTS
+from hfprune_fast.commands import demo as demonstration
+from hfprune_fast.commands import doctor as doctoring
+from hfprune_fast.commands import pipeline
+from hfprune_fast.config import ALLOCATIONS, DATA_FREE, PRESETS, SELECTS, Recipe, resolve
+from hfprune_fast.engine import distributed
+from hfprune_fast.engine.planner import OFFLOADS
 from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
-from hfprune_fast.importance import STATISTICS, ImportanceTable
 from hfprune_fast.kernels import BACKENDS
-from hfprune_fast.layouts import LAYOUTS
-from hfprune_fast.planning import OFFLOADS
-from hfprune_fast.recipe import ALLOCATIONS, DATA_FREE, PRESETS, SELECTS, Recipe, resolve
-from hfprune_fast.score_job import CRITERIA, DEFAULT_SAMPLES, SAVE_SECONDS
-from hfprune_fast.selection import MIN_KEEP
+from hfprune_fast.models.spec import widths_text
+from hfprune_fast.pruning import model_card
+from hfprune_fast.pruning.selection import MIN_KEEP
+from hfprune_fast.scoring.score import CRITERIA, DEFAULT_SAMPLES, SAVE_SECONDS
+from hfprune_fast.scoring.table import STATISTICS, ImportanceTable
 
 Command = Callable[..., Any]
 
@@ -167,7 +170,7 @@ def score(
         obs=obs,
         **_scoring_of(out, running),
     )
-    if processes.launched().rank > 0:
+    if distributed.launched().rank > 0:
         return
     with _scores_saved_on_failure(table):
         table.save(out)
@@ -274,7 +277,7 @@ def prune(
             **budget,
             **_scoring_of(out, running),
         )
-    if processes.launched().rank > 0:
+    if distributed.launched().rank > 0:
         return
     with nullcontext() if scores else _scores_saved_on_failure(table):
         result = pipeline.prune_to(
@@ -296,7 +299,7 @@ def prune(
         )
     pipeline.state_of(out).unlink(missing_ok=True)
     if preset == "default" and calibration is None:
-        report.say("nothing was refitted; with --calibration as well it stays closer to the dense")
+        console.say("nothing was refitted; with --calibration as well it stays closer to the dense")
     _print(
         as_json,
         result,
@@ -348,7 +351,7 @@ def plan(model: str, **flags: Any) -> None:
     rows = [
         row("MLP neurons a layer", "intermediate_size", str),
         row("parameters", "params", "{:,}".format),
-        row(f"bytes in {result['dtype']}", "weights_bytes", report.human_bytes),
+        row(f"bytes in {result['dtype']}", "weights_bytes", console.human_bytes),
         row(
             f"MFLOPs a token at {result['seq_len']}", "flops_per_token", lambda f: f"{f / 1e6:,.1f}"
         ),
@@ -357,8 +360,8 @@ def plan(model: str, **flags: Any) -> None:
     scoring = f"scoring on {result['scoring']['device']}: {result['scoring']['summary']}"
     pruning = result["pruning"]
     told = f"prune, by the default recipe: {pruning['summary']}; "
-    told += f"about {report.human_seconds(pruning['seconds'])} of products at this machine's speed"
-    _print(as_json, result, f"{report.text_table(header, rows)}\n\n{scoring}\n{told}")
+    told += f"about {console.human_seconds(pruning['seconds'])} of products at this machine's speed"
+    _print(as_json, result, f"{console.text_table(header, rows)}\n\n{scoring}\n{told}")
 
 
 @cli.command()
@@ -395,7 +398,7 @@ def _loading(result: dict[str, Any]) -> str:
 
 def _widths(result: dict[str, Any]) -> str:
     if {"mlp_widths", "dense_mlp_widths"} & result.keys():
-        return f"MLP neurons a layer {report.neurons_text(result)}"
+        return f"MLP neurons a layer {model_card.neurons_text(result)}"
     return f"intermediate_size {result['dense_intermediate_size']} -> {result['intermediate_size']}"
 
 
@@ -421,7 +424,7 @@ def _recipe(
         raise ArgumentError(f"criterion {recipe.criterion} takes no --scores")
     if recipe.refit and calibration is None:
         raise ArgumentError("--refit needs --calibration, the text to fit to")
-    if recipe.steps > 1 and processes.launched().count > 1:
+    if recipe.steps > 1 and distributed.launched().count > 1:
         raise ArgumentError("--steps is for one process; it writes models between its steps")
     if recipe.steps > 1 and (table is not None or data_free):
         raise ArgumentError("--steps scores again and again, so with --calibration and no --scores")
@@ -450,7 +453,7 @@ def _scores_saved_on_failure(table: ImportanceTable) -> Iterator[None]:
     except BaseException:  # Ctrl-C too
         rescued = Path(tempfile.mkdtemp(prefix="hfprune-")) / "scores.safetensors"
         table.save(rescued)
-        report.say(f"the scores are kept in {rescued}")
+        console.say(f"the scores are kept in {rescued}")
         raise
 
 
@@ -462,8 +465,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `hfprune` command."""
     args = sys.argv[1:] if argv is None else argv
     debug = "--debug" in args
-    if processes.launched().rank > 0:
-        report.mute()
+    if distributed.launched().rank > 0:
+        console.mute()
     # So that `docker stop` and job schedulers leave no unfinished output either.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not debug:  # libraries' warnings and retries must not hide the one line

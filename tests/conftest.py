@@ -30,9 +30,9 @@ from checkpoints import random_llama
 from interruption import interrupt, make_inputs
 from transformers import PreTrainedModel
 
-from hfprune_fast.checkpoint import TINY_MODEL
+from hfprune_fast.checkpoint.loading import load_tokenizer
+from hfprune_fast.checkpoint.source import TINY_MODEL
 from hfprune_fast.cli import main
-from hfprune_fast.loading import load_tokenizer
 
 _MEASURED = pytest.StashKey[list[str]]()
 

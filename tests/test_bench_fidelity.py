@@ -20,10 +20,10 @@ from fidelity_subject import Seed, Subject
 from fidelity_ways import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, WAYS, Way, way_of
 
 import hfprune_fast as hf
-from hfprune_fast import prune_job, selection
-from hfprune_fast.calibration import windows_for
-from hfprune_fast.checkpoint import TINY_MODEL
-from hfprune_fast.refit import refit
+from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.data.calibration import windows_for
+from hfprune_fast.pruning import allocation, selection
+from hfprune_fast.pruning.refit import refit
 
 CALIBRATION, HELD_OUT = TINY_MODEL / "calibration.txt", TINY_MODEL / "heldout.txt"
 SEQ_LEN, SAMPLES = 64, 8
@@ -115,9 +115,9 @@ def test_each_way_ranks_by_its_own_scores(seed: Seed) -> None:
 def test_auto_keeps_what_is_closest_and_measures_it_once(
     seed: Seed, best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prune_job, "held_out_kl", lambda *_: [float(i != best) for i in range(3)])
+    monkeypatch.setattr(allocation, "held_out_kl", lambda *_: [float(i != best) for i in range(3)])
     width = selection.target_width(seed.subject.size, prune_ratio=0.3)
-    keep, share = seed.keep(DEFAULT, 0.3), prune_job.ALLOCATIONS_TRIED[best]
+    keep, share = seed.keep(DEFAULT, 0.3), allocation.ALLOCATIONS_TRIED[best]
     want = selection.keep_top(seed._importance(DEFAULT), width, share)
     assert all(torch.equal(keep[layer], want[layer]) for layer in want)
 

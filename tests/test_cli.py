@@ -17,8 +17,9 @@ from checkpoints import random_llama
 from safetensors.torch import load_file, save_file
 
 import hfprune_fast as hf
-from hfprune_fast import cli, native
-from hfprune_fast.checkpoint import TINY_MODEL
+from hfprune_fast import cli
+from hfprune_fast.checkpoint import native
+from hfprune_fast.checkpoint.source import TINY_MODEL
 from hfprune_fast.errors import CheckpointError
 
 Hfprune = Callable[..., Any]
@@ -302,7 +303,7 @@ def test_what_the_system_refuses_is_one_line(
     def locked(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "/locked/config.json")
 
-    monkeypatch.setattr("hfprune_fast.pipeline.plan", locked)
+    monkeypatch.setattr("hfprune_fast.commands.pipeline.plan", locked)
     assert_refused(hfprune("plan", "demo", "--prune-ratio", 0.1), "Permission denied: '/locked/con")
 
 
@@ -314,7 +315,7 @@ def test_out_of_memory_says_what_to_do(
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("hfprune_fast.scoring._Pass.add_to", full)
+    monkeypatch.setattr("hfprune_fast.scoring.passes._Pass.add_to", full)
     run = hfprune("score", llama_dir, "--calibration", text_file, "--out", tmp_path / "s")
     assert_refused(run, "out of memory with one sequence at a time; try a smaller --seq-len")
 
@@ -366,7 +367,7 @@ def test_a_folder_called_demo_does_not_change_the_demo(
         scored.extend([model, text])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfprune_fast.pipeline.score", score)
+    monkeypatch.setattr("hfprune_fast.commands.pipeline.score", score)
     with pytest.raises(SystemExit):
         cli.main(["demo"])
     assert scored == [TINY_MODEL, TINY_MODEL / "calibration.txt"]
@@ -386,7 +387,9 @@ def test_output_overlaps_source(
 def test_refusals_come_before_the_scoring(
     llama_dir: Path, tmp_path: Path, hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hfprune_fast.pipeline.score", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr(
+        "hfprune_fast.commands.pipeline.score", lambda *_, **__: pytest.fail("scored")
+    )
     arguments = ["prune", llama_dir, "--calibration", "demo"]
     assert_refused(
         hfprune(*arguments, "--prune-ratio", 2, "--out", tmp_path / "out"), "prune_ratio"
@@ -401,7 +404,7 @@ def test_scores_survive_an_output_that_fails(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hfprune_fast.native.new_file", full)
+    monkeypatch.setattr("hfprune_fast.checkpoint.native.new_file", full)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run = hfprune(
         "prune", llama_dir, "--calibration", text_file, "--samples", 2, "--seq-len", 32,

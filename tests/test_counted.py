@@ -16,7 +16,8 @@ from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
-from hfprune_fast import evaluation, planning
+from hfprune_fast.engine import planner
+from hfprune_fast.evaluation import fidelity
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # No two widths are alike, and none is a number of tokens: a product's shape tells what it is.
@@ -55,14 +56,14 @@ def score(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[], hf.ImportanceTable]:
     """The whole job in one of its ways, with logits of a few rows at a time."""
-    plan_scoring = planning.plan_scoring
+    plan_scoring = planner.plan_scoring
 
-    def plan(*args: object, **kwargs: object) -> planning.Plan:
+    def plan(*args: object, **kwargs: object) -> planner.Plan:
         chosen = plan_scoring(*args, **kwargs)  # type: ignore[arg-type]
         budget = CHUNK_ROWS * V * model.dtype.itemsize
         return replace(chosen, recompute=way != "stored", logits_budget_bytes=budget)
 
-    monkeypatch.setattr(planning, "plan_scoring", plan)
+    monkeypatch.setattr(planner, "plan_scoring", plan)
     options = {"backend": backend, "batch_size": B}
     if way in ("stored", "recomputed"):
         model.requires_grad_(True)  # as it is loaded by transformers, for training
@@ -112,7 +113,7 @@ def test_products_are_those_documented_and_none_makes_a_gradient_of_a_weight(
 def test_evaluation_never_has_whole_logits(
     model: PreTrainedModel, ids: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", CHUNK_ROWS * V)
+    monkeypatch.setattr(fidelity, "_CHUNK_ELEMENTS", CHUNK_ROWS * V)
     with allocations() as sizes:
         hf.evaluate(model, model, ids.split(B))
     assert max(sizes) == CHUNK_ROWS * V * 4 < S * V * dtype.itemsize

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune_fast import scoring, streaming
+from hfprune_fast.engine import streaming
+from hfprune_fast.scoring import run
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
@@ -254,7 +255,7 @@ def test_out_of_memory_is_no_other_way(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(scoring, "linear_entropy", full)
+    monkeypatch.setattr(run, "linear_entropy", full)
     with pytest.raises(RuntimeError, match="not what was asked for: out of memory; going on with"):
         streamed.measure("disk", progress("streamed", tmp_path), time.monotonic())
 

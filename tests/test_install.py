@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hfprune_fast import native
+from hfprune_fast.checkpoint import native
 
 ROOT = Path(__file__).parent.parent
 

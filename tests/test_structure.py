@@ -10,29 +10,38 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hfprune_fast"
 
-LEAVES = {
-    "native",
-    *("obs", "recipe"),
-    *("_version", "architectures", "checkpoint", "errors", "forward", "importance", "loading"),
-    *("gated_mlp", "output", "planning", "processes", "report", "state", "streaming"),
-    *("layouts", "nonuniform", "writing"),
-}
-STAGES = {"refit", "calibration", "scoring", "selection", "compaction", "evaluation"}
-WHOLE_JOB = {"prune_job", "score_job", "pipeline", "demo", "doctor", "cli", "__init__", "__main__"}
+# Each room imports only rooms to the right of it; kernels and models stand apart from the rest.
+LAYERS = [
+    {"__main__"},
+    {"__init__", "cli"},
+    {"commands"},
+    {"pruning", "recovery"},
+    {"scoring", "evaluation"},
+    {"engine"},
+    {"data"},
+    {"checkpoint"},
+    {"models"},
+    {"config", "console"},
+    {"errors", "_version"},
+]
+CALLS_KERNELS = {"cli", "commands", "scoring", "engine", "recovery", "evaluation"}
 
 
-def imports(path: Path) -> set[tuple[str, str]]:
-    """(module, name) of everything imported from this package, also inside functions."""
+def room_of(path: Path) -> str:
+    place = path.relative_to(PACKAGE)
+    return place.parts[0] if len(place.parts) > 1 else place.stem
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of this package that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hfprune_fast"):
             parts = (node.module or "").split(".")
-            for alias in node.names:
-                found.add((parts[1], alias.name) if len(parts) > 1 else (alias.name, ""))
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("hfprune_fast."):
-                    found.add((alias.name.split(".")[1], ""))
+            names = (alias.name.split(".") for alias in node.names)
+            found |= {name[1] for name in names if name[0] == "hfprune_fast" and name[1:]}
     return found
 
 
@@ -47,43 +56,35 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-def test_every_module_has_its_place() -> None:
-    assert {p.stem for p in PACKAGE.glob("*.py")} == LEAVES | STAGES | WHOLE_JOB
+FILES = [path for path in PACKAGE.rglob("*.py") if room_of(path) != "kernels"]
+FLOORS = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
-def test_stages_do_not_import_one_another(stage: str) -> None:
-    allowed = LEAVES | ({"kernels"} if stage == "scoring" else set())
-    assert {module for module, _ in imports(PACKAGE / f"{stage}.py")} <= allowed
-
-
-@pytest.mark.parametrize("leaf", sorted(LEAVES))
-def test_leaves_import_only_leaves(leaf: str) -> None:
-    others = {"native": {"_C"}, "gated_mlp": {"kernels"}}.get(leaf, set())
-    assert {module for module, _ in imports(PACKAGE / f"{leaf}.py")} <= LEAVES | others
-
-
-def test_only_one_module_imports_the_extension() -> None:
-    importers = [path.name for path in PACKAGE.glob("*.py") if ("_C", "") in imports(path)]
-    assert importers == ["native.py"]
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    room, imported = room_of(path), imports(path)
+    assert "kernels" not in imported or room in CALLS_KERNELS
+    assert "_C" not in imported or path == PACKAGE / "checkpoint" / "native.py"
+    for other in imported - {room, "kernels", "_C"}:
+        assert FLOORS[other] > FLOORS[room], other
 
 
 def test_kernels_import_torch_triton_and_each_other() -> None:
     for path in (ROOT / "kernels").glob("*.py"):
-        assert {module for module, _ in imports(path)} <= {"kernels"}, path
+        assert imports(path) <= {"kernels"}, path
         others = {name.split(".")[0] for name in imported_names(path)} - sys.stdlib_module_names
         assert others <= {"hfprune_fast", "torch", "triton"}, path
 
 
 def test_what_is_copied_into_checkpoints_imports_only_transformers() -> None:
-    others = imported_names(PACKAGE / "nonuniform.py") - sys.stdlib_module_names
+    others = imported_names(PACKAGE / "models" / "nonuniform.py") - sys.stdlib_module_names
     assert others == {"transformers"}
 
 
 def test_only_one_module_imports_triton() -> None:
     importers = [
         path.name
-        for path in [*PACKAGE.glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+        for path in [*FILES, *(ROOT / "kernels").glob("*.py")]
         if any(name.split(".")[0] == "triton" for name in imported_names(path))
     ]
     assert importers == ["_triton.py"]
@@ -112,13 +113,14 @@ def test_everything_runs_without_triton(tmp_path: Path) -> None:
 import sys
 sys.modules["triton"] = None  # import triton now raises ImportError
 import torch, hfprune_fast as hf
-from hfprune_fast import checkpoint, loading
+from hfprune_fast.checkpoint.loading import load_model
+from hfprune_fast.checkpoint.source import TINY_MODEL
 from hfprune_fast.kernels._triton import TRITON_VERSION
 assert TRITON_VERSION is None
 t = torch.ones(1, 2, 3)
 hf.kernels.gated_taylor(t, t, t)
 hf.kernels.softmax_entropy(t[0])
-model = loading.load_model(checkpoint.TINY_MODEL, device="cpu")
+model = load_model(TINY_MODEL, device="cpu")
 table = hf.score(model, torch.arange(64).view(2, 32))
 assert table.provenance["versions"]["triton"] is None
 hf.prune(model, hf.select(table, prune_ratio=0.5))

@@ -20,10 +20,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from hfprune_fast import planning
 from hfprune_fast.cli import main
-from hfprune_fast.scoring import _Pass
-from hfprune_fast.state import Keeper
+from hfprune_fast.engine import planner
+from hfprune_fast.scoring.passes import _Pass
+from hfprune_fast.scoring.resume import Keeper
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["hfprune_fast.cli", "transformers.models.llama.modeling_llama"])
@@ -128,7 +128,7 @@ def kill_between(events: int, pass_tokens: int) -> Prepare:
 
 
 def _kill_between(events: int, pass_tokens: int) -> None:
-    committed, plan, seen = Keeper.committed, planning.plan_scoring, count()
+    committed, plan, seen = Keeper.committed, planner.plan_scoring, count()
 
     def kill(*_: Any) -> None:
         if next(seen) >= events:
@@ -139,11 +139,11 @@ def _kill_between(events: int, pass_tokens: int) -> None:
         Keeper.committed = committed  # type: ignore[method-assign]
         sys.setprofile(kill)
 
-    def short_passes(*args: Any, **options: Any) -> planning.Plan:
+    def short_passes(*args: Any, **options: Any) -> planner.Plan:
         return replace(plan(*args, **options), pass_tokens=pass_tokens)
 
     Keeper.committed = first_committed  # type: ignore[method-assign]
-    planning.plan_scoring = short_passes
+    planner.plan_scoring = short_passes
 
 
 def tokens_at_once(tokens: int) -> Prepare:
@@ -152,7 +152,7 @@ def tokens_at_once(tokens: int) -> Prepare:
 
 
 def _tokens_at_once(tokens: int) -> None:
-    planning._TOKENS_AT_ONCE["cpu"] = tokens
+    planner._TOKENS_AT_ONCE["cpu"] = tokens
 
 
 def count_collectives() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from truth import tiny_model
 
-from hfprune_fast import scoring
+from hfprune_fast.scoring import passes
 
 SEQUENCES, TOKENS, VOCAB = 24, 16, 127
 
@@ -50,10 +50,10 @@ def kept_samples(file: Path) -> int:
 
 def interrupt(patch: pytest.MonkeyPatch, at_pass: int, how: int = signal.SIGINT) -> None:
     """Send this process a signal in the middle of a pass, counted from 0."""
-    passes, run = count(), scoring._Pass._run
+    numbers, run = count(), passes._Pass._run
 
     def interrupted(self: Any, *args: Any) -> Any:
-        if next(passes) == at_pass:
+        if next(numbers) == at_pass:
             head = self._head
 
             def signalled(*of_head: Any) -> Any:
@@ -63,7 +63,7 @@ def interrupt(patch: pytest.MonkeyPatch, at_pass: int, how: int = signal.SIGINT)
             self._head = signalled
         return run(self, *args)
 
-    patch.setattr(scoring._Pass, "_run", interrupted)
+    patch.setattr(passes._Pass, "_run", interrupted)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 
 

@@ -1,0 +1,1 @@
+"""A model folder on disk: opened, read without trust, loaded and written."""

@@ -1,0 +1,121 @@
+"""How a model says that its layers have MLPs of different widths, on disk and in memory.
+
+    custom   classes of `nonuniform`, shipped in the folder; config.json has `mlp_widths`
+    native   the family's class and transformers' `per_layer_config`, where it builds such layers
+    padded   zero neurons up to the widest layer: a uniform model of the family
+
+`intermediate_size` is the widest in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfprune_fast.errors import ArgumentError, one_line
+from hfprune_fast.models.families import CLASS_NAMES, NON_UNIFORM, family_type
+from hfprune_fast.models.sites import parts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LAYOUTS = ("auto", "custom", "native", "padded")
+
+
+CODE = Path(__file__).parents[1] / "models" / "nonuniform.py"
+
+
+CODE_FILE = "modeling_hfprune.py"
+
+
+def check_layout(layout: str) -> None:
+    """Refuse a layout that is none."""
+    if layout not in LAYOUTS:
+        raise ArgumentError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> dict[str, Any]:
+    """Return a checkpoint's config.json for MLPs of these widths."""
+    family = family_type(config)
+    pruned = {**config, "intermediate_size": max(widths)}
+    pruned.pop("per_layer_config", None)
+    if config["model_type"] != family:
+        pruned.pop("mlp_widths", None)
+        pruned.pop("auto_map", None)
+        pruned |= {"model_type": family, "architectures": [f"{CLASS_NAMES[family]}ForCausalLM"]}
+    if layout == "padded" or len(set(widths)) == 1:
+        return pruned
+    if layout == "native":
+        layers = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
+        return {**pruned, "per_layer_config": layers}
+    module, name = Path(CODE_FILE).stem, CLASS_NAMES[family]
+    return {
+        **pruned,
+        "model_type": NON_UNIFORM + family,
+        "architectures": [f"HFPrune{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.HFPrune{name}Config",
+            "AutoModelForCausalLM": f"{module}.HFPrune{name}ForCausalLM",
+        },
+        "mlp_widths": list(widths),
+    }
+
+
+def code_files(config: Mapping[str, Any]) -> set[str]:
+    """Return the files of a checkpoint's folder that hold copies of `nonuniform`."""
+    if not str(config["model_type"]).startswith(NON_UNIFORM):
+        return set()
+    modules = [str(name).partition(".")[0] for name in dict(config.get("auto_map") or {}).values()]
+    return {f"{module}.py" for module in modules}
+
+
+def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
+    """Refuse a native layout that the installed transformers does not build."""
+    import torch
+    import transformers
+
+    wanted = config_of(config, widths, "native")
+    why = "its MLPs are all of one width"
+    try:
+        with torch.device("meta"):
+            made = transformers.AutoConfig.for_model(**wanted)
+            model = transformers.AutoModelForCausalLM.from_config(made)
+        if [mlp.gate.out_features for mlp in parts_of(model).mlps] == list(widths):
+            return
+    except Exception as error:  # whatever a version that does not know it raises
+        why = one_line(error)
+    raise ArgumentError(
+        f"layout native: transformers {transformers.__version__} does not build "
+        f"{wanted['model_type']} with a width for each layer ({why}); use layout custom or padded"
+    )
+
+
+def describe(model: PreTrainedModel, widths: Sequence[int]) -> None:
+    """Have a model whose MLPs were cut say so, such that what `save_pretrained` writes loads.
+
+    An instance of the family's own class becomes one of `nonuniform`, which computes the same, or
+    goes back. Of any other class only the config is changed: what it saves does not load, since the
+    shapes do not fit.
+    """
+    config: Any = model.config
+    family, uniform = family_type(config.to_dict()), len(set(widths)) == 1
+    narrowed = config.model_type != family
+    config.intermediate_size = max(widths)
+    vars(config).pop("mlp_widths", None)
+    if not uniform:
+        config.mlp_widths = list(widths)
+    if uniform != narrowed:  # it is of the right class already
+        return
+    import transformers
+
+    from hfprune_fast.models import nonuniform
+
+    names = [f"{CLASS_NAMES[family]}{kind}" for kind in ("Config", "ForCausalLM")]
+    own = [getattr(transformers, name) for name in names]
+    if uniform:
+        vars(config).pop("auto_map", None)
+        config.__class__, model.__class__ = own
+    elif [type(config), type(model)] == own:
+        ours = [getattr(nonuniform, f"HFPrune{name}") for name in names]
+        config.__class__, model.__class__ = ours

@@ -1,0 +1,66 @@
+"""What this machine offers, and which of our paths that makes: `hfprune doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune_fast._version import __version__
+from hfprune_fast.checkpoint import native
+from hfprune_fast.console import human_bytes
+from hfprune_fast.engine.planner import available_bytes
+from hfprune_fast.errors import one_line
+from hfprune_fast.kernels import TRITON_VERSION
+from hfprune_fast.scoring.run import backend_for
+
+
+def examine() -> dict[str, Any]:
+    """Return what was found; sizes in bytes, a missing thing as None."""
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        gpus.append(f"{name}, {human_bytes(free_bytes)} free of {human_bytes(total_bytes)}")
+    device = "cuda" if gpus else "cpu"
+    try:
+        kernels = backend_for(torch.empty(0, device=device), None, False)
+    except ValueError as error:  # HFPRUNE_BACKEND asks for what cannot run here
+        kernels = one_line(error)
+    return {
+        "hfprune_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": TRITON_VERSION,
+        "datasets": _version("datasets"),
+        "gpus": gpus,
+        "device": device,
+        "scoring_kernels": kernels,
+        "moving_weights": native.description(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "memory_available_bytes": available_bytes(torch.device("cpu")),
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+    }
+
+
+def show(value: Any) -> str:
+    """Return a finding as people read it."""
+    if value is None:
+        return "not installed"
+    if isinstance(value, list):
+        return "; ".join(value) or "none"
+    return human_bytes(value) if isinstance(value, int) and value > 1 << 20 else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,128 @@
+"""Messages on stderr, progress bars, tables, and sizes and times as people read them."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hfprune_fast.errors import ArgumentError
+
+_muted = False
+
+
+def mute() -> None:
+    """Say and show nothing from now on: another process of this run does."""
+    global _muted
+    _muted = True
+
+
+def say(message: str) -> None:
+    """Print one line to the user on stderr, past a progress bar."""
+    if not _muted:
+        tqdm.write(f"hfprune: {message}", file=sys.stderr)
+
+
+@contextmanager
+def byte_bar(what: str, total_bytes: int, show: bool) -> Iterator[Callable[[int], Any]]:
+    """Count bytes on stderr: the function that is yielded takes those that are done."""
+    with _bar(what, total_bytes, "B", show) as bar:
+        yield bar.update
+
+
+def _bar(what: str, total: int, unit: str, show: bool) -> Any:
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        disable=not show or _muted,
+    )
+
+
+@contextmanager
+def token_bar(
+    what: str, total_tokens: int, show: bool, flops_per_token: int = 0
+) -> Iterator[Callable[[float], None]]:
+    """Count tokens on stderr, with FLOP/s and peak memory: the function that is yielded takes them.
+
+    A token that has been through some of the layers counts for that part of it.
+    """
+    begun, peak_bytes, counted = time.perf_counter(), 0, 0.0
+    with _bar(what, total_tokens, "tok", show) as bar:
+
+        def done(tokens: float) -> None:
+            nonlocal peak_bytes, counted
+            counted += tokens
+            if bar.disable:
+                return
+            peak_bytes = max(peak_bytes, _memory_bytes())
+            notes = {"peak": human_bytes(peak_bytes)}
+            if flops_per_token:
+                flops = counted * flops_per_token / (time.perf_counter() - begun)
+                notes["FLOP/s"] = tqdm.format_sizeof(flops)
+            bar.set_postfix(notes, refresh=False)
+            # Whole tokens, since the bar prints its count as it is.
+            bar.update(min(round(counted), total_tokens) - bar.n)
+
+        yield done
+
+
+def _memory_bytes() -> int:
+    """Return what this process has allocated: on its GPU if it uses one, else in memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            line = next(line for line in status if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return 0
+    return int(line.split()[1]) * 1024
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def human_bytes(count: int) -> str:
+    """Bytes in binary units: 3.4 MiB."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds, minutes or hours: 3.4 min."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def parse_bytes(size: int | str, argument: str) -> int:
+    """Return a size as bytes: 5GB and 5GiB, KB and KiB, MB and MiB are understood."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
+    count = 0
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        power = "KMGT".find((match[2] or "").upper()) + 1 if match[2] else 0
+        count = int(float(match[1]) * base**power)
+    if count < 1:
+        raise ArgumentError(f"{argument} must be bytes or like 5GB or 512MiB, got {size!r}")
+    return count

@@ -1,0 +1,1 @@
+"""Runs a model layer by layer, in the memory there is."""

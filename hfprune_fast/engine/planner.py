@@ -1,0 +1,347 @@
+"""How to run in the memory there is: resident or streamed, stored or recomputed, how much at once.
+
+Sizes are counted from the model's shape, for the layers of the families in `architectures`, as
+transformers runs them with SDPA or flash attention; s is the size of an element, w at least fp32's.
+A token takes, in a layer's autograd graph:
+
+    2·w·D   the norms' inputs, which they keep in fp32      2·s·D   residual stream
+    4·s·A   q, k, v, output of attention, A = heads · head_dim (k and v are repeated to A at most)
+    2·s·F   gate and up                                     2·w·A   norms of q and k, Qwen3's
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune_fast.console import human_bytes, parse_bytes
+from hfprune_fast.errors import ArgumentError, MemoryShortageError
+from hfprune_fast.models.families import FAMILIES
+from hfprune_fast.models.spec import ModelSize
+
+OFFLOADS = ("auto", "none", "cpu", "disk")
+# What a micro-batch should hold to keep the device's matrix unit busy.
+_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
+# What a pass must hold for the work to hide the transfers of a large model's weights to a GPU.
+_HIDING_TOKENS = 16384
+# And at most, since only whole passes are kept for a run that is to go on later.
+_MOST_PASS_TOKENS = {"cpu": 16384, "cuda": 65536}
+# As in `kernels.linear_entropy`; the least is what a small budget is cut down to.
+_MOST_LOGITS_BYTES, _LEAST_LOGITS_BYTES, _LEAST_LOGITS_ROWS = 256 << 20, 16 << 20, 512
+# Allocators keep some of what is freed, and reuse less of it where sizes change (measured, CPU).
+_STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
+_LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
+_CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
+_PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory and FLOPs depend on."""
+
+    size: ModelSize
+    vocab_size: int
+    attention_width: int  # heads · head_dim
+
+    @classmethod
+    def of(cls, size: ModelSize, config: Any) -> ModelShape:
+        """Take the rest from a transformers config."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(size, config.vocab_size, heads * head_dim)
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of the widest layer, or a few more."""
+        size, head = self.size, self.vocab_size * self.size.hidden_size
+        if_all_widest = size.linear_params_at(size.intermediate_size) - head
+        return if_all_widest // size.num_layers + 4 * size.hidden_size
+
+    @property
+    def flops_per_token(self) -> int:
+        """Products of a forward and an activation-gradient pass, without attention's: 4·P."""
+        return 4 * self.size.linear_params
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How scoring is going to run, and the most memory that it is reckoned to take."""
+
+    offload: str  # "none" (resident), "cpu" or "disk"
+    recompute: bool
+    batch_size: int
+    pass_tokens: int  # of a streamed pass; 0 where every micro-batch is a pass
+    inputs_on_host: bool
+    logits_budget_bytes: int | None
+    weights_bytes: int
+    activations_bytes: int  # with the logits and, if they are on the device, the layers' inputs
+    tables_bytes: int
+    fitting_bytes: int  # of removal costs and refit, one after the other, when scoring is through
+    free_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        passing = max(self.activations_bytes, self.fitting_bytes)
+        return self.weights_bytes + passing + self.tables_bytes
+
+    def __str__(self) -> str:
+        where = {
+            "none": "weights resident",
+            "cpu": "weights streamed from host memory",
+            "disk": "weights streamed from the checkpoint",
+        }[self.offload]
+        a_pass = f", passes of {self.pass_tokens} tokens" if self.pass_tokens else ""
+        return (
+            f"{where}, layers {'recomputed' if self.recompute else 'stored'}, "
+            f"{self.batch_size} sequence{'s'[: self.batch_size != 1]} at once{a_pass}; about "
+            f"{human_bytes(self.total_bytes)} of {human_bytes(self.free_bytes)}: "
+            f"weights {human_bytes(self.weights_bytes)}, "
+            f"activations {human_bytes(self.activations_bytes)}, "
+            + (f"or fitting {human_bytes(self.fitting_bytes)}, " if self.fitting_bytes else "")
+            + f"tables {human_bytes(self.tables_bytes)}"
+        )
+
+
+def plan_scoring(
+    shape: ModelShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seq_len: int,
+    sequences: int,
+    batch_size: int | None = None,
+    largest: int | None = None,
+    offload: str = "auto",
+    memory_budget: str | None = None,
+    loaded: bool = False,
+    parity: bool = False,
+    criteria: int = 1,
+    fitting: bool = False,
+) -> Plan:
+    """Choose the first way that fits: stored before recomputed before streamed, much before little.
+
+    Args:
+        shape: the model.
+        device, dtype: where and in what it will run.
+        seq_len: tokens of the longest sequence.
+        sequences: how many there are.
+        batch_size: sequences at once; None: as many as are good for the device and fit.
+        largest: the batches are given, and this is the largest of them; it is halved to fit.
+        offload: "none", "cpu" or "disk" decide where weights are, "auto" leaves it open.
+        memory_budget: such as "24GiB", instead of the memory that is free.
+        loaded: the weights are in memory already, and not to be moved.
+        parity: one sequence at a time.
+        criteria: how many are scored by.
+        fitting: removal costs are asked for, or a refit.
+
+    Raises:
+        ArgumentError: an offload or memory budget that is none.
+        MemoryShortageError: nothing fits the memory budget.
+    """
+    if offload not in OFFLOADS:
+        raise ArgumentError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    if batch_size is not None and batch_size < 1:
+        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
+    if loaded and offload in ("cpu", "disk"):
+        raise ArgumentError(f"offload {offload} needs the model by path; this one is in memory")
+    free = (
+        available_bytes(device)
+        if memory_budget is None
+        else parse_bytes(memory_budget, "memory_budget")
+    )
+    reckon = _Reckoner(shape, device, dtype, seq_len, sequences, free, loaded, criteria, fitting)
+    at_once = max(1, min(_TOKENS_AT_ONCE.get(device.type, 4096) // seq_len, sequences))
+    most = 1 if parity else batch_size or largest or at_once
+    plans = list(reckon.plans(most, exact=batch_size is not None, offload=offload))
+    fit = (plan for plan in plans if plan.total_bytes <= free)
+    least = min(plans, key=lambda plan: plan.total_bytes)
+    chosen = next(fit, None if memory_budget else least)
+    if chosen is None:
+        raise MemoryShortageError(
+            f"memory budget {memory_budget} is too small: the least that scoring needs here is "
+            f"about {human_bytes(least.total_bytes)} ({least}); give more, or a smaller --seq-len"
+        )
+    return chosen
+
+
+class _Reckoner:
+    def __init__(
+        self,
+        shape: ModelShape,
+        device: torch.device,
+        dtype: torch.dtype,
+        seq_len: int,
+        sequences: int,
+        free: int,
+        loaded: bool,
+        criteria: int = 1,
+        fitting: bool = False,
+    ) -> None:
+        self.shape, self.device, self.s = shape, device, dtype.itemsize
+        self.w = max(4, self.s)
+        self.seq_len, self.sequences, self.free = seq_len, sequences, free
+        size = shape.size
+        self.layers, self.hidden, self.width = (
+            size.num_layers, size.hidden_size, size.intermediate_size,
+        )  # fmt: skip
+        self.weights = 0 if loaded else size.total_params * self.s
+        # Totals, the copy that a pass adds to, and column norms.
+        self.tables = 2 * (4 * criteria + 1) * self.layers * self.width * 8
+        self.criteria, self.fitting = criteria, 0
+        if fitting:
+            # The covariances of the gradients at the MLPs' outputs, twice, and one on the device.
+            covariances = 2 * self.layers if device.type == "cpu" else 1
+            self.tables += covariances * self.hidden**2 * 4
+            # Second moments and what `obs` makes of them, in fp64; the dense and pruned streams.
+            self.fitting = 4 * self.width**2 * 8 + self.width * self.hidden * 8
+            if device.type == "cpu":
+                self.fitting += 2 * seq_len * sequences * self.hidden * self.s
+
+    def plans(self, most: int, exact: bool, offload: str) -> Iterator[Plan]:
+        """Yield every way that was asked for, the best first."""
+        sizes = [most]
+        while not exact and sizes[-1] > 1:
+            sizes.append(sizes[-1] // 2)
+        if offload in ("auto", "none"):
+            for recompute in (False, True):
+                for batch_size in sizes:
+                    yield self._plan(batch_size, "none", recompute, self.weights, 0)
+        if offload != "none" and (self.weights or offload != "auto"):
+            for batch_size in sizes:
+                yield self._streamed(batch_size, offload, 2 * max(self._unit_bytes()))
+
+    def _streamed(self, batch_size: int, offload: str, weights: int) -> Plan:
+        """As large a pass as there is memory for the layers' inputs."""
+        on_host = self.device.type != "cpu"
+        host = available_bytes(torch.device("cpu")) if on_host else 0
+        # torch makes pinned memory a power of two: a layer's takes up to twice its weights.
+        layer, head = (1 << (units - 1).bit_length() for units in self._unit_bytes())
+        pinned = self.layers * layer + head
+        if offload == "auto":
+            needed = pinned + 2 * self._input_bytes(_HIDING_TOKENS)
+            offload = "cpu" if host > needed else "disk"
+        rows = batch_size * self.seq_len
+        alone = self._plan(batch_size, offload, True, weights, rows)
+        room = self.free - alone.total_bytes
+        if on_host:
+            room = (host - (pinned if offload == "cpu" else 2 * max(layer, head))) // 2
+        more = max(0, int(room / _RECOMPUTE_SLACK) // self._input_bytes(1))
+        most = _MOST_PASS_TOKENS.get(self.device.type, 16384)
+        tokens = min(rows + more, most, self.sequences * self.seq_len) // rows * rows
+        return self._plan(batch_size, offload, True, weights, max(rows, tokens))
+
+    def _unit_bytes(self) -> tuple[int, int]:
+        """What is brought at a time: a layer, or the final norm and the head."""
+        head = (self.shape.vocab_size + 1) * self.hidden
+        return self.shape.layer_params * self.s, head * self.s
+
+    def _input_bytes(self, tokens: int) -> int:
+        """The inputs of all layers and of the head, with the gradient there."""
+        return tokens * (self.layers + 2) * self.hidden * self.s
+
+    def _plan(
+        self, batch_size: int, offload: str, recompute: bool, weights: int, pass_tokens: int
+    ) -> Plan:
+        s, w, hidden, width = self.s, self.w, self.hidden, self.width
+        rows, attention = batch_size * self.seq_len, self.shape.attention_width
+        on_host = pass_tokens > 0 and self.device.type != "cpu"
+        qk_norm = 2 * w * attention if FAMILIES[self.shape.size.model_type].qk_norm else 0
+        graph = rows * (2 * w * hidden + 2 * s * hidden + 4 * s * attention + 2 * s * width)
+        graph += rows * qk_norm
+        # Beside the graph, in the layer that is being gone through: forward, two of the MLP's
+        # width and the norm's; backward, the gradient at act, and those around attention.
+        passing = rows * max(
+            2 * s * width + 3 * w * hidden,
+            s * width + 2 * s * hidden,
+            6 * s * attention + 4 * s * hidden + 2 * w * hidden,
+        )
+        if self.device.type == "cpu":
+            passing += _PIECE_ROWS * width * 56
+        logits = self._logits(weights)
+        row = self.shape.vocab_size * s
+        buffer = max(_MOST_LOGITS_BYTES, _LEAST_LOGITS_ROWS * row) if logits is None else logits
+        head = min(buffer, rows * row) + rows * hidden * (3 * s + 3 * w)
+        held = (1 if recompute else self.layers) * graph
+        if recompute:
+            held += 0 if on_host else self._input_bytes(max(rows, pass_tokens))
+            held += (self.criteria - 1) * rows * hidden * s
+            activations = held - graph + max(graph + passing, head)
+        else:
+            # Of all criteria but the last, gradients that cannot be written over gate and up.
+            apart = 2 * rows * width * s if self.criteria > 1 else 0
+            activations = held + max(passing + apart, head)
+        return Plan(
+            offload=offload,
+            recompute=recompute,
+            batch_size=batch_size,
+            pass_tokens=pass_tokens,
+            inputs_on_host=on_host,
+            logits_budget_bytes=logits,
+            weights_bytes=weights,
+            activations_bytes=_LIBRARIES_BYTES
+            + int(activations * (_RECOMPUTE_SLACK if recompute else _STORE_SLACK)),
+            tables_bytes=self.tables,
+            fitting_bytes=self.fitting,
+            free_bytes=self.free,
+        )
+
+    def _logits(self, weights: int) -> int | None:
+        """An eighth of what the weights leave, if that is less than the default."""
+        eighth = (self.free - weights) // 8
+        return None if eighth >= _MOST_LOGITS_BYTES else max(_LEAST_LOGITS_BYTES, eighth)
+
+
+def pruning_flops(shape: ModelShape, tokens: int) -> int:
+    """Return the FLOPs of the default recipe's products, without attention's, about.
+
+    Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 3 of the refit and as
+    many as 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
+    greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
+    """
+    size = shape.size
+    width, forward = size.intermediate_size, 2 * size.linear_params * tokens
+    moments = size.num_layers * 2 * tokens * width**2
+    removal = size.num_layers * (4 * width**3 + 2 * width**2 * size.hidden_size)
+    return 13 * forward + 5 * moments + removal
+
+
+def product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the speed of a matrix product here, timed in a moment."""
+    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        float((a @ a)[0, 0])  # which waits for the device
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 1024**3 / best
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that a device has left for this process: of a host's, its share."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        capped = total * torch.cuda.get_per_process_memory_fraction(device)
+        return int(min(free + cached, capped - torch.cuda.memory_allocated(device)))
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except OSError:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:  # a container's own limit, which counts the files that were read as well
+        most, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        stat = dict(line.split() for line in lines)
+        limits.append(most - used + int(stat["active_file"]) + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # there is none, or it is "max"
+        pass
+    return max(0, min(limits)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's

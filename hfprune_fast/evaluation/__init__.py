@@ -1,0 +1,1 @@
+"""How faithful a pruned model is."""

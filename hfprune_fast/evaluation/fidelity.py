@@ -1,0 +1,135 @@
+"""How faithful a pruned model is: KL(dense || pruned), perplexity, top-1 agreement.
+
+Both models run over the same token windows, and each row of logits is compared in fp32:
+
+    kl_nats         mean over all positions of Σ_i p_i (log p_i - log q_i), p dense, q pruned
+    ppl             exp of the mean cross entropy of the next token, over T - 1 positions a window
+    top1_agreement  fraction of positions where both models' most likely token is the same
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.data.batches import MicroBatch, as_batches, micro_batch
+from hfprune_fast.engine.layerwise import Linear, ResidentModel
+from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Rows of logits compared at a time, over this many elements, bound the extra memory.
+_CHUNK_ELEMENTS = 1 << 24
+# exp of more is no finite number; a model that far off is told by its KL.
+_MOST_NATS = 700.0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Fidelity of a pruned model to its dense one on a text."""
+
+    kl_nats: float
+    ppl_dense: float
+    ppl_pruned: float
+    top1_agreement: float
+    tokens: int
+
+
+def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Any]) -> Fidelity:
+    """Compare two loaded models over token batches, as `hfprune_fast.score` takes them.
+
+    Sequences must hold 2 tokens or more. Both models are left as they were found.
+
+    Raises:
+        ArgumentError: the models have different vocabularies, or one is spread over devices.
+        CalibrationError: no batch, or ids that the models do not have.
+        NumericsError: NaN or inf in a weight, named, or in the logits.
+    """
+    with ResidentModel(dense) as p, ResidentModel(pruned) as q:
+        check_vocabularies(p.vocab, q.vocab)
+        items = windows(batches, p.vocab)
+        return compare(items, p.final_hidden(items), q.final_hidden(items), p.head(), q.head())
+
+
+def check_vocabularies(dense: int, pruned: int) -> None:
+    """Refuse two models whose logits cannot be compared."""
+    if dense != pruned:
+        raise ArgumentError(
+            f"dense and pruned must share a vocabulary, got {dense} and {pruned} ids"
+        )
+
+
+def windows(batches: Iterable[Any], vocab: int) -> list[MicroBatch]:
+    """Check batches, whose sequences must hold 2 tokens or more."""
+    items = [micro_batch(batch, vocab) for batch in as_batches(batches)]
+    if not items:
+        raise CalibrationError("no token batches to evaluate on; expected at least one sequence")
+    shortest = min(min(batch.lengths) for batch in items)
+    if shortest < 2:
+        raise CalibrationError(f"evaluation needs windows of 2 tokens or more, got {shortest}")
+    return items
+
+
+def compare(
+    batches: Iterable[MicroBatch],
+    dense_hidden: Iterable[Tensor],
+    pruned_hidden: Iterable[Tensor],
+    dense_head: Linear,
+    pruned_head: Linear,
+) -> Fidelity:
+    """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time.
+
+    Raises:
+        NumericsError: NaN or inf in the logits.
+    """
+    rows = max(1, _CHUNK_ELEMENTS // len(dense_head.weight))
+    sums = torch.zeros(4, dtype=torch.float64)  # kl, cross entropy dense and pruned, agreements
+    positions = predicted = 0
+    with torch.inference_mode():
+        for batch, p_all, q_all in zip(batches, dense_hidden, pruned_hidden, strict=True):
+            for i, length in enumerate(batch.lengths):
+                ids = batch.ids[i, :length]
+                # The last position of a window has no next token in it: -1 leaves it out.
+                labels = torch.cat([ids[1:], ids.new_full((1,), -1)])
+                for start in range(0, length, rows):
+                    chunk = slice(start, min(start + rows, length))
+                    p_logits = dense_head(p_all[i, chunk])
+                    q_logits = pruned_head(q_all[i, chunk])
+                    sums += _compare(p_logits, q_logits, labels[chunk])
+                positions += length
+                predicted += length - 1
+    kl, ce_dense, ce_pruned, agreements = sums.tolist()
+    if not all(math.isfinite(x) for x in (kl, ce_dense, ce_pruned)):
+        raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
+    return Fidelity(
+        kl_nats=kl / positions,
+        ppl_dense=math.exp(min(ce_dense / predicted, _MOST_NATS)),
+        ppl_pruned=math.exp(min(ce_pruned / predicted, _MOST_NATS)),
+        top1_agreement=agreements / positions,
+        tokens=positions,
+    )
+
+
+def _compare(dense: Tensor, pruned: Tensor, labels: Tensor) -> Tensor:
+    """Return the (4,) fp64 sums over one chunk of (rows, V) logits."""
+    log_p = torch.log_softmax(dense.float(), dim=-1)
+    log_q = torch.log_softmax(pruned.to(log_p.device).float(), dim=-1)
+    labels = labels.to(log_p.device)
+    # Where p is 0 (logit -inf) the term is 0, whatever q is.
+    kl = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -torch.inf, 0).sum(dim=-1)
+    has_next = labels >= 0
+    index = labels.clamp(min=0)[:, None]
+    return torch.stack(
+        [
+            kl.double().sum(),
+            -log_p.gather(1, index)[has_next].double().sum(),
+            -log_q.gather(1, index)[has_next].double().sum(),
+            (dense.argmax(dim=-1) == pruned.argmax(dim=-1).to(dense.device)).double().sum(),
+        ]
+    ).cpu()

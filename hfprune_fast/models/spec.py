@@ -1,0 +1,98 @@
+"""Sizes of a model: widths, parameters, and what pruning makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hfprune_fast.models.families import family_type
+from hfprune_fast.models.sites import parts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a budget needs to know of the dense model."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    total_params: int  # tied ones once
+    linear_params: int  # weights of linear layers, the head among them
+    params_per_neuron: int  # biases included
+
+    mlp_widths: tuple[int, ...] | None = None  # if not all are intermediate_size, the widest
+
+    def __post_init__(self) -> None:
+        uniform = self.mlp_widths is None or set(self.mlp_widths) == {self.intermediate_size}
+        widths = None if uniform else tuple(self.mlp_widths or ())
+        object.__setattr__(self, "mlp_widths", widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each layer's MLP."""
+        return self.mlp_widths or (self.intermediate_size,) * self.num_layers
+
+    def params_at(self, widths: int | Sequence[int]) -> int:
+        """Parameters of the whole model when its MLPs have so many neurons, all or each."""
+        return self.total_params - self._removed(widths) * self.params_per_neuron
+
+    def linear_params_at(self, widths: int | Sequence[int]) -> int:
+        """Weights of linear layers, each 2 FLOPs a token, when the MLPs have so many neurons."""
+        return self.linear_params - self._removed(widths) * 3 * self.hidden_size
+
+    def pruned_to(self, widths: int | Sequence[int]) -> dict[str, Any]:
+        """Widths, parameters and ratios of pruning the MLPs to so many neurons, all or each.
+
+        `mlp_widths` and `dense_mlp_widths` are there when they differ from layer to layer.
+        """
+        params = self.params_at(widths)
+        each = [widths] if isinstance(widths, int) else list(widths)
+        achieved: dict[str, Any] = {
+            "intermediate_size": max(each),
+            "dense_intermediate_size": self.intermediate_size,
+            "prune_ratio": 1 - (sum(self.widths) - self._removed(widths)) / sum(self.widths),
+            "params": params,
+            "dense_params": self.total_params,
+            "param_ratio": 1 - params / self.total_params,
+        }
+        if len(set(each)) > 1:
+            achieved["mlp_widths"] = each
+        if self.mlp_widths is not None:
+            achieved["dense_mlp_widths"] = list(self.mlp_widths)
+        return achieved
+
+    def _removed(self, widths: int | Sequence[int]) -> int:
+        left = self.num_layers * widths if isinstance(widths, int) else sum(widths)
+        return sum(self.widths) - left
+
+
+def widths_text(widths: Sequence[int]) -> str:
+    """Say how wide MLPs are: 61, or 40 to 61 (mean 50.3)."""
+    if len(set(widths)) == 1:
+        return str(widths[0])
+    return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"
+
+
+def size_of(model: PreTrainedModel) -> ModelSize:
+    """Count the parameters of a model, which may be on the meta device."""
+    mlps = parts_of(model).mlps
+    hidden = mlps[0].gate.weight.shape[1]
+    widths = tuple(len(mlp.gate.weight) for mlp in mlps)
+    biases = sum(linear.bias is not None for linear in (mlps[0].gate, mlps[0].up))
+    return ModelSize(
+        model_type=str(family_type(model.config.to_dict())),
+        num_layers=len(mlps),
+        hidden_size=hidden,
+        intermediate_size=max(widths),
+        total_params=sum(p.numel() for p in model.parameters()),
+        linear_params=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
+        params_per_neuron=3 * hidden + biases,
+        mlp_widths=widths,
+    )

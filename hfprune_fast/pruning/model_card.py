@@ -1,0 +1,97 @@
+"""The model card of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfprune_fast._version import __version__
+from hfprune_fast.models.spec import widths_text
+
+PAPER = "arXiv 2603.08083"
+
+
+_CHANGED = {
+    "uniform": "The\narchitecture is unchanged; only `intermediate_size` is smaller.",
+    "custom": "Layers have\ndifferent widths, `mlp_widths` in config.json.",
+    "native": "Layers have\ndifferent widths, `per_layer_config` in config.json.",
+    "padded": "Narrower\nlayers are filled up with zero neurons, which add nothing to the output "
+    "but take time and memory\nlike any others: the model is as large as if all layers were as "
+    "wide as the widest.",
+}
+
+
+_PLAINLY = "Load it with `AutoModelForCausalLM.from_pretrained`."
+
+
+_LOADING = {
+    "uniform": _PLAINLY,
+    "custom": "Load it with `AutoModelForCausalLM.from_pretrained` after `import hfprune_fast`, or "
+    "with\n`trust_remote_code=True`, which runs this folder's `modeling_hfprune.py`.",
+    "native": _PLAINLY,
+    "padded": _PLAINLY,
+}
+
+
+def neurons_text(achieved: dict[str, Any]) -> str:
+    """Say how many neurons layers kept of how many: 61 of 96, or 40 to 61 (mean 50.3) of 96."""
+    kept = achieved.get("mlp_widths", [achieved["intermediate_size"]])
+    dense = achieved.get("dense_mlp_widths", [achieved["dense_intermediate_size"]])
+    padding = ", padded with zeros to the widest" if achieved.get("layout") == "padded" else ""
+    return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
+
+
+def _recipe_rows(asked: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say how the neurons were chosen, and what became of the others."""
+    if asked["select"] == "obs":
+        ranked = "what a removal costs when the others are refitted (criterion `fisher`)"
+    else:
+        ranked = f"criterion `{asked['criterion']}`"
+        ranked += f", statistic `{asked['statistic']}`" if asked["statistic"] else ""
+    allocation = chosen.get("allocation", asked["allocation"])
+    shares = {0.0: "uniform", 0.5: "halfway between uniform and global", 1.0: "global"}
+    rows = [("ranked by", ranked), ("allocation", shares.get(allocation, str(allocation)))]
+    if asked["refit"]:
+        rows.append(("down_proj", "refitted to the dense model by least squares"))
+    return rows
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """Return README.md of a pruned checkpoint, from the record that becomes its hfprune.json."""
+    base_model, achieved = record["base_model"], record["achieved"]
+    provenance = record.get("provenance", {})
+    rows = [
+        ("base model", base_model),
+        ("MLP neurons a layer", neurons_text(achieved)),
+        ("neurons removed", f"{achieved['prune_ratio']:.2%}"),
+        ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
+        ("parameters removed", f"{achieved['param_ratio']:.2%}"),
+    ]
+    if "criterion" in record.get("asked", {}):
+        rows += _recipe_rows(record["asked"], record.get("chosen", {}))
+    calibration = provenance.get("calibration")
+    if isinstance(calibration, dict) and "source" in calibration:
+        rows.append(("calibration", str(calibration["source"])))
+    if {"samples", "tokens"} <= provenance.keys():
+        size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
+        rows.append(("calibration size", size))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    layout = achieved.get("layout", "uniform")
+    by = f"hfprune_fast {__version__}, after HFPrune ({PAPER})"
+    on_hub = f"base_model: {base_model}\n" if "/" in base_model else ""
+    return f"""---
+library_name: transformers
+{on_hub}tags: [pruned, hfprune]
+---
+
+# {base_model.split("/")[-1]}, pruned
+
+MLP neurons were cut out with {by}. {_CHANGED[layout]}
+No training followed.
+
+| | |
+|---|---|
+{table}
+
+{_LOADING[layout]} Which neurons were kept, and by what they were
+chosen, is in `hfprune.json`.
+"""

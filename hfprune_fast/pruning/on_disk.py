@@ -1,0 +1,190 @@
+"""keep -> a smaller model of the same architecture, in memory or from disk to disk.
+
+Layers may keep different numbers of neurons; `layouts` has the ways to write such a model down.
+gate_proj and up_proj lose rows (and bias entries), down_proj loses columns. On disk every other
+tensor is copied byte for byte, so the dtype and all that is not MLP stay what they were.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hfprune_fast._version import __version__
+from hfprune_fast.checkpoint.atomic import check_writable, whole_folder
+from hfprune_fast.checkpoint.layouts import (
+    CODE,
+    CODE_FILE,
+    check_layout,
+    check_native,
+    code_files,
+    config_of,
+)
+from hfprune_fast.checkpoint.source import (
+    display_name,
+    find_model,
+    open_checkpoint,
+    read_json_object,
+)
+from hfprune_fast.checkpoint.writer import Writing, write_json
+from hfprune_fast.console import parse_bytes
+from hfprune_fast.errors import CheckpointError, OutputError
+from hfprune_fast.models.sites import check_keep
+from hfprune_fast.pruning.model_card import model_card
+
+if TYPE_CHECKING:
+    pass
+
+RECORD = "hfprune.json"
+
+
+# Weights in other formats are those of the dense model; the card and the index are made anew.
+_NOT_COPIED_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
+    *(".pkl", ".pickle", ".index.json"),
+)
+
+
+_TEMPLATES = "additional_chat_templates"
+
+
+_NOT_COPIED = ("config.json", RECORD, "README.md", ".gitattributes", ".gitignore")
+
+
+def prune_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    keep: Mapping[int, Tensor],
+    *,
+    layout: str = "auto",
+    replace: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | str | None = None,
+    verify: bool = False,
+    force: bool = False,
+    record: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write the pruned copy of a checkpoint in one streaming pass; no model is built.
+
+    Args:
+        source: a model folder, hub name or `demo`; it is only read.
+        out: the folder to make. It appears under this name only when whole.
+        keep: {layer: sorted int64 indices}, every layer.
+        layout: how layers of different widths are written. "custom", which "auto" is: classes that
+            `import hfprune_fast` makes known to transformers, and whose code is put beside the
+            weights for `trust_remote_code=True`; "native": transformers' per_layer_config, if the
+            installed version builds the family by it; "padded": with zero neurons up to the widest
+            layer, which loads everywhere and is as large as if all were that wide.
+        replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
+            padding) and dtype (a refitted down_proj, say). Each is asked for in its turn, and again
+            to verify.
+        max_shard_size: bytes, or "5GB", "512MiB"; by default the source's shards are kept.
+        verify: read the written tensors back from the disk and compare them with the source.
+        force: replace `out` if all it holds was written by this function.
+        record: added to hfprune.json: "asked" and "provenance", which the model card shows too.
+        progress: show a bar on stderr.
+
+    Returns:
+        What was achieved: widths, parameters, ratios; of the model as written, padding included.
+
+    Raises:
+        OutputError: out exists, overlaps the source or cannot be written, or reads back otherwise.
+        CheckpointError: the source is damaged, or its tensors are not those of its config.
+        ArgumentError: keep, layout, replace or max_shard_size do not fit the model.
+        NumericsError: a value that was to be written is NaN or infinite.
+
+    Memory: a block of 256 KiB a thread (without the C++ extension a tensor a thread, padded two);
+    the source is mapped, and its pages are given back. Tokenizer, generation config etc. are
+    copied.
+    """
+    check_layout(layout)
+    folder, target = find_model(source), Path(out).resolve()
+    check_output_folder(target, folder, force=force)
+    checkpoint = open_checkpoint(folder)
+    size = checkpoint.size
+    keep = check_keep(keep, size.widths)
+    widths = _widths(keep)
+    uniform = len(set(widths)) == 1
+    if layout == "native" and not uniform:
+        check_native(checkpoint.config, widths)
+    shard_bytes = None
+    if max_shard_size is not None:
+        shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
+    pad_to = max(widths) if layout == "padded" else 0
+    writing = Writing(checkpoint, keep, replace or {}, shard_bytes, pad_to=pad_to)
+    achieved = size.pruned_to(max(widths) if pad_to else widths)
+    if not uniform:
+        layout = "custom" if layout == "auto" else layout
+        achieved |= {"layout": layout, "mlp_widths": list(widths)}
+    config = config_of(checkpoint.config, widths, layout)
+    full_record = {
+        "hfprune_fast": __version__,
+        "base_model": display_name(source),
+        "achieved": achieved,
+        **(record or {}),
+    }
+    kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
+    not_copied = {*_NOT_COPIED, *code_files(checkpoint.config)}
+    with whole_folder(target, force) as partial:
+        write_json(partial / "config.json", config)
+        writing.write(partial, progress)
+        (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
+        for path in sorted(folder.iterdir()):
+            replaced = path.name in not_copied or path.name.endswith(_NOT_COPIED_SUFFIXES)
+            if path.is_file() and not replaced:
+                shutil.copyfile(path, partial / path.name)
+        if (folder / _TEMPLATES).is_dir():
+            shutil.copytree(folder / _TEMPLATES, partial / _TEMPLATES)
+        if layout == "custom" and not uniform:
+            shutil.copyfile(CODE, partial / CODE_FILE)
+        files = sorted(_files_in(partial) | {RECORD})
+        write_json(partial / RECORD, {**full_record, "files": files, "keep": kept}, indent=None)
+        if verify:
+            writing.verify(partial, progress)
+    return achieved
+
+
+def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: int = 0) -> None:
+    """Refuse an output that would lose something or has no room, before any work is done."""
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or origin in target.parents or target in origin.parents:
+        raise OutputError(
+            f"out {out} is, is inside or is above the source {source}, which is never written to; "
+            "choose another place"
+        )
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"out {out} is a file; expected a folder that does not exist")
+    if target == Path.cwd() or target in Path.cwd().parents or target.is_mount():
+        raise OutputError(f"out {out} is the current folder or a mount point; name one below it")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise OutputError(f"out {out} exists and is not empty; --force replaces it")
+        others = sorted(_files_in(out) - _files_written(out))
+        if others:
+            raise OutputError(
+                f"out {out} holds {others[0]}, which hfprune did not write; --force replaces "
+                f"only what its {RECORD} lists"
+            )
+    check_writable(out, needed_bytes)
+
+
+def _files_in(folder: Path) -> set[str]:
+    """Relative paths of all files and links in a folder, at any depth."""
+    paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def _files_written(out: Path) -> set[str]:
+    """What the record of an earlier output says was written into it."""
+    try:
+        return set(read_json_object(out / RECORD)["files"])
+    except (CheckpointError, KeyError, TypeError):
+        return set()
+
+
+def _widths(keep: Mapping[int, Tensor]) -> list[int]:
+    return [len(keep[layer]) for layer in range(len(keep))]

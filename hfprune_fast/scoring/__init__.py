@@ -1,0 +1,1 @@
+"""From a model and token batches to the importance of every neuron."""

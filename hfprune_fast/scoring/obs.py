@@ -1,0 +1,154 @@
+"""What it costs to remove neurons from one MLP when the others are refitted, in closed form.
+
+The MLP's output is y = W a, W its down_proj (D, F) and a its act. Of refitted weights V, which may
+have columns of zeros only, the error is
+
+    E(V) = tr((V - W) A (V - W)ᵀ C)      A = mean(a aᵀ) + λ·mean(diag)·I      C (D, D)
+
+with C the metric in which outputs are compared: the identity, or the covariance of the gradient of
+log p(y) there, y drawn from the model (K-FAC's output factor); ½E is then the second-order estimate
+of KL(dense || pruned) a token. This is the optimal brain surgeon's problem (Hassibi and Stork,
+1993) for whole columns. Of the neurons that are left, removing j adds
+
+    ‖C^½ v_j‖² / [H]_jj                  H = A⁻¹ of those left, v_j column j as refitted so far
+
+and leaves v_k ← v_k - v_j r_k and H ← H - h_j h_jᵀ / H_jj, where h_j = H e_j and r = h_j / H_jj.
+With M = Vᵀ C V only inner products of columns are needed: M ← M - r qᵀ - q rᵀ, where
+q = M e_j - ½ M_jj r. The updates of a block of removals are kept apart, in a few rows, and meet the
+F × F matrices as one product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.checkpoint import native
+from hfprune_fast.errors import NumericsError
+
+OBS_RIDGE = 0.01
+REFIT_RIDGE = 0.1
+_BLOCK = 128
+_COMPACT_BELOW = 0.8  # of the rows; cheaper than making the matrices smaller each time
+
+
+def removal_costs(
+    gram: Tensor,
+    weight: Tensor,
+    metric: Tensor | None = None,
+    *,
+    ridge: float = OBS_RIDGE,
+    block: int = _BLOCK,
+) -> Tensor:
+    """Return ½ of what each neuron's removal adds to E, removing greedily the cheapest one.
+
+    Args:
+        gram: (F, F) float64, mean of a aᵀ over the tokens; overwritten.
+        weight: (D, F), down_proj's.
+        metric: (D, D) C, symmetric and not negative; None is the identity.
+        ridge: λ.
+        block: removals between two updates of the F × F matrices; changes nothing but rounding.
+
+    Returns:
+        (F,) float64, not falling in the order of removal: where a later removal costs less than an
+        earlier one, it is told the earlier one's cost. The last neuron has its own cost too.
+
+    Raises:
+        NumericsError: gram is not that of any act, or holds NaN.
+
+    O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
+    """
+    inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)  # the caller holds it anyway
+    wide = weight.to(gram.dtype)
+    through = wide if metric is None else metric.to(gram.dtype) @ wide
+    products = wide.t() @ through
+    costs = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
+    left = torch.arange(len(gram), device=gram.device)
+    gone = torch.zeros_like(left, dtype=torch.bool)
+    dearest, count = costs.new_zeros(()), len(gram)
+    while count:
+        removals = min(block, count)
+        order, added = _remove(inverse, products, gone, removals)
+        added[0] = torch.maximum(added[0], dearest)
+        added = added.cummax(0).values
+        dearest = added[-1]
+        costs[left[order]] = added / 2
+        gone[order] = True
+        count -= removals
+        if count < _COMPACT_BELOW * len(left):
+            stay = (~gone).nonzero().squeeze(1)
+            inverse, products = _only(inverse, stay), _only(products, stay)
+            left, gone = left[stay], gone[stay]
+    return costs
+
+
+def _only(matrix: Tensor, stay: Tensor) -> Tensor:
+    """Return the rows and columns that stay."""
+    return native.compact_columns(matrix[stay], stay)
+
+
+def _remove(
+    inverse: Tensor, products: Tensor, gone: Tensor, removals: int
+) -> tuple[Tensor, Tensor]:
+    """Remove a block of neurons from H and M, in place; return which, in order, and their costs."""
+    size = len(inverse)
+    rows_h, rows_r, rows_q = (inverse.new_zeros(removals, size) for _ in range(3))
+    # What is gone must not be taken again; the others' diagonal stays above 1 / max(A).
+    diagonal = inverse.diagonal().masked_fill(gone, 1)
+    norms = products.diagonal().masked_fill(gone, torch.inf)
+    order = torch.zeros(removals, dtype=torch.int64, device=inverse.device)
+    added = inverse.new_zeros(removals)
+    for i in range(removals):
+        j = (norms / diagonal).argmin()
+        order[i], added[i] = j, norms[j] / diagonal[j]
+        h = inverse[j] - rows_h[:i, j] @ rows_h[:i]
+        r = h / h[j]
+        q = products[j] - rows_r[:i, j] @ rows_q[:i] - rows_q[:i, j] @ rows_r[:i]
+        q -= q[j] / 2 * r
+        rows_h[i], rows_r[i], rows_q[i] = h / h[j].sqrt(), r, q
+        diagonal -= rows_h[i].square()
+        norms -= 2 * r * q
+        norms[j], diagonal[j] = torch.inf, 1
+    inverse.addmm_(rows_h.t(), rows_h, alpha=-1)
+    products.addmm_(rows_r.t(), rows_q, alpha=-1)
+    products.addmm_(rows_q.t(), rows_r, alpha=-1)
+    return order, added
+
+
+def least_squares(
+    gram: Tensor, cross: Tensor, weight: Tensor, *, ridge: float = REFIT_RIDGE
+) -> Tensor:
+    """Return the V that minimises mean‖y - V a‖² + λ·mean(diag gram)·‖V - weight‖².
+
+    Args:
+        gram: (K, K) float64, mean of a aᵀ; overwritten.
+        cross: (D, K) float64, mean of y aᵀ.
+        weight: (D, K), where no data speak against it.
+        ridge: λ.
+
+    Returns:
+        (D, K) float64.
+
+    Raises:
+        NumericsError: gram is not that of any act, or holds NaN.
+    """
+    right = cross + _shift(gram, ridge) * weight.to(gram.dtype)
+    factor = _cholesky(gram, ridge)
+    solved: Tensor = torch.cholesky_solve(right.t(), factor)
+    return solved.t()
+
+
+def _shift(gram: Tensor, ridge: float) -> Tensor:
+    """λ·mean(diag), or λ for acts that are all 0."""
+    mean = gram.diagonal().mean()
+    shift: Tensor = ridge * torch.where(mean > 0, mean, torch.ones_like(mean))
+    return shift
+
+
+def _cholesky(gram: Tensor, ridge: float) -> Tensor:
+    gram.diagonal().add_(_shift(gram, ridge))
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0:
+        raise NumericsError("the activations' second moments are not positive; try float32")
+    return factor

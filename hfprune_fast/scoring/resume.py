@@ -1,0 +1,176 @@
+"""What scoring has added up so far, and the file that it is kept in, to go on from after a kill.
+
+The file is a safetensors file of the tensors of `Totals`, whose metadata hold the rest, and what
+the run is of. It appears whole or not at all, so a kill leaves the state of one pass or another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.console import say
+from hfprune_fast.errors import OutputError, ResumeError, one_line
+
+_FORMAT = "hfprune_state"
+_VERSION = 1
+_TENSORS = ("statistics", "down_norm", "output_fisher")
+_NUMBERS = ("samples", "tokens", "loss_nats")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What has been added up over the sequences so far."""
+
+    # (C, 4, L, F) fp64: of each criterion, in the order of TaylorStatistics; parity: the model's
+    # dtype. Where there is no criterion, C is 1 and only act is added up.
+    statistics: Tensor
+    down_norm: Tensor  # (L, F) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
+    output_fisher: Tensor | None = None  # (L, D, D) fp32, on the CPU: Σ g gᵀ at the MLPs' outputs
+    samples: int = 0
+    tokens: int = 0
+    loss_nats: tuple[float, ...] = ()  # of each criterion, the sum over the sequences
+
+
+class Keeper:
+    """Keeps the totals of a run in a file, every so many seconds and at an interruption.
+
+    Args:
+        file: where; None keeps nothing.
+        seconds: between two writes; 0 writes after each pass.
+    """
+
+    def __init__(self, file: Path | None, seconds: float) -> None:
+        self._file, self._seconds = file, seconds
+        self._written = time.monotonic()
+        self._unwritten: tuple[Totals, int] | None = None
+        self._kept = 0  # sequences of this run that are in the file
+        self._warned = False
+        # What tells this run from others: a JSON mapping, in which "batch_size" must be.
+        self.identity: Mapping[str, Any] = {}
+
+    def committed(self, totals: Totals, batch_size: int) -> None:
+        """Take new totals, and how many sequences a micro-batch has at most by now."""
+        self._unwritten = totals, batch_size
+        if time.monotonic() - self._written >= self._seconds:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is not yet written; that it cannot be is told once, and no reason to end."""
+        if self._file is None or self._unwritten is None:
+            return
+        self._written = time.monotonic()
+        totals, batch_size = self._unwritten
+        try:
+            _save(self._file, self.identity, totals, batch_size)
+        except OutputError as error:
+            if not self._warned:
+                say(f"what is scored so far is only in memory, not kept for --resume: {error}")
+            self._warned = True
+        else:
+            self._kept, self._unwritten = totals.samples, None
+
+    @contextmanager
+    def kept_if_interrupted(self, sequences: int) -> Iterator[None]:
+        """Write when Ctrl-C, a signal or an error ends what runs inside, and say how to go on."""
+        try:
+            yield
+        except BaseException:
+            self.write()
+            if self._kept:
+                say(
+                    f"{self._kept} of {sequences} sequences are kept in {self._file}; "
+                    "the same command with --resume goes on from there"
+                )
+            raise
+
+    def kept_identity(self) -> dict[str, Any]:
+        """Return what the run in the file is of, nothing without a file."""
+        if self._file is None or not self._file.exists():
+            return {}
+        return dict(_read(self._file)[0]["identity"])
+
+    def resume(self, like: Totals) -> tuple[Totals, int] | None:
+        """Return what the file holds: totals, and the most sequences that a micro-batch had.
+
+        Args:
+            like: totals of the shape, dtype and device that the run needs.
+
+        Raises:
+            ResumeError: the file is damaged, or of another run; the difference is named.
+        """
+        if self._file is None or not self._file.exists():
+            say(f"nothing to resume: there is no {self._file}; starting from the beginning")
+            return None
+        header, tensors = _read(self._file)
+        # As it comes back from JSON, in which a tuple is a list.
+        wanted, found = json.loads(json.dumps(self.identity)), header["identity"]
+        differing = [
+            f"{key} {_short(found.get(key))}, not {_short(wanted.get(key))}"
+            for key in [*wanted, *(found.keys() - wanted.keys())]
+            if found.get(key) != wanted.get(key)
+        ]
+        for name, tensor in tensors.items():
+            ours = getattr(like, name)
+            if ours is None or (tensor.shape, tensor.dtype) != (ours.shape, ours.dtype):
+                differing.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
+        if differing:
+            raise ResumeError(
+                f"{self._file} is of another run: {'; '.join(differing)}; "
+                "--force discards it and starts anew"
+            )
+        moved = {name: tensor.to(getattr(like, name).device) for name, tensor in tensors.items()}
+        self._kept = header["samples"]
+        say(f"going on after {self._kept} sequences, from {self._file}")
+        fields: dict[str, Any] = {**moved, **{name: header[name] for name in _NUMBERS}}
+        fields["loss_nats"] = tuple(fields["loss_nats"])
+        return Totals(**fields), header["most"]
+
+
+def _short(value: Any) -> str:
+    """Return a value as a message shows it: of a hash, what tells it from others."""
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}…"
+
+
+def _save(file: Path, identity: Mapping[str, Any], totals: Totals, most: int) -> None:
+    numbers = {name: getattr(totals, name) for name in _NUMBERS}
+    header = {"format_version": _VERSION, "identity": identity, "most": most, **numbers}
+    held = {name: getattr(totals, name) for name in _TENSORS}
+    tensors = {name: t.cpu().contiguous() for name, t in held.items() if t is not None}
+    write_whole(file, save(tensors, {_FORMAT: json.dumps(header)}))
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})[_FORMAT])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if header["format_version"] != _VERSION:
+            raise ValueError(f"format version {header['format_version']}, not {_VERSION}")
+        counts = {name: header[name] for name in ("most", "samples", "tokens")}
+        counts["batch_size"] = header["identity"]["batch_size"]
+        for name, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{name} is {count}")
+        if not {"statistics", "down_norm"} <= tensors.keys() <= set(_TENSORS):
+            raise ValueError(f"it holds {', '.join(tensors)}")
+        if not all(math.isfinite(loss) for loss in header["loss_nats"]):
+            raise ValueError(f"loss_nats is {header['loss_nats']}")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ResumeError(
+            f"{file} is not what an interrupted `hfprune score` left, or is damaged "
+            f"({one_line(error)}); --force discards it and starts anew"
+        ) from None
+    return header, tensors

@@ -1,0 +1,172 @@
+"""ImportanceTable: every statistic of every neuron, with where it came from; save and load.
+
+The scores file is a safetensors file, so any tool can read it. Layout, version 2:
+
+    tensors   statistics, (L, F) float64 each
+    metadata  hfprune_scores: JSON with
+              format_version  2
+              model           the fields of ModelSize
+              provenance      criteria, model fingerprint, data hash, samples, tokens, seed, ...
+
+Row l, column j of a tensor is neuron j of layer l; F is the widest layer's, and where a layer has
+fewer neurons (`mlp_widths` in the fields of ModelSize) its row ends in zeros. Statistics:
+
+    CRITERION.l1, .l2, .mask  sums over the calibration of x = gradient times act (kernels/taylor),
+                              the gradient being that of the criterion (scoring.py)
+    act, down_norm            Σa², and the 2-norm of the neuron's down_proj column
+    obs                       what its removal costs when the others are refitted (obs.py), in nats
+    weight_norm, uniform      2-norm of its weights; a random number
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
+from hfprune_fast.models.spec import ModelSize
+
+# Of each criterion, the statistic to rank by unless another is asked for: for entropy the paper's,
+# for others that which did best in bench/results/fidelity.
+DEFAULT_STATISTIC = {
+    "entropy": "l1",
+    "cross_entropy": "l2",
+    "fisher": "l2",
+    "activation": "act",
+    "magnitude": "weight_norm",
+    "random": "uniform",
+}
+STATISTICS = ("l1", "l2", "mask", "act")
+_OF_A_CRITERION = ("l1", "l2", "mask")
+_OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
+_FORMAT = "hfprune_scores"
+_VERSION = 2
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of equality
+class ImportanceTable:
+    """Statistics of all neurons, (L, F) float64 each; the model's size; the scores' provenance.
+
+    A statistic is an attribute as well: `table.act`, or `table.l1`, of the first criterion.
+    """
+
+    statistics: Mapping[str, Tensor]
+    model: ModelSize
+    provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        shape = (self.model.num_layers, self.model.intermediate_size)
+        for name, tensor in self.statistics.items():
+            criterion, _, statistic = name.rpartition(".")
+            if not ((statistic in _OF_A_CRITERION and criterion) or name in _OF_ALL):
+                raise ScoresFileError(f"{name} is the name of no statistic")
+            if tensor.shape != shape or tensor.dtype != torch.float64:
+                raise ScoresFileError(
+                    f"{name} must be {shape} float64, got {tuple(tensor.shape)} {tensor.dtype}"
+                )
+            if not bool(tensor.isfinite().all()) or bool((tensor < 0).any()):
+                raise ScoresFileError(f"{name} holds NaN, inf or negative numbers")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in _OF_A_CRITERION + _OF_ALL:
+            raise AttributeError(name)
+        found = self.statistics.get(f"{self.criteria[0]}.{name}", self.statistics.get(name))
+        if found is None:
+            raise AttributeError(f"these scores have no {name}, only {', '.join(self.statistics)}")
+        return found
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """What was scored by, the first one first."""
+        return tuple(self.provenance.get("criteria", ("entropy",)))
+
+    def importance(self, statistic: str | None = None, criterion: str | None = None) -> Tensor:
+        """Return the (L, F) float64 importance by one statistic; higher = keep.
+
+        By default the criterion is the table's first and the statistic that of DEFAULT_STATISTIC.
+        The importance is the sum or number itself, but for `act`: sqrt(Σa²) times the norm of the
+        neuron's down_proj column, which is how much of the MLP's output goes through it.
+        """
+        criterion = criterion or self.criteria[0]
+        if criterion not in self.criteria:
+            raise ArgumentError(
+                f"these scores are by {', '.join(self.criteria)}, not by {criterion}; score again"
+            )
+        statistic = statistic or DEFAULT_STATISTIC[criterion]
+        name = f"{criterion}.{statistic}" if statistic in _OF_A_CRITERION else statistic
+        if name not in self.statistics:
+            raise ArgumentError(
+                f"statistic must be one of {', '.join(self._statistics_of(criterion))} "
+                f"(what these scores have by {criterion}), got {statistic!r}"
+            )
+        if statistic == "act":
+            return self.act.sqrt() * self.down_norm
+        return self.statistics[name]
+
+    def _statistics_of(self, criterion: str) -> list[str]:
+        names = [name.removeprefix(f"{criterion}.") for name in self.statistics]
+        return [name for name in names if "." not in name and name != "down_norm"]
+
+    def save(self, file: str | Path) -> None:
+        """Write the scores file; it appears under its name only when whole."""
+        header = {
+            "format_version": _VERSION,
+            "model": asdict(self.model),
+            "provenance": self.provenance,
+        }
+        # One key, because safetensors writes several in an order that changes from run to run.
+        metadata = {_FORMAT: json.dumps(header)}
+        tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
+        write_whole(Path(file), save(tensors, metadata))
+
+    @classmethod
+    def load(cls, file: str | Path) -> ImportanceTable:
+        """Read a scores file; ScoresFileError says what is wrong with it."""
+        path = Path(file)
+        if not path.is_file():
+            raise ScoresFileError(f"no scores file {path}; make one with `hfprune score`")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                metadata = tensors.metadata() or {}
+                if _FORMAT not in metadata:
+                    raise ScoresFileError(
+                        f"{path} is a safetensors file but holds no scores; "
+                        "expected one written by `hfprune score`"
+                    )
+                header = json.loads(metadata[_FORMAT])
+                if header["format_version"] != _VERSION:
+                    raise ScoresFileError(
+                        f"{path} has scores of format version {header['format_version']}; "
+                        f"this release reads version {_VERSION}"
+                    )
+                statistics = {n: tensors.get_tensor(n) for n in tensors.keys()}  # noqa: SIM118
+            size = _size(header["model"])
+            table = cls(statistics, size, dict(header["provenance"]))
+            for criterion in table.criteria:
+                table.importance(criterion=criterion)
+        except ScoresFileError:
+            raise
+        except (
+            *(SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError),
+            *(AttributeError, ArgumentError),
+        ) as error:
+            raise ScoresFileError(
+                f"{path} is not a scores file, or is damaged ({one_line(error)}); "
+                "expected one written by `hfprune score`"
+            ) from None
+        return table
+
+
+def _size(header: dict[str, Any]) -> ModelSize:
+    """Return the model's size; files from before layers could differ have no widths."""
+    names = [f.name for f in fields(ModelSize) if f.name in header or f.name != "mlp_widths"]
+    return ModelSize(**{name: header[name] for name in names})

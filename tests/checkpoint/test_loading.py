@@ -1,0 +1,167 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import random_llama
+from shifted import begin_data_at
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from truth import tiny_model
+
+from hfprune_fast.checkpoint import native
+from hfprune_fast.checkpoint.loading import blueprint, load_model
+from hfprune_fast.errors import CheckpointError
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+IDS = torch.arange(60).view(2, 30)
+
+
+def theirs(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model
+
+
+def assert_same(ours: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Parameters, buffers and logits, bit for bit."""
+    for kind in ("named_parameters", "named_buffers"):
+        got, expected = (dict(getattr(model, kind)()) for model in (ours, other))
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert got[name].dtype == tensor.dtype, name
+            assert torch.equal(got[name], tensor), name
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).logits, other(IDS).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("stored", "run_in"),
+    [
+        (torch.float32, "float32"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.bfloat16, "float32"),
+        (torch.float32, "bfloat16"),
+        (torch.float64, "float64"),
+    ],
+)
+def test_loads_what_transformers_loads(
+    save_checkpoint: Callable[..., Path],
+    family: str,
+    tied: bool,
+    stored: torch.dtype,
+    run_in: str,
+) -> None:
+    folder = save_checkpoint(tiny_model(family, dtype=stored, tied=tied))
+    ours = load_model(folder, dtype=run_in, device="cpu")
+    other = theirs(folder, getattr(torch, run_in))
+    assert_same(ours, other)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_tables_are_computed_as_transformers_does(
+    save_checkpoint: Callable[..., Path], rope: str, dtype: torch.dtype
+) -> None:
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
+    folder = save_checkpoint(tiny_model("llama", dtype=dtype, rope_parameters=parameters))
+    plan = blueprint(folder, device="cpu")
+    assert all(parameter.is_meta for parameter in plan.model.parameters())
+    buffers = dict(plan.model.named_buffers())
+    assert "model.rotary_emb.inv_freq" in buffers
+    assert not any(buffer.is_meta for buffer in buffers.values())
+    other = theirs(folder, dtype)
+    for name, buffer in other.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    ours, expected = plan.model.model.rotary_emb, other.model.rotary_emb
+    assert ours.attention_scaling == expected.attention_scaling
+    assert_same(load_model(folder, device="cpu"), other)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_writing_to_a_loaded_parameter_never_changes_the_file(
+    save_checkpoint: Callable[..., Path], tied: bool
+) -> None:
+    model = tiny_model("llama", dtype=torch.float32, tied=tied)
+    folder = save_checkpoint(model, max_shard_size="50KB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    before = [file.read_bytes() for file in files]
+    loaded = load_model(folder, device="cpu")
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.fill_(7)
+    assert [file.read_bytes() for file in files] == before
+    assert_same(load_model(folder, device="cpu"), model)
+    assert all((parameter == 7).all() for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("reader", ["extension", "plain"])
+@pytest.mark.parametrize("in_line", [1, 2, 4, 8, 63])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_data_may_begin_at_any_byte(
+    save_checkpoint: Callable[..., Path],
+    dtype: torch.dtype,
+    in_line: int,
+    reader: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if reader == "plain":
+        monkeypatch.setattr(native, "_C", None)
+    model = tiny_model("llama", dtype=dtype)
+    folder = save_checkpoint(model)
+    begin_data_at(folder / "model.safetensors", in_line)
+    plan = blueprint(folder, device="cpu")
+    begins = [b % 64 for _, _, b, _ in plan.checkpoint.files["model.safetensors"].tensors.values()]
+    assert set(begins) == {in_line}
+    loaded = load_model(folder, device="cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    """In the header, to a name of the same length."""
+    assert len(old) == len(new)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    assert old.encode() in content
+    file.write_bytes(content.replace(old.encode(), new.encode()))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        # Every layer alike, so only the model that transformers makes can tell.
+        ("self_attn.q_proj", "attention.wq_pr", r"model\.layers\.0\.self_attn\.q_proj\.weight"),
+        ("mlp.gate_proj", "mlp.w1_linear", r"model\.layers\.0\.mlp\.gate_proj\.weight"),
+        ("model.norm", "model.ln_f", r"model\.norm\.weight"),
+        ("model.embed_tokens", "model.wte_tokens.t", r"model\.embed_tokens\.weight"),
+        ("lm_head", "lm.head", r"lm_head\.weight"),
+    ],
+)
+def test_names_that_are_not_transformers_own_are_refused(
+    save_checkpoint: Callable[..., Path], old: str, new: str, named: str
+) -> None:
+    folder = save_checkpoint(random_llama())
+    new = new.ljust(len(old), "_")
+    rename(folder, old, new)
+    for run in (blueprint, load_model):
+        with pytest.raises(CheckpointError, match=f"lacks the tensor {named}") as raised:
+            run(folder, device="cpu")
+        assert "\n" not in str(raised.value)

@@ -1,0 +1,300 @@
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import random_llama
+from safetensors.torch import load_file, save_file
+from truth import tiny_model
+
+from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, UnsupportedModelError
+from hfprune_fast.models.spec import size_of
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loads_what_save_pretrained_wrote(
+    save_checkpoint: Callable[..., Path], family: str, tied: bool
+) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16, tied=tied)
+    folder = save_checkpoint(model, max_shard_size="30KB")
+    assert len(checkpoints.weight_files(folder)) > 2
+    loaded = loading.load_model(folder, device="cpu")
+    assert loaded.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in loaded.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loading.model_size(folder) == size_of(model)
+    assert loading.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
+
+
+def test_float16_runs_in_float32_on_a_cpu(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(random_llama().half())
+    assert loading.load_model(folder, device="cpu").dtype == torch.float32
+    assert loading.load_model(folder, device="cpu", dtype="float16").dtype == torch.float16
+
+
+def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:
+    plain = size_of(tiny_model("llama"))
+    biased = size_of(tiny_model("llama", mlp_bias=True))
+    assert plain.params_per_neuron == 3 * 64
+    assert biased.params_per_neuron == 3 * 64 + 2  # down_proj's bias belongs to no neuron
+    for size, model in ((plain, {}), (biased, {"mlp_bias": True})):
+        smaller = size_of(tiny_model("llama", intermediate_size=50, **model))
+        assert size.params_at(50) == smaller.total_params
+        assert size.linear_params_at(50) == smaller.linear_params
+
+
+def test_old_rotary_buffers_are_tolerated(llama_dir: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    change_tensors(llama_dir, add)
+    loaded = loading.load_model(llama_dir, device="cpu")
+    assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
+
+
+def test_base_model_names_without_prefix(llama_dir: Path) -> None:
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_tensors(llama_dir, strip)
+    loaded = loading.load_model(llama_dir, device="cpu")
+    assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
+
+
+def drop(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def put(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            drop("model.layers.1.mlp.up_proj.weight"),
+            r"lacks the tensor model\.layers\.1\.mlp\.up_p",
+        ),
+        (drop("lm_head.weight"), r"lacks the tensor lm_head\.weight"),
+        (put("model.layers.9.mlp.up_proj.weight", 4, 4), r"does not know: model\.layers\.9"),
+        (put("model.norm.weight", 3), r"shape is not its config's: model\.norm\.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    llama_dir: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    change_tensors(llama_dir, change)
+    with pytest.raises(CheckpointError, match=message):
+        loading.load_model(llama_dir, device="cpu")
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_truncated_file(llama_dir: Path, size: int) -> None:
+    path = llama_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or not"):
+        checkpoints.tensor_headers(llama_dir)
+
+
+def test_hostile_header(llama_dir: Path) -> None:
+    path = llama_dir / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        loading.load_model(llama_dir)
+
+
+def test_missing_shard(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(random_llama(), max_shard_size="50KB")
+    lost = checkpoints.weight_files(folder)[1]
+    lost.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks the shard {lost.name}"):
+        checkpoints.tensor_headers(folder)
+
+
+def test_index_that_is_wrong(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(random_llama(), max_shard_size="50KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"].values()))
+    for weight_map, message in (
+        ({"a": "../../secret.safetensors"}, "names a file outside its folder"),
+        ({"no.such.tensor": first}, "no.such.tensor is in the index .* but in no shard"),
+        (["a"], "has no weight_map"),
+    ):
+        path.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.tensor_headers(folder)
+
+
+def test_pickled_weights_are_not_opened(llama_dir: Path) -> None:
+    (llama_dir / "model.safetensors").unlink()
+    (llama_dir / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(CheckpointError, match=r"only pickled weights .*save_pretrained"):
+        loading.load_model(llama_dir)
+
+
+def test_no_weights(llama_dir: Path) -> None:
+    (llama_dir / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has neither"):
+        loading.load_model(llama_dir)
+
+
+def test_quantised(llama_dir: Path) -> None:
+    change_config(llama_dir, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match=r"quantised \(gptq\).*quantise the result"):
+        loading.load_model(llama_dir)
+
+
+def test_unsupported_architecture_is_named(llama_dir: Path) -> None:
+    change_config(llama_dir, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is not supported.*mistral"):
+        loading.load_model(llama_dir)
+
+
+def test_remote_code_is_never_run(llama_dir: Path) -> None:
+    flag = llama_dir / "ran"
+    (llama_dir / "modeling_evil.py").write_text(f"open({str(flag)!r}, 'w')\n")
+    change_config(llama_dir, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    loading.load_model(llama_dir, device="cpu")  # the family's own class is used
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read as JSON"), ("[1]", "holds a list"), ("\x00", "cannot be read as JSON")],
+)
+def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
+    (llama_dir / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.read_config(llama_dir)
+
+
+def test_config_with_nonsense_values(llama_dir: Path) -> None:
+    change_config(llama_dir, num_hidden_layers="three")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        loading.model_size(llama_dir)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": ["llama"]},
+        {"architectures": 5, "model_type": "gpt2"},
+        {"architectures": "G", "model_type": None},
+        {"quantization_config": "gptq"},
+        {"hidden_act": "nope"},
+        {"intermediate_size": "96"},
+        {"num_attention_heads": 0},
+        {"rope_parameters": {"rope_type": "zzz"}},
+    ],
+)
+def test_config_values_of_the_wrong_kind(llama_dir: Path, changes: dict[str, Any]) -> None:
+    change_config(llama_dir, **changes)
+    with pytest.raises(HFPruneError) as raised:
+        loading.model_size(llama_dir)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_config_that_is_deeper_than_a_parser(llama_dir: Path) -> None:
+    (llama_dir / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        checkpoints.read_config(llama_dir)
+
+
+def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
+    change_config(llama_dir, quantization_config=None)
+    assert loading.load_model(llama_dir, device="cpu").config.intermediate_size == 96
+
+
+def test_tied_head_that_is_stored_and_differs(llama_dir: Path) -> None:
+    change_config(llama_dir, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"yet lm_head.weight differs from .*embed_tokens"):
+        loading.blueprint(llama_dir)
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change_tensors(llama_dir, tie)
+    loading.blueprint(llama_dir)
+    loading.load_model(llama_dir, device="cpu")
+
+
+@pytest.mark.parametrize("config_dtype", ["float16", "bfloat16", "float64", None])
+def test_auto_dtype_is_that_of_the_weights(llama_dir: Path, config_dtype: str | None) -> None:
+    change_config(llama_dir, dtype=config_dtype)
+    model = loading.load_model(llama_dir, device="cpu")
+    assert model.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, random_llama().lm_head.weight)
+
+
+def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.find_model("demo") == checkpoints.TINY_MODEL
+    (tmp_path / "demo").mkdir()
+    assert checkpoints.find_model("demo") == Path("demo")  # the user's own folder comes first
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("file", "is a file"),
+        ("./nowhere", "no model folder ./nowhere"),
+        ("a/b/c", "not a hub name either"),
+        ("org/no-such-model", "the hub says"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.find_model(name)
+
+
+def test_fingerprint_tells_siblings_apart(save_checkpoint: Callable[..., Path]) -> None:
+    model = random_llama()
+    first = checkpoints.fingerprint(save_checkpoint(model, "a"))
+    assert checkpoints.fingerprint(save_checkpoint(model, "b", max_shard_size="50KB")) == first
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[40:45] += 1e-3
+    assert checkpoints.fingerprint(save_checkpoint(model, "c")) != first
+
+
+def test_fingerprint_knows_the_configuration(llama_dir: Path) -> None:
+    before = checkpoints.fingerprint(llama_dir)
+    change_config(llama_dir, transformers_version="9.9", use_cache=False)
+    assert checkpoints.fingerprint(llama_dir) == before
+    change_config(llama_dir, rms_norm_eps=0.5)
+    assert checkpoints.fingerprint(llama_dir) != before
+
+
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, asking what memory it has left raises."""
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert loading.torch_device("auto") == torch.device("cuda:1")
+    assert loading.torch_device("cuda") == torch.device("cuda:1")
+    assert loading.torch_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_unknown_device() -> None:
+    for device in ("nonsense", "meta", "mps"):
+        with pytest.raises(ArgumentError, match=f"device '{device}' cannot be used here"):
+            loading.torch_device(device)
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgumentError, match="device 'cuda'"):
+            loading.torch_device("cuda")

@@ -1,0 +1,235 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hfprune_fast.checkpoint.loading import load_tokenizer
+from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.data.calibration import token_windows
+from hfprune_fast.data.sources import _DOCUMENT_CHARS
+from hfprune_fast.errors import ArgumentError, CalibrationError
+
+WORDS = ["the", "module", "returns", "a", "string", "and", "raises", "when", "value", "is", "not"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(TINY_MODEL)
+
+
+def words(count: int, offset: int = 0) -> str:
+    return " ".join(WORDS[(i * 7 + offset) % len(WORDS)] for i in range(count))
+
+
+def windows(source: Path | str, tokenizer: Any, **changes: Any) -> torch.Tensor:
+    arguments = {"seq_len": 16, "samples": 4, "vocab_size": 1 << 20, **changes}
+    return token_windows(source, tokenizer, **arguments)
+
+
+def test_short_documents_are_packed_between_bos_and_eos(tmp_path: Path, tokenizer: Any) -> None:
+    documents = [words(5, i) for i in range(6)]
+    path = tmp_path / "short.jsonl"
+    path.write_text("\n".join(json.dumps({"text": d}) for d in documents))
+    ids = windows(path, tokenizer, samples=None)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stream = [
+        token
+        for document in documents
+        for token in [bos, *tokenizer(document, add_special_tokens=False)["input_ids"], eos]
+    ]
+    whole = len(stream) // 16
+    assert whole >= 1
+    assert ids.flatten().tolist() == stream[: whole * 16]
+
+
+def test_same_seed_same_windows_on_every_machine(tmp_path: Path) -> None:
+    """The draw depends on sha256 alone, so its result can be written down."""
+    path = tmp_path / "ids.npy"
+    np.save(path, np.arange(60).reshape(10, 6))
+    drawn = token_windows(path, None, seq_len=None, samples=4, seed=3, vocab_size=60)
+    assert drawn[:, 0].tolist() == [30, 24, 48, 6]
+    other = token_windows(path, None, seq_len=None, samples=4, seed=4, vocab_size=60)
+    assert other.tolist() != drawn.tolist()
+
+
+def test_seed_zero_counts(text_file: Path, tokenizer: Any) -> None:
+    zero, again, one = (windows(text_file, tokenizer, seed=s) for s in (0, 0, 1))
+    assert torch.equal(zero, again)
+    assert not torch.equal(zero, one)
+
+
+def test_fewer_windows_than_asked(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(words(40))
+    ids = windows(path, tokenizer, samples=10_000)
+    assert 1 <= len(ids) < 10_000
+
+
+def test_folder_reads_every_kind_of_file_in_order(tmp_path: Path, tokenizer: Any) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text(words(30, 1))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": words(30, 2)}) + "\n\n")
+    parquet.write_table(pyarrow.table({"text": [words(30, 3)]}), tmp_path / "sub" / "c.parquet")
+    (tmp_path / "ignored.md").write_text("not read")
+    ids = windows(tmp_path, tokenizer, samples=None)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stream: list[int] = []
+    for offset in (1, 2, 3):
+        text = words(30, offset)
+        stream += [bos, *tokenizer(text, add_special_tokens=False)["input_ids"], eos]
+    assert ids.flatten().tolist() == stream[: ids.numel()]
+
+
+def test_a_long_file_gives_windows_from_all_over_it(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "long.txt"
+    lines = [f"line {i} {words(8, i)}\n" for i in range(60_000)]
+    path.write_text("".join(lines))
+    assert path.stat().st_size > 2 * _DOCUMENT_CHARS
+    ids = windows(path, tokenizer, seq_len=32, samples=24)
+    text = " ".join(tokenizer.batch_decode(ids))
+    numbers = [int(n) for n in re.findall(r"line (\d{4,5}) ", text)]
+    assert len(numbers) > 5
+    assert max(numbers) - min(numbers) > 5_000
+
+
+def test_jsonl_lines_end_at_line_feeds_alone(tmp_path: Path, tokenizer: Any) -> None:
+    """U+2028 and U+0085 end lines for str.splitlines, not in JSON; BOM and CRLF are common."""
+    text = "one\u2028two\u0085three\x0bfour " + words(20)
+    path = tmp_path / "a.JSONL"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n" + line.encode() + b"\n")
+    got = windows(path, tokenizer, samples=None)
+    once = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    stream = 2 * [*once, tokenizer.eos_token_id]
+    assert got.flatten().tolist() == stream[: got.numel()]
+
+
+def test_tokenizer_without_bos_and_eos(tmp_path: Path, tokenizer: Any) -> None:
+    class Plain:
+        bos_token_id = None
+        eos_token_id = None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    path = tmp_path / "a.txt"
+    path.write_text(words(60))
+    got = windows(path, Plain(), samples=None)
+    assert got.flatten().tolist() == Plain()(words(60))["input_ids"][: got.numel()]
+
+
+def test_documents_are_drawn_from_the_whole_source(tmp_path: Path, tokenizer: Any) -> None:
+    """Tokenising stops early in a large source; what it read is not simply its beginning."""
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{i} " * 40}) for i in range(400)))
+    text = " ".join(tokenizer.batch_decode(windows(path, tokenizer, samples=4)))
+    numbers = {int(n) for n in re.findall(r"\b\d+\b", text)}
+    assert max(numbers) > 200
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    asked: list[Any] = []
+
+    def load_dataset(path: str, name: str | None, split: str, streaming: bool) -> Any:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_dict({"text": [words(50), words(50, 3)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert windows("org/corpus:en", tokenizer).shape == (4, 16)
+    assert asked == [("org/corpus", "en", "train")]
+
+
+def test_npy_ids(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, np.arange(12, dtype=np.uint16).reshape(3, 4))
+    got = token_windows(path, None, seq_len=None, samples=None, vocab_size=12)
+    assert got.tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert got.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2)), "integer"),
+        (np.zeros(4, dtype=np.int64), r"\(N, T\)"),
+        (np.zeros((0, 4), dtype=np.int64), r"\(N, T\)"),
+        (np.array([[0, -3]]), "token id -3"),
+        (np.array([[0, 50]]), r"token id 50; expected 0\.\.49"),
+        (np.array([[0, None]]), "not a .npy file of"),  # pickled inside
+    ],
+)
+def test_bad_npy(tmp_path: Path, array: Any, message: str) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, array, allow_pickle=True)
+    with pytest.raises(CalibrationError, match=message):
+        token_windows(path, None, seq_len=None, samples=None, vocab_size=50)
+
+
+def test_npy_of_another_length(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, np.zeros((2, 4), dtype=np.int64))
+    with pytest.raises(CalibrationError, match="sequences of 4 tokens, but --seq-len is 8"):
+        token_windows(path, None, seq_len=8, samples=None, vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b" \n\t\n", "holds no text"),
+        ("short.txt", b"too short", r"holds \d+ tokens, but one sample takes 16; give more text"),
+        ("bad.txt", b"\xff\xfe\xfa", "cannot be read"),
+        ("bad.jsonl", b'{"text": "a"', "bad.jsonl:1 is not JSON"),
+        ("deep.jsonl", b"[" * 200_000, "deep.jsonl:1 is not JSON"),
+        ("digits.jsonl", b'{"text": ' + b"9" * 6000 + b"}", "digits.jsonl:1 is not JSON"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1 has half a surrogate pair"),
+        ("archive.npy", b"PK\x03\x04", "not a .npy file"),
+        ("header.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (-1,)}\n", "not a .npy file"),
+        ("field.jsonl", b'{"content": "a"}', 'field.jsonl:1 has no string field "text"'),
+        ("null.jsonl", b'{"text": "a"}\n{"text": null}', 'null.jsonl:2 has no string field "text"'),
+        ("text.md", b"words", "is not a calibration source"),
+        ("bad.parquet", b"PAR1 not really", 'no readable column "text"'),
+        ("bad.npy", b"not numpy", "not a .npy file"),
+    ],
+)
+def test_bad_files(tmp_path: Path, tokenizer: Any, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        windows(path, tokenizer)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.txt", "nowhere.npy"])
+def test_missing_source(tokenizer: Any, source: str) -> None:
+    with pytest.raises(CalibrationError, match="no file"):
+        windows(source, tokenizer)
+
+
+def test_missing_hub_data_set(tokenizer: Any) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    with pytest.raises(CalibrationError, match="no file or folder no-such-data, and the hub says"):
+        windows("no-such-data", tokenizer)
+
+
+def test_empty_folder(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"holds no .txt, .jsonl, .parquet file"):
+        windows(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("change", [{"samples": 0}, {"seq_len": 0}, {"seq_len": -4}])
+def test_counts_below_one(text_file: Path, tokenizer: Any, change: dict[str, int]) -> None:
+    with pytest.raises(ArgumentError, match="at least 1"):
+        windows(text_file, tokenizer, **change)
+
+
+def test_tokenizer_of_another_model(text_file: Path, tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match="another model's tokenizer"):
+        windows(text_file, tokenizer, vocab_size=10)

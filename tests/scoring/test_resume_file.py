@@ -1,0 +1,230 @@
+"""The file that a run keeps its totals in: when it is written, and when it is refused."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interruption import assert_refused, assert_whole, score_args, state_of
+from safetensors import safe_open
+from safetensors.torch import save_file
+from truth import tiny_model
+
+import hfprune_fast as hf
+from hfprune_fast.checkpoint import atomic
+from hfprune_fast.errors import ArgumentError, OutputError
+from hfprune_fast.kernels import TRITON_VERSION
+from hfprune_fast.scoring import passes, resume
+
+Hfprune = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("one_thread", "small_inputs")
+
+
+def test_the_state_is_written_as_often_as_asked(
+    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = [0.0], []
+    run = passes._Pass._run
+
+    def lasting_a_second(self: Any, *args: Any) -> Any:
+        now[0] += 1
+        return run(self, *args)
+
+    def write(_: Path, data: bytes) -> None:
+        written.append(now[0])
+
+    monkeypatch.setattr(passes._Pass, "_run", lasting_a_second)
+    monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(resume, "write_whole", write)
+    assert hfprune(*score_args("--save-seconds", 5)).code == 0
+    assert written == [5, 10]
+
+
+def test_a_state_left_over_is_gone_on_from_or_discarded_but_never_run_over(
+    hfprune: Hfprune, interrupted: Hfprune
+) -> None:
+    assert hfprune(*score_args("--seed", 1, out="whole")).code == 0
+    interrupted(*score_args())
+    left = state_of().read_bytes()
+    refused = hfprune(*score_args("--seed", 1))
+    assert_refused(refused, r"has left scores\.state; --resume goes on from it, --force discards")
+    assert len(refused.err.splitlines()) == 1
+    assert state_of().read_bytes() == left
+    interrupted(*score_args("--seed", 1, "--force"), at_pass=0)
+    assert not state_of().exists()
+    interrupted(*score_args())
+    assert_whole(hfprune(*score_args("--seed", 1, "--force")))
+
+
+def test_with_nothing_to_resume_it_starts_from_the_beginning(hfprune: Hfprune) -> None:
+    assert hfprune(*score_args(out="whole")).code == 0
+    run = hfprune(*score_args("--resume"))
+    said = "hfprune: nothing to resume: there is no scores.state; starting from the beginning"
+    assert said in run.err.splitlines()
+    assert_whole(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("model", r"model_fingerprint \w{12}…, not \w{12}…"),
+        ("--calibration other_ids.npy", r"data_sha256 \w{12}…, not \w{12}…"),
+        ("--calibration longer.npy", "seq_len 16, not 17"),
+        ("--seed 1", "seed 0, not 1"),
+        ("--samples 12", "samples 20, not 12"),
+        ("--dtype float64", "dtype float32, not float64"),
+        ("--batch-size 3", "batch_size 2, not 3"),
+        ("--parity", "parity False, not True"),
+        pytest.param(
+            "--backend triton",
+            "backend torch, not triton",
+            marks=pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed"),
+        ),
+    ],
+)
+def test_a_state_of_another_run_is_refused_by_what_differs(
+    hfprune: Hfprune, interrupted: Hfprune, change: str, difference: str
+) -> None:
+    interrupted(*score_args("--samples", 20))
+    left = state_of().read_bytes()
+    model = "other_model" if change == "model" else "model"
+    flags = [] if change == "model" else change.split()
+    run = hfprune(*score_args("--samples", 20, "--resume", *flags, model=model))
+    assert_refused(run, rf"scores\.state is of another run: ([^;]+; )*{difference}.*; --force")
+    assert "kept in" not in run.err
+    assert state_of().read_bytes() == left
+    assert not Path("scores").exists()
+
+
+def rewritten(change: Callable[[Any, Any], object]) -> Callable[[Path], None]:
+    """Change the header and tensors of a state."""
+
+    def rewrite(file: Path) -> None:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads(opened.metadata()["hfprune_state"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        instead = change(header, tensors)
+        text = instead if isinstance(instead, str) else json.dumps(header)
+        save_file(tensors, file, {"hfprune_state": text})
+
+    return rewrite
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda file: file.write_bytes(b""),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-8]),
+    "without its tensors": lambda file: file.write_bytes(file.read_bytes()[:600]),
+    "of another kind": lambda file: file.write_bytes(Path("ids.npy").read_bytes()),
+    "a model": lambda file: file.write_bytes(Path("model/model.safetensors").read_bytes()),
+    "no JSON": rewritten(lambda *_: "{"),
+    "a list": rewritten(lambda *_: "[1]"),
+    "deep": rewritten(lambda *_: "[" * 100_000),
+    "of a later version": rewritten(lambda header, _: header.update(format_version=2)),
+    "without identity": rewritten(lambda header, _: header.pop("identity")),
+    "identity a number": rewritten(lambda header, _: header.update(identity=3)),
+    "batch size a word": rewritten(lambda header, _: header["identity"].update(batch_size="x")),
+    "no batch size": rewritten(lambda header, _: header["identity"].update(batch_size=0)),
+    "samples a word": rewritten(lambda header, _: header.update(samples="x")),
+    "samples a fraction": rewritten(lambda header, _: header.update(samples=2.5)),
+    "most is 0": rewritten(lambda header, _: header.update(most=0)),
+    "entropy is no number": rewritten(lambda header, _: header.update(loss_nats=[float("nan")])),
+    "a tensor less": rewritten(lambda _, tensors: tensors.popitem()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_one_line(hfprune: Hfprune, interrupted: Hfprune, damage: str) -> None:
+    interrupted(*score_args())
+    DAMAGE[damage](state_of())
+    run = hfprune(*score_args("--resume", batch_size=None))
+    assert_refused(run, r"scores\.state is not what an interrupted .* left, or is damaged")
+    assert len(run.err.splitlines()) == 2  # and how many samples the ids make
+    assert "starts anew" in run.err
+    assert hfprune(*score_args("--force")).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("statistics", torch.zeros(4, 3, 95, dtype=torch.float64)),
+        ("statistics", torch.zeros(4, 3, 96)),
+        ("down_norm", torch.zeros(1, dtype=torch.float64)),
+    ],
+)
+def test_a_tensor_of_another_shape_or_dtype_is_named(
+    hfprune: Hfprune, interrupted: Hfprune, name: str, tensor: torch.Tensor
+) -> None:
+    interrupted(*score_args())
+    rewritten(lambda _, tensors: tensors.update({name: tensor}))(state_of())
+    shape = re.escape(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
+    assert_refused(hfprune(*score_args("--resume")), shape)
+
+
+def test_resuming_needs_something_to_resume(hfprune: Hfprune) -> None:
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match="state_file needs the model by path"):
+        hf.score(tiny_model("llama"), ids, state_file="state")
+    with pytest.raises(ArgumentError, match="resume needs the state_file"):
+        hf.score("model", ids, resume=True)
+    run = hfprune(
+        "prune", "model", "--scores", "x", "--prune-ratio", 0.2, "--out", "pruned", "--resume"
+    )
+    assert_refused(run, "--resume goes on with scoring, so with --calibration, not --scores")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, of which 4 are free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        mounted = os.name == "posix" and subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("only root mounts a file system")
+    (folder / "much").write_bytes(bytes(60 << 10))
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_once_and_loses_no_scores(
+    hfprune: Hfprune, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hfprune(*score_args(out="whole")).code == 0
+    monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
+    run = hfprune(*score_args("--save-seconds", 0, out=str(small_disk / "scores")))
+    assert_refused(run, "No space left on device")
+    told = [line for line in run.err.splitlines() if "only in memory" in line]
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
+    kept = re.search(r"the scores are kept in (.*)", run.err)[1]  # type: ignore[index]
+    assert Path(kept).read_bytes() == Path("whole").read_bytes()
+    assert [path.name for path in small_disk.iterdir()] == ["much"]
+
+
+def test_a_state_that_cannot_be_written_ends_nothing(
+    hfprune: Hfprune, interrupted: Hfprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hfprune(*score_args(out="whole")).code == 0
+    calls, write = count(), atomic.write_whole
+
+    def full(file: Path, data: bytes) -> None:
+        if next(calls) > 2:
+            raise OutputError(f"cannot write {file}: No space left on device")
+        write(file, data)
+
+    monkeypatch.setattr(resume, "write_whole", full)
+    run = interrupted(*score_args("--save-seconds", 0), at_pass=8)  # which stays one, exit code 130
+    assert run.err.count("only in memory") == 1
+    assert "hfprune: 6 of 24 sequences are kept in scores.state" in run.err
+    monkeypatch.setattr(resume, "write_whole", write)
+    assert_whole(hfprune(*score_args("--resume")))

@@ -1,0 +1,401 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import random_llama
+from eager import eager_scores
+from exact import make_float64_exact
+from tolerances import assert_no_worse, keep_differences_inside_band, relative_error
+from transformers import PreTrainedModel
+from truth import scores as true_scores
+from truth import tiny_model
+
+import hfprune_fast as hf
+from hfprune_fast.checkpoint.loading import load_model
+from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.data.calibration import windows_for
+from hfprune_fast.errors import (
+    ArgumentError,
+    CalibrationError,
+    NumericsError,
+    UnsupportedModelError,
+)
+from hfprune_fast.kernels import TaylorStatistics, linear_entropy, taylor_statistics
+from hfprune_fast.pruning.selection import keep_top
+from hfprune_fast.scoring.table import STATISTICS
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def random_ids(model: PreTrainedModel, samples: int = 4, seq_len: int = 48) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.config.vocab_size, (samples, seq_len), generator=generator)
+
+
+def models_and_ids(family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, torch.Tensor]:
+    if family == "shipped":
+        name = str(dtype).removeprefix("torch.")
+        text = TINY_MODEL / "calibration.txt"
+        ids = windows_for(TINY_MODEL, text, seq_len=64, samples=6, seed=0)
+        return load_model(TINY_MODEL, dtype=name, device="cpu"), ids
+    model = tiny_model(family, dtype=dtype, tied=family == "qwen3")
+    return model, random_ids(model)
+
+
+def true_state(family: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights before they were rounded to the dtype under test."""
+    exact = model if family == "shipped" else tiny_model(family, tied=family == "qwen3")
+    return dict(exact.state_dict())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
+def test_float64_is_the_truth(family: str) -> None:
+    model, ids = models_and_ids(family, torch.float64)
+    truth = true_scores(true_state(family, model), model.config, ids)
+    table = hf.score(model, ids.split(2))
+    # transformers computes norms and rotary tables in fp32 even in a float64 model; that alone
+    # leaves these distances.
+    for name, bound in (("l1", 1e-6), ("act", 1e-6), ("l2", 5e-6), ("mask", 5e-6)):
+        error = relative_error(getattr(table, name), truth[name]).max()
+        assert error < bound, f"{name}: {error:.1e}"
+    assert table.provenance["entropy_nats"] == pytest.approx(float(truth["loss"].mean()), rel=1e-6)
+    assert_same_neurons_kept(table, truth, ("l1", "l2", "act"))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
+def test_float64_is_exact_once_transformers_is(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With float64 norms and rotary tables only the order of float64 roundings is left."""
+    model, ids = models_and_ids(family, torch.float64)
+    make_float64_exact(model, monkeypatch)
+    truth = true_scores(true_state(family, model), model.config, ids)
+    table = hf.score(model, ids.split(2))
+    for name in STATISTICS:
+        assert relative_error(getattr(table, name), truth[name]).max() < 1e-12, name
+    assert_same_neurons_kept(table, truth, STATISTICS)
+
+
+def assert_same_neurons_kept(
+    table: hf.ImportanceTable, truth: dict[str, torch.Tensor], statistics: Sequence[str]
+) -> None:
+    for statistic in statistics:
+        importance = truth[statistic]
+        if statistic == "act":
+            importance = importance.sqrt() * table.down_norm  # whose own truth is tested below
+        for ratio in (0.1, 0.2, 0.5):
+            keep = hf.select(table, prune_ratio=ratio, statistic=statistic)
+            expected = keep_top(importance, len(keep[0]))
+            assert all(torch.equal(keep[layer], expected[layer]) for layer in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_down_norm_is_the_norm_of_each_column(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype, hidden_size=520, num_hidden_layers=2)
+    table = hf.score(model, torch.zeros(1, 4, dtype=torch.int64))
+    for layer, norms in enumerate(table.down_norm):
+        weight = model.model.layers[layer].mlp.down_proj.weight.double()
+        torch.testing.assert_close(norms, weight.norm(dim=0), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
+def test_error_is_at_most_twice_eager_torch(
+    family: str, dtype: torch.dtype, measured: Callable[[str], None]
+) -> None:
+    model, ids = models_and_ids(family, dtype)
+    truth = true_scores(true_state(family, model), model.config, ids)
+    eager = eager_scores(model, ids)
+    table = hf.score(model, ids)
+    differing = {}
+    for name in STATISTICS:
+        ours = getattr(table, name)
+        assert_no_worse(ours, eager[name], truth[name], floor=torch.finfo(dtype).eps / 2)
+        width = round(0.8 * ours.shape[1])
+        for layer in range(len(ours)):
+            kept, expected = (keep_top(t[layer : layer + 1], width)[0] for t in (ours, truth[name]))
+            differing[name, layer] = keep_differences_inside_band(
+                ours[layer], truth[name][layer], kept, expected
+            )
+    by_statistic = {
+        name: sum(count for (statistic, _), count in differing.items() if statistic == name)
+        for name in STATISTICS
+    }
+    measured(f"{family} {dtype}: neurons kept by ours or the truth alone at 80 %: {by_statistic}")
+
+
+def test_batches_equal_one_at_a_time() -> None:
+    model = tiny_model("qwen2")
+    ids = random_ids(model, samples=5)
+    single = hf.score(model, ids, batch_size=1)
+    for batch_size in (2, 5):
+        table = hf.score(model, ids, batch_size=batch_size)
+        for name in STATISTICS:
+            torch.testing.assert_close(
+                getattr(table, name), getattr(single, name), rtol=1e-9, atol=0
+            )
+    assert single.provenance["samples"] == 5
+    assert single.provenance["tokens"] == ids.numel()
+
+
+def test_sequences_of_different_lengths() -> None:
+    model = tiny_model("llama")
+    ids = random_ids(model)
+    batches = [ids[:2], ids[2:3, :7], ids[3:, :1]]
+    table = hf.score(model, batches)
+    parts = [true_scores(model.state_dict(), model.config, batch) for batch in batches]
+    for name in ("l1", "act"):
+        total = sum(part[name] for part in parts)
+        assert relative_error(getattr(table, name), total).max() < 1e-6
+
+
+def test_repeatable_bit_for_bit() -> None:
+    model = random_llama()
+    ids = random_ids(model)
+    first, second = hf.score(model, ids), hf.score(model, ids)
+    assert all(torch.equal(getattr(first, n), getattr(second, n)) for n in STATISTICS)
+
+
+def test_model_is_left_as_found() -> None:
+    model = random_llama().train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    hf.score(model, random_ids(model))
+    with pytest.raises(CalibrationError):
+        hf.score(model, [random_ids(model), torch.tensor([[-1]])])
+    assert [module.training for module in model.modules()] == modes
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_nan_in_a_weight_is_named() -> None:
+    model = random_llama()
+    model.model.layers[2].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(NumericsError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        hf.score(model, random_ids(model))
+
+
+def test_overflow_in_a_layer_is_named() -> None:
+    model = random_llama()
+    model.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
+    model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+    with pytest.raises(NumericsError, match="layer 1"):
+        hf.score(model, random_ids(model))
+
+
+def test_overflow_in_the_head_is_named() -> None:
+    model = random_llama()
+    model.lm_head.weight.fill_(3e38)
+    with pytest.raises(NumericsError, match="logits"):
+        hf.score(model, random_ids(model))
+
+
+def test_overflow_in_the_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_steep(hidden: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
+        return torch.ones(()), torch.full_like(hidden, torch.inf)
+
+    monkeypatch.setattr("hfprune_fast.scoring.run.linear_entropy", too_steep)
+    with pytest.raises(NumericsError, match="gradient at the MLP of layer 2"):
+        hf.score(random_llama(), torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_failed_batch_adds_nothing_and_leaves_no_hook() -> None:
+    model = random_llama()
+    ids = random_ids(model)
+    with pytest.raises(RuntimeError, match="stop"):
+        hf.score(model, (ids if i < 1 else stop() for i in range(2)))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def stop() -> torch.Tensor:
+    raise RuntimeError("stop")
+
+
+def test_arrays_and_lists_are_token_batches_too() -> None:
+    model = random_llama()
+    ids = random_ids(model)
+    expected = hf.score(model, ids, batch_size=2)
+    for batches in (
+        ids.numpy(),
+        [b.tolist() for b in ids.split(2)],
+        (b.int() for b in ids.split(2)),
+    ):
+        assert torch.equal(hf.score(model, batches, batch_size=2).l1, expected.l1)
+        assert expected.provenance["calibration"]["data_sha256"]
+    other = hf.score(model, ids.flip(0))
+    record = other.provenance["calibration"]
+    assert record["data_sha256"] != expected.provenance["calibration"]["data_sha256"]
+
+
+def test_device_of_a_loaded_model_is_its_own() -> None:
+    with pytest.raises(ArgumentError, match="move or cast it first"):
+        hf.score(random_llama(), torch.zeros(1, 4, dtype=torch.int64), dtype="float64")
+
+
+def test_what_is_no_causal_model_is_refused() -> None:
+    for model in (torch.nn.Linear(2, 2), torch.nn.DataParallel(random_llama())):
+        with pytest.raises(UnsupportedModelError, match="expected a causal language model"):
+            hf.score(model, torch.zeros(1, 4, dtype=torch.int64))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "shipped"])
+def test_float16_rounds_less_than_bfloat16(family: str) -> None:
+    """With 3 more bits, and a gradient scale, an eighth of what bfloat16 loses in eager torch."""
+    model, ids = models_and_ids(family, torch.bfloat16)
+    truth = true_scores(true_state(family, model), model.config, ids)
+    bf16_error = {
+        name: relative_error(value, truth[name])
+        for name, value in eager_scores(model, ids).items()
+        if name in STATISTICS
+    }
+    model, ids = models_and_ids(family, torch.float16)
+    table = hf.score(model, ids)
+    for name in STATISTICS:
+        error = relative_error(getattr(table, name), truth[name])
+        assert (error <= 2 * bf16_error[name] / 8 + torch.finfo(torch.float16).eps).all(), name
+
+
+def test_a_gradient_scale_that_overflows_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_llama().half()
+    ids = random_ids(model)
+    expected = hf.score(model, ids)
+    tried: list[float] = []
+
+    def overflowing(*args: Any, grad_scale: float, **options: Any) -> tuple[torch.Tensor, ...]:
+        loss, d_hidden = linear_entropy(*args, grad_scale=grad_scale, **options)
+        tried.append(grad_scale)
+        return loss, d_hidden if grad_scale < 1024 else d_hidden * torch.inf
+
+    monkeypatch.setattr("hfprune_fast.scoring.run.linear_entropy", overflowing)
+    table = hf.score(model, ids[:1])
+    assert tried == [4096, 256]
+    assert table.provenance["samples"] == 1
+    table = hf.score(model, ids)
+    # A power of two changes no bit but of gradients near underflow: less than one rounding of each.
+    assert relative_error(table.l1, expected.l1).max() < torch.finfo(torch.float16).eps / 2
+    assert torch.equal(table.act, expected.act)
+    monkeypatch.setattr(
+        "hfprune_fast.scoring.run.linear_entropy",
+        lambda hidden, *_, **__: (torch.ones(()), torch.full_like(hidden, torch.inf)),
+    )
+    with pytest.raises(NumericsError, match="gradient at the MLP of layer 2"):
+        hf.score(model, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_kernels_score_within_the_error_rule(dtype: torch.dtype) -> None:
+    """In Triton's interpreter on a CPU, on the device itself on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model("llama", dtype=dtype, num_hidden_layers=2)
+    ids = random_ids(model, samples=2, seq_len=20)
+    truth = true_scores(true_state("llama", model), model.config, ids)
+    eager = eager_scores(model, ids)
+    table = hf.score(model.to(device), ids, batch_size=2, backend="triton")
+    assert table.provenance["backend"] == "triton"
+    for name in STATISTICS:
+        floor = torch.finfo(dtype).eps / 2
+        assert_no_worse(getattr(table, name), eager[name], truth[name], floor=floor)
+
+
+def test_backend_is_asked_for_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = random_llama(), torch.zeros(1, 4, dtype=torch.int64)
+    monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
+    with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
+        hf.score(model, ids)
+    assert hf.score(model, ids, backend="torch").provenance["backend"] == "torch"
+    with pytest.raises(ArgumentError, match="backend must be torch"):
+        hf.score(model, ids, backend="triton", parity=True)
+    with pytest.raises(ArgumentError, match="float64"):
+        hf.score(model.double(), ids, backend="triton")
+
+
+def test_a_bad_backend_is_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
+    monkeypatch.setattr("hfprune_fast.checkpoint.loading.blueprint", stop)
+    with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
+        hf.score("demo", TINY_MODEL / "calibration.txt", samples=1)
+
+
+def test_parity_adds_up_in_bfloat16_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """score += (act * grad).abs().sum() for each sequence, all in bfloat16."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watched(grad: torch.Tensor, act: torch.Tensor, **options: Any) -> TaylorStatistics:
+        seen.append((grad.clone(), act.clone()))
+        return taylor_statistics(grad, act, **options)
+
+    monkeypatch.setattr("hfprune_fast.engine.mlp_hooks.taylor_statistics", watched)
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    layers = model.config.num_hidden_layers
+    ids = random_ids(model, samples=5)
+    table = hf.score(model, ids, batch_size=2, parity=True)
+    assert table.provenance["parity"] is True
+    score = torch.zeros(layers, model.config.intermediate_size, dtype=torch.bfloat16)
+    for call, (grad, act) in enumerate(seen):  # the backward meets the last layer first
+        score[layers - 1 - call % layers] += (act * grad).abs().sum(dim=(0, 1))
+    assert len(seen) == 5 * layers
+    assert torch.equal(table.l1, score.double())
+    assert not torch.equal(table.l1, hf.score(model, ids).l1)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(1, 4),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(0, 4, dtype=torch.int64),
+        torch.tensor([[0, -1]]),
+        torch.tensor([[0, 10**6]]),
+        {"ids": 3},
+    ],
+)
+def test_bad_batches(batch: torch.Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"must be"):
+        hf.score(random_llama(), [batch])
+
+
+def test_no_batches() -> None:
+    with pytest.raises(CalibrationError, match="no token batches"):
+        hf.score(random_llama(), [])
+
+
+def test_unknown_architecture_is_named() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    with pytest.raises(UnsupportedModelError, match=r"gpt2.*supported are llama"):
+        hf.score(model, torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_score_by_path_records_where_it_came_from(
+    save_checkpoint: Callable[..., Path], text_file: Path
+) -> None:
+    folder = save_checkpoint(random_llama())
+    table = hf.score(folder, text_file, samples=3, seq_len=32, seed=7)
+    record = table.provenance
+    assert record["model"] == "model"
+    assert record["calibration"]["seq_len"] == 32
+    assert record["calibration"]["seed"] == 7
+    assert len(record["model_fingerprint"]) == len(record["calibration"]["data_sha256"]) == 64
+    assert record["samples"] == 3
+    assert record["dtype"] == "float32"
+    assert set(record["versions"]) >= {"torch", "transformers", "hfprune_fast", "python", "triton"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    make_float64_exact(model, monkeypatch)
+    ids = random_ids(model)
+    on_cpu, on_cuda = hf.score(model, ids), hf.score(model.cuda(), ids)
+    for name in STATISTICS:
+        assert relative_error(getattr(on_cuda, name), getattr(on_cpu, name)).max() < 1e-12

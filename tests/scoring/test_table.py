@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import hfprune_fast as hf
+from hfprune_fast.errors import OutputError, ScoresFileError
+from hfprune_fast.models.spec import ModelSize
+
+SIZE = ModelSize("llama", 2, 8, 5, 1000, 900, 24)
+
+
+NAMES = ("entropy.l1", "entropy.l2", "entropy.mask", "act", "down_norm")
+
+
+def a_table() -> hf.ImportanceTable:
+    tensors = torch.rand(5, 2, 5, dtype=torch.float64).unbind()
+    provenance = {"seed": 3, "model": "m"}
+    return hf.ImportanceTable(dict(zip(NAMES, tensors, strict=True)), SIZE, provenance)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    table, path = a_table(), tmp_path / "scores.safetensors"
+    table.save(path)
+    loaded = hf.ImportanceTable.load(path)
+    for name in ("l1", "l2", "mask", "act", "down_norm"):
+        assert torch.equal(getattr(loaded, name), getattr(table, name))
+    assert loaded.model == SIZE
+    assert loaded.provenance == table.provenance
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
+def test_layout_is_the_documented_one(tmp_path: Path) -> None:
+    a_table().save(tmp_path / "s")
+    with safe_open(tmp_path / "s", framework="pt") as tensors:
+        assert sorted(tensors.keys()) == sorted(NAMES)
+        metadata = tensors.metadata()
+    header = json.loads(metadata.pop("hfprune_scores"))
+    assert metadata == {}
+    assert sorted(header) == ["format_version", "model", "provenance"]
+    assert header["format_version"] == 2
+
+
+def test_not_a_scores_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(ScoresFileError, match=r"no scores file .* `hfprune score`"):
+        hf.ImportanceTable.load(path)
+    path.write_text("hello")
+    with pytest.raises(ScoresFileError, match="not a scores file"):
+        hf.ImportanceTable.load(path)
+    save_file({"l1": torch.zeros(2, 5)}, path)
+    with pytest.raises(ScoresFileError, match="holds no scores"):
+        hf.ImportanceTable.load(path)
+    save_file({"l1": torch.zeros(2, 5)}, path, {"hfprune_scores": '{"format_version": 9}'})
+    with pytest.raises(ScoresFileError, match="format version 9"):
+        hf.ImportanceTable.load(path)
+    nested = "[" * 10**5
+    for header in ("{", "7", nested, '{"format_version": 2}', '{"format_version": 2, "model": []}'):
+        save_file({"l1": torch.zeros(2, 5)}, path, {"hfprune_scores": header})
+        with pytest.raises(ScoresFileError, match="damaged"):
+            hf.ImportanceTable.load(path)
+
+
+def test_truncated(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    a_table().save(path)
+    whole = path.read_bytes()
+    for size in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ScoresFileError, match="damaged"):
+            hf.ImportanceTable.load(path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_numbers_that_cannot_be_scores(value: float) -> None:
+    tensors = {name: torch.zeros(2, 5, dtype=torch.float64) for name in NAMES}
+    tensors["entropy.l2"][1, 2] = value
+    with pytest.raises(ScoresFileError, match=r"entropy\.l2 holds NaN, inf or negative"):
+        hf.ImportanceTable(tensors, SIZE, {})
+
+
+def test_shape_and_dtype_are_checked() -> None:
+    tensors = {name: torch.zeros(2, 5, dtype=torch.float64) for name in NAMES}
+    with pytest.raises(ScoresFileError, match=r"act must be \(2, 5\) float64"):
+        hf.ImportanceTable({**tensors, "act": tensors["act"].float()}, SIZE, {})
+
+
+def test_the_mode_is_that_of_any_new_file(tmp_path: Path) -> None:
+    a_table().save(tmp_path / "s")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "s").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_unwritable(tmp_path: Path) -> None:
+    a_table().save(tmp_path / "new" / "folder" / "s")
+    with pytest.raises(OutputError, match="cannot write"):
+        a_table().save(tmp_path / "new" / "folder" / "s" / "below a file")
