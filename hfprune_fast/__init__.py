@@ -1,5 +1,6 @@
 """Entropy-based pruning of the MLP neurons of language models (HFPrune, arXiv 2603.08083).
 
+hf.oneshot("path/to/model", "text.txt", "out", prune_ratio=0.2)   # the whole job
 table = hf.score("path/to/model", "text.txt")        # every statistic of every neuron
 keep = hf.select(table, prune_ratio=0.2)             # {layer: indices}
 hf.prune(model, keep)                                # a loaded model, in place
@@ -13,6 +14,7 @@ from hfprune_fast.evaluation.fidelity import Fidelity, evaluate
 from hfprune_fast.models.registration import register_with_transformers
 from hfprune_fast.pruning.in_memory import prune
 from hfprune_fast.pruning.on_disk import prune_checkpoint
+from hfprune_fast.pruning.oneshot import oneshot
 from hfprune_fast.pruning.refit import refit_down_proj
 from hfprune_fast.pruning.selection import select
 from hfprune_fast.scoring.score import score
@@ -24,6 +26,7 @@ __all__ = [
     "ImportanceTable",
     "__version__",
     "evaluate",
+    "oneshot",
     "prune",
     "prune_checkpoint",
     "refit_down_proj",

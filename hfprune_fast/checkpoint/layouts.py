@@ -20,19 +20,11 @@ from hfprune_fast.models.sites import parts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYOUTS = ("auto", "custom", "native", "padded")
-
 
 CODE = Path(__file__).parents[1] / "models" / "nonuniform.py"
 
 
 CODE_FILE = "modeling_hfprune.py"
-
-
-def check_layout(layout: str) -> None:
-    """Refuse a layout that is none."""
-    if layout not in LAYOUTS:
-        raise ArgumentError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> dict[str, Any]:

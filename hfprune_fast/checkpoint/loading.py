@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,41 +18,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hfprune_fast.checkpoint.source import (
+from hfprune_fast.checkpoint.folder import (
     TORCH_DTYPES,
-    Checkpoint,
     TensorInfo,
     check_tensors_are,
-    open_checkpoint,
     read_config,
 )
-from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
-from hfprune_fast.models.families import NON_UNIFORM
-from hfprune_fast.models.registration import register
-from hfprune_fast.models.spec import ModelSize, size_of
+from hfprune_fast.checkpoint.pretrained import load_config, one_line_errors
+from hfprune_fast.checkpoint.source import ModelSource, open_source
+from hfprune_fast.errors import ArgumentError, one_line
+from hfprune_fast.models.spec import ModelSpec, spec_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
-def build_config(folder: Path) -> Any:
-    """Return the transformers config of a folder that `read_config` accepts."""
-    if str(read_config(folder)["model_type"]).startswith(NON_UNIFORM):
-        register()
-    from transformers import AutoConfig
-
-    with _one_line_errors(f"{folder}/config.json is not a valid configuration"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
+    """Return the spec and the transformers config of a folder, from its config.json alone."""
+    config = load_config(folder, read_config(folder))
+    return spec_of(_skeleton(folder, config)), config
 
 
-def model_size(folder: Path) -> ModelSize:
-    """Count parameters from config.json alone."""
-    return size_of(_skeleton(folder))
-
-
-def _skeleton(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _skeleton(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the model without weights: parameters on meta, buffers (rotary tables) computed."""
-    config = build_config(folder)
     from transformers import AutoModelForCausalLM
 
     register = nn.Module.register_parameter
@@ -65,7 +52,7 @@ def _skeleton(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
-        with _one_line_errors(f"{folder}/config.json does not make a model"):
+        with one_line_errors(f"{folder}/config.json does not make a model"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -76,18 +63,18 @@ def _skeleton(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 class Blueprint:
     """A model without its weights, and where each of them is in its checkpoint."""
 
-    checkpoint: Checkpoint
+    source: ModelSource
     model: PreTrainedModel
     names: dict[str, str]  # of the model's parameters -> of the checkpoint's tensors
     dtype: torch.dtype  # to run in
     device: torch.device
 
 
-def blueprint(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Blueprint:
+def blueprint(source: ModelSource, *, dtype: str = "auto", device: str = "auto") -> Blueprint:
     """Prepare a checkpoint to run.
 
     Args:
-        folder: a model folder.
+        source: an open model folder.
         dtype: "auto" (that of most of the checkpoint's parameters, but float32 for float16 on a
             CPU, which is slow in it) or "float32", "bfloat16", "float16", "float64".
         device: "auto" (cuda where there is one) or any torch device.
@@ -96,49 +83,48 @@ def blueprint(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Blu
         CheckpointError: a tensor is missing, unexpected, of another shape or not floating-point.
         ArgumentError: an unknown or absent device.
     """
-    checkpoint = open_checkpoint(folder)
-    target = torch_device(device)
-    if dtype == "auto":
-        to_run_in = dtype_to_run_in(_most_stored(checkpoint.tensors), target)
-    else:
-        to_run_in = getattr(torch, dtype)
-    model = _skeleton(folder, to_run_in)
-    decoder, head = f"{checkpoint.family.decoder}.", f"{checkpoint.family.head}.weight"
+    target, family = torch_device(device), source.family
+    stored = _most_common_dtype(source.tensors)
+    to_run_in = dtype_to_run_in(dtype, stored, target)
+    model = _skeleton(source.folder, source.transformers_config, to_run_in)
+    decoder, head = f"{family.decoder}.", f"{family.head}.weight"
     state = model.state_dict()
     names = {name: name for name in state}
-    if not any(name.startswith(decoder) for name in checkpoint.tensors):  # saved as base model
+    if not source.has_prefix:
         names = {name: name.removeprefix(decoder) for name in state}
     expected = {theirs: tuple(state[ours].shape) for ours, theirs in names.items()}
     if model.config.tie_word_embeddings:
-        names[head] = names[f"{decoder}{checkpoint.family.embedding}.weight"]
-        if head not in checkpoint.tensors:
+        names[head] = names[f"{decoder}{family.embedding}.weight"]
+        if head not in source.tensors:
             del expected[head]
-    check_tensors_are(folder, checkpoint.tensors, expected)
-    return Blueprint(checkpoint, model, names, to_run_in, target)
+    check_tensors_are(source.folder, source.tensors, expected)
+    return Blueprint(source, model, names, to_run_in, target)
 
 
-def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(
+    model: str | Path | ModelSource, *, dtype: str = "auto", device: str = "auto"
+) -> PreTrainedModel:
     """Load a checkpoint for inference, or raise CheckpointError; never half of it.
 
-    On a CPU, weights that are stored in the dtype asked for stay in the file, mapped: they take
+    On a CPU, weights that are stored in the requested dtype stay in the file, mapped: they take
     memory that the system can reuse, and changes are never written back.
 
     Arguments and errors are those of `blueprint`.
     """
-    return build(blueprint(folder, dtype=dtype, device=device))
+    return build(blueprint(open_source(model), dtype=dtype, device=device))
 
 
 def build(plan: Blueprint) -> PreTrainedModel:
     """Return a blueprint's model with all of its weights in place."""
     mapped = {
-        path.name: torch.UntypedStorage.from_file(str(path), False, os.path.getsize(path))
-        for path in plan.checkpoint.paths
+        name: torch.UntypedStorage.from_file(str(shard.path), False, os.path.getsize(shard.path))
+        for name, shard in plan.source.shards.items()
     }
 
     def load(name: str) -> Tensor:
-        info = plan.checkpoint.tensors[name]
+        info = plan.source.tensors[name]
         stored = TORCH_DTYPES[info.dtype]
-        place = plan.checkpoint.files[info.file].tensors[name][2]
+        place = plan.source.shards[info.file].tensors[name][2]
         size = math.prod(info.shape) * stored.itemsize
         storage: Any = mapped[info.file]
         tensor = torch.empty(0, dtype=torch.uint8).set_(storage, place, (size,), (1,))
@@ -163,24 +149,18 @@ def put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     model.get_submodule(module)._parameters[leaf] = parameter
 
 
-def dtype_to_run_in(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return what "auto" is for a checkpoint that is stored mostly in one dtype."""
+def dtype_to_run_in(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that a name stands for; "auto" depends on what a checkpoint is stored in."""
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def _most_stored(headers: Mapping[str, TensorInfo]) -> torch.dtype:
+def _most_common_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
     elements = Counter[str]()
     for info in headers.values():
         elements[info.dtype] += math.prod(info.shape)
     return TORCH_DTYPES[elements.most_common(1)[0][0]]
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    with _one_line_errors(f"{folder} has no tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def torch_device(device: str) -> torch.device:
@@ -198,12 +178,3 @@ def torch_device(device: str) -> torch.device:
         # Some of torch asks for the number, and the current device is another in each thread.
         target = torch.device("cuda", torch.cuda.current_device())
     return target
-
-
-@contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
-    """Turn what transformers raises over a bad folder into one line."""
-    try:
-        yield
-    except Exception as error:  # it raises a dozen classes, some of them its dependencies'
-        raise CheckpointError(f"{what}: {one_line(error)}") from error

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.checkpoint import native
-from hfprune_fast.checkpoint.source import (
-    INDEX,
-    TORCH_DTYPES,
-    WEIGHTS,
-    Checkpoint,
-    read_json_object,
-)
+from hfprune_fast.checkpoint.folder import INDEX, TORCH_DTYPES, WEIGHTS, read_json_object
+from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import byte_bar
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
 from hfprune_fast.models.families import neuron_axis
@@ -34,7 +29,7 @@ class Writing:
 
     def __init__(
         self,
-        source: Checkpoint,
+        source: ModelSource,
         keep: Mapping[int, Tensor],
         replace: Mapping[str, Tensor],
         shard_bytes: int | None,
@@ -90,7 +85,7 @@ class Writing:
         total = sum(map(self.nbytes, self.shapes))
         metadata = {
             key: value
-            for file in reversed(self.source.files.values())
+            for file in reversed(self.source.shards.values())
             for key, value in (file.metadata or {"format": "pt"}).items()
         }
         threads = max(2, torch.get_num_threads())
@@ -99,7 +94,7 @@ class Writing:
             ThreadPoolExecutor(threads, thread_name_prefix="hfprune-write") as pool,
         ):
             for file, names in self.shards.items():
-                known = self.source.files.get(file)
+                known = self.source.shards.get(file)
                 writer = native.new_file(
                     partial / file,
                     metadata if known is None else known.metadata or {"format": "pt"},
@@ -126,7 +121,7 @@ class Writing:
             info = self.source.tensors[name]
             axis, kept = self.cuts.get(name, (0, None))
             finite = writer.write(name, self.source.data(name), axis, kept)
-            self.source.files[info.file].done_with(name)
+            self.source.shards[info.file].done_with(name)
         if not finite:
             raise NumericsError(f"{self.source.folder}: tensor {name} holds NaN or inf")
 
@@ -150,7 +145,7 @@ class Writing:
         else:
             whole = np.frombuffer(self.source.data(name), kind).reshape(info.shape)
             cut = whole.take(kept, axis)
-            self.source.files[info.file].done_with(name)
+            self.source.shards[info.file].done_with(name)
         if self.shapes[name] == shape:
             return cut
         padded = np.zeros(self.shapes[name], kind)
@@ -214,7 +209,7 @@ class Writing:
         if not same:
             raise OutputError(f"tensor {name} of {written.path} does not read back as written")
         written.done_with(name)
-        self.source.files[info.file].done_with(name)
+        self.source.shards[info.file].done_with(name)
 
 
 def _forget_cached(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""The whole job on the small model that ships with the package, beside what it is held against.
+"""hfprune demo: the whole job on the small model that ships with the package, beside baselines.
 
-Scores the model, removes a fraction of its neurons by the default recipe, saves, reloads, and
-measures fidelity on held-out text; then does the same with one width for all layers, and with
-neurons chosen as in the paper, by weight magnitude and at random.
+Scores the model, prunes it by the default recipe, saves, reloads, and measures fidelity on held-out
+text; then the same with one width for all layers, and with neurons chosen as in the paper, by
+weight magnitude and at random.
 """
 
 from __future__ import annotations
@@ -16,67 +16,69 @@ from typing import Any
 
 import torch
 
-from hfprune_fast import console
-from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint import source as checkpoints
-from hfprune_fast.commands import pipeline
-from hfprune_fast.config import Recipe
-from hfprune_fast.data.calibration import windows_for
-from hfprune_fast.evaluation import fidelity
-from hfprune_fast.pruning import in_memory, selection
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.checkpoint.loading import load_model
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import Budget, CalibrationOptions, OutputOptions
+from hfprune_fast.console import say, text_table
+from hfprune_fast.data.calibration import calibrate
+from hfprune_fast.evaluation.fidelity import evaluate
+from hfprune_fast.pruning.in_memory import prune
+from hfprune_fast.pruning.oneshot import check_output, oneshot
+from hfprune_fast.pruning.selection import WidthBudget, keep_top
+from hfprune_fast.scoring.data_free import data_free_table
+from hfprune_fast.scoring.score import score
 
 SEQ_LEN = 256
 RANDOM_SEEDS = 5
 _BATCH_SIZE = 8
+_NAMES = {
+    "dense": "dense",
+    "default": "pruned by hfprune",
+    "uniform": "pruned by hfprune, uniform widths",
+    "entropy": "pruned by entropy, as in the paper",
+    "magnitude": "pruned by weight magnitude",
+    "random": f"pruned at random (mean of {RANDOM_SEEDS})",
+}
 
 
 def run(
     out: Path | None = None, *, prune_ratio: float = 0.2, force: bool = False
 ) -> dict[str, Any]:
     """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
-    source = checkpoints.TINY_MODEL
-    text = source / "calibration.txt"
-    how: dict[str, Any] = {
-        "seq_len": SEQ_LEN,
-        "samples": 64,
-        "batch_size": _BATCH_SIZE,
-        "device": "cpu",
-    }
+    source, text = open_source("demo"), TINY_MODEL / "calibration.txt"
+    options: dict[str, Any] = {
+        "seq_len": SEQ_LEN, "samples": 64, "batch_size": _BATCH_SIZE, "device": "cpu",
+    }  # fmt: skip
+    width = WidthBudget.of(source.spec, Budget(prune_ratio=prune_ratio)).width
     pruned = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = out or Path(scratch) / "pruned"
-        pipeline.check_prune(source, folder, prune_ratio=prune_ratio, force=force)
-        table = pipeline.score(
-            source, text, criterion=["fisher", "entropy"], obs=True, progress=True, **how
+        folder, uniform = out or Path(scratch) / "pruned", Path(scratch) / "uniform"
+        check_output(source, folder, width, OutputOptions(force=force))
+        table = score(
+            source, text, criterion=["fisher", "entropy"], obs=True, progress=True, **options
         )
-
-        def prune(folder: Path, recipe: Recipe, force: bool) -> dict[str, Any]:
-            return pipeline.prune_to(
-                source, folder, table, recipe=recipe, calibration=text, fitting=how, force=force,
-                prune_ratio=prune_ratio,
-            )  # fmt: skip
-
-        achieved = prune(folder, Recipe(), force)
-        pruned["default"] = loading.load_model(folder, device="cpu")
-        uniform = Path(scratch) / "uniform"
-        width = prune(uniform, Recipe(allocation="uniform"), False)["intermediate_size"]
-        pruned["uniform"] = loading.load_model(uniform, device="cpu")
-    dense = loading.load_model(source, device="cpu")
-    held_out = windows_for(source, source / "heldout.txt", SEQ_LEN, None, 0)
-    batches = held_out.split(_BATCH_SIZE)
+        budget: dict[str, Any] = {"scores": table, "prune_ratio": prune_ratio, **options}
+        achieved = oneshot(source, text, folder, force=force, **budget)
+        pruned["default"] = load_model(folder, device="cpu")
+        oneshot(source, text, uniform, allocation="uniform", **budget)
+        pruned["uniform"] = load_model(uniform, device="cpu")
+    dense = load_model(source, device="cpu")
+    held_out = calibrate(source.folder / "heldout.txt", source, CalibrationOptions(None, SEQ_LEN))
+    batches = [batch.ids for batch in held_out.split(_BATCH_SIZE)]
 
     def measure(model: Any) -> dict[str, Any]:
-        return asdict(fidelity.evaluate(dense, model, batches))
+        return asdict(evaluate(dense, model, batches))
 
     def measure_kept(importance: torch.Tensor) -> dict[str, Any]:
         model = copy.deepcopy(dense)
-        in_memory.prune(model, selection.keep_top(importance, width))
+        prune(model, keep_top(importance, width))
         return measure(model)
 
     rows = {"dense": measure(dense), **{name: measure(model) for name, model in pruned.items()}}
     rows["entropy"] = measure_kept(table.importance("l1", "entropy"))
-    rows["magnitude"] = measure_kept(pipeline.weights_table(source, "magnitude").importance())
-    console.say(f"measuring {RANDOM_SEEDS} random choices")
+    rows["magnitude"] = measure_kept(data_free_table(source, "magnitude").importance())
+    say(f"measuring {RANDOM_SEEDS} random choices")
     at_random = []
     for seed in range(RANDOM_SEEDS):
         generator = torch.Generator().manual_seed(seed)
@@ -87,19 +89,11 @@ def run(
     return {**achieved, "out": None if out is None else str(out), "fidelity": rows}
 
 
-def table(result: dict[str, Any]) -> str:
-    """Format the result of `run` as one table."""
-    names = {
-        "dense": "dense",
-        "default": "pruned by hfprune",
-        "uniform": "pruned by hfprune, uniform widths",
-        "entropy": "pruned by entropy, as in the paper",
-        "magnitude": "pruned by weight magnitude",
-        "random": f"pruned at random (mean of {RANDOM_SEEDS})",
-    }
+def text(result: dict[str, Any]) -> str:
+    """Return what `run` measured as a table."""
     rows = [
         (
-            names[name],
+            _NAMES[name],
             f"{row['params']:,}",
             f"{row['kl_nats']:.4f}",
             f"{row['ppl_dense' if name == 'dense' else 'ppl_pruned']:.2f}",
@@ -107,9 +101,9 @@ def table(result: dict[str, Any]) -> str:
         )
         for name, row in result["fidelity"].items()
     ]
-    header = ("", "parameters", "KL nats", "perplexity", "top-1 agreement")
     title = (
         f"{result['prune_ratio']:.1%} of the MLP neurons removed, measured on "
         f"{result['fidelity']['dense']['tokens']} held-out tokens"
     )
-    return f"{title}\n\n{console.text_table(header, rows)}"
+    header = ("", "parameters", "KL nats", "perplexity", "top-1 agreement")
+    return f"{title}\n\n{text_table(header, rows)}"

@@ -1,4 +1,4 @@
-"""What this machine offers, and which of our paths that makes: `hfprune doctor`."""
+"""hfprune doctor: what this machine offers, and which implementations that selects."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint import native
 from hfprune_fast.console import human_bytes
-from hfprune_fast.engine.planner import available_bytes
+from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.errors import one_line
 from hfprune_fast.kernels import TRITON_VERSION
 from hfprune_fast.scoring.run import backend_for
 
 
-def examine() -> dict[str, Any]:
+def run() -> dict[str, Any]:
     """Return what was found; sizes in bytes, a missing thing as None."""
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -50,8 +50,14 @@ def examine() -> dict[str, Any]:
     }
 
 
-def show(value: Any) -> str:
-    """Return a finding as people read it."""
+def text(result: dict[str, Any]) -> str:
+    """Return findings as people read them."""
+    names = {key: key.removesuffix("_bytes").replace("_", " ") for key in result}
+    width = max(map(len, names.values()))
+    return "\n".join(f"{names[key]:{width}}  {_show(value)}" for key, value in result.items())
+
+
+def _show(value: Any) -> str:
     if value is None:
         return "not installed"
     if isinstance(value, list):

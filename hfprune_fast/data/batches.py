@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,3 +134,54 @@ def _integers(batch: Any, must_be: str) -> Tensor:
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.is_complex():
         raise CalibrationError(f"{must_be}, not empty; got {tuple(ids.shape)} {ids.dtype}")
     return ids.to("cpu", torch.int64)
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """All token batches of a run, and where they came from."""
+
+    batches: list[MicroBatch]  # as given, numbered
+    description: dict[str, Any]  # for the provenance
+    largest: int | None  # sequences of the largest batch; None where batches may be of any size
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(batch.ids) for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens for batch in self.batches)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, padding included."""
+        return max(batch.ids.shape[1] for batch in self.batches)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of each sequence's length and ids: of the data and not of its batches."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for ids, length in zip(batch.ids.numpy().astype("<i8"), batch.lengths, strict=True):
+                digest.update(f"{length}:".encode() + ids[:length].tobytes())
+        return digest.hexdigest()
+
+    def split(self, batch_size: int) -> list[MicroBatch]:
+        """Return micro-batches of at most so many sequences."""
+        return [part for batch in self.batches for part in batch.split(batch_size)]
+
+
+def token_data(
+    batches: Any, vocab_size: int, description: dict[str, Any] | None = None
+) -> TokenData:
+    """Check token batches, as `hf.score` takes them, and number their sequences.
+
+    Raises:
+        CalibrationError: no batch, or ids outside the vocabulary.
+    """
+    checked = numbered(micro_batch(b, vocab_size) for b in as_batches(batches, 1 << 62))
+    if not checked:
+        raise CalibrationError("no token batches; expected at least one sequence")
+    is_one_tensor = isinstance(batches, Tensor) or hasattr(batches, "__array__")
+    largest = None if is_one_tensor else max(len(batch.ids) for batch in checked)
+    return TokenData(checked, description or {"source": "token batches"}, largest)

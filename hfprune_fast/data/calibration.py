@@ -3,8 +3,7 @@
 Documents go one after another into a stream of tokens, each between the tokenizer's BOS and EOS
 where it has them, and the stream is cut into windows of T tokens: short documents share a window,
 long ones fill several. (Files beyond a million characters count as several documents.) Orders are
-drawn by sorting on sha256(seed, index), which no library's
-random generator can change.
+drawn by sorting on sha256(seed, index), which no library's random generator can change.
 """
 
 from __future__ import annotations
@@ -18,29 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfprune_fast.checkpoint.loading import build_config, load_tokenizer
+from hfprune_fast.checkpoint.folder import display_name
+from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.config import DEFAULT_SEQ_LEN, CalibrationOptions
 from hfprune_fast.console import say
-from hfprune_fast.data.sources import _documents
+from hfprune_fast.data.batches import TokenData, token_data
+from hfprune_fast.data.sources import documents_of
 from hfprune_fast.errors import ArgumentError, CalibrationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DEFAULT_SEQ_LEN = 1024
 
 
 # Windows to choose from, per window asked for.
 _CANDIDATES = 8
 
 
-def windows_for(
-    folder: Path, source: str | Path, seq_len: int | None, samples: int | None, seed: int
-) -> Tensor:
-    """Make token windows for the model in a folder, saying when the text holds fewer than asked.
+def calibrate(text: str | Path, source: ModelSource, options: CalibrationOptions) -> TokenData:
+    """Return token windows of a text for a model, as `token_windows` makes them.
 
-    See `token_windows`; seq_len None is 1024, or the model's longest position if that is less.
+    Says on stderr when the text holds fewer samples than requested.
     """
-    config = build_config(folder)
+    config, seq_len = source.transformers_config, options.seq_len
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
         longest = DEFAULT_SEQ_LEN
@@ -51,23 +49,31 @@ def windows_for(
                 f"seq_len must be at most {longest}, the model's longest position; got {tokens}"
             )
 
-    is_ids = str(source).endswith(".npy")
+    is_ids = str(text).endswith(".npy")
     if seq_len is not None:
         check_length(seq_len)
     elif not is_ids:
         seq_len = min(DEFAULT_SEQ_LEN, longest)
     ids = token_windows(
-        source,
-        None if is_ids else load_tokenizer(folder),
+        text,
+        None if is_ids else source.tokenizer,
         seq_len=seq_len,
-        samples=samples,
-        seed=seed,
-        vocab_size=config.vocab_size,
+        samples=options.samples,
+        seed=options.seed,
+        vocab_size=source.spec.vocab_size,
     )
     check_length(ids.shape[1])
-    if samples is not None and len(ids) < samples:
-        say(f"{source} holds {len(ids)} samples of {ids.shape[1]} tokens; {samples} were asked for")
-    return ids
+    if options.samples is not None and len(ids) < options.samples:
+        say(
+            f"{text} holds {len(ids)} samples of {ids.shape[1]} tokens; "
+            f"{options.samples} were requested"
+        )
+    description = {
+        "source": display_name(text),
+        "seed": options.seed,
+        "seq_len": ids.shape[1],
+    }
+    return token_data(ids, source.spec.vocab_size, description)
 
 
 def token_windows(
@@ -107,7 +113,7 @@ def token_windows(
     else:
         if tokenizer is None or seq_len is None:
             raise ArgumentError("text needs a tokenizer and a seq_len; only .npy goes without")
-        documents = _documents(source)
+        documents = documents_of(source)
         if samples is not None:
             documents = [documents[i] for i in _seeded_order(len(documents), seed)]
         limit = None if samples is None else samples * _CANDIDATES

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.errors import CalibrationError, one_line
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _HUB_ROWS = 100_000
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-def _documents(source: str | Path) -> list[str]:
+def documents_of(source: str | Path) -> list[str]:
     """Return the texts of a source, long ones cut."""
     path = Path(source)
     if str(source) == "demo" and not path.exists():

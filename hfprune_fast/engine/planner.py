@@ -1,6 +1,6 @@
 """How to run in the memory there is: resident or streamed, stored or recomputed, how much at once.
 
-Sizes are counted from the model's shape, for the layers of the families in `architectures`, as
+Sizes are counted from the model's spec, for the layers of the families in `models`, as
 transformers runs them with SDPA or flash attention; s is the size of an element, w at least fp32's.
 A token takes, in a layer's autograd graph:
 
@@ -11,22 +11,18 @@ A token takes, in a layer's autograd graph:
 
 from __future__ import annotations
 
-import math
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
+from hfprune_fast.config import RunOptions
 from hfprune_fast.console import human_bytes, parse_bytes
+from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.errors import ArgumentError, MemoryShortageError
 from hfprune_fast.models.families import FAMILIES
-from hfprune_fast.models.spec import ModelSize
+from hfprune_fast.models.spec import ModelSpec
 
-OFFLOADS = ("auto", "none", "cpu", "disk")
 # What a micro-batch should hold to keep the device's matrix unit busy.
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
 # What a pass must hold for the work to hide the transfers of a large model's weights to a GPU.
@@ -38,41 +34,12 @@ _MOST_LOGITS_BYTES, _LEAST_LOGITS_BYTES, _LEAST_LOGITS_ROWS = 256 << 20, 16 << 2
 # Allocators keep some of what is freed, and reuse less of it where sizes change (measured, CPU).
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
-_CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What memory and FLOPs depend on."""
-
-    size: ModelSize
-    vocab_size: int
-    attention_width: int  # heads · head_dim
-
-    @classmethod
-    def of(cls, size: ModelSize, config: Any) -> ModelShape:
-        """Take the rest from a transformers config."""
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(size, config.vocab_size, heads * head_dim)
-
-    @property
-    def layer_params(self) -> int:
-        """Parameters of the widest layer, or a few more."""
-        size, head = self.size, self.vocab_size * self.size.hidden_size
-        if_all_widest = size.linear_params_at(size.intermediate_size) - head
-        return if_all_widest // size.num_layers + 4 * size.hidden_size
-
-    @property
-    def flops_per_token(self) -> int:
-        """Products of a forward and an activation-gradient pass, without attention's: 4·P."""
-        return 4 * self.size.linear_params
-
-
-@dataclass(frozen=True)
 class Plan:
-    """How scoring is going to run, and the most memory that it is reckoned to take."""
+    """How scoring is going to run, and the most memory that it is estimated to take."""
 
     offload: str  # "none" (resident), "cpu" or "disk"
     recompute: bool
@@ -83,12 +50,12 @@ class Plan:
     weights_bytes: int
     activations_bytes: int  # with the logits and, if they are on the device, the layers' inputs
     tables_bytes: int
-    fitting_bytes: int  # of removal costs and refit, one after the other, when scoring is through
+    refit_bytes: int  # of removal costs and refit, one after the other, when scoring is through
     free_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        passing = max(self.activations_bytes, self.fitting_bytes)
+        passing = max(self.activations_bytes, self.refit_bytes)
         return self.weights_bytes + passing + self.tables_bytes
 
     def __str__(self) -> str:
@@ -104,109 +71,105 @@ class Plan:
             f"{human_bytes(self.total_bytes)} of {human_bytes(self.free_bytes)}: "
             f"weights {human_bytes(self.weights_bytes)}, "
             f"activations {human_bytes(self.activations_bytes)}, "
-            + (f"or fitting {human_bytes(self.fitting_bytes)}, " if self.fitting_bytes else "")
+            + (f"or refit {human_bytes(self.refit_bytes)}, " if self.refit_bytes else "")
             + f"tables {human_bytes(self.tables_bytes)}"
         )
 
 
-def plan_scoring(
-    shape: ModelShape,
+def plan_run(
+    spec: ModelSpec,
+    run: RunOptions,
     *,
     device: torch.device,
     dtype: torch.dtype,
     seq_len: int,
     sequences: int,
-    batch_size: int | None = None,
     largest: int | None = None,
-    offload: str = "auto",
-    memory_budget: str | None = None,
     loaded: bool = False,
     parity: bool = False,
     criteria: int = 1,
-    fitting: bool = False,
+    refit: bool = False,
 ) -> Plan:
-    """Choose the first way that fits: stored before recomputed before streamed, much before little.
+    """Choose the first way that fits: stored, recomputed, streamed; large batches before small.
 
     Args:
-        shape: the model.
+        spec: the model.
+        run: batch_size, offload and memory_budget; what they leave open is chosen here.
         device, dtype: where and in what it will run.
         seq_len: tokens of the longest sequence.
         sequences: how many there are.
-        batch_size: sequences at once; None: as many as are good for the device and fit.
         largest: the batches are given, and this is the largest of them; it is halved to fit.
-        offload: "none", "cpu" or "disk" decide where weights are, "auto" leaves it open.
-        memory_budget: such as "24GiB", instead of the memory that is free.
         loaded: the weights are in memory already, and not to be moved.
         parity: one sequence at a time.
-        criteria: how many are scored by.
-        fitting: removal costs are asked for, or a refit.
+        criteria: how many criteria share the forward.
+        refit: removal costs or a refit follow, with the weights still in memory.
 
     Raises:
-        ArgumentError: an offload or memory budget that is none.
+        ArgumentError: a memory budget that is no size, or offload of a loaded model.
         MemoryShortageError: nothing fits the memory budget.
     """
-    if offload not in OFFLOADS:
-        raise ArgumentError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
-    if batch_size is not None and batch_size < 1:
-        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
-    if loaded and offload in ("cpu", "disk"):
-        raise ArgumentError(f"offload {offload} needs the model by path; this one is in memory")
-    free = (
-        available_bytes(device)
-        if memory_budget is None
-        else parse_bytes(memory_budget, "memory_budget")
+    if loaded and run.offload in ("cpu", "disk"):
+        raise ArgumentError(f"offload {run.offload} needs the model by path; this one is in memory")
+    if run.memory_budget is None:
+        free = available_bytes(device)
+    else:
+        free = parse_bytes(run.memory_budget, "memory_budget")
+    estimator = MemoryEstimator(
+        spec, device, dtype, seq_len, sequences, free, loaded, criteria, refit
     )
-    reckon = _Reckoner(shape, device, dtype, seq_len, sequences, free, loaded, criteria, fitting)
     at_once = max(1, min(_TOKENS_AT_ONCE.get(device.type, 4096) // seq_len, sequences))
-    most = 1 if parity else batch_size or largest or at_once
-    plans = list(reckon.plans(most, exact=batch_size is not None, offload=offload))
+    max_batch_size = 1 if parity else run.batch_size or largest or at_once
+    exact = run.batch_size is not None
+    plans = list(estimator.plans(max_batch_size, exact=exact, offload=run.offload))
     fit = (plan for plan in plans if plan.total_bytes <= free)
-    least = min(plans, key=lambda plan: plan.total_bytes)
-    chosen = next(fit, None if memory_budget else least)
+    smallest = min(plans, key=lambda plan: plan.total_bytes)
+    chosen = next(fit, None if run.memory_budget else smallest)
     if chosen is None:
+        needed = f"about {human_bytes(smallest.total_bytes)} ({smallest})"
         raise MemoryShortageError(
-            f"memory budget {memory_budget} is too small: the least that scoring needs here is "
-            f"about {human_bytes(least.total_bytes)} ({least}); give more, or a smaller --seq-len"
+            f"memory budget {run.memory_budget} is too small: scoring needs at least {needed} "
+            "here; give more, or a smaller --seq-len"
         )
     return chosen
 
 
-class _Reckoner:
+class MemoryEstimator:
+    """The bytes of each way to run, see the head of this file."""
+
     def __init__(
         self,
-        shape: ModelShape,
+        spec: ModelSpec,
         device: torch.device,
         dtype: torch.dtype,
         seq_len: int,
         sequences: int,
         free: int,
         loaded: bool,
-        criteria: int = 1,
-        fitting: bool = False,
+        criteria: int,
+        refit: bool,
     ) -> None:
-        self.shape, self.device, self.s = shape, device, dtype.itemsize
+        self.spec, self.device, self.s = spec, device, dtype.itemsize
         self.w = max(4, self.s)
         self.seq_len, self.sequences, self.free = seq_len, sequences, free
-        size = shape.size
         self.layers, self.hidden, self.width = (
-            size.num_layers, size.hidden_size, size.intermediate_size,
+            spec.num_layers, spec.hidden_size, spec.intermediate_size,
         )  # fmt: skip
-        self.weights = 0 if loaded else size.total_params * self.s
-        # Totals, the copy that a pass adds to, and column norms.
+        self.weights = 0 if loaded else spec.total_params * self.s
+        # Sums, the copy that a pass adds to, and column norms.
         self.tables = 2 * (4 * criteria + 1) * self.layers * self.width * 8
-        self.criteria, self.fitting = criteria, 0
-        if fitting:
+        self.criteria, self.refit = criteria, 0
+        if refit:
             # The covariances of the gradients at the MLPs' outputs, twice, and one on the device.
             covariances = 2 * self.layers if device.type == "cpu" else 1
             self.tables += covariances * self.hidden**2 * 4
             # Second moments and what `obs` makes of them, in fp64; the dense and pruned streams.
-            self.fitting = 4 * self.width**2 * 8 + self.width * self.hidden * 8
+            self.refit = 4 * self.width**2 * 8 + self.width * self.hidden * 8
             if device.type == "cpu":
-                self.fitting += 2 * seq_len * sequences * self.hidden * self.s
+                self.refit += 2 * seq_len * sequences * self.hidden * self.s
 
-    def plans(self, most: int, exact: bool, offload: str) -> Iterator[Plan]:
-        """Yield every way that was asked for, the best first."""
-        sizes = [most]
+    def plans(self, max_batch_size: int, exact: bool, offload: str) -> Iterator[Plan]:
+        """Yield every way that the options allow, the best first."""
+        sizes = [max_batch_size]
         while not exact and sizes[-1] > 1:
             sizes.append(sizes[-1] // 2)
         if offload in ("auto", "none"):
@@ -239,8 +202,8 @@ class _Reckoner:
 
     def _unit_bytes(self) -> tuple[int, int]:
         """What is brought at a time: a layer, or the final norm and the head."""
-        head = (self.shape.vocab_size + 1) * self.hidden
-        return self.shape.layer_params * self.s, head * self.s
+        head = (self.spec.vocab_size + 1) * self.hidden
+        return self.spec.layer_params * self.s, head * self.s
 
     def _input_bytes(self, tokens: int) -> int:
         """The inputs of all layers and of the head, with the gradient there."""
@@ -250,9 +213,9 @@ class _Reckoner:
         self, batch_size: int, offload: str, recompute: bool, weights: int, pass_tokens: int
     ) -> Plan:
         s, w, hidden, width = self.s, self.w, self.hidden, self.width
-        rows, attention = batch_size * self.seq_len, self.shape.attention_width
+        rows, attention = batch_size * self.seq_len, self.spec.attention_width
         on_host = pass_tokens > 0 and self.device.type != "cpu"
-        qk_norm = 2 * w * attention if FAMILIES[self.shape.size.model_type].qk_norm else 0
+        qk_norm = 2 * w * attention if FAMILIES[self.spec.model_type].qk_norm else 0
         graph = rows * (2 * w * hidden + 2 * s * hidden + 4 * s * attention + 2 * s * width)
         graph += rows * qk_norm
         # Beside the graph, in the layer that is being gone through: forward, two of the MLP's
@@ -265,7 +228,7 @@ class _Reckoner:
         if self.device.type == "cpu":
             passing += _PIECE_ROWS * width * 56
         logits = self._logits(weights)
-        row = self.shape.vocab_size * s
+        row = self.spec.vocab_size * s
         buffer = max(_MOST_LOGITS_BYTES, _LEAST_LOGITS_ROWS * row) if logits is None else logits
         head = min(buffer, rows * row) + rows * hidden * (3 * s + 3 * w)
         held = (1 if recompute else self.layers) * graph
@@ -288,7 +251,7 @@ class _Reckoner:
             activations_bytes=_LIBRARIES_BYTES
             + int(activations * (_RECOMPUTE_SLACK if recompute else _STORE_SLACK)),
             tables_bytes=self.tables,
-            fitting_bytes=self.fitting,
+            refit_bytes=self.refit,
             free_bytes=self.free,
         )
 
@@ -298,50 +261,15 @@ class _Reckoner:
         return None if eighth >= _MOST_LOGITS_BYTES else max(_LEAST_LOGITS_BYTES, eighth)
 
 
-def pruning_flops(shape: ModelShape, tokens: int) -> int:
+def pruning_flops(spec: ModelSpec, tokens: int) -> int:
     """Return the FLOPs of the default recipe's products, without attention's, about.
 
     Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 3 of the refit and as
     many as 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
     greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
     """
-    size = shape.size
+    size = spec
     width, forward = size.intermediate_size, 2 * size.linear_params * tokens
     moments = size.num_layers * 2 * tokens * width**2
     removal = size.num_layers * (4 * width**3 + 2 * width**2 * size.hidden_size)
     return 13 * forward + 5 * moments + removal
-
-
-def product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the speed of a matrix product here, timed in a moment."""
-    a = torch.ones(1024, 1024, dtype=dtype, device=device)
-    best = math.inf
-    for _ in range(5):
-        begun = time.perf_counter()
-        float((a @ a)[0, 0])  # which waits for the device
-        best = min(best, time.perf_counter() - begun)
-    return 2 * 1024**3 / best
-
-
-def available_bytes(device: torch.device) -> int:
-    """Return the memory that a device has left for this process: of a host's, its share."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        capped = total * torch.cuda.get_per_process_memory_fraction(device)
-        return int(min(free + cached, capped - torch.cuda.memory_allocated(device)))
-    limits = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except OSError:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:  # a container's own limit, which counts the files that were read as well
-        most, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-        stat = dict(line.split() for line in lines)
-        limits.append(most - used + int(stat["active_file"]) + int(stat["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # there is none, or it is "max"
-        pass
-    return max(0, min(limits)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's

@@ -22,19 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.loading import Blueprint, build, frozen, put
-from hfprune_fast.checkpoint.source import TORCH_DTYPES, Checkpoint
+from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import Linear, ResidentModel, check_finite
 
 _ALIGN_BYTES = 64
 
 
-def running(blueprint: Blueprint, offload: str) -> ResidentModel:
-    """Return a blueprint's model, its weights resident ("none") or streamed ("cpu", "disk")."""
+def open_model(subject: Blueprint | ResidentModel, offload: str) -> ResidentModel:
+    """Return a blueprint's model, its weights resident ("none") or streamed ("cpu", "disk").
+
+    A model that is loaded already stays what it is.
+    """
+    if isinstance(subject, ResidentModel):
+        return subject
     if offload == "none":
-        return ResidentModel(build(blueprint))
-    return StreamedModel(blueprint, offload)
+        return ResidentModel(build(subject))
+    return StreamedModel(subject, offload)
 
 
 class StreamedModel(ResidentModel):
@@ -55,7 +61,7 @@ class StreamedModel(ResidentModel):
         for module in self.model.modules():  # rotary tables and the like, which no file holds
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
-        names, family = blueprint.names, blueprint.checkpoint.family
+        names, family = blueprint.names, blueprint.source.family
         below = f"{family.decoder}."
         starts: list[tuple[str, ...]] = [
             (f"{below}{family.layers}.{layer}.",) for layer in range(len(self.parts.layers))
@@ -67,7 +73,7 @@ class StreamedModel(ResidentModel):
         ]
         self._embedding = names[f"{below}{family.embedding}.weight"]
         self._checked: set[str] = set()
-        self._file = _File(blueprint.checkpoint, self.dtype)
+        self._file = _File(blueprint.source, self.dtype)
         tensors = [sorted(set(unit.values())) for unit in self._names]
         self._source: _Mapped | _Buffered
         if offload == "disk" and self.device.type == "cpu":
@@ -140,18 +146,18 @@ def _copy_in_line(tensor: Tensor) -> Tensor:
 class _File:
     """Tensors of a checkpoint, mapped."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._checkpoint, self.dtype = checkpoint, dtype
+    def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
+        self._source, self.dtype = source, dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.tensors[name].shape
+        return self._source.tensors[name].shape
 
     def stored(self, name: str, *, ahead: bool = True) -> Tensor:
         """Return a tensor as it is stored, in the file's pages; it must not be written to."""
-        info = self._checkpoint.tensors[name]
+        info = self._source.tensors[name]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            tensor = torch.frombuffer(self._checkpoint.data(name, ahead=ahead), dtype=torch.uint8)
+            tensor = torch.frombuffer(self._source.data(name, ahead=ahead), dtype=torch.uint8)
         stored = TORCH_DTYPES[info.dtype]
         if self._begin(name) % stored.itemsize:
             tensor = tensor.clone()
@@ -164,19 +170,19 @@ class _File:
     def in_line(self, name: str) -> int:
         """Return where in a cache line the data of `tensor` begin, in elements."""
         begin = self._begin(name)
-        is_stored = TORCH_DTYPES[self._checkpoint.tensors[name].dtype] == self.dtype
+        is_stored = TORCH_DTYPES[self._source.tensors[name].dtype] == self.dtype
         in_pages = is_stored and begin % self.dtype.itemsize == 0
         return begin % _ALIGN_BYTES // self.dtype.itemsize if in_pages else 0
 
     def _begin(self, name: str) -> int:
-        begin: int = self._checkpoint.files[self._checkpoint.tensors[name].file].tensors[name][2]
+        begin: int = self._source.shards[self._source.tensors[name].file].tensors[name][2]
         return begin
 
     def ask_for(self, name: str) -> None:
-        self._checkpoint.data(name)  # which has the pages read ahead
+        self._source.data(name)  # which has the pages read ahead
 
     def done_with(self, name: str) -> None:
-        self._checkpoint.files[self._checkpoint.tensors[name].file].done_with(name)
+        self._source.shards[self._source.tensors[name].file].done_with(name)
 
 
 class _Mapped:

@@ -10,14 +10,14 @@ Both models run over the same token windows, and each row of logits is compared 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hfprune_fast.data.batches import MicroBatch, as_batches, micro_batch
+from hfprune_fast.data.batches import MicroBatch, as_batches, token_data
 from hfprune_fast.engine.layerwise import Linear, ResidentModel
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 
@@ -53,7 +53,8 @@ def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[
     """
     with ResidentModel(dense) as p, ResidentModel(pruned) as q:
         check_vocabularies(p.vocab, q.vocab)
-        items = windows(batches, p.vocab)
+        items = token_data(as_batches(batches), p.vocab).batches
+        check_windows(items)
         return compare(items, p.final_hidden(items), q.final_hidden(items), p.head(), q.head())
 
 
@@ -65,15 +66,11 @@ def check_vocabularies(dense: int, pruned: int) -> None:
         )
 
 
-def windows(batches: Iterable[Any], vocab: int) -> list[MicroBatch]:
-    """Check batches, whose sequences must hold 2 tokens or more."""
-    items = [micro_batch(batch, vocab) for batch in as_batches(batches)]
-    if not items:
-        raise CalibrationError("no token batches to evaluate on; expected at least one sequence")
-    shortest = min(min(batch.lengths) for batch in items)
+def check_windows(batches: Sequence[MicroBatch]) -> None:
+    """Refuse sequences of one token, which have no next one."""
+    shortest = min(min(batch.lengths) for batch in batches)
     if shortest < 2:
         raise CalibrationError(f"evaluation needs windows of 2 tokens or more, got {shortest}")
-    return items
 
 
 def compare(

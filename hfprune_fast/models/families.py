@@ -29,6 +29,7 @@ class Family:
     embedding: str = "embed_tokens"
     norm: str = "norm"
     head: str = "lm_head"
+    attention_out: str = "self_attn.o_proj"
     qk_norm: bool = False  # q and k are normalised, which takes memory
 
 

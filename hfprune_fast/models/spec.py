@@ -1,4 +1,4 @@
-"""Sizes of a model: widths, parameters, and what pruning makes of them."""
+"""ModelSpec: the sizes of a model, and what pruning makes of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """What a budget needs to know of the dense model."""
+class ModelSpec:
+    """What budgets, memory estimates and FLOP counts depend on."""
 
     model_type: str
     num_layers: int
@@ -26,8 +26,10 @@ class ModelSize:
     total_params: int  # tied ones once
     linear_params: int  # weights of linear layers, the head among them
     params_per_neuron: int  # biases included
-
     mlp_widths: tuple[int, ...] | None = None  # if not all are intermediate_size, the widest
+    # 0 in a spec that was read from a scores file, which has no use for them.
+    vocab_size: int = 0
+    attention_width: int = 0  # heads · head_dim
 
     def __post_init__(self) -> None:
         uniform = self.mlp_widths is None or set(self.mlp_widths) == {self.intermediate_size}
@@ -39,16 +41,28 @@ class ModelSize:
         """Neurons of each layer's MLP."""
         return self.mlp_widths or (self.intermediate_size,) * self.num_layers
 
+    @property
+    def layer_params(self) -> int:
+        """Parameters of the widest layer, or a few more."""
+        head = self.vocab_size * self.hidden_size
+        if_all_widest = self.linear_params_at(self.intermediate_size) - head
+        return if_all_widest // self.num_layers + 4 * self.hidden_size
+
+    @property
+    def flops_per_token(self) -> int:
+        """Products of a forward and an activation-gradient pass, without attention's: 4·P."""
+        return 4 * self.linear_params
+
     def params_at(self, widths: int | Sequence[int]) -> int:
-        """Parameters of the whole model when its MLPs have so many neurons, all or each."""
+        """Return the parameters of the whole model with MLPs of this width, or these."""
         return self.total_params - self._removed(widths) * self.params_per_neuron
 
     def linear_params_at(self, widths: int | Sequence[int]) -> int:
-        """Weights of linear layers, each 2 FLOPs a token, when the MLPs have so many neurons."""
+        """Return the weights of linear layers, each 2 FLOPs a token, with MLPs of these widths."""
         return self.linear_params - self._removed(widths) * 3 * self.hidden_size
 
     def pruned_to(self, widths: int | Sequence[int]) -> dict[str, Any]:
-        """Widths, parameters and ratios of pruning the MLPs to so many neurons, all or each.
+        """Return widths, parameters and ratios after pruning the MLPs to this width, or these.
 
         `mlp_widths` and `dense_mlp_widths` are there when they differ from layer to layer.
         """
@@ -69,24 +83,25 @@ class ModelSize:
         return achieved
 
     def _removed(self, widths: int | Sequence[int]) -> int:
-        left = self.num_layers * widths if isinstance(widths, int) else sum(widths)
-        return sum(self.widths) - left
+        kept = self.num_layers * widths if isinstance(widths, int) else sum(widths)
+        return sum(self.widths) - kept
 
 
 def widths_text(widths: Sequence[int]) -> str:
-    """Say how wide MLPs are: 61, or 40 to 61 (mean 50.3)."""
+    """Return widths as people read them: 61, or 40 to 61 (mean 50.3)."""
     if len(set(widths)) == 1:
         return str(widths[0])
     return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"
 
 
-def size_of(model: PreTrainedModel) -> ModelSize:
+def spec_of(model: PreTrainedModel) -> ModelSpec:
     """Count the parameters of a model, which may be on the meta device."""
-    mlps = parts_of(model).mlps
-    hidden = mlps[0].gate.weight.shape[1]
+    parts = parts_of(model)
+    mlps, hidden = parts.mlps, parts.mlps[0].gate.weight.shape[1]
     widths = tuple(len(mlp.gate.weight) for mlp in mlps)
     biases = sum(linear.bias is not None for linear in (mlps[0].gate, mlps[0].up))
-    return ModelSize(
+    attention: Any = parts.layers[0].get_submodule(parts.family.attention_out)
+    return ModelSpec(
         model_type=str(family_type(model.config.to_dict())),
         num_layers=len(mlps),
         hidden_size=hidden,
@@ -95,4 +110,6 @@ def size_of(model: PreTrainedModel) -> ModelSize:
         linear_params=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
         params_per_neuron=3 * hidden + biases,
         mlp_widths=widths,
+        vocab_size=parts.head.weight.shape[0],
+        attention_width=attention.weight.shape[1],
     )

@@ -1,7 +1,7 @@
-"""keep -> a smaller model of the same architecture, in memory or from disk to disk.
+"""keep -> a smaller checkpoint, from disk to disk; no model is built.
 
-Layers may keep different numbers of neurons; `layouts` has the ways to write such a model down.
-gate_proj and up_proj lose rows (and bias entries), down_proj loses columns. On disk every other
+Layers may keep different numbers of neurons; `checkpoint/layouts.py` has the ways to write that
+down. gate_proj and up_proj lose rows (and bias entries), down_proj loses columns. Every other
 tensor is copied byte for byte, so the dtype and all that is not MLP stay what they were.
 """
 
@@ -10,63 +10,48 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint.atomic import check_writable, whole_folder
+from hfprune_fast.checkpoint.folder import read_json_object
 from hfprune_fast.checkpoint.layouts import (
     CODE,
     CODE_FILE,
-    check_layout,
     check_native,
     code_files,
     config_of,
 )
-from hfprune_fast.checkpoint.source import (
-    display_name,
-    find_model,
-    open_checkpoint,
-    read_json_object,
-)
+from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.checkpoint.writer import Writing, write_json
+from hfprune_fast.config import OutputOptions, keyword_options
 from hfprune_fast.console import parse_bytes
 from hfprune_fast.errors import CheckpointError, OutputError
 from hfprune_fast.models.sites import check_keep
 from hfprune_fast.pruning.model_card import model_card
 
-if TYPE_CHECKING:
-    pass
-
 RECORD = "hfprune.json"
-
-
 # Weights in other formats are those of the dense model; the card and the index are made anew.
 _NOT_COPIED_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     *(".pkl", ".pickle", ".index.json"),
 )
-
-
 _TEMPLATES = "additional_chat_templates"
-
-
 _NOT_COPIED = ("config.json", RECORD, "README.md", ".gitattributes", ".gitignore")
 
 
+@keyword_options(output=OutputOptions)
 def prune_checkpoint(
-    source: str | Path,
+    source: str | Path | ModelSource,
     out: str | Path,
     keep: Mapping[int, Tensor],
     *,
-    layout: str = "auto",
     replace: Mapping[str, Tensor] | None = None,
-    max_shard_size: int | str | None = None,
-    verify: bool = False,
-    force: bool = False,
     record: Mapping[str, Any] | None = None,
     progress: bool = False,
+    output: OutputOptions,
 ) -> dict[str, Any]:
     """Write the pruned copy of a checkpoint in one streaming pass; no model is built.
 
@@ -74,18 +59,10 @@ def prune_checkpoint(
         source: a model folder, hub name or `demo`; it is only read.
         out: the folder to make. It appears under this name only when whole.
         keep: {layer: sorted int64 indices}, every layer.
-        layout: how layers of different widths are written. "custom", which "auto" is: classes that
-            `import hfprune_fast` makes known to transformers, and whose code is put beside the
-            weights for `trust_remote_code=True`; "native": transformers' per_layer_config, if the
-            installed version builds the family by it; "padded": with zero neurons up to the widest
-            layer, which loads everywhere and is as large as if all were that wide.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
-            padding) and dtype (a refitted down_proj, say). Each is asked for in its turn, and again
-            to verify.
-        max_shard_size: bytes, or "5GB", "512MiB"; by default the source's shards are kept.
-        verify: read the written tensors back from the disk and compare them with the source.
-        force: replace `out` if all it holds was written by this function.
-        record: added to hfprune.json: "asked" and "provenance", which the model card shows too.
+            padding) and dtype: a refitted down_proj, for instance. Each is read in its turn, and
+            again to verify.
+        record: added to hfprune.json: "requested" and "provenance", which the card shows too.
         progress: show a bar on stderr.
 
     Returns:
@@ -98,54 +75,53 @@ def prune_checkpoint(
         NumericsError: a value that was to be written is NaN or infinite.
 
     Memory: a block of 256 KiB a thread (without the C++ extension a tensor a thread, padded two);
-    the source is mapped, and its pages are given back. Tokenizer, generation config etc. are
-    copied.
+    the source is mapped, and its pages are released. Tokenizer, generation config etc. are copied.
     """
-    check_layout(layout)
-    folder, target = find_model(source), Path(out).resolve()
-    check_output_folder(target, folder, force=force)
-    checkpoint = open_checkpoint(folder)
-    size = checkpoint.size
-    keep = check_keep(keep, size.widths)
-    widths = _widths(keep)
-    uniform = len(set(widths)) == 1
-    if layout == "native" and not uniform:
-        check_native(checkpoint.config, widths)
+    source, target = open_source(source), Path(out).resolve()
+    check_output_folder(target, source.folder, force=output.force)
+    keep = check_keep(keep, source.spec.widths)
+    widths = [len(keep[layer]) for layer in range(len(keep))]
+    layout = "uniform" if len(set(widths)) == 1 else output.layout.replace("auto", "custom")
+    if layout == "native":
+        check_native(source.config, widths)
     shard_bytes = None
-    if max_shard_size is not None:
-        shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
+    if output.max_shard_size is not None:
+        shard_bytes = parse_bytes(output.max_shard_size, "max_shard_size")
     pad_to = max(widths) if layout == "padded" else 0
-    writing = Writing(checkpoint, keep, replace or {}, shard_bytes, pad_to=pad_to)
-    achieved = size.pruned_to(max(widths) if pad_to else widths)
-    if not uniform:
-        layout = "custom" if layout == "auto" else layout
-        achieved |= {"layout": layout, "mlp_widths": list(widths)}
-    config = config_of(checkpoint.config, widths, layout)
+    writing = Writing(source, keep, replace or {}, shard_bytes, pad_to=pad_to)
+    achieved = source.spec.pruned_to(max(widths) if pad_to else widths)
+    if layout != "uniform":
+        achieved |= {"layout": layout, "mlp_widths": widths}
     full_record = {
         "hfprune_fast": __version__,
-        "base_model": display_name(source),
+        "base_model": source.name,
         "achieved": achieved,
         **(record or {}),
     }
-    kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
-    not_copied = {*_NOT_COPIED, *code_files(checkpoint.config)}
-    with whole_folder(target, force) as partial:
-        write_json(partial / "config.json", config)
+    with whole_folder(target, output.force) as partial:
+        write_json(partial / "config.json", config_of(source.config, widths, layout))
         writing.write(partial, progress)
         (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
-        for path in sorted(folder.iterdir()):
-            replaced = path.name in not_copied or path.name.endswith(_NOT_COPIED_SUFFIXES)
-            if path.is_file() and not replaced:
-                shutil.copyfile(path, partial / path.name)
-        if (folder / _TEMPLATES).is_dir():
-            shutil.copytree(folder / _TEMPLATES, partial / _TEMPLATES)
-        if layout == "custom" and not uniform:
+        _copy_other_files(source, partial)
+        if layout == "custom":
             shutil.copyfile(CODE, partial / CODE_FILE)
         files = sorted(_files_in(partial) | {RECORD})
+        kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
         write_json(partial / RECORD, {**full_record, "files": files, "keep": kept}, indent=None)
-        if verify:
+        if output.verify:
             writing.verify(partial, progress)
     return achieved
+
+
+def _copy_other_files(source: ModelSource, out: Path) -> None:
+    """Copy the tokenizer, generation config, licence and the like."""
+    not_copied = {*_NOT_COPIED, *code_files(source.config)}
+    for path in sorted(source.folder.iterdir()):
+        skipped = path.name in not_copied or path.name.endswith(_NOT_COPIED_SUFFIXES)
+        if path.is_file() and not skipped:
+            shutil.copyfile(path, out / path.name)
+    if (source.folder / _TEMPLATES).is_dir():
+        shutil.copytree(source.folder / _TEMPLATES, out / _TEMPLATES)
 
 
 def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: int = 0) -> None:
@@ -184,7 +160,3 @@ def _files_written(out: Path) -> set[str]:
         return set(read_json_object(out / RECORD)["files"])
     except (CheckpointError, KeyError, TypeError):
         return set()
-
-
-def _widths(keep: Mapping[int, Tensor]) -> list[int]:
-    return [len(keep[layer]) for layer in range(len(keep))]

@@ -17,7 +17,7 @@ hidden_size, on the host if the model is on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,12 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.mlp_hooks import acts_of
 from hfprune_fast.errors import CalibrationError
 from hfprune_fast.models.sites import check_keep
+from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.costs import Done, _check, _maths, _nothing, _put_away, _rows
 from hfprune_fast.scoring.obs import least_squares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Keep = Mapping[int, Tensor]
 
 
 @dataclass

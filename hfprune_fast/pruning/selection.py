@@ -15,68 +15,74 @@ of theirs, on top of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hfprune_fast.config import BUDGETS, Budget, keyword_options
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.models.spec import ModelSize, widths_text
+from hfprune_fast.models.spec import ModelSpec, widths_text
 from hfprune_fast.scoring.table import ImportanceTable
 
-MIN_KEEP = 0.05  # of each layer's neurons, in a global ranking
+Keep = Mapping[int, Tensor]  # {layer: sorted (width,) int64 indices}
 
 
+@keyword_options(budget=Budget)
 def select(
     table: ImportanceTable,
     *,
-    prune_ratio: float | None = None,
-    param_ratio: float | None = None,
-    intermediate_size: int | None = None,
     criterion: str | None = None,
     statistic: str | None = None,
     allocation: str | float = "uniform",
-    min_keep: float = MIN_KEEP,
-    protect: Collection[int] = (),
-    round_to: int = 1,
+    budget: Budget,
 ) -> dict[int, Tensor]:
     """Return the neurons to keep: {layer: sorted (width,) int64 indices}.
 
     Args:
         table: the scores.
-        prune_ratio: fraction of MLP neurons to remove, in [0, 1).
-        param_ratio: fraction of all parameters to remove, in [0, 1).
-        intermediate_size: the (mean) width to prune to.
         criterion: which of the table's; by default the first.
-        statistic: "l1" (the paper's), "l2", "mask", "act" or "obs"; by default the criterion's.
+        statistic: "l1" (the paper's), "l2", "fisher_mask", "act" or "obs"; by default the
+            criterion's own.
         allocation: "uniform", "global" or a number between 0 (uniform) and 1 (global).
-        min_keep: the part of a layer's neurons that a global ranking leaves it at least.
-        protect: layers that are not pruned; the others are, as if they were the whole model.
-        round_to: widths become multiples of this that are not wider than dense; their mean is the
-            nearest one to what was asked for.
 
     Raises:
         ArgumentError: not exactly one budget, one out of range, or one that cannot be reached; an
             unknown allocation, layer, criterion or statistic.
 
-    Of equally important neurons the one with the lower index is kept.
+    Of equally important neurons the one with the lower index is kept. With `round_to`, the mean of
+    the widths is the multiple nearest to what was requested, and none is wider than dense.
     """
-    width = target_width(
-        table.model,
-        prune_ratio=prune_ratio,
-        param_ratio=param_ratio,
-        intermediate_size=intermediate_size,
-        round_to=round_to,
-    )
-    importance = table.importance(statistic, criterion)
-    return keep_top(importance, width, allocation, min_keep, protect, round_to)
+    width = WidthBudget.of(table.model, budget)
+    return width.keep(table.importance(statistic, criterion), allocation)
+
+
+@dataclass(frozen=True)
+class WidthBudget:
+    """A budget as the mean width of the layers that are pruned."""
+
+    width: int
+    min_keep: float = Budget.min_keep
+    protect: Collection[int] = ()
+    round_to: int = 1
+
+    @classmethod
+    def of(cls, spec: ModelSpec, budget: Budget) -> WidthBudget:
+        return cls(target_width(spec, budget), budget.min_keep, budget.protect, budget.round_to)
+
+    def keep(self, importance: Tensor, allocation: str | float) -> dict[int, Tensor]:
+        """Return each layer's most important neurons, see `keep_top`."""
+        return keep_top(
+            importance, self.width, allocation, self.min_keep, self.protect, self.round_to
+        )
 
 
 def keep_top(
     importance: Tensor,
     width: int,
     allocation: str | float = "uniform",
-    min_keep: float = MIN_KEEP,
+    min_keep: float = Budget.min_keep,
     protect: Collection[int] = (),
     round_to: int = 1,
 ) -> dict[int, Tensor]:
@@ -109,17 +115,17 @@ def _widths(
         raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
     if allocation == 0 or width == dense:
         return [width] * layers
-    blocks, wanted = dense // step, width // step
+    blocks, mean = dense // step, width // step
     ranked = importance.sort(dim=1, descending=True).values[:, : blocks * step]
     worth = ranked.view(layers, blocks, step).mean(dim=2)
-    least = min(wanted, max(1, math.ceil(min_keep * dense / step)))
+    least = min(mean, max(1, math.ceil(min_keep * dense / step)))
     worth[:, :least] = torch.inf
-    order = worth.flatten().sort(descending=True, stable=True).indices[: layers * wanted]
+    order = worth.flatten().sort(descending=True, stable=True).indices[: layers * mean]
     dealt = torch.bincount(order // blocks, minlength=layers).double()
-    shares = wanted + allocation * (dealt - wanted)
+    shares = mean + allocation * (dealt - mean)
     # Rounded down, and what is missing then goes to the largest remainders.
     counts = shares.floor().long()
-    missing = layers * wanted - int(counts.sum())
+    missing = layers * mean - int(counts.sum())
     counts[(shares - counts).sort(descending=True, stable=True).indices[:missing]] += 1
     return [int(count) * step for count in counts]
 
@@ -142,56 +148,38 @@ def _check_layers(protect: Collection[int], layers: int) -> set[int]:
     return set(protect)
 
 
-def target_width(
-    size: ModelSize,
-    *,
-    prune_ratio: float | None = None,
-    param_ratio: float | None = None,
-    intermediate_size: int | None = None,
-    round_to: int = 1,
-) -> int:
-    """Return the width that a budget asks for, rounded to the nearest multiple of round_to."""
-    dense = size.intermediate_size
-    if size.mlp_widths is not None:
+def target_width(spec: ModelSpec, budget: Budget) -> int:
+    """Return the MLP width that a budget gives, the nearest multiple of round_to."""
+    dense = spec.intermediate_size
+    if spec.mlp_widths is not None:
         raise ArgumentError(
-            f"the model's layers have {widths_text(size.mlp_widths)} MLP neurons, and neurons are "
+            f"the model's layers have {widths_text(spec.mlp_widths)} MLP neurons, and neurons are "
             "chosen only where all have as many; give prune_checkpoint a keep of your own"
         )
-    budgets = {
-        "prune_ratio": prune_ratio,
-        "param_ratio": param_ratio,
-        "intermediate_size": intermediate_size,
-    }
-    given = [name for name, value in budgets.items() if value is not None]
-    if len(given) != 1:
-        got = " and ".join(given) if given else "none"
+    if len(budget.size) != 1:
+        got = " and ".join(budget.size) or "none"
+        raise ArgumentError(f"give exactly one of {', '.join(BUDGETS)}; got {got}")
+    if budget.round_to < 1:
+        raise ArgumentError(f"round_to must be at least 1, got {budget.round_to}")
+    ((name, value),) = budget.size.items()
+    if name == "intermediate_size":
+        if not isinstance(value, int) or not 1 <= value <= dense:
+            raise ArgumentError(
+                f"intermediate_size must be in 1..{dense} (the dense width), got {value}"
+            )
+        return _round(value, dense, budget.round_to)
+    if not 0 <= value < 1:
+        raise ArgumentError(f"{name} must be in [0, 1), got {value}")
+    if name == "prune_ratio":
+        return _round(dense * (1 - value), dense, budget.round_to)
+    neurons_params = spec.num_layers * spec.params_per_neuron  # of one neuron in every layer
+    limit = (dense - 1) * neurons_params / spec.total_params
+    if value > limit:
         raise ArgumentError(
-            f"give exactly one of prune_ratio, param_ratio, intermediate_size; got {got}"
+            f"param_ratio {value} cannot be reached: the MLPs hold at most {limit:.4f} of all "
+            "parameters"
         )
-    if round_to < 1:
-        raise ArgumentError(f"round_to must be at least 1, got {round_to}")
-    if prune_ratio is not None:
-        _check_ratio("prune_ratio", prune_ratio)
-        exact = dense * (1 - prune_ratio)
-    elif param_ratio is not None:
-        _check_ratio("param_ratio", param_ratio)
-        most = size.num_layers * (dense - 1) * size.params_per_neuron / size.total_params
-        if param_ratio > most:
-            raise ArgumentError(
-                f"param_ratio {param_ratio} cannot be reached: the MLPs hold at most "
-                f"{most:.4f} of all parameters"
-            )
-        per_layer = param_ratio * size.total_params / (size.num_layers * size.params_per_neuron)
-        exact = dense - per_layer
-    else:
-        assert intermediate_size is not None
-        if not isinstance(intermediate_size, int) or not 1 <= intermediate_size <= dense:
-            raise ArgumentError(
-                f"intermediate_size must be in 1..{dense} (the dense width), "
-                f"got {intermediate_size}"
-            )
-        exact = intermediate_size
-    return _round(exact, dense, round_to)
+    return _round(dense - value * spec.total_params / neurons_params, dense, budget.round_to)
 
 
 def _round(exact: float, dense: int, step: int) -> int:
@@ -201,8 +189,3 @@ def _round(exact: float, dense: int, step: int) -> int:
         raise ArgumentError(f"round_to {step} is more than the dense width {dense}")
     nearest = math.floor(exact / step + 0.5) * step
     return min(max(nearest, step), dense // step * step)
-
-
-def _check_ratio(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ArgumentError(f"{name} must be in [0, 1), got {value}")

@@ -1,28 +1,33 @@
 """ImportanceTable: every statistic of every neuron, with where it came from; save and load.
 
-The scores file is a safetensors file, so any tool can read it. Layout, version 2:
+The scores file is a safetensors file, so any tool can read it. Layout, version 3:
 
     tensors   statistics, (L, F) float64 each
     metadata  hfprune_scores: JSON with
-              format_version  2
-              model           the fields of ModelSize
+              format_version  3
+              model           the fields of ModelSpec
               provenance      criteria, model fingerprint, data hash, samples, tokens, seed, ...
 
 Row l, column j of a tensor is neuron j of layer l; F is the widest layer's, and where a layer has
-fewer neurons (`mlp_widths` in the fields of ModelSize) its row ends in zeros. Statistics:
+fewer neurons (`mlp_widths` in the fields of ModelSpec) its row ends in zeros. Statistics:
 
-    CRITERION.l1, .l2, .mask  sums over the calibration of x = gradient times act (kernels/taylor),
-                              the gradient being that of the criterion (scoring.py)
-    act, down_norm            Σa², and the 2-norm of the neuron's down_proj column
-    obs                       what its removal costs when the others are refitted (obs.py), in nats
-    weight_norm, uniform      2-norm of its weights; a random number
+    CRITERION.l1, .l2,     sums over the calibration of x = gradient times act (kernels/taylor),
+      .fisher_mask         the gradient being that of the criterion (scoring/passes)
+    act, down_norm         Σa², and the 2-norm of the neuron's down_proj column
+    obs                    the cost of removing it when the others are refitted (scoring/obs), nats
+    weight_norm, uniform   2-norm of its weights; a random number
+
+Version 2, which is still read, called fisher_mask mask, and knew neither vocab_size nor
+attention_width.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +37,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
-from hfprune_fast.models.spec import ModelSize
+from hfprune_fast.models.spec import ModelSpec
 
 # Of each criterion, the statistic to rank by unless another is asked for: for entropy the paper's,
 # for others that which did best in bench/results/fidelity.
@@ -45,11 +51,10 @@ DEFAULT_STATISTIC = {
     "magnitude": "weight_norm",
     "random": "uniform",
 }
-STATISTICS = ("l1", "l2", "mask", "act")
-_OF_A_CRITERION = ("l1", "l2", "mask")
+_OF_A_CRITERION = ("l1", "l2", "fisher_mask")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _FORMAT = "hfprune_scores"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth of equality
@@ -60,7 +65,7 @@ class ImportanceTable:
     """
 
     statistics: Mapping[str, Tensor]
-    model: ModelSize
+    model: ModelSpec
     provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -143,14 +148,18 @@ class ImportanceTable:
                         "expected one written by `hfprune score`"
                     )
                 header = json.loads(metadata[_FORMAT])
-                if header["format_version"] != _VERSION:
+                version = header["format_version"]
+                if version not in (2, _VERSION):
                     raise ScoresFileError(
-                        f"{path} has scores of format version {header['format_version']}; "
-                        f"this release reads version {_VERSION}"
+                        f"{path} has scores of format version {version}; "
+                        f"this release reads versions 2 and {_VERSION}"
                     )
-                statistics = {n: tensors.get_tensor(n) for n in tensors.keys()}  # noqa: SIM118
-            size = _size(header["model"])
-            table = cls(statistics, size, dict(header["provenance"]))
+                statistics = {
+                    name.replace(".mask", ".fisher_mask"): tensors.get_tensor(name)
+                    for name in tensors.keys()  # noqa: SIM118
+                }
+            spec = _spec(header["model"])
+            table = cls(statistics, spec, dict(header["provenance"]))
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
         except ScoresFileError:
@@ -166,7 +175,22 @@ class ImportanceTable:
         return table
 
 
-def _size(header: dict[str, Any]) -> ModelSize:
-    """Return the model's size; files from before layers could differ have no widths."""
-    names = [f.name for f in fields(ModelSize) if f.name in header or f.name != "mlp_widths"]
-    return ModelSize(**{name: header[name] for name in names})
+def _spec(header: dict[str, Any]) -> ModelSpec:
+    """Return the model's spec; what a field's default stands for, older versions leave out."""
+    names = [f.name for f in fields(ModelSpec) if f.name in header or f.default is MISSING]
+    return ModelSpec(**{name: header[name] for name in names})
+
+
+@contextmanager
+def saved_on_failure(table: ImportanceTable) -> Iterator[None]:
+    """Save the table in a temporary file if what runs inside fails, and say where.
+
+    Hours of scoring must not be lost to a full disk or a late Ctrl-C.
+    """
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        rescued = Path(tempfile.mkdtemp(prefix="hfprune-")) / "scores.safetensors"
+        table.save(rescued)
+        say(f"the scores are kept in {rescued}")
+        raise

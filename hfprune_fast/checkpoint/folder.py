@@ -1,0 +1,165 @@
+"""A model folder on disk: found, and its files read without trust and without transformers.
+
+Only safetensors are read; nothing is ever unpickled and no code that came with a model is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune_fast.checkpoint.native import ITEM_BYTES
+from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.models.families import family_of
+
+TINY_MODEL = Path(__file__).parents[1] / "tiny"
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What `from_pretrained` needs; nothing else is downloaded.
+_HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+# Buffers that old LLaMA checkpoints carry and transformers computes itself.
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header entry of one tensor."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def find_model(model: str | Path, *, config_only: bool = False) -> Path:
+    """Return the folder of a model given as a folder, as `demo`, or by its hub name.
+
+    A folder of that name comes first, then `demo` (the model that ships with this package), then
+    the hub, of which only safetensors, tokenizer and configuration are downloaded.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"model {model} is a file; expected a model folder or a hub name")
+    if str(model) == "demo":
+        return TINY_MODEL
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
+        raise CheckpointError(f"no model folder {model}, and that is not a hub name either")
+    return _download(str(model), ("config.json",) if config_only else _HUB_FILES)
+
+
+@cache
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # offline, unknown, private and gated each have their own class
+        raise CheckpointError(
+            f"no model folder {name}, and the hub says: {one_line(error)}"
+        ) from None
+
+
+def display_name(model: str | Path) -> str:
+    """A model's or text's name as others know it: hub names stay, paths give their last part."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else str(model)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a model folder and refuse what this package cannot prune."""
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} has no config.json; expected a model folder as save_pretrained writes it"
+        )
+    config = read_json_object(folder / "config.json")
+    family_of(config)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
+        raise CheckpointError(
+            f"{folder} is quantised ({method}), so its neurons cannot be cut; "
+            "prune the unquantised checkpoint and quantise the result"
+        )
+    return config
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, in the order of its index."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        names = sorted(set(weight_map_of(folder).values()))
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{folder / INDEX} names a file outside its folder: {name}")
+            if not (folder / name).exists():
+                raise CheckpointError(
+                    f"{folder} lacks the shard {name} that its index names; download it again"
+                )
+        return [folder / name for name in names]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise CheckpointError(
+            f"{folder} has only pickled weights (.bin/.pth), which are never opened here; use a "
+            "safetensors revision, or save it again with save_pretrained where you trust the file"
+        )
+    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}, and no other file is read")
+
+
+def weight_map_of(folder: Path) -> Mapping[str, str]:
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files")
+    return weight_map
+
+
+def check_tensors_are(
+    folder: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless the tensors are floats of the expected names and shapes."""
+    stored = {name: info for name, info in tensors.items() if not name.endswith(IGNORED_SUFFIX)}
+    for problem, names in (
+        ("lacks the tensor", expected.keys() - stored.keys()),
+        ("has a tensor that its architecture does not know:", stored.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{folder} {problem} {min(names)}{more}")
+    for name, info in stored.items():
+        if info.shape != expected[name]:
+            raise CheckpointError(
+                f"{folder} has a tensor whose shape is not its config's: {name} is {info.shape}, "
+                f"expected {expected[name]}"
+            )
+        if info.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"{folder} has {name} in {info.dtype}, expected one of {', '.join(ITEM_BYTES)}; "
+                "is it quantised?"
+            )

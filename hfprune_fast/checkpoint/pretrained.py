@@ -1,0 +1,42 @@
+"""What transformers reads of a model folder: its config and its tokenizer; never remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.models.families import NON_UNIFORM
+from hfprune_fast.models.registration import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Return the transformers config of a folder, whose config.json is given."""
+    if str(config["model_type"]).startswith(NON_UNIFORM):
+        register()
+    from transformers import AutoConfig
+
+    with one_line_errors(f"{folder}/config.json is not a valid configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    with one_line_errors(f"{folder} has no tokenizer that can be loaded"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Turn what transformers raises over a bad folder into one line."""
+    try:
+        yield
+    except Exception as error:  # it raises a dozen classes, some of them its dependencies'
+        raise CheckpointError(f"{what}: {one_line(error)}") from error

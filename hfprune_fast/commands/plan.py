@@ -1,0 +1,79 @@
+"""hfprune plan: what pruning would give and how scoring would run, from config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint.folder import display_name, find_model
+from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
+from hfprune_fast.console import human_bytes, human_seconds, text_table
+from hfprune_fast.engine import machine, planner
+from hfprune_fast.pruning.selection import target_width
+
+
+def run(
+    model: str | Path, *, budget: Budget, sampling: CalibrationOptions, options: RunOptions
+) -> dict[str, Any]:
+    """Return sizes, FLOPs and both plans; weights are not read.
+
+    FLOPs are those of a forward pass over one sequence, per token: 2 for each weight of a linear
+    layer, and 4 · seq_len · heads · head_dim a layer for attention's two products. "pruning" is of
+    the default recipe, and its seconds are its products' at the speed of one that is timed here.
+    """
+    spec, config = loading.spec_from_config(find_model(model, config_only=True))
+    width = target_width(spec, budget)
+    seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
+    samples = sampling.samples or 1
+    stored = config.dtype or torch.float32
+    device = loading.torch_device(options.device)
+    dtype = loading.dtype_to_run_in(options.dtype, stored, device)
+    shape: dict[str, Any] = {
+        "device": device, "dtype": dtype, "seq_len": seq_len, "sequences": samples,
+    }  # fmt: skip
+    scoring = planner.plan_run(spec, options, **shape)
+    pruning = planner.plan_run(spec, options, refit=True, **shape)
+    flops = planner.pruning_flops(spec, samples * seq_len)
+    seconds = flops / machine.product_flops_per_second(device, dtype)
+    attention = 4 * seq_len * spec.attention_width * spec.num_layers
+    result = spec.pruned_to(width)
+    for prefix, neurons in (("dense_", spec.intermediate_size), ("", width)):
+        result[f"{prefix}weights_bytes"] = spec.params_at(neurons) * stored.itemsize
+        result[f"{prefix}flops_per_token"] = 2 * spec.linear_params_at(neurons) + attention
+    return {
+        "model": display_name(model),
+        **result,
+        "dtype": str(stored).removeprefix("torch."),
+        "seq_len": seq_len,
+        "scoring": {"summary": str(scoring), "device": str(device), **asdict(scoring)},
+        "pruning": {"summary": str(pruning), "flops": flops, "seconds": seconds, **asdict(pruning)},
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """Return a plan as people read it."""
+
+    def row(name: str, key: str, show: Callable[[Any], str]) -> tuple[str, ...]:
+        dense, pruned = result[f"dense_{key}"], result[key]
+        return name, show(dense), show(pruned), f"{1 - pruned / dense:.2%}"
+
+    rows = [
+        row("MLP neurons a layer", "intermediate_size", str),
+        row("parameters", "params", "{:,}".format),
+        row(f"bytes in {result['dtype']}", "weights_bytes", human_bytes),
+        row(
+            f"MFLOPs a token at {result['seq_len']}", "flops_per_token", lambda f: f"{f / 1e6:,.1f}"
+        ),
+    ]
+    table = text_table((result["model"], "dense", "pruned", "removed"), rows)
+    scoring, pruning = result["scoring"], result["pruning"]
+    return (
+        f"{table}\n\nscoring on {scoring['device']}: {scoring['summary']}\n"
+        f"prune, by the default recipe: {pruning['summary']}; about "
+        f"{human_seconds(pruning['seconds'])} of products at this machine's speed"
+    )

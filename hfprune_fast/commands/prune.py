@@ -1,0 +1,38 @@
+"""hfprune prune: `hf.oneshot` with bars, and what it says at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hfprune_fast.pruning.model_card import neurons_text
+from hfprune_fast.pruning.oneshot import oneshot
+
+
+def run(
+    model: str, calibration: str | None, out: Path, *, preset: str, **options: Any
+) -> dict[str, Any]:
+    """Write a smaller checkpoint; empty in the processes of torchrun but the first."""
+    return oneshot(
+        model, calibration, out, recipe=preset, distributed=True, progress=True, **options
+    )
+
+
+def text(result: dict[str, Any], model: str) -> str:
+    """Return what `run` did as people read it."""
+    dense, width = result["dense_intermediate_size"], result["intermediate_size"]
+    widths = f"intermediate_size {dense} -> {width}"
+    if {"mlp_widths", "dense_mlp_widths"} & result.keys():
+        widths = f"MLP neurons a layer {neurons_text(result)}"
+    loading = ""
+    if result.get("layout") == "custom":  # which transformers does not know
+        loading = (
+            "loads with transformers after `import hfprune_fast`, or with trust_remote_code=True; "
+            "--allocation uniform makes a plain checkpoint\n"
+        )
+    return (
+        f"{result['out']}: {widths} ({result['prune_ratio']:.2%} of the neurons), "
+        f"{result['dense_params']:,} -> {result['params']:,} parameters "
+        f"({result['param_ratio']:.2%} removed)\n"
+        f"{loading}next: hfprune evaluate {model} {result['out']} --text SOURCE"
+    )

@@ -1,0 +1,72 @@
+"""hfprune score: every statistic of every neuron, into a scores file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hfprune_fast.checkpoint import atomic
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.engine.distributed import launched
+from hfprune_fast.errors import OutputError
+from hfprune_fast.models.spec import widths_text
+from hfprune_fast.scoring.checks import check_state, state_of
+from hfprune_fast.scoring.score import score
+from hfprune_fast.scoring.table import saved_on_failure
+
+
+def run(
+    model: str | Path,
+    calibration: str,
+    out: Path,
+    *,
+    criterion: Sequence[str],
+    obs: bool,
+    force: bool,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score a model into a file; empty in the processes of torchrun but the first."""
+    source = open_source(model)
+    _check_output(source.folder, Path(calibration).resolve(), out, force)
+    check_state(out, resume=options.get("resume", False), force=force)
+    table = score(
+        source,
+        calibration,
+        criterion=criterion,
+        obs=obs,
+        state_file=state_of(out),
+        distributed=True,
+        progress=True,
+        **options,
+    )
+    if launched().rank > 0:
+        return {}
+    with saved_on_failure(table):
+        table.save(out)
+    state_of(out).unlink(missing_ok=True)
+    return {"out": str(out), **asdict(table.model), "provenance": table.provenance}
+
+
+def text(result: dict[str, Any], model: str, calibration: str) -> str:
+    """Return what `run` did as people read it."""
+    layers, width = result["num_layers"], result["intermediate_size"]
+    widths = widths_text(result["mlp_widths"] or [width])
+    return (
+        f"{result['out']}: {layers} layers x {widths} neurons scored on "
+        f"{result['provenance']['tokens']} tokens\n"
+        f"next: hfprune prune {model} --scores {result['out']} --calibration {calibration} "
+        "--prune-ratio 0.2 --out DIR"
+    )
+
+
+def _check_output(model: Path, text: Path, out: Path, force: bool) -> None:
+    folder, target = model.resolve(), out.resolve()
+    if folder in target.parents or target == text or text in target.parents:
+        raise OutputError(
+            f"out {out} is in the model folder or the calibration text, which are never written to"
+        )
+    if out.exists() and (not force or not out.is_file()):
+        raise OutputError(f"out {out} exists; --force replaces a file, but no folder")
+    atomic.check_writable(out)

@@ -1,0 +1,251 @@
+"""hf.oneshot: the whole job, from a model and text to a smaller checkpoint.
+
+The checkpoint is opened once, the text tokenised once, the weights loaded once: the model that is
+scored is the one that allocations are tried on and that down_proj is refitted to.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hfprune_fast.checkpoint import atomic, loading, native
+from hfprune_fast.checkpoint.folder import TORCH_DTYPES
+from hfprune_fast.checkpoint.source import ModelSource, open_source
+from hfprune_fast.config import (
+    DATA_FREE,
+    Budget,
+    CalibrationOptions,
+    OutputOptions,
+    Recipe,
+    RecipeChanges,
+    RunOptions,
+    ScoringOptions,
+    keyword_options,
+    resolve_recipe,
+)
+from hfprune_fast.console import say, token_bar
+from hfprune_fast.data.batches import MicroBatch, TokenData
+from hfprune_fast.engine.distributed import Processes, joined, launched, own_device
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.streaming import open_model
+from hfprune_fast.errors import ArgumentError
+from hfprune_fast.pruning import allocation
+from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
+from hfprune_fast.pruning.refit import refit
+from hfprune_fast.pruning.selection import Keep, WidthBudget
+from hfprune_fast.scoring.checks import check_state, check_table, state_of
+from hfprune_fast.scoring.data_free import data_free_table
+from hfprune_fast.scoring.job import ScoringJob, check_criteria
+from hfprune_fast.scoring.score import open_inputs
+from hfprune_fast.scoring.table import ImportanceTable, saved_on_failure
+
+# With fewer, a refit follows the calibration text more than the model.
+_TOKENS_A_NEURON = 8
+
+
+@keyword_options(
+    changes=RecipeChanges,
+    budget=Budget,
+    sampling=CalibrationOptions,
+    run=RunOptions,
+    scoring=ScoringOptions,
+    output=OutputOptions,
+)
+def oneshot(
+    model: str | Path | ModelSource,
+    calibration: str | Path | None,
+    out: str | Path,
+    *,
+    recipe: str | Recipe = "default",
+    scores: ImportanceTable | str | Path | None = None,
+    distributed: bool = False,
+    progress: bool = False,
+    changes: Any,
+    budget: Budget,
+    sampling: CalibrationOptions,
+    run: RunOptions,
+    scoring: ScoringOptions,
+    output: OutputOptions,
+) -> dict[str, Any]:
+    """Score a model, choose its neurons, refit what stays and write the smaller checkpoint.
+
+    Args:
+        model: a model folder, hub name or `demo`; it is only read.
+        calibration: text to score on and refit to; None where `scores` or a criterion without data
+            is enough.
+        out: the folder to make. It appears under this name only when whole.
+        recipe: "default", "paper" or a Recipe; its fields can be changed one by one.
+        scores: a table, or the file of one, to rank by instead of scoring.
+        distributed: torchrun started this program: all processes score, the first does the rest.
+        progress: show bars and the plan on stderr.
+
+    Returns:
+        What was achieved: `out`, widths, parameters, ratios, the recipe, the allocation chosen and
+        its KL in nats; empty in the other processes of torchrun.
+
+    Raises:
+        HFPruneError: bad input, one line, before any work where that is possible.
+    """
+    out, processes = Path(out), launched() if distributed else Processes()
+    given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
+    chosen_recipe = _recipe(recipe, asdict(changes), given, calibration, scoring)
+    source = open_source(model)
+    width = WidthBudget.of(source.spec, budget)
+    check_output(source, out, width.width, output, resume=scoring.resume)
+    if given is not None:
+        check_table(given, source)
+    elif chosen_recipe.criterion in DATA_FREE:
+        given = data_free_table(source, chosen_recipe.criterion, sampling.seed)
+    if given is not None and processes.rank > 0:
+        return {}
+    job = None
+    if given is None or chosen_recipe.refit:
+        job = _job(source, calibration, chosen_recipe, sampling, run, scoring, processes)
+    with ExitStack() as stack:
+        table, opened = given, None
+        if job is not None:
+            opened, table = _open_and_score(
+                stack, job, given, run, state_of(out), chosen_recipe.refit, progress
+            )
+        assert table is not None
+        if processes.rank > 0:
+            return {}
+        if given is None:
+            stack.enter_context(saved_on_failure(table))
+        importance = table.importance(chosen_recipe.ranks_by, chosen_recipe.criterion)
+        batches = opened.batches if opened else []
+        dense = opened.model if opened and chosen_recipe.refit else None
+        keep, chosen = allocation.choose(dense, batches, importance, width, chosen_recipe, progress)
+        replace = refit_stored(dense, batches, source, keep, progress) if dense else None
+        requested = {**budget.size, **asdict(chosen_recipe)}
+        requested |= {"round_to": budget.round_to, "protect": sorted(budget.protect)}
+        record = {"requested": requested, "chosen": chosen, "provenance": table.provenance}
+        achieved = prune_checkpoint(
+            source, out, keep, replace=replace, record=record, progress=progress, **asdict(output)
+        )
+    state_of(out).unlink(missing_ok=True)
+    return {
+        "out": str(out), **achieved, **asdict(chosen_recipe), **chosen, "verified": output.verify,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The dense model, entered, and the micro-batches that it runs on."""
+
+    model: ResidentModel
+    batches: list[MicroBatch]
+
+
+def _open_and_score(
+    stack: ExitStack,
+    job: ScoringJob,
+    given: ImportanceTable | None,
+    run: RunOptions,
+    state_file: Path,
+    needs_refit: bool,
+    progress: bool,
+) -> tuple[_Dense, ImportanceTable]:
+    """Load the weights and score, unless a table is given; the model stays open in `stack`."""
+    processes = job.processes if given is None else Processes()
+    with joined(job.subject.device, processes):
+        plan, keeper = job.plan(run, state_file if given is None else None, refit=needs_refit)
+        model = stack.enter_context(open_model(job.subject, plan.offload))
+        table = given or job.run(model, plan, keeper, progress)
+    return _Dense(model, job.data.split(plan.batch_size)), table
+
+
+def _job(
+    source: ModelSource,
+    calibration: str | Path | None,
+    recipe: Recipe,
+    sampling: CalibrationOptions,
+    run: RunOptions,
+    scoring: ScoringOptions,
+    processes: Processes,
+) -> ScoringJob:
+    """Read the calibration and prepare the model to run."""
+    if calibration is None:
+        raise ArgumentError("refit needs --calibration, the text to fit to; or --no-refit")
+    source, data = open_inputs(source, calibration, sampling, run, scoring, processes)
+    if recipe.refit:
+        _warn_of_few_tokens(data, source.spec.intermediate_size)
+    device = own_device(run.device, processes)
+    subject = loading.blueprint(source, dtype=run.dtype, device=device)
+    criteria = () if recipe.criterion in DATA_FREE else (recipe.criterion,)
+    obs = recipe.select == "obs"
+    return ScoringJob(subject, source.spec, data, criteria, obs, scoring, sampling.seed, processes)
+
+
+def _recipe(
+    recipe: str | Recipe,
+    changes: dict[str, Any],
+    scores: ImportanceTable | None,
+    calibration: str | Path | None,
+    scoring: ScoringOptions,
+) -> Recipe:
+    """Return the recipe with its changes, if there is all that it needs."""
+    if scores is not None and scoring.resume:
+        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
+    scored = None if scores is None else (scores.criteria, "obs" in scores.statistics)
+    resolved = resolve_recipe(recipe, changes, scored, has_text=calibration is not None)
+    data_free = resolved.criterion in DATA_FREE
+    if scores is None and calibration is None and not data_free:
+        raise ArgumentError("give --calibration SOURCE, or --scores FILE, or both")
+    if scores is not None and data_free:
+        raise ArgumentError(f"criterion {resolved.criterion} takes no --scores")
+    if resolved.refit and calibration is None:
+        raise ArgumentError("--refit needs --calibration, the text to fit to")
+    if scores is None and not data_free:
+        check_criteria(
+            (resolved.criterion,), resolved.select == "obs", scoring, launched(), "state"
+        )
+    if recipe == "default" and calibration is None and not data_free:
+        say("nothing is refitted; with --calibration as well it stays closer to the dense model")
+    return resolved
+
+
+def check_output(
+    source: ModelSource, out: Path, width: int, output: OutputOptions, *, resume: bool = False
+) -> None:
+    """Refuse an output before any work, and say what earlier runs have left beside it."""
+    dense_bytes = sum(shard.path.stat().st_size for shard in source.shards.values())
+    needed_bytes = dense_bytes * source.spec.params_at(width) // source.spec.total_params
+    check_output_folder(out, source.folder, force=output.force, needed_bytes=needed_bytes)
+    check_state(out, resume=resume, force=output.force)
+    for leftover in atomic.leftovers(out):
+        say(leftover)
+    if native.WHY_NOT is not None:
+        say(f"weights are moved by {native.description()}")
+
+
+def _warn_of_few_tokens(data: TokenData, neurons: int) -> None:
+    needed = _TOKENS_A_NEURON * neurons
+    if data.tokens < needed:
+        say(
+            f"{data.tokens} calibration tokens are few to refit {neurons} neurons a layer; "
+            f"{needed} or more generalise better"
+        )
+
+
+def refit_stored(
+    model: ResidentModel,
+    batches: list[MicroBatch],
+    source: ModelSource,
+    keep: Keep,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Return {tensor name in the checkpoint: refitted down_proj, in the dtype it is stored in}."""
+    tokens = sum(batch.tokens for batch in batches)
+    with token_bar("refitting", tokens, progress) as on_progress:
+        (result,), _ = refit(model, batches, [keep], done=on_progress)
+    stored = {}
+    for layer, weight in result.weights.items():
+        name = source.down_proj(layer)
+        stored[name] = weight.to(TORCH_DTYPES[source.tensors[name].dtype])
+    return stored

@@ -1,0 +1,254 @@
+"""One run of scoring: planned, saved on the way, added up over processes, made into a table."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune_fast._version import __version__
+from hfprune_fast.checkpoint.loading import Blueprint
+from hfprune_fast.config import CRITERIA, RunOptions, ScoringOptions
+from hfprune_fast.console import say, token_bar
+from hfprune_fast.data.batches import TokenData
+from hfprune_fast.engine.distributed import Processes
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.planner import Plan, plan_run
+from hfprune_fast.errors import ArgumentError
+from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
+from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.scoring.costs import removal_costs
+from hfprune_fast.scoring.passes import How, no_totals
+from hfprune_fast.scoring.resume import Keeper, Totals
+from hfprune_fast.scoring.run import backend_for, score_batches
+from hfprune_fast.scoring.table import ImportanceTable
+
+# What the mean of the sequences' losses is called in the provenance.
+LOSS_NAMES = {
+    "entropy": "entropy_nats",
+    "cross_entropy": "cross_entropy_nats",
+    "fisher": "sampled_cross_entropy_nats",
+}
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """One run of scoring: what is scored, on which data and by what."""
+
+    subject: Blueprint | ResidentModel
+    spec: ModelSpec
+    data: TokenData
+    criteria: tuple[str, ...]
+    obs: bool
+    options: ScoringOptions
+    seed: int  # of the tokens that fisher draws
+    processes: Processes
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """The criteria that need a gradient."""
+        return tuple(criterion for criterion in self.criteria if criterion != "activation")
+
+    @property
+    def backend(self) -> str:
+        like = torch.empty(0, device=self.subject.device, dtype=self.subject.dtype)
+        return backend_for(like, self.options.backend, self.options.parity)
+
+    def plan(
+        self, run: RunOptions, state_file: str | Path | None, *, refit: bool = False
+    ) -> tuple[Plan, Keeper]:
+        """Plan the run, as an interrupted one was planned, and prepare the file that saves it.
+
+        Args:
+            refit: the same model is refitted afterwards.
+        """
+        file = None if state_file is None or self.processes.count > 1 else Path(state_file)
+        keeper = Keeper(file, self.options.save_seconds)
+        # What a run began with in the memory that was free then is what it goes on with.
+        kept = keeper.kept_identity() if self.options.resume else {}
+        if run.batch_size is None and "batch_size" in kept:
+            run = replace(run, batch_size=kept["batch_size"])
+        plan = self._plan(run, refit)
+        agreed = self.processes.as_the_first(plan.batch_size)  # with less memory free, perhaps
+        if agreed != plan.batch_size:
+            plan = self._plan(replace(run, batch_size=agreed), refit)
+        logits = kept.get("logits_budget_bytes", plan.logits_budget_bytes)
+        plan = replace(plan, logits_budget_bytes=logits)
+        keeper.identity = self._identity(plan)
+        return plan, keeper
+
+    def _plan(self, run: RunOptions, refit: bool) -> Plan:
+        return plan_run(
+            self.spec,
+            run,
+            device=self.subject.device,
+            dtype=self.subject.dtype,
+            seq_len=self.data.longest,
+            sequences=self.data.sequences,
+            largest=self.data.largest,
+            loaded=isinstance(self.subject, ResidentModel),
+            parity=self.options.parity,
+            criteria=max(1, len(self.gradients)),
+            refit=self.obs or refit,
+        )
+
+    def _identity(self, plan: Plan) -> dict[str, Any]:
+        """Return what tells this run from others."""
+        batches = self.data.split(plan.batch_size)
+        source = None if isinstance(self.subject, ResidentModel) else self.subject.source
+        drawn = "fisher" in self.gradients
+        versions = _versions()
+        return {
+            "model_fingerprint": None if source is None else source.fingerprint,
+            "samples": self.data.sequences,
+            "seq_len": max(batch.ids.shape[1] for batch in batches),
+            "criteria": list(self.gradients),
+            "obs": self.obs,
+            "seed": self.seed if drawn else self.data.description.get("seed"),
+            "data_sha256": self.data.sha256,
+            "batch_size": plan.batch_size,
+            "logits_budget_bytes": plan.logits_budget_bytes,
+            "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],
+            "dtype": str(self.subject.dtype).removeprefix("torch."),
+            "backend": self.backend,
+            "parity": self.options.parity,
+            **{name: versions[name] for name in ("torch", "hfprune_fast")},
+        }
+
+    def run(
+        self, model: ResidentModel, plan: Plan, keeper: Keeper, progress: bool
+    ) -> ImportanceTable:
+        """Score the model, which is entered."""
+        if progress:
+            say(f"scoring with {plan}")
+        batches = self.data.split(plan.batch_size)
+        how = How(
+            backend=self.backend,
+            criteria=self.gradients,
+            seed=self.seed,
+            parity=self.options.parity,
+            recompute=plan.recompute,
+            inputs_on_host=plan.inputs_on_host,
+            pass_tokens=plan.pass_tokens,
+            logits_budget_bytes=plan.logits_budget_bytes,
+        )
+        with keeper.kept_if_interrupted(self.data.sequences):
+            totals, most = no_totals(model, how, self.obs), plan.batch_size
+            if self.options.resume:
+                totals, most = keeper.resume(totals) or (totals, most)
+            share = self.processes.deal(batches)
+            remaining = sum(batch.tokens for batch in share) - totals.tokens
+            with token_bar("scoring", remaining, progress, self.spec.flops_per_token) as done:
+                totals = score_batches(
+                    model, share, how, totals, most=most, committed=keeper.committed, done=done
+                )
+        totals = _sum(totals, self.processes)
+        if (totals.samples, totals.tokens) != (self.data.sequences, self.data.tokens):
+            raise RuntimeError("the processes scored another number of sequences than there are")
+        costs = None
+        if self.obs and self.processes.rank == 0 and totals.output_fisher is not None:
+            fisher = totals.output_fisher / self.data.tokens
+            with token_bar("removal costs", self.data.tokens, progress) as done:
+                costs = removal_costs(model, batches, fisher, done)
+        return self._table(totals, costs, keeper.identity)
+
+    def _table(
+        self, totals: Totals, costs: Tensor | None, identity: Mapping[str, Any]
+    ) -> ImportanceTable:
+        copied = ("dtype", "backend", "parity", "batch_size", "samples")
+        provenance: dict[str, Any] = {
+            "criteria": list(self.criteria),
+            "versions": _versions(),
+            **({"seed": self.seed} if "fisher" in self.gradients else {}),
+            "calibration": {**self.data.description, "data_sha256": self.data.sha256},
+            **{key: identity[key] for key in copied},
+            "tokens": self.data.tokens,
+        }
+        if not isinstance(self.subject, ResidentModel):
+            provenance["model"] = self.subject.source.name
+            provenance["model_fingerprint"] = self.subject.source.fingerprint
+        statistics: dict[str, Tensor] = {}
+        of_criteria = totals.statistics.double().cpu()
+        for c, name in enumerate(self.gradients):
+            # In the order of TaylorStatistics, of which act is the same for all criteria.
+            own = zip(("l1", "l2", "fisher_mask"), of_criteria[c])  # noqa: B905
+            statistics |= {f"{name}.{statistic}": values for statistic, values in own}
+            provenance[LOSS_NAMES[name]] = totals.loss_nats[c] / self.data.sequences
+        statistics["act"] = TaylorStatistics(*of_criteria[0].unbind()).act
+        statistics["down_norm"] = totals.down_norm.cpu()
+        if costs is not None:
+            statistics["obs"] = costs
+        return ImportanceTable(statistics, self.spec, provenance)
+
+
+def check_criteria(
+    criteria: Sequence[str],
+    obs: bool,
+    scoring: ScoringOptions,
+    processes: Processes,
+    state_file: str | Path | None,
+) -> None:
+    """Refuse criteria and options that do not go together."""
+    if not criteria or len(set(criteria)) != len(criteria) or not set(criteria) <= set(CRITERIA):
+        raise ArgumentError(
+            f"criterion must be one of {', '.join(CRITERIA)}, got {', '.join(criteria) or 'none'}"
+        )
+    if obs and "fisher" not in criteria:
+        raise ArgumentError(f"obs needs criterion fisher, got {', '.join(criteria)}")
+    if scoring.parity and list(criteria) != ["entropy"]:
+        raise ArgumentError(
+            f"parity rounds as the paper's code does, which knows criterion entropy alone, "
+            f"got {', '.join(criteria)}"
+        )
+    if scoring.resume and processes.count > 1:
+        raise ArgumentError("--resume is for one process; several keep no state to go on from")
+    if scoring.parity and processes.count > 1:
+        raise ArgumentError("--parity is for one process, in which the paper's code adds up")
+    if scoring.resume and state_file is None:
+        raise ArgumentError("resume needs the state_file to go on from, got none")
+
+
+def _sum(totals: Totals, processes: Processes) -> Totals:
+    """Return the sums of all processes, from one all-reduce."""
+    if processes.count == 1:
+        return totals
+    norms = totals.down_norm if processes.rank == 0 else torch.zeros_like(totals.down_norm)
+    numbers = [totals.samples, totals.tokens, *totals.loss_nats]
+    parts = [
+        totals.statistics.double(),
+        norms,
+        torch.tensor(numbers, dtype=torch.float64, device=norms.device),
+    ]
+    flat = torch.cat([part.flatten() for part in parts])
+    processes.add(flat)
+    statistics, norms, counted = (
+        piece.view(part.shape)
+        for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+    )
+    if totals.output_fisher is not None:
+        for layer in totals.output_fisher:  # which is on the CPU
+            on_device = layer.to(norms.device)
+            processes.add(on_device)
+            layer.copy_(on_device)
+    samples, tokens, *losses = counted.tolist()
+    return Totals(
+        statistics, norms, totals.output_fisher, round(samples), round(tokens), tuple(losses)
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    import transformers
+
+    return {
+        "hfprune_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": TRITON_VERSION,
+        "python": platform.python_version(),
+    }
