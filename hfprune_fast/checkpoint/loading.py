@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,18 +29,18 @@ from hfprune_fast.checkpoint.source import (
     read_config,
 )
 from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
-from hfprune_fast.models.families import NON_UNIFORM
-from hfprune_fast.models.registration import register
 from hfprune_fast.models.spec import ModelSize, size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# torch notes the device of such a context in a global too: two at a time would leave it at meta.
+_META_CONTEXT = threading.Lock()
+
 
 def build_config(folder: Path) -> Any:
     """Return the transformers config of a folder that `read_config` accepts."""
-    if str(read_config(folder)["model_type"]).startswith(NON_UNIFORM):
-        register()
+    read_config(folder)
     from transformers import AutoConfig
 
     with _one_line_errors(f"{folder}/config.json is not a valid configuration"):
@@ -52,23 +53,32 @@ def model_size(folder: Path) -> ModelSize:
 
 
 def _skeleton(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the model without weights: parameters on meta, buffers (rotary tables) computed."""
+    """Return the model without weights: parameters on meta, buffers (rotary tables) computed.
+
+    Other threads may run models meanwhile, so nothing that they see is changed: the meta device
+    is a context of this thread, and transformers gets no dtype, which it would make the default
+    of the whole process.
+    """
     config = build_config(folder)
     from transformers import AutoModelForCausalLM
 
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # tied ones are registered twice
-            param = frozen(param.to("meta"))
-        register(module, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        with _one_line_errors(f"{folder}/config.json does not make a model"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    config.dtype = None
+    with (
+        _one_line_errors(f"{folder}/config.json does not make a model"),
+        _META_CONTEXT,
+        torch.device("meta"),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    config.dtype = dtype
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, buffer in buffers.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if buffers:
+            model._init_weights(module)  # as from_pretrained computes what no checkpoint has
     return model.eval()  # type: ignore[no-any-return]
 
 
