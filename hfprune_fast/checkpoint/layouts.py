@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfprune_fast.errors import ArgumentError, one_line
-from hfprune_fast.models.families import CLASS_NAMES, NON_UNIFORM, family_type
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
 from hfprune_fast.models.sites import parts_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 CODE = Path(__file__).parents[1] / "models" / "nonuniform.py"
 
@@ -30,18 +26,19 @@ CODE_FILE = "modeling_hfprune.py"
 def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> dict[str, Any]:
     """Return a checkpoint's config.json for MLPs of these widths."""
     family = family_type(config)
+    name = FAMILIES[family].class_name
     pruned = {**config, "intermediate_size": max(widths)}
     pruned.pop("per_layer_config", None)
     if config["model_type"] != family:
         pruned.pop("mlp_widths", None)
         pruned.pop("auto_map", None)
-        pruned |= {"model_type": family, "architectures": [f"{CLASS_NAMES[family]}ForCausalLM"]}
+        pruned |= {"model_type": family, "architectures": [f"{name}ForCausalLM"]}
     if layout == "padded" or len(set(widths)) == 1:
         return pruned
     if layout == "native":
         layers = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
         return {**pruned, "per_layer_config": layers}
-    module, name = Path(CODE_FILE).stem, CLASS_NAMES[family]
+    module = Path(CODE_FILE).stem
     return {
         **pruned,
         "model_type": NON_UNIFORM + family,
@@ -81,33 +78,3 @@ def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
         f"layout native: transformers {transformers.__version__} does not build "
         f"{wanted['model_type']} with a width for each layer ({why}); use layout custom or padded"
     )
-
-
-def describe(model: PreTrainedModel, widths: Sequence[int]) -> None:
-    """Have a model whose MLPs were cut say so, such that what `save_pretrained` writes loads.
-
-    An instance of the family's own class becomes one of `nonuniform`, which computes the same, or
-    goes back. Of any other class only the config is changed: what it saves does not load, since the
-    shapes do not fit.
-    """
-    config: Any = model.config
-    family, uniform = family_type(config.to_dict()), len(set(widths)) == 1
-    narrowed = config.model_type != family
-    config.intermediate_size = max(widths)
-    vars(config).pop("mlp_widths", None)
-    if not uniform:
-        config.mlp_widths = list(widths)
-    if uniform != narrowed:  # it is of the right class already
-        return
-    import transformers
-
-    from hfprune_fast.models import nonuniform
-
-    names = [f"{CLASS_NAMES[family]}{kind}" for kind in ("Config", "ForCausalLM")]
-    own = [getattr(transformers, name) for name in names]
-    if uniform:
-        vars(config).pop("auto_map", None)
-        config.__class__, model.__class__ = own
-    elif [type(config), type(model)] == own:
-        ours = [getattr(nonuniform, f"HFPrune{name}") for name in names]
-        config.__class__, model.__class__ = ours

@@ -7,8 +7,10 @@ convert while loading is refused.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,30 +34,44 @@ from hfprune_fast.models.spec import ModelSpec, spec_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# torch notes the device of such a context in a global too: two at a time would leave it at meta.
+_META_CONTEXT = threading.Lock()
+
 
 def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
     """Return the spec and the transformers config of a folder, from its config.json alone."""
-    config = load_config(folder, read_config(folder))
+    read_config(folder)  # which refuses what cannot be pruned
+    config = load_config(folder)
     return spec_of(_skeleton(folder, config)), config
 
 
 def _skeleton(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the model without weights: parameters on meta, buffers (rotary tables) computed."""
+    """Return the model without weights: parameters on meta, buffers (rotary tables) computed.
+
+    Other threads may run models meanwhile, so nothing that they see is changed: the meta device
+    is a context of this thread, and transformers gets no dtype, which it would make the default
+    of the whole process.
+    """
     from transformers import AutoModelForCausalLM
 
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # tied ones are registered twice
-            param = frozen(param.to("meta"))
-        register(module, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        with one_line_errors(f"{folder}/config.json does not make a model"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    config = copy.deepcopy(config)
+    config.dtype = None
+    with (
+        one_line_errors(f"{folder}/config.json does not make a model"),
+        _META_CONTEXT,
+        torch.device("meta"),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    config.dtype = dtype
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, buffer in buffers.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if buffers:
+            model._init_weights(module)  # as from_pretrained computes what no checkpoint has
     return model.eval()  # type: ignore[no-any-return]
 
 

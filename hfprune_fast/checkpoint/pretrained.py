@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfprune_fast.errors import CheckpointError, one_line
-from hfprune_fast.models.families import NON_UNIFORM
-from hfprune_fast.models.registration import register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
-    """Return the transformers config of a folder, whose config.json is given."""
-    if str(config["model_type"]).startswith(NON_UNIFORM):
-        register()
+def load_config(folder: Path) -> Any:
+    """Return the transformers config of a folder."""
     from transformers import AutoConfig
 
     with one_line_errors(f"{folder}/config.json is not a valid configuration"):

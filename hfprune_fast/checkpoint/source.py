@@ -69,7 +69,7 @@ class ModelSource:
 
     @cached_property
     def transformers_config(self) -> Any:
-        return load_config(self.folder, self.config)
+        return load_config(self.folder)
 
     @property
     def has_prefix(self) -> bool:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfprune_fast.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Family:
     """Names of the parts, as paths below the base model (`decoder`) or below one layer."""
 
+    class_name: str  # begins the names of transformers' classes: Llama, as in LlamaForCausalLM
     decoder: str = "model"
     layers: str = "layers"
     gate: str = "mlp.gate_proj"
@@ -34,15 +32,12 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(qk_norm=True),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3", qk_norm=True),
 }
 
-
-# The first part of the names of transformers' classes.
-CLASS_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 NON_UNIFORM = "hfprune_"  # begins the model_type of a family whose layers have their own widths
 
 

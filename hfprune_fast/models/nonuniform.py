@@ -1,8 +1,8 @@
-"""Models whose layers have MLPs of different widths: the family's own classes, narrowed.
+"""Models whose layers have MLPs of different widths: a family's own classes with narrower MLPs.
 
 hfprune_fast puts a copy of this file into such a checkpoint as `modeling_hfprune.py`, from where
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` takes it. So it imports
-nothing but transformers. `import hfprune_fast` makes the same classes known without remote code.
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it. So it imports
+nothing but transformers. After `import hfprune_fast` the same classes need no remote code.
 
 config.json has the width of each layer in `mlp_widths`; `intermediate_size` is the widest. The
 `model_type` is not the family's, so that nothing takes the checkpoint for a uniform one.
@@ -11,27 +11,49 @@ config.json has the width of each layer in `mlp_widths`; `intermediate_size` is 
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+
+_CLASSES: dict[str, type] = {}  # the classes made so far
 
 
-class _OwnWidths:
-    """What is put before a family's ForCausalLM to give each layer's MLP its width."""
+def __getattr__(name: str) -> Any:
+    """Return HFPruneLlamaConfig, HFPruneLlamaForCausalLM, or the same for any other family.
+
+    Each class is made of transformers' own (LlamaConfig, LlamaForCausalLM) when it is first used:
+    this file needs no list of families, and imports the code of no family that is not used.
+    """
+    match = re.fullmatch("HFPrune(.+)(Config|ForCausalLM)", name)
+    if match is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _CLASSES:
+        return _CLASSES[name]
+    family, kind = match.groups()
+    base = getattr(transformers, family + kind)
+    members: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
+    if kind == "Config":
+        bases: tuple[type, ...] = (base,)
+        members |= {
+            "model_type": f"hfprune_{base.model_type}",
+            "_auto_class": "AutoConfig",  # has save_pretrained ship this file
+            "mlp_widths": None,
+            "__annotations__": {"mlp_widths": list[int] | None},  # a field of the config
+        }
+    else:
+        bases = (_PerLayerWidths, base)
+        members["config_class"] = __getattr__(f"HFPrune{family}Config")
+    # Two threads may both have made the class; both return the one that was stored first.
+    return _CLASSES.setdefault(name, type(name, bases, members))
+
+
+class _PerLayerWidths:
+    """Mixin for a family's ForCausalLM that gives each layer's MLP its own width."""
 
     _auto_class: Any = "AutoModelForCausalLM"  # has save_pretrained ship this file
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: Any) -> None:
         widths, widest = config.mlp_widths, config.intermediate_size
         if widths is None:
             widths = [widest] * config.num_hidden_layers
@@ -46,44 +68,4 @@ class _OwnWidths:
                 narrow = copy.copy(config)
                 narrow.intermediate_size = width
                 layer.mlp = type(layer.mlp)(narrow)
-        self.post_init()  # type: ignore[attr-defined]  # gives new weights the family's values
-
-
-class HFPruneLlamaConfig(LlamaConfig):
-    model_type = "hfprune_llama"
-    _auto_class = "AutoConfig"
-    mlp_widths: list[int] | None = None
-
-
-class HFPruneLlamaForCausalLM(_OwnWidths, LlamaForCausalLM):
-    config_class = HFPruneLlamaConfig
-
-
-class HFPruneMistralConfig(MistralConfig):
-    model_type = "hfprune_mistral"
-    _auto_class = "AutoConfig"
-    mlp_widths: list[int] | None = None
-
-
-class HFPruneMistralForCausalLM(_OwnWidths, MistralForCausalLM):
-    config_class = HFPruneMistralConfig
-
-
-class HFPruneQwen2Config(Qwen2Config):
-    model_type = "hfprune_qwen2"
-    _auto_class = "AutoConfig"
-    mlp_widths: list[int] | None = None
-
-
-class HFPruneQwen2ForCausalLM(_OwnWidths, Qwen2ForCausalLM):
-    config_class = HFPruneQwen2Config
-
-
-class HFPruneQwen3Config(Qwen3Config):
-    model_type = "hfprune_qwen3"
-    _auto_class = "AutoConfig"
-    mlp_widths: list[int] | None = None
-
-
-class HFPruneQwen3ForCausalLM(_OwnWidths, Qwen3ForCausalLM):
-    config_class = HFPruneQwen3Config
+        self.post_init()  # type: ignore[attr-defined]  # initialises the new weights

@@ -1,54 +1,71 @@
-"""Make the classes of `nonuniform` known to transformers."""
+"""The classes of `nonuniform`: known to transformers, and put on models in memory."""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
-import sys
-from importlib.machinery import ModuleSpec
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from hfprune_fast.models.families import CLASS_NAMES
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
 
-_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def register() -> None:
-    """Make the classes of `nonuniform` known to transformers, so that no remote code is needed."""
+def register_with_transformers() -> None:
+    """Register the config classes of `nonuniform`, so that its models load without remote code.
+
+    Importing a family's classes takes seconds, so placeholders are registered. AutoConfig makes
+    an instance of one before any model is loaded; that imports and registers the classes.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    class Placeholder(PreTrainedConfig):
+        def __new__(cls, **fields: Any) -> Any:
+            config_class, _ = nonuniform_classes(cls.model_type.removeprefix(NON_UNIFORM))
+            return config_class(**fields)
+
+    for family in FAMILIES:
+        model_type = NON_UNIFORM + family
+        placeholder = type("Placeholder", (Placeholder,), {"model_type": model_type})
+        AutoConfig.register(model_type, placeholder, exist_ok=True)
+
+
+def nonuniform_classes(family: str) -> tuple[Any, Any]:
+    """Return the config and model class of `nonuniform` for a family, registered."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hfprune_fast.models import nonuniform
 
-    for name in CLASS_NAMES.values():
-        config = getattr(nonuniform, f"HFPrune{name}Config")
-        model = getattr(nonuniform, f"HFPrune{name}ForCausalLM")
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    name = FAMILIES[family].class_name
+    config = getattr(nonuniform, f"HFPrune{name}Config")
+    model = getattr(nonuniform, f"HFPrune{name}ForCausalLM")
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    return config, model
 
 
-def register_with_transformers() -> None:
-    """Register now if transformers' Auto classes are loaded, else as soon as they are."""
-    if _AUTO_CLASSES in sys.modules:
-        register()
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
+    """Write the widths of a pruned model's MLPs into its config, so that what it saves loads.
 
+    A model of the family's own class gets the class of `nonuniform`, which computes the same, if
+    the widths differ, and goes back if they do not. A model of any other class keeps it: if the
+    widths differ, what it saves does not load, since the shapes do not fit.
+    """
+    import transformers
 
-class _Watch(importlib.abc.MetaPathFinder):
-    """Registers when AutoModelForCausalLM is first imported: importing transformers takes long."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != _AUTO_CLASSES:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: Any) -> None:
-            execute(module)
-            register()
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
+    config: Any = model.config
+    family, uniform = family_type(config.to_dict()), len(set(widths)) == 1
+    was_uniform = config.model_type == family
+    config.intermediate_size = max(widths)
+    vars(config).pop("mlp_widths", None)
+    if not uniform:
+        config.mlp_widths = list(widths)
+    if uniform == was_uniform:  # the class fits already
+        return
+    name = FAMILIES[family].class_name
+    own = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+    if uniform:
+        vars(config).pop("auto_map", None)
+        config.__class__, model.__class__ = own
+    elif (type(config), type(model)) == own:
+        config.__class__, model.__class__ = nonuniform_classes(family)

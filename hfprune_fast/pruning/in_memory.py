@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_fast.checkpoint import native
-from hfprune_fast.checkpoint.layouts import describe
 from hfprune_fast.errors import ArgumentError
+from hfprune_fast.models.registration import record_widths
 from hfprune_fast.models.sites import check_keep, parts_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def prune(
         for module in parts.layers[layer].modules():  # LlamaMLP and its kin repeat the width
             if getattr(module, "intermediate_size", None) == dense[layer]:
                 module.intermediate_size = width  # type: ignore[assignment]
-    describe(model, [len(keep[layer]) for layer in range(len(keep))])
+    record_widths(model, [len(keep[layer]) for layer in range(len(keep))])
 
 
 def _cut_parameter(parameter: Tensor, axis: int, kept: Tensor) -> nn.Parameter:

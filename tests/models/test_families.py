@@ -35,7 +35,7 @@ def test_parts_are_the_models_own(family: str) -> None:
     ],
 )
 def test_neuron_axis(prefix: str, name: str, place: tuple[int, int] | None) -> None:
-    assert neuron_axis(Family(), prefix + name) == place
+    assert neuron_axis(Family("Llama"), prefix + name) == place
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "gpt2"}, {"model_type": ["llama"]}])
