@@ -106,7 +106,7 @@ class Fitting:
             token_bar("refitting", _tokens(self.batches), self._progress) as done,
             running(blueprint, self._plan.offload) as model,
         ):
-            (result,), _ = refit(model, self.batches, [keep], done=done)
+            (result,), _ = refit(model, self.batches, [keep], on_progress=done)
         family, stored = blueprint.checkpoint.family, blueprint.checkpoint.tensors
         replaced = {}
         for layer, weight in result.weights.items():
@@ -155,7 +155,7 @@ def held_out_kl(
     They are refitted on the others.
     """
     held_out = max(1, len(batches) // 4)
-    results, dense = refit(model, batches, keeps, held_out=held_out, done=done)
+    results, dense = refit(model, batches, keeps, held_out=held_out, on_progress=done)
     head = model.head()
     return [
         fidelity.compare(batches[-held_out:], dense, r.hidden, head, head).kl_nats for r in results

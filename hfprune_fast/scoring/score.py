@@ -25,10 +25,11 @@ from hfprune_fast.engine.streaming import running
 from hfprune_fast.errors import ArgumentError, CalibrationError
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
 from hfprune_fast.models import spec
-from hfprune_fast.scoring import criteria
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.costs import removal_costs
-from hfprune_fast.scoring.passes import How, no_totals
-from hfprune_fast.scoring.resume import Keeper, Totals
+from hfprune_fast.scoring.criteria import CRITERIA as CRITERION_TABLE
+from hfprune_fast.scoring.passes import PassOptions, empty_accumulator
+from hfprune_fast.scoring.resume import ResumeFile
 from hfprune_fast.scoring.run import backend_for, score_batches
 from hfprune_fast.scoring.table import ImportanceTable
 
@@ -37,13 +38,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 128
 SAVE_SECONDS = 60.0
-CRITERIA = (*criteria.CRITERIA, "activation")
-# What the mean of the sequences' losses is.
-LOSS_NAMES = {
-    "entropy": "entropy_nats",
-    "cross_entropy": "cross_entropy_nats",
-    "fisher": "sampled_cross_entropy_nats",
-}
+CRITERIA = tuple(CRITERION_TABLE)
 
 
 def score(
@@ -119,7 +114,8 @@ def score(
     if resume and state_file is None:
         raise ArgumentError("resume needs the state_file to go on from, got none")
     provenance: dict[str, Any] = {"criteria": list(criteria), "versions": _versions()}
-    if "fisher" in gradients:
+    draws = any(CRITERION_TABLE[name].draws for name in gradients)
+    if draws:
         provenance["seed"] = seed
     calibration: dict[str, Any] = {"source": "token batches"}
     source = batches_or_source
@@ -148,7 +144,7 @@ def score(
     if not given:
         raise CalibrationError("no token batches to score with; expected at least one sequence")
     sequences, tokens = sum(len(b.ids) for b in given), sum(b.tokens for b in given)
-    keeper = Keeper(
+    keeper = ResumeFile(
         None if state_file is None or together.count > 1 else Path(state_file), save_seconds
     )
 
@@ -172,7 +168,7 @@ def score(
 
     with processes.joined(subject.device, together):
         # What a run began with in the memory that was free then is what it goes on with.
-        kept = keeper.kept_identity() if resume else {}
+        kept = keeper.saved_identity() if resume else {}
         plan = plan_for(kept.get("batch_size") if batch_size is None else batch_size)
         agreed = together.as_the_first(plan.batch_size)  # with less memory free, perhaps
         plan = plan if agreed == plan.batch_size else plan_for(agreed)
@@ -185,7 +181,7 @@ def score(
             "seq_len": max(batch.ids.shape[1] for batch in batches),
             "criteria": list(gradients),
             "obs": obs,
-            "seed": seed if "fisher" in gradients else calibration.get("seed"),
+            "seed": seed if draws else calibration.get("seed"),
             "data_sha256": _digest(batches),
             "batch_size": plan.batch_size,
             "logits_budget_bytes": kept.get("logits_budget_bytes", plan.logits_budget_bytes),
@@ -195,7 +191,7 @@ def score(
             "parity": parity,
             **{name: provenance["versions"][name] for name in ("torch", "hfprune_fast")},
         }
-        how = How(
+        how = PassOptions(
             backend=backend,
             criteria=gradients,
             seed=seed,
@@ -209,16 +205,22 @@ def score(
             (
                 subject if isinstance(subject, ResidentModel) else running(subject, plan.offload)
             ) as model,
-            keeper.kept_if_interrupted(sequences),
+            keeper.saved_if_interrupted(sequences),
         ):
-            totals, most = no_totals(model, how, obs), plan.batch_size
+            totals, most = empty_accumulator(model, how, obs), plan.batch_size
             if resume:
                 totals, most = keeper.resume(totals) or (totals, most)
             share = together.deal(batches)
             todo_tokens = sum(batch.tokens for batch in share) - totals.tokens
             with token_bar("scoring", todo_tokens, progress, shape.flops_per_token) as done:
                 totals = score_batches(
-                    model, share, how, totals, most=most, committed=keeper.committed, done=done
+                    model,
+                    share,
+                    how,
+                    totals,
+                    max_batch_size=most,
+                    on_commit=keeper.on_commit,
+                    on_progress=done,
                 )
             totals = _sum(totals, together)
             costs = None
@@ -239,7 +241,7 @@ def score(
     for c, name in enumerate(gradients):
         own = TaylorStatistics(*of_criteria[c].unbind())
         statistics |= {f"{name}.l1": own.l1, f"{name}.l2": own.l2, f"{name}.mask": own.mask}
-        provenance[LOSS_NAMES[name]] = totals.loss_nats[c] / sequences
+        provenance[CRITERION_TABLE[name].loss_name] = totals.loss_nats[c] / sequences
     statistics["act"] = TaylorStatistics(*of_criteria[0].unbind()).act
     statistics["down_norm"] = totals.down_norm.cpu()
     if costs is not None:
@@ -260,7 +262,7 @@ def _check_criteria(criteria: Sequence[str], obs: bool, parity: bool) -> tuple[s
             f"parity rounds as the paper's code does, which knows criterion entropy alone, "
             f"got {', '.join(criteria)}"
         )
-    return tuple(criterion for criterion in criteria if criterion != "activation")
+    return tuple(name for name in criteria if CRITERION_TABLE[name].head_loss is not None)
 
 
 def _check_asked_of_a_loaded_model(
@@ -276,7 +278,7 @@ def _check_asked_of_a_loaded_model(
         )
 
 
-def _sum(totals: Totals, together: processes.Processes) -> Totals:
+def _sum(totals: ScoreAccumulator, together: processes.Processes) -> ScoreAccumulator:
     """Return the totals of all processes, from one all-reduce."""
     if together.count == 1:
         return totals
@@ -299,7 +301,7 @@ def _sum(totals: Totals, together: processes.Processes) -> Totals:
             together.add(on_device)
             layer.copy_(on_device)
     samples, tokens, *losses = counted.tolist()
-    return Totals(
+    return ScoreAccumulator(
         statistics, norms, totals.output_fisher, round(samples), round(tokens), tuple(losses)
     )
 
