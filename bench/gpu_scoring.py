@@ -30,8 +30,8 @@ from hfprune_fast.engine import planner
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.planner import ModelShape, Plan
 from hfprune_fast.models import spec
-from hfprune_fast.scoring.passes import How
-from hfprune_fast.scoring.resume import Totals
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
+from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import backend_for, score_batches
 
 SHAPE = Shape(4096, 14336, 32, 32, 8, 128_256) if GPU else Shape(64, 160, 3, 4, 2, 500)
@@ -95,8 +95,8 @@ class Subject:
                     targets += ("recomputed", "memory")
                 yield Way(batch_size, recompute, plan, targets)
 
-    def ours(self, way: Way, totals: Totals | None = None) -> Totals:
-        how = How(
+    def ours(self, way: Way, totals: ScoreAccumulator | None = None) -> ScoreAccumulator:
+        how = PassOptions(
             backend=self.backend,
             recompute=way.recompute,
             logits_budget_bytes=way.plan.logits_budget_bytes,

@@ -39,7 +39,7 @@ from hfprune_fast.engine import planner
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.planner import ModelShape, Plan
 from hfprune_fast.engine.streaming import running
-from hfprune_fast.scoring.passes import How
+from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import backend_for, score_batches
 
 SHAPE = Shape(8192, 28672, 80, 64, 8, 128_256) if GPU else Shape(64, 160, 6, 4, 2, 500)
@@ -127,8 +127,8 @@ class Streamed:
     def batches(self, plan: Plan, sequences: int) -> list[Any]:
         return micro_batch(self.ids[:sequences], SHAPE.vocab).split(plan.batch_size)
 
-    def how(self, plan: Plan, sequences: int) -> How:
-        return How(
+    def how(self, plan: Plan, sequences: int) -> PassOptions:
+        return PassOptions(
             backend=self.backend,
             recompute=True,
             inputs_on_host=plan.inputs_on_host,
@@ -188,7 +188,7 @@ class Streamed:
                     marks = Marks()
                     begin = time.perf_counter()
                     done += batches
-                    new = score_batches(model, done, how, totals, done=marks)
+                    new = score_batches(model, done, how, totals, on_progress=marks)
                     synchronize()
                     wall = {"s": time.perf_counter() - begin}
                     passes.append(wall | marks.parts(self.layers, len(batches)))

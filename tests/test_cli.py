@@ -315,7 +315,7 @@ def test_out_of_memory_says_what_to_do(
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("hfprune_fast.scoring.passes._Pass.add_to", full)
+    monkeypatch.setattr("hfprune_fast.scoring.passes.Pass.add_to", full)
     run = hfprune("score", llama_dir, "--calibration", text_file, "--out", tmp_path / "s")
     assert_refused(run, "out of memory with one sequence at a time; try a smaller --seq-len")
 

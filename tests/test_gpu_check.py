@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune_fast.engine import streaming
-from hfprune_fast.scoring import run
+from hfprune_fast.engine import weights
+from hfprune_fast.scoring import criteria
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
@@ -239,12 +239,12 @@ def test_a_layer_with_the_weights_of_another_is_seen(
     made = progress("streamed", tmp_path)
     streamed.measure("cpu", made, time.monotonic() - 1)
     assert len(made.result["rows"]) == len(made.result["skipped"]) == 1  # out of time
-    fill = streaming._Buffered._fill
+    fill = weights.BufferedWeights._fill
 
     def mistaken(self: Any, slot: Any, layer: int) -> None:
         fill(self, slot, 0 if layer == 1 else layer)
 
-    monkeypatch.setattr(streaming._Buffered, "_fill", mistaken)
+    monkeypatch.setattr(weights.BufferedWeights, "_fill", mistaken)
     with pytest.raises(ValueError, match=r"offload cpu, .*: the l1 of layer 1 is off"):
         streamed.measure("cpu", made, time.monotonic())
 
@@ -255,7 +255,7 @@ def test_out_of_memory_is_no_other_way(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(run, "linear_entropy", full)
+    monkeypatch.setattr(criteria, "linear_entropy", full)
     with pytest.raises(RuntimeError, match="not what was asked for: out of memory; going on with"):
         streamed.measure("disk", progress("streamed", tmp_path), time.monotonic())
 

@@ -1,12 +1,13 @@
-"""Running a model that may be somebody else's one layer at a time: checked first, left as found.
+"""Run a loaded model one layer at a time: check it first, leave it as it was found.
 
-A family's own forward does the set-up (embedding, masks, position embeddings): it runs once a
-micro-batch with stubs in place of the layers, which record how each is called. Then the layers run
-one by one, each called as recorded, so a layer's weights need to be in memory only while it runs.
-`ResidentModel` has them all in memory; `streaming.StreamedModel` brings them.
+A family's own forward does the set-up (embedding, masks, position embeddings): it runs once per
+micro-batch with stubs in place of the layers, which record how each layer is called. Then
+`for_each_layer` runs the layers one by one, each called as recorded, so a layer's weights need to
+be in memory only while it runs. `ResidentModel` keeps all weights in memory;
+`streaming.StreamedModel` fetches them.
 
-Sequences of a micro-batch are padded on the right. Under causal attention no token sees what comes
-after it, so padding needs no attention mask; it only must not be counted.
+Sequences of a micro-batch are padded on the right. Under causal attention no token sees a later
+one, so padding needs no attention mask; it only must not be counted.
 """
 
 from __future__ import annotations
@@ -26,21 +27,27 @@ from hfprune_fast.models.sites import parts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CALLS_KEPT = 16  # position embeddings and masks, of that many shapes of micro-batches
+OnProgress = Callable[[float], object]  # is given the tokens processed since the last call
+
+_CACHED_SHAPES = 16  # micro-batch shapes whose recorded calls (masks, position embeddings) are kept
+
+
+def no_progress(tokens: float) -> None:
+    """Default progress callback: does nothing."""
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a weight with NaN or inf, by its name."""
+    """Raise NumericsError, with the tensor's name, if it holds NaN or inf."""
     if tensor.numel() == 0:
         return
-    # The extremes show NaN and inf without a mask as large as the tensor.
+    # The minimum and maximum reveal NaN and inf without a mask as large as the tensor.
     if not bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all()):
         raise NumericsError(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer apart from its model."""
+    """A linear layer that does not depend on its model."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None
@@ -50,14 +57,17 @@ class Linear:
 
 
 class ResidentModel:
-    """A loaded model, one layer at a time.
+    """A loaded model that runs one layer at a time.
 
-    Use as a context: evaluation mode and frozen parameters inside, both restored afterwards.
+    Use as a context manager: inside, the model is in evaluation mode and its parameters are frozen;
+    both are restored on exit.
+
+    Weights are numbered by layer; `head_unit` is the number of the final norm and the head.
 
     Raises:
-        ArgumentError: the model is spread over devices.
-        NumericsError: NaN or inf in a parameter, named.
-        UnsupportedModelError: no known gated MLP.
+        ArgumentError: the model is spread over several devices.
+        NumericsError: a parameter, which is named, holds NaN or inf.
+        UnsupportedModelError: the model has no known gated MLP.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -71,6 +81,10 @@ class ResidentModel:
     def vocab(self) -> int:
         return self.parts.head.weight.shape[0]
 
+    @property
+    def head_unit(self) -> int:
+        return len(self.parts.layers)
+
     def _check(self) -> None:
         devices = {str(parameter.device) for parameter in self.model.parameters()}
         if len(devices) != 1 or "meta" in devices:
@@ -82,9 +96,9 @@ class ResidentModel:
 
     def __enter__(self) -> ResidentModel:
         self._training = {module: module.training for module in self.model.modules()}
-        self._wanted_grad = [p for p in self.model.parameters() if p.requires_grad]
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.model.eval()
-        for parameter in self._wanted_grad:
+        for parameter in self._trainable:
             parameter.requires_grad_(False)
         return self
 
@@ -92,7 +106,7 @@ class ResidentModel:
         self._calls.clear()
         for module, mode in self._training.items():
             module.training = mode
-        for parameter in self._wanted_grad:
+        for parameter in self._trainable:
             parameter.requires_grad_(True)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -101,15 +115,17 @@ class ResidentModel:
         return embeddings
 
     @contextmanager
-    def weights_of(self, layer: int, then: int) -> Iterator[None]:
-        """A layer's weights are in place inside; `then` is the layer that will be asked for next.
+    def weights_of(self, unit: int, then: int) -> Iterator[None]:
+        """Keep the weights of a layer, or of `head_unit`, in place inside the context.
 
-        Layer number L is the final norm and the head.
+        Args:
+            unit: the layer.
+            then: the unit that is requested next, which may be read ahead.
         """
         yield
 
     def begin(self, batch: MicroBatch) -> Tensor:
-        """Return the first layer's input (B, T, D), and record how the layers are to be called."""
+        """Return the first layer's input (B, T, D), and record how the layers are called."""
         calls: list[tuple[Any, dict[str, Any]]] = []
         with torch.no_grad(), _stubs(self, calls):
             embeddings = self.embed(batch.ids)
@@ -117,9 +133,9 @@ class ResidentModel:
                 inputs_embeds=embeddings, use_cache=False, return_dict=True
             ).last_hidden_state
         assert len(calls) == len(self.parts.layers), "the decoder skipped a layer"
-        if len(self._calls) >= _CALLS_KEPT:
+        if len(self._calls) >= _CACHED_SHAPES:
             self._calls.clear()
-        # They depend on nothing but the shape, so micro-batches of one shape share them.
+        # The calls depend only on the shape, so micro-batches of one shape share them.
         self._calls.setdefault(tuple(batch.ids.shape), calls)
         return hidden
 
@@ -133,39 +149,73 @@ class ResidentModel:
         return output[0] if isinstance(output, tuple) else output
 
     def head(self) -> Linear:
-        """Return the head, which stays usable when other layers have run."""
+        """Return the head; it stays usable after other layers have run."""
         head = self.parts.head
         return Linear(head.weight, head.bias)
 
     def final_hidden(
-        self, batches: Sequence[MicroBatch], done: Callable[[float], object] = lambda tokens: None
+        self, batches: Sequence[MicroBatch], on_progress: OnProgress = no_progress
     ) -> Iterator[Tensor]:
-        """Yield the head's input (B, T, D), after the final norm, of each micro-batch."""
+        """Yield the head's input (B, T, D), after the final norm, for each micro-batch."""
         for batch in batches:
-            yield from self._final_hidden([batch], done)
+            yield from self._final_hidden([batch], on_progress)
 
     @torch.no_grad()
-    def _final_hidden(
-        self, batches: Sequence[MicroBatch], done: Callable[[float], object]
-    ) -> list[Tensor]:
-        layers = len(self.parts.layers)
+    def _final_hidden(self, batches: Sequence[MicroBatch], on_progress: OnProgress) -> list[Tensor]:
         hidden = [self.begin(batch) for batch in batches]
-        for layer in range(layers):
-            with self.weights_of(layer, then=layer + 1):
-                for i, batch in enumerate(batches):
-                    hidden[i] = self._hold(self.run(layer, hidden[i].to(self.device), batch))
-                    done(batch.tokens / layers)
-        with self.weights_of(layers, then=0):
-            return [self._hold(self.parts.norm(h.to(self.device))) for h in hidden]
 
-    def _hold(self, hidden: Tensor) -> Tensor:
-        """Put away what is needed again when another layer has run for all micro-batches."""
+        def forward(layer: int) -> None:
+            for i, batch in each_batch(batches, on_progress, self.head_unit):
+                hidden[i] = self._offload(self.run(layer, hidden[i].to(self.device), batch))
+
+        for_each_layer(self, forward, then=self.head_unit)
+        with self.weights_of(self.head_unit, then=0):
+            return [self._offload(self.parts.norm(h.to(self.device))) for h in hidden]
+
+    def _offload(self, hidden: Tensor) -> Tensor:
+        """Return what is kept of a micro-batch's hidden states until the next layer runs."""
         return hidden
+
+
+def for_each_layer(
+    model: ResidentModel, visit: Callable[[int], object], *, then: int, backward: bool = False
+) -> None:
+    """Call `visit(layer)` for every layer, with that layer's weights in place.
+
+    This is a function with a callback and not a generator: an error raised in a `for` body does not
+    reach a generator, which would hold the layer's weights for as long as the error's traceback
+    lives. Here it leaves the weights' context at once.
+
+    Args:
+        model: the entered model.
+        visit: what to do with each layer.
+        then: the unit (see `ResidentModel.weights_of`) that is requested after the last call.
+        backward: visit the last layer first.
+    """
+    layers = list(range(len(model.parts.layers)))
+    if backward:
+        layers.reverse()
+    for layer, following in zip(layers, [*layers[1:], then], strict=True):
+        with model.weights_of(layer, then=following):
+            visit(layer)
+
+
+def each_batch(
+    batches: Sequence[MicroBatch], on_progress: OnProgress, steps: float
+) -> Iterator[tuple[int, MicroBatch]]:
+    """Yield each micro-batch with its index, and report its tokens / steps when it is processed.
+
+    Args:
+        steps: how often each micro-batch is processed in the whole job.
+    """
+    for i, batch in enumerate(batches):
+        yield i, batch
+        on_progress(batch.tokens / steps)
 
 
 @contextmanager
 def _stubs(model: ResidentModel, calls: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
-    """Stubs that record their call in place of the layers, and no final norm."""
+    """Replace the layers by stubs that record their call, and the final norm by nothing."""
     parts = model.parts
     stubs = nn.ModuleList(_Stub(layer, calls) for layer in parts.layers)
     places = [(parts.family.layers, stubs), (parts.family.norm, nn.Identity())]
@@ -183,11 +233,11 @@ def _stubs(model: ResidentModel, calls: list[tuple[Any, dict[str, Any]]]) -> Ite
 
 
 class _Stub(nn.Module):
-    """Records how a layer is called and returns its input; any other attribute is the layer's."""
+    """Records how its layer is called and returns the input; other attributes are the layer's."""
 
     def __init__(self, layer: nn.Module, calls: list[tuple[Any, dict[str, Any]]]) -> None:
         super().__init__()
-        self.__dict__["_layer"] = layer  # not a submodule, whose mode and hooks would be touched
+        self.__dict__["_layer"] = layer  # not as a submodule: its mode and hooks must not change
         self.__dict__["_record"] = calls
 
     def __getattr__(self, name: str) -> Any:

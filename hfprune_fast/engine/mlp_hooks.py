@@ -1,14 +1,15 @@
-"""The autograd Function that scores inside a gated MLP, and the swap that puts it there.
+"""All that intercepts an MLP: statistics in the backward, the acts, a pruned model's down_proj.
 
-Forward is the model's own: out = down(act_fn(gate(x)) * up(x)), of which only gate and up are kept.
-Backward, given d_out, with a = act_fn(gate) * up:
+`ScoredGraph` runs a layer with an autograd graph whose backward makes the statistics of the layer's
+MLP. The MLP's forward is the model's own, out = down(act_fn(gate(x)) * up(x)), of which only gate
+and up are kept. Backward, given d_out, with a = act_fn(gate) * up:
 
     g = d_out · W_down                                      dloss/da
-    statistics, d_gate, d_up = gated_taylor(g, gate, up)    overwrites gate and up
+    statistics, d_gate, d_up = gated_taylor(g, gate, up)    may overwrite gate and up
     d_x = d_gate · W_gate + d_up · W_up
 
 No weight gets a gradient. Where x needs none either, as in the first layer, a is kept instead and
-only the statistics are made. An MLP that is not known to compute just this is left as it is, and
+only the statistics are made. An MLP that is not known to compute exactly this is left as it is, and
 hooked at the input of down_proj.
 """
 
@@ -34,50 +35,69 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """How a micro-batch is scored; `take` is given the statistics of each backward."""
+class TaylorOptions:
+    """How the statistics of a micro-batch are made."""
 
-    take: Callable[[TaylorStatistics], None]
     token_mask: Tensor | None
     grad_scale: float
     parity: bool
     backend: str
-    # Whether the backward that runs is the last one through the graph, which may overwrite it.
-    is_last: Callable[[], bool] = lambda: True
 
 
-@contextmanager
-def scored(
-    mlp: GatedMLP, scoring: Scoring, *, needs_grad: bool, only_backward: bool = False
-) -> Iterator[None]:
-    """The forward that runs inside is scored when its backward runs, inside or after.
+class ScoredGraph:
+    """The autograd graph of one layer for one micro-batch, from the layer's input to its output.
 
     Args:
-        needs_grad: whether the MLP's input must get a gradient; not so in the first layer.
-        only_backward: the output's values are not needed, so a known MLP saves the product with
-            W_down and puts NaN there, which shows if they are used all the same.
+        run: the layer; inside, it runs `mlp`.
+        hidden: the layer's input.
+        mlp: the MLP to score.
+        options: how.
+        needs_grad: whether the backward must give the input a gradient; not so in the first layer.
+        only_backward: the output's values are not needed, so a known MLP skips the product with
+            W_down and returns NaN, which shows if the values are used all the same.
     """
-    activation = None if scoring.parity else known_activation(mlp)
-    if activation is None:
-        handle = mlp.down.register_forward_pre_hook(_at_down_proj(scoring, needs_grad))
-        try:
-            yield
-        finally:
-            handle.remove()
-        return
-    anchor = torch.empty(0, requires_grad=True)  # so that there is a backward, whatever x needs
 
-    def forward(x: Tensor) -> Tensor:
-        output: Tensor = _ScoredMLP.apply(  # type: ignore[no-untyped-call]
-            x, anchor, mlp, scoring, activation, only_backward
-        )
-        return output
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        mlp: GatedMLP,
+        options: TaylorOptions,
+        *,
+        needs_grad: bool,
+        only_backward: bool = False,
+    ) -> None:
+        # The graph refers to this object; it must not refer back to the graph, since cycles
+        # through autograd are never freed.
+        self._target = _Target()
+        self._input = hidden.detach().requires_grad_(needs_grad)
+        self._overwritten = False
+        with (
+            torch.enable_grad(),
+            _scored(mlp, self._target, options, needs_grad, only_backward),
+        ):
+            self.output = run(self._input)
 
-    mlp.module.forward = forward
-    try:
-        yield
-    finally:
-        del mlp.module.forward
+    def backward(
+        self, d_output: Tensor, take: Callable[[TaylorStatistics], object], *, last: bool = True
+    ) -> Tensor | None:
+        """Run one backward; return the gradient at the input, None if it needs none.
+
+        Args:
+            d_output: the gradient at the output.
+            take: is given the statistics that this backward makes.
+            last: no other backward follows, so what the graph holds may be overwritten.
+        """
+        if self._overwritten:
+            raise RuntimeError(
+                "the last backward of this graph has overwritten its gate and up; "
+                "run the forward again"
+            )
+        self._overwritten = last
+        self._target.take, self._target.last = take, last
+        self.output.backward(d_output, retain_graph=not last)
+        d_input, self._input.grad = self._input.grad, None
+        return d_input
 
 
 @contextmanager
@@ -92,6 +112,20 @@ def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def pruned_down_proj(mlp: GatedMLP, kept: Tensor, weight: Tensor) -> Iterator[None]:
+    """Inside, down_proj reads only the `kept` neurons, with `weight` (D, K) instead of its own."""
+
+    def instead(down: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        return nn.functional.linear(args[0][..., kept], weight, mlp.down.bias)
+
+    handle = mlp.down.register_forward_hook(instead)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def known_activation(mlp: GatedMLP) -> str | None:
@@ -120,20 +154,58 @@ def known_activation(mlp: GatedMLP) -> str | None:
     return _ACTIVATIONS.get(f"{type(act_fn).__module__}.{type(act_fn).__name__}")
 
 
-def _at_down_proj(scoring: Scoring, needs_grad: bool) -> Callable[..., tuple[Tensor, ...]]:
+class _Target:
+    """Where the backward that runs delivers its statistics, and whether it is the graph's last."""
+
+    take: Callable[[TaylorStatistics], object]
+    last: bool
+
+
+@contextmanager
+def _scored(
+    mlp: GatedMLP, target: _Target, options: TaylorOptions, needs_grad: bool, only_backward: bool
+) -> Iterator[None]:
+    """Inside, the MLP's forward is one whose backward makes the statistics."""
+    activation = None if options.parity else known_activation(mlp)
+    if activation is None:
+        hook = _at_down_proj(target, options, needs_grad)
+        handle = mlp.down.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    anchor = torch.empty(0, requires_grad=True)  # so that there is a backward, whatever x needs
+
+    def forward(x: Tensor) -> Tensor:
+        output: Tensor = _ScoredMLP.apply(  # type: ignore[no-untyped-call]
+            x, anchor, mlp, target, options, activation, only_backward
+        )
+        return output
+
+    mlp.module.forward = forward
+    try:
+        yield
+    finally:
+        del mlp.module.forward
+
+
+def _at_down_proj(
+    target: _Target, options: TaylorOptions, needs_grad: bool
+) -> Callable[..., tuple[Tensor, ...]]:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         act = args[0] if needs_grad else args[0].detach().requires_grad_()
-        held = act.detach()
+        detached = act.detach()
 
         def at_gradient(grad: Tensor) -> None:
-            scoring.take(
+            target.take(
                 taylor_statistics(
                     grad,
-                    held,
-                    token_mask=scoring.token_mask,
-                    parity=scoring.parity,
-                    grad_scale=scoring.grad_scale,
-                    backend=scoring.backend,
+                    detached,
+                    token_mask=options.token_mask,
+                    parity=options.parity,
+                    grad_scale=options.grad_scale,
+                    backend=options.backend,
                 )
             )
 
@@ -150,12 +222,13 @@ class _ScoredMLP(torch.autograd.Function):
         x: Tensor,
         anchor: Tensor,
         mlp: GatedMLP,
-        scoring: Scoring,
+        target: _Target,
+        options: TaylorOptions,
         activation: str,
         only_backward: bool,
     ) -> Tensor:
         gate, up = mlp.gate(x), mlp.up(x)
-        ctx.mlp, ctx.scoring, ctx.activation, ctx.done = mlp, scoring, activation, False
+        ctx.mlp, ctx.target, ctx.options, ctx.activation = mlp, target, options, activation
         first = not ctx.needs_input_grad[0]
         if first or not only_backward:
             act_fn: Any = mlp.module.act_fn
@@ -169,30 +242,24 @@ class _ScoredMLP(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.done:
-            raise RuntimeError(
-                "this MLP's backward has run and has overwritten its gate and up; "
-                "run the forward again"
-            )
         mlp: GatedMLP = ctx.mlp
-        scoring: Scoring = ctx.scoring
-        ctx.done = scoring.is_last()
+        target: _Target = ctx.target
         options: dict[str, Any] = {
-            "token_mask": scoring.token_mask,
-            "grad_scale": scoring.grad_scale,
-            "backend": scoring.backend,
+            "token_mask": ctx.options.token_mask,
+            "grad_scale": ctx.options.grad_scale,
+            "backend": ctx.options.backend,
         }
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         rows = d_out.flatten(0, 1)
         grad = (rows @ mlp.down.weight).view(*d_out.shape[:2], -1)
         if len(saved) == 1:
-            scoring.take(taylor_statistics(grad, saved[0], **options))
-            return (None,) * 6
+            target.take(taylor_statistics(grad, saved[0], **options))
+            return (None,) * 7
         statistics, d_gate, d_up = gated_taylor(
-            grad, *saved, activation=ctx.activation, overwrite=ctx.done, **options
+            grad, *saved, activation=ctx.activation, overwrite=target.last, **options
         )
         del grad
-        scoring.take(statistics)
+        target.take(statistics)
         d_x = d_gate.flatten(0, 1) @ mlp.gate.weight
         torch.addmm(d_x, d_up.flatten(0, 1), mlp.up.weight, out=d_x)
-        return d_x.view_as(d_out), None, None, None, None, None
+        return d_x.view_as(d_out), None, None, None, None, None, None

@@ -83,7 +83,7 @@ def held_out_kl(
     The pruned models are refitted on the others.
     """
     held_out = max(1, len(batches) // 4)
-    results, dense = refit(model, batches, keeps, held_out=held_out, done=on_progress)
+    results, dense = refit(model, batches, keeps, held_out=held_out, on_progress=on_progress)
     head = model.head()
     return [
         compare(batches[-held_out:], dense, result.hidden, head, head).kl_nats for result in results

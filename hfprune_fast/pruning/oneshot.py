@@ -154,9 +154,9 @@ def _open_and_score(
     """Load the weights and score, unless a table is given; the model stays open in `stack`."""
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
-        plan, keeper = job.plan(run, state_file if given is None else None, refit=needs_refit)
+        plan, resume_file = job.plan(run, state_file if given is None else None, refit=needs_refit)
         model = stack.enter_context(open_model(job.subject, plan.offload))
-        table = given or job.run(model, plan, keeper, progress)
+        table = given or job.run(model, plan, resume_file, progress)
     return _Dense(model, job.data.split(plan.batch_size)), table
 
 
@@ -243,7 +243,7 @@ def refit_stored(
     """Return {tensor name in the checkpoint: refitted down_proj, in the dtype it is stored in}."""
     tokens = sum(batch.tokens for batch in batches)
     with token_bar("refitting", tokens, progress) as on_progress:
-        (result,), _ = refit(model, batches, [keep], done=on_progress)
+        (result,), _ = refit(model, batches, [keep], on_progress=on_progress)
     stored = {}
     for layer, weight in result.weights.items():
         name = source.down_proj(layer)

@@ -1,9 +1,8 @@
-"""Walks through the model with all calibration tokens at once, a layer at a time.
+"""Refit down_proj of pruned models to the dense model by least squares, a layer at a time.
 
-`removal_costs` goes through the dense model, and asks of each layer's MLP what removing its neurons
-would cost (`obs.py`). `refit` goes through the dense model and the pruned one side by side. With h
-the pruned model's residual stream before a layer's MLP, a its act there, kept neurons only, and x
-the dense model's residual stream behind the same MLP, down_proj becomes the V that minimises
+`refit` runs the dense model and the pruned ones side by side, with all calibration tokens at once.
+With h the pruned model's residual stream before a layer's MLP, a its act there (kept neurons only),
+and x the dense model's residual stream after the same MLP, down_proj becomes the V that minimises
 
     mean‖x - h - V a‖² + λ·mean(a²)·‖V - W‖²
 
@@ -11,8 +10,8 @@ over the tokens, so that a layer makes up for what the layers before it have los
 kept neurons can. (Fitting V a to the dense MLP's own output instead leaves their error in the
 stream: on the models of bench/fidelity.py, 15 to 20 % more KL.)
 
-One layer's second moments are in memory at a time, and the streams: two tensors of all tokens by
-hidden_size, on the host if the model is on a GPU.
+The second moments of one layer are in memory at a time, and the streams: for the dense and each
+pruned model a tensor of all tokens by hidden_size, on the host if the model is on a GPU.
 """
 
 from __future__ import annotations
@@ -22,15 +21,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch, as_batches, micro_batch, numbered
-from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.mlp_hooks import acts_of
+from hfprune_fast.engine.layerwise import (
+    OnProgress,
+    ResidentModel,
+    each_batch,
+    for_each_layer,
+    no_progress,
+)
+from hfprune_fast.engine.mlp_hooks import acts_of, pruned_down_proj
 from hfprune_fast.errors import CalibrationError
 from hfprune_fast.models.sites import check_keep
 from hfprune_fast.pruning.selection import Keep
-from hfprune_fast.scoring.costs import Done, _check, _maths, _nothing, _put_away, _rows
+from hfprune_fast.scoring.costs import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import least_squares
 
 if TYPE_CHECKING:
@@ -39,10 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Refitted:
-    """A pruned model's refitted down_proj, and its hidden states where the head would read them."""
+    """A pruned model's refitted down_proj, and its final hidden states, which the head reads."""
 
     weights: dict[int, Tensor]  # {layer: (D, width)} in the model's dtype, on the CPU
-    hidden: list[Tensor]  # of the batches that were not fitted to: (B, T, D) each, on the CPU
+    hidden: list[Tensor]  # of each held-out batch: (B, T, D), on the CPU
 
 
 @torch.no_grad()
@@ -52,7 +57,7 @@ def refit(
     keeps: Sequence[Keep],
     *,
     held_out: int = 0,
-    done: Done = _nothing,
+    on_progress: OnProgress = no_progress,
 ) -> tuple[list[Refitted], list[Tensor]]:
     """Refit down_proj of each pruned model, all beside one dense model.
 
@@ -60,51 +65,57 @@ def refit(
         model: the dense model, entered.
         batches: the calibration.
         keeps: {layer: kept neurons} of each pruned model.
-        held_out: how many of the batches, the last ones, only run through, without being fitted to.
-        done: called with the tokens that were worked on, a layer at a time.
+        held_out: how many of the batches, the last ones, only run through the models and are not
+            fitted to.
+        on_progress: called with the tokens processed, a layer at a time.
 
     Returns:
         A `Refitted` of each keep, and the dense model's hidden states of the held-out batches.
 
     Raises:
-        NumericsError: NaN or inf in a layer's activations.
+        NumericsError: the activations of a layer hold NaN or inf.
     """
-    layers = len(model.parts.layers)
     fitted = len(batches) - held_out
-    share = layers * (1 + 2 * len(keeps))  # the dense model goes through once, the pruned twice
-    dense = [_put_away(model.begin(batch)) for batch in batches]
+    fitted_tokens = sum(batch.tokens for batch in batches[:fitted])
+    # The dense model runs through a layer once, a pruned one twice.
+    steps = model.head_unit * (1 + 2 * len(keeps))
+    dense = [model.begin(batch).cpu() for batch in batches]
     streams = [list(dense) for _ in keeps]
     results = [Refitted({}, []) for _ in keeps]
-    for layer in range(layers):
-        with model.weights_of(layer, then=layer + 1):
-            for i, batch in enumerate(batches):
-                dense[i] = _put_away(model.run(layer, dense[i].to(model.device), batch))
-                done(batch.tokens / share)
-            for keep, stream, result in zip(keeps, streams, results, strict=True):
-                cut = _CutLayer(model, layer, keep[layer].to(model.device))
-                for i, batch in enumerate(batches[:fitted]):
-                    cut.fit_to(dense[i], stream[i], batch)
-                    done(batch.tokens / share)
-                weight = cut.solve(sum(batch.tokens for batch in batches[:fitted]))
-                result.weights[layer] = weight.cpu()
-                for i, batch in enumerate(batches):
-                    stream[i] = _put_away(cut.run(stream[i], batch, weight))
-                    done(batch.tokens / share * (1 if i < fitted else 2))
-    with model.weights_of(layers, then=0):
-        for i in range(fitted, len(batches)):
-            dense[i] = _put_away(model.parts.norm(dense[i].to(model.device)))
-            for stream, result in zip(streams, results, strict=True):
-                result.hidden.append(_put_away(model.parts.norm(stream[i].to(model.device))))
-    return results, dense[fitted:]
+
+    def visit(layer: int) -> None:
+        for i, batch in each_batch(batches, on_progress, steps):
+            dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
+        for keep, stream, result in zip(keeps, streams, results, strict=True):
+            pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
+            for i, batch in each_batch(batches[:fitted], on_progress, steps):
+                pruned.add_moments(dense[i], stream[i], batch)
+            weight = pruned.solve(fitted_tokens)
+            result.weights[layer] = weight.cpu()
+            for i, batch in each_batch(batches, on_progress, steps):
+                stream[i] = pruned.run(stream[i], batch, weight).cpu()
+                if i >= fitted:  # which runs through the pruned layer once only
+                    on_progress(batch.tokens / steps)
+
+    for_each_layer(model, visit, then=model.head_unit)
+    with model.weights_of(model.head_unit, then=0):
+
+        def final(hidden: Tensor) -> Tensor:
+            normed: Tensor = model.parts.norm(hidden.to(model.device))
+            return normed.cpu()
+
+        for stream, result in zip(streams, results, strict=True):
+            result.hidden.extend(map(final, stream[fitted:]))
+        return results, list(map(final, dense[fitted:]))
 
 
 def refit_down_proj(
     model: PreTrainedModel, batches: Iterable[Any], keep: Keep
 ) -> dict[int, Tensor]:
-    """Return {layer: (D, width)} what down_proj of a loaded model becomes when it is cut to `keep`.
+    """Return {layer: (D, width)}, the refitted down_proj of a loaded model pruned to `keep`.
 
     Args:
-        model: the dense model, which is left as it is; see `hf.prune` for what comes next.
+        model: the dense model, which is left as it is; pass the result to `hf.prune`.
         batches: the calibration, as `hf.score` takes it.
         keep: {layer: sorted int64 indices}, of `hf.select`.
 
@@ -112,8 +123,8 @@ def refit_down_proj(
 
     Raises:
         ArgumentError: keep does not fit the model.
-        CalibrationError: no batch, or ids that the model does not have.
-        NumericsError: NaN or inf in a weight or a layer's activations, named.
+        CalibrationError: there is no batch, or ids are not in the model's vocabulary.
+        NumericsError: a weight or a layer's activations, named, hold NaN or inf.
     """
     with ResidentModel(model) as dense:
         items = numbered(micro_batch(batch, dense.vocab) for batch in as_batches(batches))
@@ -124,8 +135,8 @@ def refit_down_proj(
     return result.weights
 
 
-class _CutLayer:
-    """A layer of a pruned model: the dense one's, but for its down_proj."""
+class _PrunedLayer:
+    """A layer of a pruned model: the dense model's, except for its down_proj."""
 
     def __init__(self, model: ResidentModel, layer: int, kept: Tensor) -> None:
         self._model, self._layer, self._kept = model, layer, kept
@@ -135,33 +146,27 @@ class _CutLayer:
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
         self._cross = self._gram.new_zeros(self._dense_weight.shape)
 
-    def fit_to(self, dense: Tensor, stream: Tensor, batch: MicroBatch) -> None:
-        """Take what the dense stream has more than the pruned one before its MLP."""
-        model, maths = self._model, _maths(self._model)
-        with acts_of(self._mlp, silent=True) as seen:
+    def add_moments(self, dense: Tensor, stream: Tensor, batch: MicroBatch) -> None:
+        """Add a batch's moments of act, and of what the pruned stream lacks, before its MLP."""
+        model, dtype = self._model, moments_dtype(self._model)
+        with acts_of(self._mlp, silent=True) as acts:
             before_mlp = model.run(self._layer, stream.to(model.device), batch)
-        missing = dense.to(model.device, maths) - before_mlp.to(maths)
+        missing = dense.to(model.device, dtype) - before_mlp.to(dtype)
         if self._mlp.down.bias is not None:
             missing -= self._mlp.down.bias
-        act, missing = _rows(seen[0][..., self._kept], batch).to(maths), _rows(missing, batch)
+        act = token_rows(acts[0][..., self._kept], batch).to(dtype)
+        missing = token_rows(missing, batch)
         self._gram += act.t() @ act
         self._cross += missing.t() @ act
 
     def solve(self, tokens: int) -> Tensor:
         """Return the refitted (D, width) weight, rounded to the model's dtype."""
-        _check(self._gram, self._layer)
+        check_moments(self._gram, self._layer)
         gram, cross = self._gram.div_(tokens), self._cross.div_(tokens)
         del self._gram, self._cross
         return least_squares(gram, cross, self._dense_weight).to(self._model.dtype)
 
     def run(self, stream: Tensor, batch: MicroBatch, weight: Tensor) -> Tensor:
-        """Return the pruned stream behind the layer."""
-
-        def instead(down: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
-            return nn.functional.linear(args[0][..., self._kept], weight, self._mlp.down.bias)
-
-        handle = self._mlp.down.register_forward_hook(instead)
-        try:
+        """Return the pruned stream after the layer."""
+        with pruned_down_proj(self._mlp, self._kept, weight):
             return self._model.run(self._layer, stream.to(self._model.device), batch)
-        finally:
-            handle.remove()

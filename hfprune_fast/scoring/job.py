@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint.loading import Blueprint
-from hfprune_fast.config import CRITERIA, RunOptions, ScoringOptions
+from hfprune_fast.config import RunOptions, ScoringOptions
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.distributed import Processes
@@ -23,18 +23,13 @@ from hfprune_fast.engine.planner import Plan, plan_run
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
 from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.costs import removal_costs
-from hfprune_fast.scoring.passes import How, no_totals
-from hfprune_fast.scoring.resume import Keeper, Totals
+from hfprune_fast.scoring.criteria import CRITERIA
+from hfprune_fast.scoring.passes import PassOptions, empty_accumulator
+from hfprune_fast.scoring.resume import ResumeFile
 from hfprune_fast.scoring.run import backend_for, score_batches
 from hfprune_fast.scoring.table import ImportanceTable
-
-# What the mean of the sequences' losses is called in the provenance.
-LOSS_NAMES = {
-    "entropy": "entropy_nats",
-    "cross_entropy": "cross_entropy_nats",
-    "fisher": "sampled_cross_entropy_nats",
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,12 @@ class ScoringJob:
     @property
     def gradients(self) -> tuple[str, ...]:
         """The criteria that need a gradient."""
-        return tuple(criterion for criterion in self.criteria if criterion != "activation")
+        return tuple(name for name in self.criteria if CRITERIA[name].head_loss is not None)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the scores depend on the seed."""
+        return any(CRITERIA[name].draws for name in self.criteria)
 
     @property
     def backend(self) -> str:
@@ -62,26 +62,26 @@ class ScoringJob:
 
     def plan(
         self, run: RunOptions, state_file: str | Path | None, *, refit: bool = False
-    ) -> tuple[Plan, Keeper]:
+    ) -> tuple[Plan, ResumeFile]:
         """Plan the run, as an interrupted one was planned, and prepare the file that saves it.
 
         Args:
             refit: the same model is refitted afterwards.
         """
         file = None if state_file is None or self.processes.count > 1 else Path(state_file)
-        keeper = Keeper(file, self.options.save_seconds)
+        resume_file = ResumeFile(file, self.options.save_seconds)
         # What a run began with in the memory that was free then is what it goes on with.
-        kept = keeper.kept_identity() if self.options.resume else {}
-        if run.batch_size is None and "batch_size" in kept:
-            run = replace(run, batch_size=kept["batch_size"])
+        saved = resume_file.saved_identity() if self.options.resume else {}
+        if run.batch_size is None and "batch_size" in saved:
+            run = replace(run, batch_size=saved["batch_size"])
         plan = self._plan(run, refit)
         agreed = self.processes.as_the_first(plan.batch_size)  # with less memory free, perhaps
         if agreed != plan.batch_size:
             plan = self._plan(replace(run, batch_size=agreed), refit)
-        logits = kept.get("logits_budget_bytes", plan.logits_budget_bytes)
+        logits = saved.get("logits_budget_bytes", plan.logits_budget_bytes)
         plan = replace(plan, logits_budget_bytes=logits)
-        keeper.identity = self._identity(plan)
-        return plan, keeper
+        resume_file.identity = self._identity(plan)
+        return plan, resume_file
 
     def _plan(self, run: RunOptions, refit: bool) -> Plan:
         return plan_run(
@@ -102,7 +102,6 @@ class ScoringJob:
         """Return what tells this run from others."""
         batches = self.data.split(plan.batch_size)
         source = None if isinstance(self.subject, ResidentModel) else self.subject.source
-        drawn = "fisher" in self.gradients
         versions = _versions()
         return {
             "model_fingerprint": None if source is None else source.fingerprint,
@@ -110,7 +109,7 @@ class ScoringJob:
             "seq_len": max(batch.ids.shape[1] for batch in batches),
             "criteria": list(self.gradients),
             "obs": self.obs,
-            "seed": self.seed if drawn else self.data.description.get("seed"),
+            "seed": self.seed if self.draws else self.data.description.get("seed"),
             "data_sha256": self.data.sha256,
             "batch_size": plan.batch_size,
             "logits_budget_bytes": plan.logits_budget_bytes,
@@ -122,13 +121,13 @@ class ScoringJob:
         }
 
     def run(
-        self, model: ResidentModel, plan: Plan, keeper: Keeper, progress: bool
+        self, model: ResidentModel, plan: Plan, resume_file: ResumeFile, progress: bool
     ) -> ImportanceTable:
         """Score the model, which is entered."""
         if progress:
             say(f"scoring with {plan}")
         batches = self.data.split(plan.batch_size)
-        how = How(
+        options = PassOptions(
             backend=self.backend,
             criteria=self.gradients,
             seed=self.seed,
@@ -138,34 +137,41 @@ class ScoringJob:
             pass_tokens=plan.pass_tokens,
             logits_budget_bytes=plan.logits_budget_bytes,
         )
-        with keeper.kept_if_interrupted(self.data.sequences):
-            totals, most = no_totals(model, how, self.obs), plan.batch_size
+        with resume_file.saved_if_interrupted(self.data.sequences):
+            total, max_batch_size = empty_accumulator(model, options, self.obs), plan.batch_size
             if self.options.resume:
-                totals, most = keeper.resume(totals) or (totals, most)
+                total, max_batch_size = resume_file.resume(total) or (total, max_batch_size)
             share = self.processes.deal(batches)
-            remaining = sum(batch.tokens for batch in share) - totals.tokens
-            with token_bar("scoring", remaining, progress, self.spec.flops_per_token) as done:
-                totals = score_batches(
-                    model, share, how, totals, most=most, committed=keeper.committed, done=done
+            remaining = sum(batch.tokens for batch in share) - total.tokens
+            flops = self.spec.flops_per_token
+            with token_bar("scoring", remaining, progress, flops) as on_progress:
+                total = score_batches(
+                    model,
+                    share,
+                    options,
+                    total,
+                    max_batch_size=max_batch_size,
+                    on_commit=resume_file.on_commit,
+                    on_progress=on_progress,
                 )
-        totals = _sum(totals, self.processes)
-        if (totals.samples, totals.tokens) != (self.data.sequences, self.data.tokens):
+        total = _sum(total, self.processes)
+        if (total.samples, total.tokens) != (self.data.sequences, self.data.tokens):
             raise RuntimeError("the processes scored another number of sequences than there are")
         costs = None
-        if self.obs and self.processes.rank == 0 and totals.output_fisher is not None:
-            fisher = totals.output_fisher / self.data.tokens
-            with token_bar("removal costs", self.data.tokens, progress) as done:
-                costs = removal_costs(model, batches, fisher, done)
-        return self._table(totals, costs, keeper.identity)
+        if self.obs and self.processes.rank == 0 and total.output_fisher is not None:
+            fisher = total.output_fisher / self.data.tokens
+            with token_bar("removal costs", self.data.tokens, progress) as on_progress:
+                costs = removal_costs(model, batches, fisher, on_progress)
+        return self._table(total, costs, resume_file.identity)
 
     def _table(
-        self, totals: Totals, costs: Tensor | None, identity: Mapping[str, Any]
+        self, total: ScoreAccumulator, costs: Tensor | None, identity: Mapping[str, Any]
     ) -> ImportanceTable:
         copied = ("dtype", "backend", "parity", "batch_size", "samples")
         provenance: dict[str, Any] = {
             "criteria": list(self.criteria),
             "versions": _versions(),
-            **({"seed": self.seed} if "fisher" in self.gradients else {}),
+            **({"seed": self.seed} if self.draws else {}),
             "calibration": {**self.data.description, "data_sha256": self.data.sha256},
             **{key: identity[key] for key in copied},
             "tokens": self.data.tokens,
@@ -174,14 +180,14 @@ class ScoringJob:
             provenance["model"] = self.subject.source.name
             provenance["model_fingerprint"] = self.subject.source.fingerprint
         statistics: dict[str, Tensor] = {}
-        of_criteria = totals.statistics.double().cpu()
+        of_criteria = total.statistics.double().cpu()
         for c, name in enumerate(self.gradients):
             # In the order of TaylorStatistics, of which act is the same for all criteria.
             own = zip(("l1", "l2", "fisher_mask"), of_criteria[c])  # noqa: B905
             statistics |= {f"{name}.{statistic}": values for statistic, values in own}
-            provenance[LOSS_NAMES[name]] = totals.loss_nats[c] / self.data.sequences
+            provenance[CRITERIA[name].loss_name] = total.loss_nats[c] / self.data.sequences
         statistics["act"] = TaylorStatistics(*of_criteria[0].unbind()).act
-        statistics["down_norm"] = totals.down_norm.cpu()
+        statistics["down_norm"] = total.down_norm.cpu()
         if costs is not None:
             statistics["obs"] = costs
         return ImportanceTable(statistics, self.spec, provenance)
@@ -214,14 +220,14 @@ def check_criteria(
         raise ArgumentError("resume needs the state_file to go on from, got none")
 
 
-def _sum(totals: Totals, processes: Processes) -> Totals:
+def _sum(total: ScoreAccumulator, processes: Processes) -> ScoreAccumulator:
     """Return the sums of all processes, from one all-reduce."""
     if processes.count == 1:
-        return totals
-    norms = totals.down_norm if processes.rank == 0 else torch.zeros_like(totals.down_norm)
-    numbers = [totals.samples, totals.tokens, *totals.loss_nats]
+        return total
+    norms = total.down_norm if processes.rank == 0 else torch.zeros_like(total.down_norm)
+    numbers = [total.samples, total.tokens, *total.loss_nats]
     parts = [
-        totals.statistics.double(),
+        total.statistics.double(),
         norms,
         torch.tensor(numbers, dtype=torch.float64, device=norms.device),
     ]
@@ -231,14 +237,14 @@ def _sum(totals: Totals, processes: Processes) -> Totals:
         piece.view(part.shape)
         for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
     )
-    if totals.output_fisher is not None:
-        for layer in totals.output_fisher:  # which is on the CPU
+    if total.output_fisher is not None:
+        for layer in total.output_fisher:  # which is on the CPU
             on_device = layer.to(norms.device)
             processes.add(on_device)
             layer.copy_(on_device)
     samples, tokens, *losses = counted.tolist()
-    return Totals(
-        statistics, norms, totals.output_fisher, round(samples), round(tokens), tuple(losses)
+    return ScoreAccumulator(
+        statistics, norms, total.output_fisher, round(samples), round(tokens), tuple(losses)
     )
 
 

@@ -1,21 +1,21 @@
-"""What it costs to remove neurons from one MLP when the others are refitted, in closed form.
+"""The cost of removing neurons from one MLP when the others are refitted, in closed form.
 
-The MLP's output is y = W a, W its down_proj (D, F) and a its act. Of refitted weights V, which may
-have columns of zeros only, the error is
+The MLP's output is y = W a, W its down_proj (D, F) and a its act. For refitted weights V, in which
+the columns of removed neurons are zero, the error is
 
     E(V) = tr((V - W) A (V - W)ᵀ C)      A = mean(a aᵀ) + λ·mean(diag)·I      C (D, D)
 
 with C the metric in which outputs are compared: the identity, or the covariance of the gradient of
 log p(y) there, y drawn from the model (K-FAC's output factor); ½E is then the second-order estimate
 of KL(dense || pruned) a token. This is the optimal brain surgeon's problem (Hassibi and Stork,
-1993) for whole columns. Of the neurons that are left, removing j adds
+1993) for whole columns. Of the remaining neurons, removing j adds
 
-    ‖C^½ v_j‖² / [H]_jj                  H = A⁻¹ of those left, v_j column j as refitted so far
+    ‖C^½ v_j‖² / [H]_jj                  H = A⁻¹ of those remaining, v_j column j as refitted so far
 
 and leaves v_k ← v_k - v_j r_k and H ← H - h_j h_jᵀ / H_jj, where h_j = H e_j and r = h_j / H_jj.
 With M = Vᵀ C V only inner products of columns are needed: M ← M - r qᵀ - q rᵀ, where
-q = M e_j - ½ M_jj r. The updates of a block of removals are kept apart, in a few rows, and meet the
-F × F matrices as one product.
+q = M e_j - ½ M_jj r. The updates of a block of removals are kept apart, in a few rows, and applied
+to the F × F matrices as one product.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from hfprune_fast.errors import NumericsError
 OBS_RIDGE = 0.01
 REFIT_RIDGE = 0.1
 _BLOCK = 128
-_COMPACT_BELOW = 0.8  # of the rows; cheaper than making the matrices smaller each time
+_COMPACT_BELOW = 0.8  # of the rows; compacting the matrices after each block costs more
 
 
-def removal_costs(
+def greedy_removal_costs(
     gram: Tensor,
     weight: Tensor,
     metric: Tensor | None = None,
@@ -40,62 +40,63 @@ def removal_costs(
     ridge: float = OBS_RIDGE,
     block: int = _BLOCK,
 ) -> Tensor:
-    """Return ½ of what each neuron's removal adds to E, removing greedily the cheapest one.
+    """Return ½ of what each neuron's removal adds to E, always removing the lowest cost first.
 
     Args:
         gram: (F, F) float64, mean of a aᵀ over the tokens; overwritten.
         weight: (D, F), down_proj's.
-        metric: (D, D) C, symmetric and not negative; None is the identity.
+        metric: (D, D) C, symmetric and positive semidefinite; None is the identity.
         ridge: λ.
-        block: removals between two updates of the F × F matrices; changes nothing but rounding.
+        block: removals between two updates of the F × F matrices; changes only rounding.
 
     Returns:
         (F,) float64, not falling in the order of removal: where a later removal costs less than an
-        earlier one, it is told the earlier one's cost. The last neuron has its own cost too.
+        earlier one, it is given the earlier one's cost. The last neuron has its own cost too.
 
     Raises:
-        NumericsError: gram is not that of any act, or holds NaN.
+        NumericsError: gram holds NaN, or is no matrix of second moments.
 
     O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
     """
-    inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)  # the caller holds it anyway
+    # In the caller's memory, which the caller holds anyway.
+    inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)
     wide = weight.to(gram.dtype)
     through = wide if metric is None else metric.to(gram.dtype) @ wide
     products = wide.t() @ through
     costs = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
-    left = torch.arange(len(gram), device=gram.device)
-    gone = torch.zeros_like(left, dtype=torch.bool)
-    dearest, count = costs.new_zeros(()), len(gram)
+    remaining = torch.arange(len(gram), device=gram.device)
+    removed = torch.zeros_like(remaining, dtype=torch.bool)
+    highest, count = costs.new_zeros(()), len(gram)
     while count:
         removals = min(block, count)
-        order, added = _remove(inverse, products, gone, removals)
-        added[0] = torch.maximum(added[0], dearest)
+        order, added = _remove(inverse, products, removed, removals)
+        added[0] = torch.maximum(added[0], highest)
         added = added.cummax(0).values
-        dearest = added[-1]
-        costs[left[order]] = added / 2
-        gone[order] = True
+        highest = added[-1]
+        costs[remaining[order]] = added / 2
+        removed[order] = True
         count -= removals
-        if count < _COMPACT_BELOW * len(left):
-            stay = (~gone).nonzero().squeeze(1)
-            inverse, products = _only(inverse, stay), _only(products, stay)
-            left, gone = left[stay], gone[stay]
+        if count < _COMPACT_BELOW * len(remaining):
+            stay = (~removed).nonzero().squeeze(1)
+            inverse, products = _compact(inverse, stay), _compact(products, stay)
+            remaining, removed = remaining[stay], removed[stay]
     return costs
 
 
-def _only(matrix: Tensor, stay: Tensor) -> Tensor:
+def _compact(matrix: Tensor, stay: Tensor) -> Tensor:
     """Return the rows and columns that stay."""
     return native.compact_columns(matrix[stay], stay)
 
 
 def _remove(
-    inverse: Tensor, products: Tensor, gone: Tensor, removals: int
+    inverse: Tensor, products: Tensor, removed: Tensor, removals: int
 ) -> tuple[Tensor, Tensor]:
     """Remove a block of neurons from H and M, in place; return which, in order, and their costs."""
     size = len(inverse)
     rows_h, rows_r, rows_q = (inverse.new_zeros(removals, size) for _ in range(3))
-    # What is gone must not be taken again; the others' diagonal stays above 1 / max(A).
-    diagonal = inverse.diagonal().masked_fill(gone, 1)
-    norms = products.diagonal().masked_fill(gone, torch.inf)
+    # A removed neuron must not be chosen again; the others' diagonal stays above 1 / max(A).
+    diagonal = inverse.diagonal().masked_fill(removed, 1)
+    norms = products.diagonal().masked_fill(removed, torch.inf)
     order = torch.zeros(removals, dtype=torch.int64, device=inverse.device)
     added = inverse.new_zeros(removals)
     for i in range(removals):
@@ -123,14 +124,14 @@ def least_squares(
     Args:
         gram: (K, K) float64, mean of a aᵀ; overwritten.
         cross: (D, K) float64, mean of y aᵀ.
-        weight: (D, K), where no data speak against it.
+        weight: (D, K), what V is drawn towards.
         ridge: λ.
 
     Returns:
         (D, K) float64.
 
     Raises:
-        NumericsError: gram is not that of any act, or holds NaN.
+        NumericsError: gram holds NaN, or is no matrix of second moments.
     """
     right = cross + _shift(gram, ridge) * weight.to(gram.dtype)
     factor = _cholesky(gram, ridge)
@@ -139,7 +140,7 @@ def least_squares(
 
 
 def _shift(gram: Tensor, ridge: float) -> Tensor:
-    """λ·mean(diag), or λ for acts that are all 0."""
+    """Return λ·mean(diag), or λ for acts that are all 0."""
     mean = gram.diagonal().mean()
     shift: Tensor = ridge * torch.where(mean > 0, mean, torch.ones_like(mean))
     return shift

@@ -1,7 +1,7 @@
-"""What scoring has added up so far, and the file that it is kept in, to go on from after a kill.
+"""The file from which an interrupted scoring run is resumed.
 
-The file is a safetensors file of the tensors of `Totals`, whose metadata hold the rest, and what
-the run is of. It appears whole or not at all, so a kill leaves the state of one pass or another.
+It is a safetensors file of the tensors of `ScoreAccumulator`; its metadata hold the other fields
+and the identity of the run. It is replaced atomically, so a kill leaves the state after some pass.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from hfprune_fast.checkpoint.atomic import write_whole
 from hfprune_fast.console import say
 from hfprune_fast.errors import OutputError, ResumeError, one_line
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
 
 _FORMAT = "hfprune_state"
 _VERSION = 1
@@ -29,92 +29,78 @@ _TENSORS = ("statistics", "down_norm", "output_fisher")
 _NUMBERS = ("samples", "tokens", "loss_nats")
 
 
-@dataclass(frozen=True)
-class Totals:
-    """What has been added up over the sequences so far."""
-
-    # (C, 4, L, F) fp64: of each criterion, in the order of TaylorStatistics; parity: the model's
-    # dtype. Where there is no criterion, C is 1 and only act is added up.
-    statistics: Tensor
-    down_norm: Tensor  # (L, F) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
-    output_fisher: Tensor | None = None  # (L, D, D) fp32, on the CPU: Σ g gᵀ at the MLPs' outputs
-    samples: int = 0
-    tokens: int = 0
-    loss_nats: tuple[float, ...] = ()  # of each criterion, the sum over the sequences
-
-
-class Keeper:
-    """Keeps the totals of a run in a file, every so many seconds and at an interruption.
+class ResumeFile:
+    """Saves the accumulator of a run, every so many seconds and at an interruption.
 
     Args:
-        file: where; None keeps nothing.
+        file: the file; None saves nothing.
         seconds: between two writes; 0 writes after each pass.
     """
 
     def __init__(self, file: Path | None, seconds: float) -> None:
         self._file, self._seconds = file, seconds
-        self._written = time.monotonic()
-        self._unwritten: tuple[Totals, int] | None = None
-        self._kept = 0  # sequences of this run that are in the file
+        self._written_at = time.monotonic()
+        self._unwritten: tuple[ScoreAccumulator, int] | None = None
+        self._saved_samples = 0  # sequences of this run that are in the file
         self._warned = False
         # What tells this run from others: a JSON mapping, in which "batch_size" must be.
         self.identity: Mapping[str, Any] = {}
 
-    def committed(self, totals: Totals, batch_size: int) -> None:
-        """Take new totals, and how many sequences a micro-batch has at most by now."""
-        self._unwritten = totals, batch_size
-        if time.monotonic() - self._written >= self._seconds:
+    def on_commit(self, total: ScoreAccumulator, max_batch_size: int) -> None:
+        """Take new sums, and how many sequences a micro-batch may have from now on."""
+        self._unwritten = total, max_batch_size
+        if time.monotonic() - self._written_at >= self._seconds:
             self.write()
 
     def write(self) -> None:
-        """Write what is not yet written; that it cannot be is told once, and no reason to end."""
+        """Write what is unwritten; a failure to write is reported once and does not end the run."""
         if self._file is None or self._unwritten is None:
             return
-        self._written = time.monotonic()
-        totals, batch_size = self._unwritten
+        self._written_at = time.monotonic()
+        total, max_batch_size = self._unwritten
         try:
-            _save(self._file, self.identity, totals, batch_size)
+            _save(self._file, self.identity, total, max_batch_size)
         except OutputError as error:
             if not self._warned:
                 say(f"what is scored so far is only in memory, not kept for --resume: {error}")
             self._warned = True
         else:
-            self._kept, self._unwritten = totals.samples, None
+            self._saved_samples, self._unwritten = total.samples, None
 
     @contextmanager
-    def kept_if_interrupted(self, sequences: int) -> Iterator[None]:
-        """Write when Ctrl-C, a signal or an error ends what runs inside, and say how to go on."""
+    def saved_if_interrupted(self, sequences: int) -> Iterator[None]:
+        """Write when Ctrl-C, a signal or an error ends the context, and say how to resume."""
         try:
             yield
         except BaseException:
             self.write()
-            if self._kept:
+            if self._saved_samples:
                 say(
-                    f"{self._kept} of {sequences} sequences are kept in {self._file}; "
+                    f"{self._saved_samples} of {sequences} sequences are kept in {self._file}; "
                     "the same command with --resume goes on from there"
                 )
             raise
 
-    def kept_identity(self) -> dict[str, Any]:
-        """Return what the run in the file is of, nothing without a file."""
+    def saved_identity(self) -> dict[str, Any]:
+        """Return the identity of the run in the file; empty without a file."""
         if self._file is None or not self._file.exists():
             return {}
         return dict(_read(self._file)[0]["identity"])
 
-    def resume(self, like: Totals) -> tuple[Totals, int] | None:
-        """Return what the file holds: totals, and the most sequences that a micro-batch had.
+    def resume(self, like: ScoreAccumulator) -> tuple[ScoreAccumulator, int] | None:
+        """Return what the file holds, the sums and max_batch_size; None without a file.
 
         Args:
-            like: totals of the shape, dtype and device that the run needs.
+            like: an accumulator of the shape, dtype and device that the run needs.
 
         Raises:
-            ResumeError: the file is damaged, or of another run; the difference is named.
+            ResumeError: the file is damaged, or of another run, with the difference named.
         """
         if self._file is None or not self._file.exists():
             say(f"nothing to resume: there is no {self._file}; starting from the beginning")
             return None
         header, tensors = _read(self._file)
-        # As it comes back from JSON, in which a tuple is a list.
+        # The identity as it comes back from JSON, in which a tuple is a list.
         wanted, found = json.loads(json.dumps(self.identity)), header["identity"]
         differing = [
             f"{key} {_short(found.get(key))}, not {_short(wanted.get(key))}"
@@ -131,24 +117,31 @@ class Keeper:
                 "--force discards it and starts anew"
             )
         moved = {name: tensor.to(getattr(like, name).device) for name, tensor in tensors.items()}
-        self._kept = header["samples"]
-        say(f"going on after {self._kept} sequences, from {self._file}")
+        self._saved_samples = header["samples"]
+        say(f"going on after {self._saved_samples} sequences, from {self._file}")
         fields: dict[str, Any] = {**moved, **{name: header[name] for name in _NUMBERS}}
         fields["loss_nats"] = tuple(fields["loss_nats"])
-        return Totals(**fields), header["most"]
+        return ScoreAccumulator(**fields), header["most"]
 
 
 def _short(value: Any) -> str:
-    """Return a value as a message shows it: of a hash, what tells it from others."""
+    """Return a value as a message shows it; of a hash, the first digits."""
     text = str(value)
     return text if len(text) <= 20 else f"{text[:12]}…"
 
 
-def _save(file: Path, identity: Mapping[str, Any], totals: Totals, most: int) -> None:
-    numbers = {name: getattr(totals, name) for name in _NUMBERS}
-    header = {"format_version": _VERSION, "identity": identity, "most": most, **numbers}
-    held = {name: getattr(totals, name) for name in _TENSORS}
-    tensors = {name: t.cpu().contiguous() for name, t in held.items() if t is not None}
+def _save(
+    file: Path, identity: Mapping[str, Any], total: ScoreAccumulator, max_batch_size: int
+) -> None:
+    numbers = {name: getattr(total, name) for name in _NUMBERS}
+    header = {
+        "format_version": _VERSION,
+        "identity": identity,
+        "most": max_batch_size,  # the key of the first release's files
+        **numbers,
+    }
+    fields = {name: getattr(total, name) for name in _TENSORS}
+    tensors = {name: t.cpu().contiguous() for name, t in fields.items() if t is not None}
     write_whole(file, save(tensors, {_FORMAT: json.dumps(header)}))
 
 

@@ -1,4 +1,4 @@
-"""Score micro-batches in passes, and go on in smaller ones when memory runs out."""
+"""Score micro-batches in passes, and continue with smaller ones when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,84 +10,87 @@ from torch import Tensor
 
 from hfprune_fast.console import say
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
 from hfprune_fast.errors import ArgumentError, MemoryShortageError, one_line
-from hfprune_fast.kernels import (
-    resolve_backend,
-)
-from hfprune_fast.scoring.passes import How, _Pass, no_totals
-from hfprune_fast.scoring.resume import Totals
+from hfprune_fast.kernels import resolve_backend
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
+from hfprune_fast.scoring.passes import Pass, PassOptions, empty_accumulator
+
+OnCommit = Callable[[ScoreAccumulator, int], object]
+
+
+def no_commit(total: ScoreAccumulator, max_batch_size: int) -> None:
+    """Default commit callback: does nothing."""
 
 
 def score_batches(
     model: ResidentModel,
     batches: Sequence[MicroBatch],
-    how: How,
-    totals: Totals | None = None,
+    options: PassOptions,
+    total: ScoreAccumulator | None = None,
     *,
-    most: int | None = None,
-    committed: Callable[[Totals, int], object] = lambda totals, most: None,
-    done: Callable[[float], object] = lambda tokens: None,
-) -> Totals:
+    max_batch_size: int | None = None,
+    on_commit: OnCommit = no_commit,
+    on_progress: OnProgress = no_progress,
+) -> ScoreAccumulator:
     """Score every MLP neuron over micro-batches, in their order.
 
-    Out of memory, micro-batches and passes are halved, then layers recomputed, and the pass is run
-    again.
+    When memory runs out, micro-batches and passes are halved, then layers recomputed, and the pass
+    is run again.
 
     Args:
-        model: entered, so in evaluation mode.
-        batches: micro-batches, also those that are done.
-        how: ways and means.
-        totals: those of the first sequences, which are done; by default of none.
-        most: how many sequences a micro-batch may have, if by now less than they have.
-        committed: called after each pass with the new totals and the most sequences that a
-            micro-batch now has.
-        done: called with the tokens that were worked on, a layer at a time; in all, as many as
-            there were to do.
+        model: the entered model.
+        batches: all micro-batches, including those already in `total`.
+        options: what is added up, and how.
+        total: the sums over the first sequences, if these have been scored; default: of none.
+        max_batch_size: sequences in a micro-batch at most, if fewer than the batches have.
+        on_commit: called after each pass with the new sums and the current max_batch_size.
+        on_progress: called with the tokens processed, a layer at a time; their sum is the tokens
+            that remained to be scored.
 
     Raises:
-        MemoryShortageError: not even one sequence fits, with recomputing.
-        NumericsError: NaN or inf in a weight or a layer's activations or gradients, named.
+        MemoryShortageError: not even one sequence fits, with layers recomputed.
+        NumericsError: a weight or a layer's activations or gradients, named, hold NaN or inf.
     """
-    totals = totals or no_totals(model, how)
-    most = most or max((len(batch.ids) for batch in batches), default=0)
-    todo = _left(batches, totals.samples, most)
-    while todo:
-        a_pass = _next_pass(todo, how.pass_tokens)
-        run = _Pass(model, a_pass, how, done)
+    total = total or empty_accumulator(model, options)
+    max_batch_size = max_batch_size or max((len(batch.ids) for batch in batches), default=0)
+    remaining = _remaining(batches, total.samples, max_batch_size)
+    while remaining:
+        batches_of_pass = _next_pass(remaining, options.pass_tokens)
+        a_pass = Pass(model, batches_of_pass, options, on_progress)
         try:
-            totals = run.add_to(totals)
+            total = a_pass.add_to(total)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            why = one_line(error)
-            error.__traceback__ = None  # which holds the tensors of the pass
+            reason = one_line(error)
+            error.__traceback__ = None  # its frames hold the tensors of the pass
         else:
-            todo = todo[len(a_pass) :]
-            committed(totals, most)
+            remaining = remaining[len(batches_of_pass) :]
+            on_commit(total, max_batch_size)
             continue
-        done(-run.counted)
-        run.clear()
+        a_pass.clear()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-        largest = max(len(batch.ids) for batch in a_pass)
-        passes = ""
-        if len(a_pass) > 1:  # whose layers' inputs may be what did not fit
-            how = replace(how, pass_tokens=sum(batch.ids.numel() for batch in a_pass) // 2)
-            passes = f", at most {how.pass_tokens} tokens a pass"
-        if largest > 1 or passes:
-            most = (largest + 1) // 2
-            todo = _left(batches, totals.samples, most)
-            say(f"out of memory; going on with micro-batches of {most}{passes}")
-        elif not how.recompute:
-            how = replace(how, recompute=True)
+        largest = max(len(batch.ids) for batch in batches_of_pass)
+        limit = ""
+        if len(batches_of_pass) > 1:  # the inputs of the layers may be what did not fit
+            pass_tokens = sum(batch.ids.numel() for batch in batches_of_pass) // 2
+            options = replace(options, pass_tokens=pass_tokens)
+            limit = f", at most {pass_tokens} tokens a pass"
+        if largest > 1 or limit:
+            max_batch_size = (largest + 1) // 2
+            remaining = _remaining(batches, total.samples, max_batch_size)
+            say(f"out of memory; going on with micro-batches of {max_batch_size}{limit}")
+        elif not options.recompute:
+            options = replace(options, recompute=True)
             say("out of memory; going on with layers recomputed in the backward")
         else:
             raise MemoryShortageError(
                 "out of memory with one sequence at a time; try a smaller --seq-len, "
-                f"--dtype bfloat16 or --offload disk ({why})"
+                f"--dtype bfloat16 or --offload disk ({reason})"
             )
-    return totals
+    return total
 
 
 def backend_for(tensor: Tensor, backend: str | None, parity: bool) -> str:
@@ -101,35 +104,37 @@ def backend_for(tensor: Tensor, backend: str | None, parity: bool) -> str:
     return chosen
 
 
-def _left(batches: Sequence[MicroBatch], samples: int, most: int) -> list[MicroBatch]:
-    """Return what is left when so many sequences are done, in micro-batches of at most `most`.
+def _remaining(
+    batches: Sequence[MicroBatch], samples: int, max_batch_size: int
+) -> list[MicroBatch]:
+    """Return the micro-batches that remain after the first `samples` sequences.
 
-    Of nothing else, so that a run that is resumed goes on with the same ones.
+    They depend on nothing else, so that a resumed run continues with the same ones.
     """
-    left: list[MicroBatch] = []
+    remaining: list[MicroBatch] = []
     for batch in batches:
-        done = min(samples, len(batch.ids))
-        samples -= done
-        if done < len(batch.ids):
-            rest = MicroBatch(batch.ids[done:], batch.lengths[done:], batch.first + done)
-            left += rest.split(most)
-    return left
+        scored = min(samples, len(batch.ids))
+        samples -= scored
+        if scored < len(batch.ids):
+            rest = MicroBatch(batch.ids[scored:], batch.lengths[scored:], batch.first + scored)
+            remaining += rest.split(max_batch_size)
+    return remaining
 
 
-def _next_pass(todo: list[MicroBatch], tokens: int) -> list[MicroBatch]:
-    """Return the first micro-batches, as many as hold so many tokens, padding too; at least 1."""
-    a_pass = todo[:1]
-    held = todo[0].ids.numel()
-    for batch in todo[1:]:
+def _next_pass(remaining: list[MicroBatch], tokens: int) -> list[MicroBatch]:
+    """Return the first micro-batches that hold at most `tokens`, padding included; at least 1."""
+    chosen = remaining[:1]
+    held = remaining[0].ids.numel()
+    for batch in remaining[1:]:
         held += batch.ids.numel()
         if held > tokens:
             break
-        a_pass.append(batch)
-    return a_pass
+        chosen.append(batch)
+    return chosen
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so: CUDA's class, Python's, or what torch's CPU allocator raises."""
+    """Return whether an error is CUDA's, Python's or torch's CPU allocator's out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         any(text in str(error) for text in ("allocate memory", "enough memory", "out of memory"))
     )

@@ -85,9 +85,9 @@ def score(
         data = token_data(batches_or_source, spec.vocab_size)
     job = ScoringJob(subject, spec, data, criteria, obs, scoring, calibration.seed, processes)
     with joined(subject.device, processes):
-        plan, keeper = job.plan(run, state_file)
+        plan, resume_file = job.plan(run, state_file)
         with open_model(subject, plan.offload) as model:
-            return job.run(model, plan, keeper, progress)
+            return job.run(model, plan, resume_file, progress)
 
 
 def open_inputs(

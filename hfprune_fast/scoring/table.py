@@ -40,17 +40,10 @@ from hfprune_fast.checkpoint.atomic import write_whole
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
 from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.scoring.criteria import CRITERIA
 
-# Of each criterion, the statistic to rank by unless another is asked for: for entropy the paper's,
-# for others that which did best in bench/results/fidelity.
-DEFAULT_STATISTIC = {
-    "entropy": "l1",
-    "cross_entropy": "l2",
-    "fisher": "l2",
-    "activation": "act",
-    "magnitude": "weight_norm",
-    "random": "uniform",
-}
+DEFAULT_STATISTIC = {name: criterion.default_statistic for name, criterion in CRITERIA.items()}
+DEFAULT_STATISTIC |= {"magnitude": "weight_norm", "random": "uniform"}
 _OF_A_CRITERION = ("l1", "l2", "fisher_mask")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _FORMAT = "hfprune_scores"

@@ -160,7 +160,7 @@ def test_what_takes_one_process_is_refused(flag: str, message: str) -> None:
 @pytest.mark.parametrize("how", ["killed", "an error"])
 def test_when_one_dies_the_others_end_with_a_line_and_write_nothing(dying: int, how: str) -> None:
     its_end = (
-        kill_at("hfprune_fast.scoring.run:_Pass._run", 2) if how == "killed" else fail_in_pass(2)
+        kill_at("hfprune_fast.scoring.run:Pass.add_to", 2) if how == "killed" else fail_in_pass(2)
     )
     began = time.monotonic()
     codes, logs = run_together(3, *score_args("--save-seconds", 0), prepare={dying: its_end})
@@ -202,7 +202,7 @@ def test_torchrun_starts_them(hfprune: Hfprune) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["scoring:_Pass._run", "score_job:windows_for"])
+@pytest.mark.parametrize("place", ["scoring.passes:Pass.add_to", "scoring.score:windows_for"])
 def test_torchrun_ends_all_when_one_is_killed(place: str) -> None:
     """In the middle, and before they have joined."""
     Path("driver.py").write_text(

@@ -16,7 +16,7 @@ from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
-from hfprune_fast.engine.mlp_hooks import Scoring, known_activation, scored
+from hfprune_fast.engine.mlp_hooks import ScoredGraph, TaylorOptions, known_activation
 from hfprune_fast.models.sites import GatedMLP, parts_of
 from hfprune_fast.scoring.table import STATISTICS
 
@@ -60,14 +60,20 @@ def scored_run(
     mlp: GatedMLP, x: Tensor, d_out: Tensor, *,
     needs_grad: bool = True, only_backward: bool = False, grad_scale: float = 1.0,
 ) -> Result:  # fmt: skip
+    graph = graph_of(mlp, x, needs_grad, only_backward, grad_scale)
     taken: list[Any] = []
-    scoring = Scoring(taken.append, SEEN, grad_scale, parity=False, backend="torch")
-    x = x.detach().requires_grad_(needs_grad)
-    with scored(mlp, scoring, needs_grad=needs_grad, only_backward=only_backward):
-        out = mlp.module(x)
-    out.backward(d_out * grad_scale)
+    d_x = graph.backward(d_out * grad_scale, taken.append)
     (statistics,) = taken
-    return Result(out.detach(), torch.stack(statistics), x.grad)
+    return Result(graph.output.detach(), torch.stack(statistics), d_x)
+
+
+def graph_of(
+    mlp: GatedMLP, x: Tensor, needs_grad: bool,
+    only_backward: bool = False, grad_scale: float = 1.0,
+) -> ScoredGraph:  # fmt: skip
+    options = TaylorOptions(SEEN, grad_scale, parity=False, backend="torch")
+    run = mlp.module
+    return ScoredGraph(run, x, mlp, options, needs_grad=needs_grad, only_backward=only_backward)
 
 
 def plain_run(mlp: GatedMLP, x: Tensor, d_out: Tensor, act: str, dtype: torch.dtype) -> Result:
@@ -129,13 +135,9 @@ def test_only_gate_and_up_are_kept_and_only_act_in_the_first_layer(
     mlp, (x, d_out) = llama_mlp(dtype), inputs(dtype)
     gate, up = mlp.gate(x), mlp.up(x)
     wanted = (gate, up) if needs_grad else (mlp.module.act_fn(gate) * up,)
-    x.requires_grad_(needs_grad)
-    scoring = Scoring(lambda _: None, SEEN, 1.0, parity=False, backend="torch")
-    with (
-        Watch(x, *mlp.module.parameters()) as watch,
-        scored(mlp, scoring, needs_grad=needs_grad, only_backward=only_backward),
-    ):
-        out = mlp.module(x)
+    with Watch(x, *mlp.module.parameters()) as watch:
+        graph = graph_of(mlp, x, needs_grad, only_backward)
+    out = graph.output
     saved = out.grad_fn.saved_tensors  # type: ignore[union-attr]
     assert len(saved) == len(wanted)
     assert all(torch.equal(a, b) for a, b in zip(saved, wanted, strict=True))
@@ -144,9 +146,11 @@ def test_only_gate_and_up_are_kept_and_only_act_in_the_first_layer(
     assert live_bytes - out_bytes == len(wanted) * B * S * F * dtype.itemsize
     if only_backward and needs_grad:
         assert watch.peak == live_bytes  # act is not even made
-    out.backward(d_out)
-    if needs_grad:  # their gradients are where they were
-        assert not any(torch.equal(a, b) for a, b in zip(saved, wanted, strict=True))
+    for last in (False, True):
+        graph.backward(d_out, lambda _: None, last=last)
+        if needs_grad:  # after the last one, their gradients are where they were
+            same = [torch.equal(a, b) for a, b in zip(saved, wanted, strict=True)]
+            assert same == [not last] * 2
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -173,18 +177,25 @@ def test_only_backward_poisons_the_output_and_saves_the_product_with_w_down(
     assert flops == [(6 if needs_grad else 4) * product, (5 if needs_grad else 3) * product]
 
 
+@pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_a_second_backward_is_refused_in_one_line(needs_grad: bool) -> None:
+def test_each_backward_delivers_its_own_until_the_last(needs_grad: bool, hooked: bool) -> None:
     mlp, (x, d_out) = llama_mlp(torch.float32), inputs(torch.float32)
-    taken: list[Any] = []
-    scoring = Scoring(taken.append, SEEN, 1.0, parity=False, backend="torch")
-    with scored(mlp, scoring, needs_grad=needs_grad):
-        out = mlp.module(x.requires_grad_(needs_grad))
-    out.backward(d_out, retain_graph=True)
+    if hooked:
+        mlp.module.register_forward_hook(lambda *_: None)
+    graph = graph_of(mlp, x, needs_grad)
+    first, second = [], []
+    halved = graph.backward(d_out / 2, first.append, last=False)
+    whole = graph.backward(d_out, second.append)
+    assert torch.equal(first[0].l1, second[0].l1 / 2)
+    assert (len(first), len(second)) == (1, 1)
+    assert (halved is None) == (whole is None) == (not needs_grad)
+    if halved is not None and whole is not None:
+        assert torch.equal(halved, whole / 2)
     with pytest.raises(RuntimeError, match="run the forward again") as raised:
-        out.backward(d_out)
+        graph.backward(d_out, first.append)
     assert "\n" not in str(raised.value)
-    assert len(taken) == 1
+    assert len(first) == 1
 
 
 class Adapted(nn.Module):

@@ -19,8 +19,8 @@ from hfprune_fast.engine import layerwise
 from hfprune_fast.engine.streaming import StreamedModel, running
 from hfprune_fast.errors import NumericsError
 from hfprune_fast.evaluation import fidelity
-from hfprune_fast.scoring.passes import How
-from hfprune_fast.scoring.resume import Totals
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
+from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
 from hfprune_fast.scoring.table import STATISTICS
 
@@ -72,23 +72,23 @@ def score(
     recompute: bool = True,
     pass_tokens: int = 0,
     passes: int | None = None,
-) -> Totals:
+) -> ScoreAccumulator:
     """Score by path; of a given number of passes, so that a test knows that there were many."""
     committed: list[int] = []
-    how = How(recompute=recompute, pass_tokens=pass_tokens)
+    how = PassOptions(recompute=recompute, pass_tokens=pass_tokens)
     with running(blueprint(folder, dtype=dtype, device="cpu"), offload) as model:
         assert isinstance(model, StreamedModel) == (offload != "none")
         totals = score_batches(
             model,
             batches or micro_batches(),
             how,
-            committed=lambda totals, most: committed.append(totals.samples),
+            on_commit=lambda totals, most: committed.append(totals.samples),
         )
     assert passes in (None, len(committed))
     return totals
 
 
-def assert_equal(got: Totals, expected: Totals) -> None:
+def assert_equal(got: ScoreAccumulator, expected: ScoreAccumulator) -> None:
     assert torch.equal(got.statistics, expected.statistics)
     assert torch.equal(got.down_norm, expected.down_norm)
     assert got.loss_nats == expected.loss_nats
@@ -160,7 +160,7 @@ def test_more_shapes_than_recorded_calls_are_kept_of(
     folder = save_checkpoint(tiny_model("mistral", dtype=torch.float32, sliding_window=5))
     batches = [micro_batch(random_ids(1, length), V) for length in (7, 9, 8, 7)]
     expected = score(folder, "none", batches)
-    monkeypatch.setattr(layerwise, "_CALLS_KEPT", 2)
+    monkeypatch.setattr(layerwise, "_CACHED_SHAPES", 2)
     assert_equal(score(folder, offload, batches, pass_tokens=1000, passes=1), expected)
 
 

@@ -1,4 +1,4 @@
-"""How a streamed model's weights come and go; what comes of it is test_streaming.py's."""
+"""PassOptions a streamed model's weights come and go; what comes of it is test_streaming.py's."""
 
 import threading
 import time
@@ -18,10 +18,10 @@ from truth import tiny_model
 from hfprune_fast.checkpoint import native
 from hfprune_fast.checkpoint.loading import blueprint
 from hfprune_fast.data.batches import micro_batch
-from hfprune_fast.engine import streaming
+from hfprune_fast.engine import weights
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import running
-from hfprune_fast.scoring.passes import How
+from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
 
 STREAMED = ["disk", "cpu"]
@@ -68,7 +68,7 @@ def test_only_the_layer_that_runs_has_its_weights(
         ran.append(layer)
 
     with watched_layers(monkeypatch, look), streamed:
-        score_batches(streamed, BATCHES, How(recompute=True, pass_tokens=100))
+        score_batches(streamed, BATCHES, PassOptions(recompute=True, pass_tokens=100))
     assert ran == [layer for layer in (0, 1, 2, 3, 3, 2, 1, 0) for _ in range(2)]
     if offload == "cpu":
         assert len(memory) == 2  # buffers, whatever the number of layers
@@ -117,7 +117,7 @@ def test_pages_are_asked_for_ahead_and_given_back(
         watched_layers(monkeypatch, lambda layer: events.append(("run", f"model.layers.{layer}."))),
         running(plan, "disk") as model,
     ):
-        score_batches(model, BATCHES[1:], How(recompute=True))
+        score_batches(model, BATCHES[1:], PassOptions(recompute=True))
     # Few of the embedding's rows are needed, so it is not read ahead.
     expected: list[Event] = [("look", "embedding"), ("done", "embedding")]
     for unit, then in (("0", "1"), ("1", "head"), ("head", "1"), ("1", "0"), ("0", "0")):
@@ -141,7 +141,7 @@ def test_given_back_pages_leave_the_memory(tmp_path: Path) -> None:
     """With layers of 5 MiB, a run leaves less than one of the file's in memory."""
     folder = synthetic_checkpoint(tmp_path / "m", hidden=512, width=1024, layers=4, vocab=V)
     with running(blueprint(folder, device="cpu"), "disk") as model:
-        score_batches(model, [BATCHES[1]], How(recompute=True))
+        score_batches(model, [BATCHES[1]], PassOptions(recompute=True))
         text = Path("/proc/self/smaps").read_text()
     rss = dict.fromkeys((file.name for file in folder.glob("*.safetensors")), 0)
     for block in text.split("VmFlags")[:-1]:
@@ -161,7 +161,7 @@ def test_offload_cpu_reads_the_file_once(
     plan = blueprint(folder, device="cpu")
     events: list[Event] = []
     with watched_file(monkeypatch, events), running(plan, "cpu") as model:
-        score_batches(model, BATCHES, How(recompute=True))
+        score_batches(model, BATCHES, PassOptions(recompute=True))
     for unit in ("0", "1", "2", "head"):
         whole = sorted(name for name in plan.checkpoint.tensors if unit_of(name) == unit)
         of_unit = [event for event in events if unit_of(event[1]) == unit]
@@ -205,94 +205,97 @@ def assert_has_weights(streamed: ResidentModel, layer: int, model: PreTrainedMod
             assert torch.equal(streamed.model.get_parameter(name), parameter), name
 
 
-@pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("offload", STREAMED)
-def test_a_layer_that_was_not_announced_is_brought_all_the_same(
-    save_checkpoint: Callable[..., Path],
-    offload: str,
-    slow: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Also while the one that was announced is still on its way."""
-    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=5)
-    folder = save_checkpoint(model)
-    stored = streaming._File.stored
+@contextmanager
+def watched_reads(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[[str], object]
+) -> Iterator[None]:
+    """Call before with a tensor's name before it is read."""
+    stored = weights.CheckpointTensors.stored
 
-    def delayed(self: Any, name: str, **options: Any) -> Tensor:
-        if slow and name.endswith("mlp.up_proj.weight"):
-            time.sleep(0.02)
+    def watched(self: Any, name: str, **options: Any) -> Tensor:
+        before(name)
         return stored(self, name, **options)
 
-    monkeypatch.setattr(streaming._File, "stored", delayed)
-    with running(blueprint(folder, device="cpu"), offload) as streamed:
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.CheckpointTensors, "stored", watched)
+        yield
+
+
+Source = tuple[PreTrainedModel, Path]
+
+
+@pytest.fixture
+def source(save_checkpoint: Callable[..., Path]) -> Source:
+    """A model of 5 layers and its checkpoint."""
+    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=5)
+    return model, save_checkpoint(model)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("offload", STREAMED)
+def test_a_layer_that_was_not_announced_is_fetched_all_the_same(
+    source: Source, offload: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the one that was announced is still on its way."""
+    model, folder = source
+
+    def delay(name: str) -> None:
+        if slow and name.endswith("mlp.up_proj.weight"):
+            time.sleep(0.02)
+
+    with (
+        watched_reads(monkeypatch, delay),
+        running(blueprint(folder, device="cpu"), offload) as streamed,
+    ):
         for layer, then in ((0, 1), (2, 3), (2, 2), (4, 0), (1, 4), (4, 1), (3, 3), (0, 2)):
             with streamed.weights_of(layer, then=then):
                 assert_has_weights(streamed, layer, model)
 
 
-def weight_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("hfprune-weights")]
-
-
 @pytest.mark.parametrize("offload", STREAMED)
 def test_a_read_that_fails_is_raised_here_and_all_is_closed(
-    save_checkpoint: Callable[..., Path], offload: str, monkeypatch: pytest.MonkeyPatch
+    source: Source, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save_checkpoint(tiny_model("llama", dtype=torch.float32))
-    stored = streaming._File.stored
-
-    def failing(self: Any, name: str, **options: Any) -> Tensor:
-        if name == "model.layers.1.mlp.up_proj.weight":
-            raise OSError("the disk is gone")
-        return stored(self, name, **options)
-
-    plan = blueprint(folder, device="cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming._File, "stored", failing)
-        with pytest.raises(OSError, match="the disk is gone"), running(plan, offload) as model:
-            score_batches(model, BATCHES, How(recompute=True))
+    plan = blueprint(source[1], device="cpu")
+    with (
+        watched_reads(monkeypatch, failing("model.layers.1.mlp.up_proj.weight")),
+        pytest.raises(OSError, match="the disk is gone"),
+        running(plan, offload) as model,
+    ):
+        score_batches(model, BATCHES, PassOptions(recompute=True))
     assert weight_threads() == []
     assert all(parameter.is_meta for parameter in plan.model.parameters())
 
 
 @pytest.mark.parametrize("offload", STREAMED)
 def test_a_read_that_failed_is_tried_again(
-    save_checkpoint: Callable[..., Path], offload: str, monkeypatch: pytest.MonkeyPatch
+    source: Source, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model("llama", dtype=torch.float32)
-    folder = save_checkpoint(model)
-    stored, failures = streaming._File.stored, [OSError("once"), OSError("twice")]
-
-    def failing(self: Any, name: str, **options: Any) -> Tensor:
-        if failures and name == "model.layers.1.mlp.up_proj.weight":
-            raise failures.pop()
-        return stored(self, name, **options)
-
-    monkeypatch.setattr(streaming._File, "stored", failing)
+    """And one that failed ahead of its time, of a layer that is not needed, harms nothing."""
+    model, folder = source
     with running(blueprint(folder, device="cpu"), offload) as streamed:
-        for message in ("twice", "once"):
-            with pytest.raises(OSError, match=message), streamed.weights_of(1, then=2):
-                pass
-        with streamed.weights_of(1, then=2):
-            assert_has_weights(streamed, 1, model)
-
-
-@pytest.mark.parametrize("offload", STREAMED)
-def test_a_failed_read_of_what_is_not_needed_harms_nothing(
-    save_checkpoint: Callable[..., Path], offload: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama", dtype=torch.float32)
-    folder = save_checkpoint(model)
-    stored = streaming._File.stored
-
-    def failing(self: Any, name: str, **options: Any) -> Tensor:
-        if name.startswith("model.layers.2."):
-            raise OSError("the disk is gone")
-        return stored(self, name, **options)
-
-    monkeypatch.setattr(streaming._File, "stored", failing)
-    with running(blueprint(folder, device="cpu"), offload) as streamed:
-        for layer, then in ((0, 2), (1, 2)):
-            with streamed.weights_of(layer, then=then):
-                assert_has_weights(streamed, layer, model)
+        with watched_reads(monkeypatch, failing("model.layers.2.")):
+            for layer, then in ((0, 2), (1, 2)):
+                with streamed.weights_of(layer, then=then):
+                    assert_has_weights(streamed, layer, model)
+            for _ in range(2):
+                with (
+                    pytest.raises(OSError, match="the disk is gone"),
+                    streamed.weights_of(2, then=3),
+                ):
+                    pass
+        with streamed.weights_of(2, then=3):
+            assert_has_weights(streamed, 2, model)
     assert weight_threads() == []
+
+
+def failing(prefix: str) -> Callable[[str], None]:
+    def fail(name: str) -> None:
+        if name.startswith(prefix):
+            raise OSError("the disk is gone")
+
+    return fail
+
+
+def weight_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("hfprune-weights")]

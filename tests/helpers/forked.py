@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from hfprune_fast.cli import main
 from hfprune_fast.engine import planner
-from hfprune_fast.scoring.passes import _Pass
-from hfprune_fast.scoring.resume import Keeper
+from hfprune_fast.scoring.passes import Pass
+from hfprune_fast.scoring.resume import ResumeFile
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["hfprune_fast.cli", "transformers.models.llama.modeling_llama"])
@@ -128,21 +128,21 @@ def kill_between(events: int, pass_tokens: int) -> Prepare:
 
 
 def _kill_between(events: int, pass_tokens: int) -> None:
-    committed, plan, seen = Keeper.committed, planner.plan_scoring, count()
+    on_commit, plan, seen = ResumeFile.on_commit, planner.plan_scoring, count()
 
     def kill(*_: Any) -> None:
         if next(seen) >= events:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def first_committed(self: Keeper, *args: Any) -> None:
-        committed(self, *args)
-        Keeper.committed = committed  # type: ignore[method-assign]
+    def first_commit(self: ResumeFile, *args: Any) -> None:
+        on_commit(self, *args)
+        ResumeFile.on_commit = on_commit  # type: ignore[method-assign]
         sys.setprofile(kill)
 
     def short_passes(*args: Any, **options: Any) -> planner.Plan:
         return replace(plan(*args, **options), pass_tokens=pass_tokens)
 
-    Keeper.committed = first_committed  # type: ignore[method-assign]
+    ResumeFile.on_commit = first_commit  # type: ignore[method-assign]
     planner.plan_scoring = short_passes
 
 
@@ -172,11 +172,11 @@ def fail_in_pass(number: int) -> Prepare:
 
 
 def _fail_in_pass(number: int) -> None:
-    run, passes = _Pass._run, count()
+    add_to, passes = Pass.add_to, count()
 
-    def failing(self: _Pass, *args: Any) -> Any:
+    def failing(self: Pass, total: Any) -> Any:
         if next(passes) == number:
             raise RuntimeError("the device fell off the bus")
-        return run(self, *args)
+        return add_to(self, total)
 
-    _Pass._run = failing  # type: ignore[method-assign]
+    Pass.add_to = failing  # type: ignore[method-assign]

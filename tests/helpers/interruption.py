@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 from truth import tiny_model
 
-from hfprune_fast.scoring import passes
+from hfprune_fast.scoring import criteria, passes
 
 SEQUENCES, TOKENS, VOCAB = 24, 16, 127
 
@@ -50,20 +49,20 @@ def kept_samples(file: Path) -> int:
 
 def interrupt(patch: pytest.MonkeyPatch, at_pass: int, how: int = signal.SIGINT) -> None:
     """Send this process a signal in the middle of a pass, counted from 0."""
-    numbers, run = count(), passes._Pass._run
+    add_to, head_loss = passes.Pass.add_to, criteria.linear_entropy
+    finished: list[Any] = []
 
-    def interrupted(self: Any, *args: Any) -> Any:
-        if next(numbers) == at_pass:
-            head = self._head
+    def counted(self: Any, total: Any) -> Any:
+        finished.append(add_to(self, total))
+        return finished[-1]
 
-            def signalled(*of_head: Any) -> Any:
-                os.kill(os.getpid(), how)
-                return head(*of_head)
+    def signalling(*args: Any, **options: Any) -> Any:
+        if len(finished) == at_pass:
+            os.kill(os.getpid(), how)
+        return head_loss(*args, **options)
 
-            self._head = signalled
-        return run(self, *args)
-
-    patch.setattr(passes._Pass, "_run", interrupted)
+    patch.setattr(passes.Pass, "add_to", counted)
+    patch.setattr(criteria, "linear_entropy", signalling)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 
 

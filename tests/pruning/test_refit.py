@@ -175,38 +175,6 @@ def test_a_weight_of_no_layer_is_refused(layer: int) -> None:
     assert model.config.intermediate_size == 96
 
 
-def test_each_layers_weight_brings_the_stream_closer() -> None:
-    """Than the dense weight's columns there, after the same refitted layers before it."""
-    model = tiny_model("qwen3")
-    batches, keep = batches_of(model), keep_of(model)
-    with ResidentModel(model) as entered:
-        (result,), _ = refit(entered, batches, [keep])
-    cut = copy.deepcopy(model)
-    hf.prune(cut, keep)
-    for layer, weight in result.weights.items():
-        before = distance(model, cut, batches, layer)
-        cut.model.layers[layer].mlp.down_proj.weight.copy_(weight)
-        assert distance(model, cut, batches, layer) < 0.9 * before
-
-
-def distance(
-    dense: PreTrainedModel, cut: PreTrainedModel, batches: list[MicroBatch], layer: int
-) -> float:
-    """Mean square of what the residual streams differ by behind a layer."""
-    streams = []
-    for model in (dense, cut):
-        rows: list[Tensor] = []
-        handle = model.model.layers[layer].register_forward_hook(
-            lambda _, args, output, rows=rows: rows.append(output[0])
-        )
-        for batch in batches:
-            for ids, length in zip(batch.ids, batch.lengths, strict=True):
-                model(ids[None, :length], use_cache=False)
-        handle.remove()
-        streams.append(torch.cat(rows))
-    return float((streams[0] - streams[1]).square().mean())
-
-
 def test_several_models_are_each_fitted_alone() -> None:
     model = tiny_model("llama")
     batches = batches_of(model)
@@ -227,8 +195,14 @@ def test_the_bar_ends_at_the_tokens_there_are(models: int, held_out: int) -> Non
     fitted: list[float] = []
     costed: list[float] = []
     with ResidentModel(model) as entered:
-        refit(entered, batches, [keep_of(model)] * models, held_out=held_out, done=fitted.append)
-        removal_costs(entered, batches, done=costed.append)
+        refit(
+            entered,
+            batches,
+            [keep_of(model)] * models,
+            held_out=held_out,
+            on_progress=fitted.append,
+        )
+        removal_costs(entered, batches, on_progress=costed.append)
     assert sum(fitted) == pytest.approx(sum(LENGTHS))
     assert sum(costed) == pytest.approx(sum(LENGTHS))
     assert min(fitted + costed) > 0
@@ -263,7 +237,7 @@ def test_moments_of_bfloat16_acts_are_of_float32_products(
         return gram.diagonal()
 
     monkeypatch.setattr("hfprune_fast.pruning.refit.least_squares", note)
-    monkeypatch.setattr("hfprune_fast.pruning.refit.costs_of_one", note_costs)
+    monkeypatch.setattr("hfprune_fast.scoring.costs.greedy_removal_costs", note_costs)
     with ResidentModel(model) as entered:
         refit(entered, batches, [keep])
         gram, cross = noted[:2]
@@ -321,22 +295,6 @@ def test_a_model_of_which_all_is_kept_stays_what_it_was() -> None:
         assert torch.allclose(weight, dense, rtol=1e-9, atol=1e-9)
 
 
-def test_the_pruned_stream_is_closer_than_without() -> None:
-    model = tiny_model("llama")
-    batches, keep = batches_of(model), keep_of(model)
-    with ResidentModel(model) as entered:
-        (result,), dense = refit(entered, batches, [keep], held_out=0)
-        fidelity = []
-        for weights in (None, result.weights):
-            cut = copy.deepcopy(model)
-            hf.prune(cut, keep)
-            for layer, weight in (weights or {}).items():
-                cut.model.layers[layer].mlp.down_proj.weight.copy_(weight)
-            fidelity.append(hf.evaluate(model, cut, [batch.ids[:, :20] for batch in batches]))
-    assert dense == []
-    assert fidelity[1].kl_nats < 0.7 * fidelity[0].kl_nats
-
-
 @pytest.mark.parametrize("offload", ["disk", "cpu"])
 def test_streamed_weights_give_the_same_bits(offload: str, llama_dir: Path) -> None:
     found = []
@@ -349,38 +307,6 @@ def test_streamed_weights_give_the_same_bits(offload: str, llama_dir: Path) -> N
     for layer in range(3):
         assert torch.equal(found[0][0][layer], found[1][0][layer])
     assert torch.equal(found[0][1], found[1][1])
-
-
-def test_removal_costs_are_of_the_dense_models_acts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The moments that each layer's costs are made of, and that they are there one at a time."""
-    model = tiny_model("llama", mlp_bias=True)
-    batches = batches_of(model)
-    acts: list[list[Tensor]] = [[] for _ in range(3)]
-    handles = [
-        layer.mlp.down_proj.register_forward_pre_hook(
-            lambda _, args, i=i: acts[i].append(args[0][0])
-        )
-        for i, layer in enumerate(model.model.layers)
-    ]
-    for batch in batches:
-        for ids, length in zip(batch.ids, batch.lengths, strict=True):
-            model(ids[None, :length], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    seen: list[Tensor] = []
-
-    def note(gram: Tensor, weight: Tensor, metric: Tensor | None) -> Tensor:
-        seen.append(gram.clone())
-        return obs.removal_costs(gram, weight, metric)
-
-    monkeypatch.setattr("hfprune_fast.pruning.refit.costs_of_one", note)
-    with ResidentModel(model) as entered:
-        costs = removal_costs(entered, batches, torch.eye(64).expand(3, 64, 64))
-    for layer, rows in enumerate(map(torch.cat, acts)):
-        gram = rows.t() @ rows / sum(LENGTHS)
-        assert torch.allclose(seen[layer], gram, rtol=FP32_NORMS, atol=FP32_NORMS)
-        weight = model.model.layers[layer].mlp.down_proj.weight
-        assert torch.allclose(costs[layer], obs.removal_costs(gram, weight), rtol=1e-3)
 
 
 def test_the_model_is_left_as_it_was() -> None:

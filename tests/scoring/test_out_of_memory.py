@@ -2,33 +2,31 @@
 
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from truth import tiny_model
 from watch import Watch
 
-import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine import mlp_hooks, streaming
+from hfprune_fast.engine import mlp_hooks, weights
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import running
 from hfprune_fast.errors import MemoryShortageError
-from hfprune_fast.scoring import passes, run
-from hfprune_fast.scoring.passes import How
-from hfprune_fast.scoring.resume import Totals
+from hfprune_fast.scoring import criteria, passes, run
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
+from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
 
 SEQUENCES, TOKENS, VOCAB = 16, 9, 127
 LENGTHS = [TOKENS, TOKENS, TOKENS, 5] * 4  # of every four sequences one is padded
-STORED, RECOMPUTED = How(), How(recompute=True)
-STREAMED = How(recompute=True, pass_tokens=8 * TOKENS)  # two micro-batches of 4 a pass
+STORED, RECOMPUTED = PassOptions(), PassOptions(recompute=True)
+STREAMED = PassOptions(recompute=True, pass_tokens=8 * TOKENS)  # two micro-batches of 4 a pass
 WAYS = pytest.mark.parametrize(
     "how", [STORED, RECOMPUTED, STREAMED], ids=["stored", "recomputed", "streamed"]
 )
@@ -53,7 +51,7 @@ def model(save_checkpoint: Callable[..., Path]) -> Make:
     """The same model, resident or streamed from its file."""
     folder = save_checkpoint(tiny_model("llama", dtype=torch.float32))
 
-    def make(how: How, offload: str = "disk") -> ResidentModel:
+    def make(how: PassOptions, offload: str = "disk") -> ResidentModel:
         blueprint = loading.blueprint(folder, device="cpu")
         return running(blueprint, offload if how.pass_tokens else "none")
 
@@ -91,12 +89,12 @@ def always(*_: Any, **__: Any) -> bool:
     return True
 
 
-def fail_at(patch: pytest.MonkeyPatch, where: Any, how: How, error: Exception) -> None:
+def fail_at(patch: pytest.MonkeyPatch, where: Any, how: PassOptions, error: Exception) -> None:
     """Raise once, in the last micro-batch of the second pass."""
     in_a_pass = 2 if how.pass_tokens else 1
     this = nth(2 * in_a_pass - 1)
     if where == "head":
-        fail(patch, run, "linear_entropy", this, error)
+        fail(patch, criteria, "linear_entropy", this, error)
         return
     way, layer = where
     if way == "forward":
@@ -113,7 +111,7 @@ def fail_at(patch: pytest.MonkeyPatch, where: Any, how: How, error: Exception) -
         fail(patch, mlp_hooks, "gated_taylor", nth(before + in_a_pass - 1), error)
 
 
-def assert_same(ours: Totals, theirs: Totals) -> None:
+def assert_same(ours: ScoreAccumulator, theirs: ScoreAccumulator) -> None:
     assert torch.equal(ours.statistics, theirs.statistics)
     assert torch.equal(ours.down_norm, theirs.down_norm)
     assert (ours.samples, ours.tokens) == (theirs.samples, theirs.tokens)
@@ -123,7 +121,7 @@ def assert_same(ours: Totals, theirs: Totals) -> None:
 @WAYS
 @pytest.mark.parametrize("where", PLACES, ids=str)
 def test_the_pass_is_run_again_in_halves_and_nothing_counts_twice(
-    model: Make, how: How, where: Any,
+    model: Make, how: PassOptions, where: Any,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     whole = 2 if how.pass_tokens else 1  # micro-batches of 4 before the error
@@ -136,8 +134,8 @@ def test_the_pass_is_run_again_in_halves_and_nothing_counts_twice(
             scored,
             sequences(4, 4, 4, 4),
             how,
-            committed=lambda totals, most: commits.append((totals.samples, most)),
-            done=lambda tokens: counts.append(counts[-1] + tokens),
+            on_commit=lambda totals, most: commits.append((totals.samples, most)),
+            on_progress=lambda tokens: counts.append(counts[-1] + tokens),
         )
     assert_same(totals, expected)
     assert (totals.samples, totals.tokens) == (SEQUENCES, sum(LENGTHS))
@@ -180,7 +178,7 @@ def test_weights_on_their_way_may_run_out_of_memory_too(
     halved += [2] * ((SEQUENCES - sum(halved)) // 2)
     with model(STREAMED, offload="cpu") as scored:
         expected = score_batches(scored, sequences(*halved), STREAMED)
-    fail(monkeypatch, streaming._Buffered, name, nth(number), MemoryError())
+    fail(monkeypatch, weights.BufferedWeights, name, nth(number), MemoryError())
     with model(STREAMED, offload="cpu") as scored:
         assert_same(score_batches(scored, sequences(4, 4, 4, 4), STREAMED), expected)
 
@@ -204,12 +202,12 @@ def test_odd_sizes_are_halved_again_and_again(model: Make, monkeypatch: pytest.M
         return batch.shape[0] // TOKENS > fits
 
     with model(STORED) as scored:
-        fail(monkeypatch, run, "linear_entropy", too_much, allocation_error())
+        fail(monkeypatch, criteria, "linear_entropy", too_much, allocation_error())
         totals = score_batches(
             scored,
             sequences(5, 5, 6),
             STORED,
-            committed=lambda totals, _: sizes.append(totals.samples - sum(sizes)),
+            on_commit=lambda totals, _: sizes.append(totals.samples - sum(sizes)),
         )
         monkeypatch.undo()
         assert sizes == [3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]
@@ -222,12 +220,12 @@ def test_at_one_sequence_layers_are_recomputed(
     """To the same bits: recomputing runs the same operations."""
     ones = sequences(*[1] * SEQUENCES)
 
-    def storing(*_: Any, only_backward: bool) -> bool:
+    def storing(*_: Any, only_backward: bool, **__: Any) -> bool:
         return not only_backward
 
     with model(STORED) as scored:
         expected = score_batches(scored, ones, STORED)
-        fail(monkeypatch, passes._Pass, "_with_graph", storing, allocation_error())
+        fail(monkeypatch, passes, "ScoredGraph", storing, allocation_error())
         assert_same(score_batches(scored, ones, STORED), expected)
     (line,) = capfd.readouterr().err.splitlines()
     assert line == "hfprune: out of memory; going on with layers recomputed in the backward"
@@ -235,9 +233,12 @@ def test_at_one_sequence_layers_are_recomputed(
 
 @WAYS
 def test_what_never_fits_ends_with_one_line_and_nothing_counted(
-    model: Make, how: How, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    model: Make,
+    how: PassOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    fail(monkeypatch, run, "linear_entropy", always, allocation_error())
+    fail(monkeypatch, criteria, "linear_entropy", always, allocation_error())
     commits, counts = [], [0.0]
     with (
         model(how) as scored,
@@ -247,8 +248,8 @@ def test_what_never_fits_ends_with_one_line_and_nothing_counted(
             scored,
             sequences(4, 4, 4, 4),
             how,
-            committed=lambda *commit: commits.append(commit),
-            done=lambda tokens: counts.append(counts[-1] + tokens),
+            on_commit=lambda *commit: commits.append(commit),
+            on_progress=lambda tokens: counts.append(counts[-1] + tokens),
         )
     assert "\n" not in str(raised.value)
     assert "can't allocate memory" in str(raised.value)
@@ -265,19 +266,19 @@ def test_a_pass_whose_inputs_do_not_fit_is_made_shorter(
     model: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Where smaller micro-batches alone would not help: no two fit, whatever their size."""
-    how = How(recompute=True, pass_tokens=16 * TOKENS)
+    how = PassOptions(recompute=True, pass_tokens=16 * TOKENS)
     held: list[int] = []
     with model(how) as scored:
         expected = score_batches(scored, sequences(*[1] * SEQUENCES), how)
         fail(
-            monkeypatch, passes._Pass, "_head",
+            monkeypatch, passes.Pass, "add_to",
             lambda a_pass, *_: sum(len(b.ids) for b in a_pass.batches) > 3, allocation_error(),
         )  # fmt: skip
         totals = score_batches(
             scored,
             sequences(4, 4, 4, 4),
             how,
-            committed=lambda totals, _: held.append(totals.samples - sum(held)),
+            on_commit=lambda totals, _: held.append(totals.samples - sum(held)),
         )
     assert sum(held) == SEQUENCES
     assert 1 < max(held) <= 3
@@ -288,7 +289,7 @@ def test_a_pass_whose_inputs_do_not_fit_is_made_shorter(
 @WAYS
 @pytest.mark.parametrize("where", ["head", ("forward", LAST), ("backward", MIDDLE)], ids=str)
 def test_nothing_of_the_failed_pass_is_held_when_the_user_is_told(
-    model: Make, how: How, where: Any, monkeypatch: pytest.MonkeyPatch
+    model: Make, how: PassOptions, where: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live: list[int] = []
     with model(how) as scored:
@@ -298,7 +299,7 @@ def test_nothing_of_the_failed_pass_is_held_when_the_user_is_told(
             live.append(sum(size for ref, size in watch.live if not ref.expired()))
             return False
 
-        fail(monkeypatch, passes._Pass, "add_to", count, AssertionError())
+        fail(monkeypatch, passes.Pass, "add_to", count, AssertionError())
         fail(monkeypatch, run, "say", count, AssertionError())
         fail_at(monkeypatch, where, how, allocation_error())
         gc.disable()  # a cycle would hold its tensors for as long as nobody looks for cycles
@@ -309,39 +310,3 @@ def test_nothing_of_the_failed_pass_is_held_when_the_user_is_told(
             gc.enable()
     _, second_pass, told, *_ = live
     assert told == second_pass
-
-
-@WAYS
-def test_the_model_is_left_as_found(model: Make, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = model(how)
-    module = ours.model.train()
-    module.model.layers[1].eval()
-    if not how.pass_tokens:
-        module.lm_head.weight.requires_grad_(True)
-    found = list(state(module))
-    for where in PLACES:
-        with ours, monkeypatch.context() as patch:
-            fail_at(patch, where, how, allocation_error())
-            score_batches(ours, sequences(4, 4, 4, 4), how)
-        assert list(state(module)) == found, where
-
-
-def state(model: nn.Module) -> Iterator[Any]:
-    for name, module in model.named_modules():
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        yield name, type(module), module.training, hooks, "forward" in vars(module)
-    for name, parameter in model.named_parameters():
-        values = None if parameter.is_meta else parameter.data_ptr()
-        yield name, parameter.device, values, parameter.requires_grad, parameter.grad
-
-
-def test_the_bar_ends_at_the_tokens_there_are(
-    model: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    fail_at(monkeypatch, ("backward", FIRST), STORED, allocation_error())
-    ids = torch.cat([batch.ids for batch in sequences(4, 4, 4, 4)])
-    with model(STORED) as scored:
-        table = hf.score(scored.model, ids, batch_size=4, progress=True)
-    assert table.provenance["tokens"] == SEQUENCES * TOKENS
-    bars = re.findall(r"scoring: +(\d+)%.*?(\d+)/(\d+) ", capfd.readouterr().err)
-    assert bars[-1] == ("100", "144", "144")

@@ -27,7 +27,8 @@ import hfprune_fast as hf
 from hfprune_fast.engine import planner
 from hfprune_fast.errors import ResumeError
 from hfprune_fast.kernels import linear_entropy
-from hfprune_fast.scoring import passes, resume, run
+from hfprune_fast.scoring import criteria, passes
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
 
 Hfprune = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread", "small_inputs")
@@ -99,14 +100,14 @@ def test_an_error_keeps_what_is_scored_too(
 ) -> None:
     assert hfprune(*score_args(out="whole")).code == 0
     with monkeypatch.context() as patch:
-        calls, run = count(), passes._Pass._run
+        calls, add_to = count(), passes.Pass.add_to
 
-        def failing(self: Any, *args: Any) -> Any:
+        def failing(self: Any, total: ScoreAccumulator) -> ScoreAccumulator:
             if next(calls) == 5:
                 raise RuntimeError("the device fell off the bus")
-            return run(self, *args)
+            return add_to(self, total)
 
-        patch.setattr(passes._Pass, "_run", failing)
+        patch.setattr(passes.Pass, "add_to", failing)
         done = hfprune(*score_args())
     assert done.code == 1
     assert "the device fell off the bus" in done.err.splitlines()[-1]
@@ -143,7 +144,7 @@ def test_the_head_goes_on_in_chunks_of_the_same_size(
         budgets.append(logits_budget_bytes)
         return linear_entropy(*args, logits_budget_bytes=logits_budget_bytes, **options)
 
-    monkeypatch.setattr(run, "linear_entropy", watched)
+    monkeypatch.setattr(criteria, "linear_entropy", watched)
     interrupted(*score_args("--memory-budget", "100MB"))
     assert hfprune(*score_args("--resume", "--memory-budget", "8GB")).code == 0
     (budget,) = set(budgets)
@@ -163,15 +164,15 @@ def test_totals_in_bfloat16_go_on_bit_for_bit(hfprune: Hfprune, interrupted: Hfp
 
 def too_little_memory(patch: pytest.MonkeyPatch, *fits: tuple[int, int]) -> None:
     """From the sequences done on, so many fit at once: (0, 3), (10, 2)."""
-    add_to = passes._Pass.add_to
+    add_to = passes.Pass.add_to
 
-    def short(self: Any, totals: resume.Totals) -> resume.Totals:
+    def short(self: Any, totals: ScoreAccumulator) -> ScoreAccumulator:
         most = max((done, most) for done, most in fits if done <= totals.samples)[1]
         if max(len(batch.ids) for batch in self.batches) > most:
             raise MemoryError
         return add_to(self, totals)
 
-    patch.setattr(passes._Pass, "add_to", short)
+    patch.setattr(passes.Pass, "add_to", short)
 
 
 @pytest.mark.parametrize("at_pass", range(1, 9))

@@ -31,16 +31,16 @@ def test_the_state_is_written_as_often_as_asked(
     hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, written = [0.0], []
-    run = passes._Pass._run
+    add_to = passes.Pass.add_to
 
-    def lasting_a_second(self: Any, *args: Any) -> Any:
+    def lasting_a_second(self: Any, total: Any) -> Any:
         now[0] += 1
-        return run(self, *args)
+        return add_to(self, total)
 
     def write(_: Path, data: bytes) -> None:
         written.append(now[0])
 
-    monkeypatch.setattr(passes._Pass, "_run", lasting_a_second)
+    monkeypatch.setattr(passes.Pass, "add_to", lasting_a_second)
     monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(resume, "write_whole", write)
     assert hfprune(*score_args("--save-seconds", 5)).code == 0
