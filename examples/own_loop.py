@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, silu
 
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.kernels import gated_taylor, linear_entropy, softmax_entropy
 
 

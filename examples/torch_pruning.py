@@ -17,7 +17,7 @@ import torch_pruning as tp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 
 
 class EntropyImportance:

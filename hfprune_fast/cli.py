@@ -27,7 +27,6 @@ from hfprune_fast.config import (
     RunOptions,
     ScoringOptions,
     field_types,
-    take_options,
 )
 from hfprune_fast.engine.distributed import launched
 from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
@@ -175,8 +174,7 @@ def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **f
     """Compare a pruned model with its dense one: KL, perplexity, top-1 agreement."""
     from hfprune_fast.commands import evaluate as command
 
-    sampling, run = take_options(CalibrationOptions, flags), take_options(RunOptions, flags)
-    fidelity = command.run(dense, pruned, text, sampling=sampling, options=run, progress=True)
+    fidelity = command.run(dense, pruned, text, progress=True, **flags)
     _print(as_json, asdict(fidelity), command.text(fidelity))
 
 
@@ -190,12 +188,7 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Say what pruning would give and how scoring would run; only config.json is read."""
     from hfprune_fast.commands import plan as command
 
-    result = command.run(
-        model,
-        budget=take_options(Budget, flags),
-        sampling=take_options(CalibrationOptions, flags),
-        options=take_options(RunOptions, flags),
-    )
+    result = command.run(model, **flags)
     _print(as_json, result, command.text(result))
 
 

@@ -30,8 +30,8 @@ from checkpoints import random_llama
 from interruption import interrupt, make_inputs
 from transformers import PreTrainedModel
 
-from hfprune_fast.checkpoint.loading import load_tokenizer
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.cli import main
 
 _MEASURED = pytest.StashKey[list[str]]()

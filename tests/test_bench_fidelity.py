@@ -20,8 +20,7 @@ from fidelity_subject import Seed, Subject
 from fidelity_ways import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, WAYS, Way, way_of
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint.source import TINY_MODEL
-from hfprune_fast.data.calibration import windows_for
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.pruning import allocation, selection
 from hfprune_fast.pruning.refit import refit
 

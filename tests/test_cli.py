@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import hfprune_fast as hf
 from hfprune_fast import cli
 from hfprune_fast.checkpoint import native
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.errors import CheckpointError
 
 Hfprune = Callable[..., Any]

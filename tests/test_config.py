@@ -1,9 +1,25 @@
+import inspect
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
-from hfprune_fast.config import PRESETS, Recipe, resolve
+import hfprune_fast as hf
+from hfprune_fast.config import (
+    CRITERIA,
+    DATA_FREE,
+    PRESETS,
+    Budget,
+    CalibrationOptions,
+    OutputOptions,
+    Recipe,
+    RunOptions,
+    ScoringOptions,
+    keyword_options,
+    resolve_recipe,
+)
 from hfprune_fast.errors import ArgumentError
+from hfprune_fast.scoring import criteria, table
 
 PAPER = PRESETS["paper"]
 COSTS = (("fisher", "entropy"), True)
@@ -27,8 +43,8 @@ NO_COSTS = (("entropy",), False)
         ("default", {"criterion": "random"}, None, False,
          Recipe("random", "statistic", None, "uniform", False)),
         ("default", {"select": "statistic"}, None, True, Recipe("fisher", "statistic")),
-        ("default", {"select": "statistic", "steps": 2}, COSTS, False,
-         Recipe("fisher", "statistic", None, "uniform", False, 2)),
+        ("default", {"select": "statistic",}, COSTS, False,
+         Recipe("fisher", "statistic", None, "uniform", False)),
         ("default", {"allocation": "uniform"}, None, True, Recipe(allocation="uniform")),
         ("default", {"refit": False}, None, True, Recipe(allocation="uniform", refit=False)),
         (
@@ -38,14 +54,16 @@ NO_COSTS = (("entropy",), False)
         ("paper", {}, None, True, PAPER),
         ("paper", {}, COSTS, True, PAPER),
         ("paper", {"refit": True}, None, True, Recipe("entropy", "statistic", "l1", "uniform")),
-        ("paper", {"criterion": None, "steps": 3}, None, True,
-         Recipe("entropy", "statistic", "l1", "uniform", False, 3)),
+        ("paper", {"criterion": None, "allocation": "global"}, None, True,
+         Recipe("entropy", "statistic", "l1", "global", False)),
+        (Recipe(allocation="global"), {"refit": False}, NO_COSTS, False,
+         Recipe(allocation="global", refit=False)),
     ],
 )  # fmt: skip
 def test_what_is_open_follows_the_rest(
-    preset: str, asked: dict[str, Any], scored: Any, fits: bool, expected: Recipe
+    preset: str | Recipe, asked: dict[str, Any], scored: Any, fits: bool, expected: Recipe
 ) -> None:
-    assert resolve(preset, asked, scored, fits=fits) == expected
+    assert resolve_recipe(preset, asked, scored, has_text=fits) == expected
 
 
 def test_what_was_asked_for_is_never_put_aside() -> None:
@@ -56,7 +74,7 @@ def test_what_was_asked_for_is_never_put_aside() -> None:
         {"allocation": "auto"},
     ):
         with pytest.raises(ArgumentError):
-            resolve("default", asked, fits=False)
+            resolve_recipe("default", asked, has_text=False)
 
 
 def test_ranking_is_by_removal_costs_or_by_a_statistic() -> None:
@@ -73,9 +91,52 @@ def test_ranking_is_by_removal_costs_or_by_a_statistic() -> None:
         ({"criterion": "entropy"}, "select obs needs criterion fisher, got entropy"),
         ({"statistic": "l1"}, "select obs ranks by no statistic, got l1"),
         ({"refit": False}, "allocation auto is measured after a refit"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"statistic": "mask"}, "statistic must be one of l1, l2, fisher_mask, act"),
     ],
 )
 def test_what_does_not_go_together(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         Recipe(**fields)
+
+
+GROUPS = [CalibrationOptions, RunOptions, ScoringOptions, Budget, OutputOptions, Recipe]
+
+
+def test_functions_take_every_option_as_a_keyword() -> None:
+    oneshot = inspect.signature(hf.oneshot).parameters
+    for group in GROUPS:
+        for field in fields(group):
+            assert oneshot[field.name].default in (field.default, None)
+            assert field.metadata["text"] in str(hf.oneshot.__doc__)
+    names = [field.name for group in GROUPS for field in fields(group)]
+    assert len(names) == len(set(names))  # so that they can be taken flat
+
+
+def test_options_are_taken_flat_and_a_wrong_name_is_an_error() -> None:
+    @keyword_options(run=RunOptions)
+    def function(x: int, *, run: RunOptions) -> tuple[int, RunOptions]:
+        return x, run
+
+    assert function(3, device="cpu") == (3, RunOptions(device="cpu"))
+    with pytest.raises(TypeError, match="devise"):
+        function(3, devise="cpu")
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (CalibrationOptions, {"samples": 0}, "samples must be at least 1, got 0"),
+        (RunOptions, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (RunOptions, {"offload": "moon"}, "offload must be one of auto, none, cpu, disk"),
+        (OutputOptions, {"layout": "round"}, "layout must be one of auto, custom, native"),
+        (ScoringOptions, {"backend": "cuda"}, "backend must be one of torch, triton"),
+    ],
+)
+def test_options_out_of_range(group: type[Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        group(**options)
+
+
+def test_the_names_of_criteria_are_those_of_the_table_of_criteria() -> None:
+    assert tuple(criteria.CRITERIA) == CRITERIA
+    assert set(table.DEFAULT_STATISTIC) == {*CRITERIA, *DATA_FREE}

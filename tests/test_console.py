@@ -7,7 +7,7 @@ import pytest
 
 from hfprune_fast.config import PRESETS, Recipe
 from hfprune_fast.console import human_bytes, mute, say, text_table, token_bar
-from hfprune_fast.models.spec import ModelSize
+from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.pruning.model_card import model_card
 
 
@@ -31,7 +31,7 @@ def test_human_bytes(count: int, text: str) -> None:
 
 
 def test_model_card() -> None:
-    size = ModelSize("llama", 2, 8, 100, 10_000, 9_000, 24)
+    size = ModelSpec("llama", 2, 8, 100, 10_000, 9_000, 24)
     record: dict[str, Any] = {"base_model": "org/name", "achieved": size.pruned_to(80)}
     card = model_card(record)
     assert card.startswith("---\nlibrary_name: transformers\nbase_model: org/name\n")

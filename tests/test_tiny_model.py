@@ -8,7 +8,7 @@ import torch
 from tiny_model import RECIPES, VOCAB, new_model, next_token_loss, parse_arguments, train
 from transformers import AutoConfig
 
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 
 
 def test_the_default_recipe_is_that_of_the_model_that_ships(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import open_source
-from hfprune_fast.config import CalibrationOptions, RunOptions
+from hfprune_fast.config import CalibrationOptions, RunOptions, keyword_options
 from hfprune_fast.console import token_bar
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.engine.planner import plan_run
@@ -14,6 +14,7 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.evaluation.fidelity import Fidelity, check_vocabularies, check_windows, compare
 
 
+@keyword_options(sampling=CalibrationOptions, options=RunOptions)
 def run(
     dense: str | Path,
     pruned: str | Path,
@@ -23,7 +24,7 @@ def run(
     options: RunOptions,
     progress: bool = False,
 ) -> Fidelity:
-    """Compare two checkpoints over a text; by default over all of it, in order.
+    """Compare two checkpoints over a text; over all of it, in order, if samples is None.
 
     One model is in memory at a time (or a layer of it), with the dense one's final hidden states.
     """

@@ -11,12 +11,19 @@ import torch
 
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import display_name, find_model
-from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
+from hfprune_fast.config import (
+    DEFAULT_SEQ_LEN,
+    Budget,
+    CalibrationOptions,
+    RunOptions,
+    keyword_options,
+)
 from hfprune_fast.console import human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
 from hfprune_fast.pruning.selection import target_width
 
 
+@keyword_options(budget=Budget, sampling=CalibrationOptions, options=RunOptions)
 def run(
     model: str | Path, *, budget: Budget, sampling: CalibrationOptions, options: RunOptions
 ) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from checkpoints import random_llama
 from safetensors.torch import load_file, save_file
 from truth import tiny_model
 
-from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint import folder, loading
 from hfprune_fast.checkpoint import source as checkpoints
 from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, UnsupportedModelError
-from hfprune_fast.models.spec import size_of
+from hfprune_fast.models.spec import spec_of
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -34,13 +34,13 @@ def test_loads_what_save_pretrained_wrote(
 ) -> None:
     model = tiny_model(family, dtype=torch.bfloat16, tied=tied)
     folder = save_checkpoint(model, max_shard_size="30KB")
-    assert len(checkpoints.weight_files(folder)) > 2
+    assert len(folder.weight_files(folder)) > 2
     loaded = loading.load_model(folder, device="cpu")
     assert loaded.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in loaded.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert loading.model_size(folder) == size_of(model)
+    assert loading.model_size(folder) == spec_of(model)
     assert loading.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
 
 
@@ -51,12 +51,12 @@ def test_float16_runs_in_float32_on_a_cpu(save_checkpoint: Callable[..., Path]) 
 
 
 def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:
-    plain = size_of(tiny_model("llama"))
-    biased = size_of(tiny_model("llama", mlp_bias=True))
+    plain = spec_of(tiny_model("llama"))
+    biased = spec_of(tiny_model("llama", mlp_bias=True))
     assert plain.params_per_neuron == 3 * 64
     assert biased.params_per_neuron == 3 * 64 + 2  # down_proj's bias belongs to no neuron
     for size, model in ((plain, {}), (biased, {"mlp_bias": True})):
-        smaller = size_of(tiny_model("llama", intermediate_size=50, **model))
+        smaller = spec_of(tiny_model("llama", intermediate_size=50, **model))
         assert size.params_at(50) == smaller.total_params
         assert size.linear_params_at(50) == smaller.linear_params
 
@@ -125,7 +125,7 @@ def test_hostile_header(llama_dir: Path) -> None:
 
 def test_missing_shard(save_checkpoint: Callable[..., Path]) -> None:
     folder = save_checkpoint(random_llama(), max_shard_size="50KB")
-    lost = checkpoints.weight_files(folder)[1]
+    lost = folder.weight_files(folder)[1]
     lost.unlink()
     with pytest.raises(CheckpointError, match=f"lacks the shard {lost.name}"):
         checkpoints.tensor_headers(folder)
@@ -186,7 +186,7 @@ def test_remote_code_is_never_run(llama_dir: Path) -> None:
 def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
     (llama_dir / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.read_config(llama_dir)
+        folder.read_config(llama_dir)
 
 
 def test_config_with_nonsense_values(llama_dir: Path) -> None:
@@ -219,7 +219,7 @@ def test_config_values_of_the_wrong_kind(llama_dir: Path, changes: dict[str, Any
 def test_config_that_is_deeper_than_a_parser(llama_dir: Path) -> None:
     (llama_dir / "config.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
-        checkpoints.read_config(llama_dir)
+        folder.read_config(llama_dir)
 
 
 def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
@@ -250,9 +250,9 @@ def test_auto_dtype_is_that_of_the_weights(llama_dir: Path, config_dtype: str | 
 
 def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.find_model("demo") == checkpoints.TINY_MODEL
+    assert folder.find_model("demo") == folder.TINY_MODEL
     (tmp_path / "demo").mkdir()
-    assert checkpoints.find_model("demo") == Path("demo")  # the user's own folder comes first
+    assert folder.find_model("demo") == Path("demo")  # the user's own folder comes first
     (tmp_path / "file").write_text("")
     for name, message in (
         ("file", "is a file"),
@@ -261,7 +261,7 @@ def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("org/no-such-model", "the hub says"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoints.find_model(name)
+            folder.find_model(name)
 
 
 def test_fingerprint_tells_siblings_apart(save_checkpoint: Callable[..., Path]) -> None:

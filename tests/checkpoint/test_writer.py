@@ -17,7 +17,7 @@ from checkpoints import random_llama, synthetic_checkpoint
 from safetensors.torch import load_file
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint import loading, native, writer
+from hfprune_fast.checkpoint import folder, loading, native, writer
 from hfprune_fast.checkpoint import source as checkpoints
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
 
@@ -51,7 +51,7 @@ KEEP = keep_of(4, 4096, 3001)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in checkpoints.weight_files(folder) for k, v in load_file(path).items()}
+    return {k: v for path in folder.weight_files(folder) for k, v in load_file(path).items()}
 
 
 def assert_pruned(source: Path, out: Path, keep: dict[int, torch.Tensor]) -> None:
@@ -80,7 +80,7 @@ def test_shards_of_another_size(
     out = tmp_path / "out"
     hf.prune_checkpoint(large, out, KEEP, max_shard_size=most)
     assert_pruned(large, out, KEEP)
-    names = [p.name for p in checkpoints.weight_files(out)]
+    names = [p.name for p in folder.weight_files(out)]
     assert len(names) >= files
     assert sorted(names) == sorted(p.name for p in out.glob("*.safetensors"))
     index = out / "model.safetensors.index.json"
@@ -164,9 +164,9 @@ def test_sizes_are_those_of_transformers_model(
 ) -> None:
     for i, overrides in enumerate(({}, {"mlp_bias": True, "attention_bias": True}, {"tied": True})):
         folder = save_checkpoint(random_llama(**overrides), str(i), max_shard_size="200KB")
-        assert checkpoints.open_checkpoint(folder).size == loading.model_size(folder)
-    demo = checkpoints.TINY_MODEL
-    assert checkpoints.open_checkpoint(demo).size == loading.model_size(demo)
+        assert checkpoints.open_source(folder).size == loading.model_size(folder)
+    demo = folder.TINY_MODEL
+    assert checkpoints.open_source(demo).size == loading.model_size(demo)
 
 
 def in_another_process(code: str, *arguments: Any) -> str:
@@ -183,7 +183,7 @@ import sys, threading, time, torch
 import hfprune_fast as hf
 from hfprune_fast import checkpoint
 source, out = sys.argv[1:]
-size = checkpoints.open_checkpoint(checkpoints.find_model(source)).size
+size = checkpoints.open_source(folder.find_model(source)).size
 keep = {i: torch.arange(0, size.intermediate_size, 2) for i in range(size.num_layers)}
 
 def anonymous():
@@ -225,7 +225,7 @@ def test_five_gigabytes(tmp_path: Path, measured: Callable[[str], None]) -> None
     source = synthetic_checkpoint(
         tmp_path / "model", hidden=4096, width=14336, layers=9, vocab=32000, heads=32
     )
-    source_bytes = sum(path.stat().st_size for path in checkpoints.weight_files(source))
+    source_bytes = sum(path.stat().st_size for path in folder.weight_files(source))
     try:
         peak = int(in_another_process(MEMORY, source, tmp_path / "out").split()[0])
     finally:
@@ -256,7 +256,7 @@ print("transformers" in sys.modules)
     )  # fmt: skip
     assert json.loads(said.splitlines()[0])["verified"] is True
     assert said.splitlines()[1] == "False"
-    assert len(checkpoints.weight_files(tmp_path / "out")) > 2
+    assert len(folder.weight_files(tmp_path / "out")) > 2
 
 
 # Forks, so that what takes long, importing torch, is done once.

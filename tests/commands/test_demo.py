@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hfprune_fast.checkpoint.loading import load_tokenizer
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.commands import demo
 
 

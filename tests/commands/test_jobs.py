@@ -14,8 +14,8 @@ from truth import forward
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint import source as checkpoints
-from hfprune_fast.commands import pipeline
+from hfprune_fast.checkpoint.folder import find_model, read_config
+from hfprune_fast.commands import plan
 from hfprune_fast.errors import ArgumentError, CalibrationError, ScoresFileError
 
 RELOAD = """
@@ -39,7 +39,7 @@ def test_pruned_checkpoint_in_another_process(
 ) -> None:
     """The whole job, then the logits against float64 with the removed neurons' acts at zero."""
     model = "demo" if which == "demo" else llama_dir
-    folder = checkpoints.find_model(model)
+    folder = find_model(model)
     out = tmp_path / "out"
     flags = ["--calibration", "demo", "--samples", 4, "--seq-len", 32, "--preset", "paper"]
     run = hfprune("prune", model, "--prune-ratio", 0.2, "--out", out, *flags)
@@ -69,7 +69,7 @@ def test_one_scoring_run_serves_any_budget(
         [{"prune_ratio": 0.5}, {"param_ratio": 0.05}, {"intermediate_size": 7}]
     ):
         out = tmp_path / str(number)
-        result = pipeline.prune_to(llama_dir, out, loaded, **budget)
+        result = hf.oneshot(llama_dir, None, out, scores=loaded, recipe="paper", **budget)
         counted = sum(p.numel() for p in loading.load_model(out, device="cpu").parameters())
         assert counted == result["params"]
         assert abs(result.get(next(iter(budget))) - next(iter(budget.values()))) < 0.01
@@ -83,7 +83,9 @@ def test_scores_of_another_model_are_refused(
     table = hf.score(first, text_file, samples=1, seq_len=16)
     other_shape = save_checkpoint(random_llama(intermediate_size=40), "other")
     with pytest.raises(ScoresFileError, match="of another model"):
-        pipeline.prune_to(other_shape, tmp_path / "out", table, prune_ratio=0.1)
+        hf.oneshot(
+            other_shape, None, tmp_path / "out", scores=table, recipe="paper", prune_ratio=0.1
+        )
     sibling = tmp_path / "sibling"
     sibling.mkdir()
     for path in first.iterdir():
@@ -92,7 +94,7 @@ def test_scores_of_another_model_are_refused(
     tensors["model.layers.1.mlp.down_proj.weight"][10:50] *= 1.5
     save_file(tensors, sibling / "model.safetensors", {"format": "pt"})
     with pytest.raises(ScoresFileError, match="same shape, other weights"):
-        pipeline.prune_to(sibling, tmp_path / "out", table, prune_ratio=0.1)
+        hf.oneshot(sibling, None, tmp_path / "out", scores=table, recipe="paper", prune_ratio=0.1)
     assert not (tmp_path / "out").exists()
 
 
@@ -103,7 +105,7 @@ def test_scores_of_the_same_weights_with_another_config_are_refused(
     config = json.loads((llama_dir / "config.json").read_text())
     (llama_dir / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     with pytest.raises(ScoresFileError, match="of another model"):
-        pipeline.prune_to(llama_dir, tmp_path / "out", table, prune_ratio=0.1)
+        hf.oneshot(llama_dir, None, tmp_path / "out", scores=table, recipe="paper", prune_ratio=0.1)
 
 
 def test_a_loaded_models_table_knows_its_model_by_its_norms(
@@ -113,24 +115,28 @@ def test_a_loaded_models_table_knows_its_model_by_its_norms(
     folder = save_checkpoint(model.bfloat16(), "bf16")
     ids = torch.arange(32).view(1, 32)
     in_fp32 = hf.score(random_llama(), ids)
-    pipeline.prune_to(folder, tmp_path / "out", in_fp32, prune_ratio=0.25)
+    hf.oneshot(folder, None, tmp_path / "out", scores=in_fp32, recipe="paper", prune_ratio=0.25)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[:, 7] *= 1.1
     sibling = save_checkpoint(model, "sibling")
     with pytest.raises(ScoresFileError, match="same shape, other weights"):
-        pipeline.prune_to(sibling, tmp_path / "out2", in_fp32, prune_ratio=0.25)
+        hf.oneshot(
+            sibling, None, tmp_path / "out2", scores=in_fp32, recipe="paper", prune_ratio=0.25
+        )
 
 
 def test_a_loaded_models_table_prunes_its_folder(llama_dir: Path, tmp_path: Path) -> None:
     table = hf.score(random_llama(), torch.arange(64).view(2, 32))
-    pipeline.prune_to(llama_dir, tmp_path / "out", table, prune_ratio=0.25)
-    assert checkpoints.read_config(tmp_path / "out")["intermediate_size"] == 72
+    hf.oneshot(llama_dir, None, tmp_path / "out", scores=table, recipe="paper", prune_ratio=0.25)
+    assert read_config(tmp_path / "out")["intermediate_size"] == 72
 
 
 def test_plan_counts_what_pruning_gives(llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    planned = pipeline.plan(llama_dir, prune_ratio=0.3, round_to=8, seq_len=64)
+    planned = plan.run(llama_dir, prune_ratio=0.3, round_to=8, seq_len=64)
     table = hf.score(llama_dir, text_file, samples=1, seq_len=16)
-    result = pipeline.prune_to(llama_dir, tmp_path / "out", table, prune_ratio=0.3, round_to=8)
+    result = hf.oneshot(
+        llama_dir, None, tmp_path / "out", scores=table, recipe="paper", prune_ratio=0.3, round_to=8
+    )
     assert {key: planned[key] for key in result if key in planned} == {
         key: value for key, value in result.items() if key in planned
     }
@@ -160,7 +166,7 @@ def test_seq_len_zero_is_not_the_default(llama_dir: Path, text_file: Path, seq_l
     with pytest.raises(ArgumentError, match="seq_len must be at least 1"):
         hf.score(llama_dir, text_file, seq_len=seq_len)
     with pytest.raises(ArgumentError, match="seq_len must be at least 1"):
-        pipeline.plan(llama_dir, prune_ratio=0.1, seq_len=seq_len)
+        plan.run(llama_dir, prune_ratio=0.1, seq_len=seq_len)
 
 
 def test_text_for_a_loaded_model_is_refused(text_file: Path) -> None:

@@ -7,8 +7,8 @@ from transformers import BatchEncoding
 from truth import tiny_model
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint.loading import load_tokenizer
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.errors import CalibrationError
 

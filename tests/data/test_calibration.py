@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hfprune_fast.checkpoint.loading import load_tokenizer
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.data.calibration import token_windows
 from hfprune_fast.data.sources import _DOCUMENT_CHARS
 from hfprune_fast.errors import ArgumentError, CalibrationError

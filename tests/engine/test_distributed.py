@@ -24,7 +24,7 @@ from forked import (
 from interruption import SEQUENCES, TOKENS, score_args, state_of
 
 import hfprune_fast as hf
-from hfprune_fast.scoring.table import STATISTICS
+from hfprune_fast.config import STATISTICS
 
 Hfprune = Callable[..., Any]
 pytestmark = [

@@ -16,9 +16,9 @@ from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
+from hfprune_fast.config import STATISTICS
 from hfprune_fast.engine.mlp_hooks import ScoredGraph, TaylorOptions, known_activation
 from hfprune_fast.models.sites import GatedMLP, parts_of
-from hfprune_fast.scoring.table import STATISTICS
 
 B, S, D, F = 2, 17, 32, 48
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -13,47 +13,52 @@ import torch
 from checkpoints import synthetic_checkpoint
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint.source import TINY_MODEL
-from hfprune_fast.engine.planner import ModelShape, Plan, available_bytes, plan_scoring
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.config import RunOptions, take_options
+from hfprune_fast.engine.machine import available_bytes
+from hfprune_fast.engine.planner import Plan, plan_run
 from hfprune_fast.errors import ArgumentError, MemoryShortageError
-from hfprune_fast.models.spec import ModelSize
+from hfprune_fast.models.spec import ModelSpec
 
 GIB = 1 << 30
 
 
-def shape(layers: int, hidden: int, width: int, heads: int, kv_heads: int) -> ModelShape:
+def shape(layers: int, hidden: int, width: int, heads: int, kv_heads: int) -> ModelSpec:
     """A Llama 3's shape, from which its parameters follow."""
     attention = 2 * hidden * hidden + 2 * hidden * hidden * kv_heads // heads
     layer = attention + 3 * hidden * width
     head = 128256 * hidden
-    size = ModelSize(
+    return ModelSpec(
         "llama", layers, hidden, width,
         total_params=layers * (layer + 2 * hidden) + 2 * head + hidden,
         linear_params=layers * layer + head, params_per_neuron=3 * hidden,
+        vocab_size=128256, attention_width=hidden,
     )  # fmt: skip
-    return ModelShape(size, 128256, hidden)
 
 
 LLAMA_8B = shape(32, 4096, 14336, 32, 8)
 LLAMA_70B = shape(80, 8192, 28672, 64, 8)
 
 
-def plan(model: ModelShape, budget: str, **options: Any) -> Plan:
-    asked = {
+def plan(model: ModelSpec, budget: str, **options: Any) -> Plan:
+    given = {
         "device": torch.device("cuda"), "dtype": torch.bfloat16, "seq_len": 1024, "sequences": 128,
+        "memory_budget": budget,
     } | options  # fmt: skip
-    return plan_scoring(model, memory_budget=budget, **asked)
+    device, dtype = given.pop("device"), given.pop("dtype")  # RunOptions has their names
+    run = take_options(RunOptions, given)
+    return plan_run(model, run, device=device, dtype=dtype, **given)
 
 
 def test_shapes_are_those_models() -> None:
-    assert LLAMA_8B.size.total_params == 8_030_261_248
-    assert LLAMA_70B.size.total_params == 70_553_706_496
+    assert LLAMA_8B.total_params == 8_030_261_248
+    assert LLAMA_70B.total_params == 70_553_706_496
 
 
 def test_a_large_device_holds_all_and_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = plan(LLAMA_8B, "80GiB")
     assert (chosen.offload, chosen.recompute, chosen.batch_size) == ("none", False, 4)
-    assert chosen.weights_bytes == 2 * LLAMA_8B.size.total_params
+    assert chosen.weights_bytes == 2 * LLAMA_8B.total_params
     assert chosen.logits_budget_bytes is None
 
 
@@ -104,7 +109,7 @@ def test_passes_end_often_enough_for_a_state_to_be_worth_keeping(
         assert plan(LLAMA_8B, "2048GiB", **options).pass_tokens == tokens
 
 
-def test_what_is_asked_for_is_done() -> None:
+def test_requested_options_are_followed() -> None:
     assert plan(LLAMA_8B, "80GiB", batch_size=3).batch_size == 3
     assert plan(LLAMA_8B, "80GiB", parity=True).batch_size == 1
     assert plan(LLAMA_8B, "80GiB", largest=2).batch_size == 2
@@ -185,7 +190,7 @@ def test_files_that_a_container_has_read_take_none_of_its_memory(
     files = {"max": f"{100 << 20}\n", "current": f"{95 << 20}\n", "stat": stat}
     for name, text in files.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr("hfprune_fast.engine.planner._CGROUP", tmp_path)
+    monkeypatch.setattr("hfprune_fast.engine.machine._CGROUP", tmp_path)
     assert available_bytes(torch.device("cpu")) == (100 - 95 + 30 + 40) << 20
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(torch.device("cpu")) > 75 << 20
@@ -201,7 +206,7 @@ MEASURE = """
 import json, sys, threading, time
 import torch
 from dataclasses import asdict
-from hfprune_fast import planning
+from hfprune_fast.scoring import job
 import hfprune_fast as hf
 
 def anonymous():
@@ -211,8 +216,8 @@ def anonymous():
 folder, demo, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 ids = torch.arange(options.pop("samples") * 256).remainder(2000).view(-1, 256)
 hf.score(demo, ids[:1], device="cpu")  # libraries take what they need once
-chosen, real = [], planning.plan_scoring
-planning.plan_scoring = lambda *a, **k: chosen.append(real(*a, **k)) or chosen[-1]
+chosen, real = [], job.plan_run
+job.plan_run = lambda *a, **k: chosen.append(real(*a, **k)) or chosen[-1]
 base, peak, over = anonymous(), 0, False
 
 def watch():
@@ -265,7 +270,7 @@ def test_estimates_are_true_or_on_the_safe_side(
     ratio = estimate / seen["peak"]
     measured(
         f"scoring in {dtype}, {options}: {seen['peak'] / 1e6:.0f} MB, "
-        f"reckoned {estimate / 1e6:.0f} MB ({ratio:.2f})"
+        f"estimated {estimate / 1e6:.0f} MB ({ratio:.2f})"
     )
     assert ratio > 0.8
     assert ratio < 2  # and not so safe as to be of no use

@@ -13,16 +13,16 @@ from truth import tiny_model
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.loading import blueprint, load_model
-from hfprune_fast.commands import pipeline
+from hfprune_fast.commands import evaluate
+from hfprune_fast.config import STATISTICS
 from hfprune_fast.data.batches import MicroBatch, micro_batch
 from hfprune_fast.engine import layerwise
-from hfprune_fast.engine.streaming import StreamedModel, running
+from hfprune_fast.engine.streaming import StreamedModel, open_model
 from hfprune_fast.errors import NumericsError
 from hfprune_fast.evaluation import fidelity
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
-from hfprune_fast.scoring.table import STATISTICS
 
 V = 127
 STREAMED = ["disk", "cpu"]
@@ -76,7 +76,7 @@ def score(
     """Score by path; of a given number of passes, so that a test knows that there were many."""
     committed: list[int] = []
     how = PassOptions(recompute=recompute, pass_tokens=pass_tokens)
-    with running(blueprint(folder, dtype=dtype, device="cpu"), offload) as model:
+    with open_model(blueprint(folder, dtype=dtype, device="cpu"), offload) as model:
         assert isinstance(model, StreamedModel) == (offload != "none")
         totals = score_batches(
             model,
@@ -224,7 +224,13 @@ def test_evaluation_by_path_is_that_of_loaded_models(
     )
     assert expected.kl_nats > 0.01
     for offload in ("none", *STREAMED):
-        got = pipeline.evaluate_paths(
-            *folders, tmp_path / "ids.npy", batch_size=2, device="cpu", dtype=dtype, offload=offload
+        got = evaluate.run(
+            *folders,
+            tmp_path / "ids.npy",
+            samples=None,
+            batch_size=2,
+            device="cpu",
+            dtype=dtype,
+            offload=offload,
         )
         assert got == expected

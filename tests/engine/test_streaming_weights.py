@@ -20,7 +20,7 @@ from hfprune_fast.checkpoint.loading import blueprint
 from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine import weights
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.streaming import running
+from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
 
@@ -57,7 +57,7 @@ def test_only_the_layer_that_runs_has_its_weights(
 ) -> None:
     layers = 4
     folder = save_checkpoint(tiny_model("llama", dtype=torch.float32, num_hidden_layers=layers))
-    streamed = running(blueprint(folder, dtype=dtype, device="cpu"), offload)
+    streamed = open_model(blueprint(folder, dtype=dtype, device="cpu"), offload)
     names = [name for name, _ in streamed.model.named_parameters()]
     ran, memory = [], set()
 
@@ -115,7 +115,7 @@ def test_pages_are_asked_for_ahead_and_given_back(
     with (
         watched_file(monkeypatch, events),
         watched_layers(monkeypatch, lambda layer: events.append(("run", f"model.layers.{layer}."))),
-        running(plan, "disk") as model,
+        open_model(plan, "disk") as model,
     ):
         score_batches(model, BATCHES[1:], PassOptions(recompute=True))
     # Few of the embedding's rows are needed, so it is not read ahead.
@@ -140,7 +140,7 @@ def test_pages_are_asked_for_ahead_and_given_back(
 def test_given_back_pages_leave_the_memory(tmp_path: Path) -> None:
     """With layers of 5 MiB, a run leaves less than one of the file's in memory."""
     folder = synthetic_checkpoint(tmp_path / "m", hidden=512, width=1024, layers=4, vocab=V)
-    with running(blueprint(folder, device="cpu"), "disk") as model:
+    with open_model(blueprint(folder, device="cpu"), "disk") as model:
         score_batches(model, [BATCHES[1]], PassOptions(recompute=True))
         text = Path("/proc/self/smaps").read_text()
     rss = dict.fromkeys((file.name for file in folder.glob("*.safetensors")), 0)
@@ -160,7 +160,7 @@ def test_offload_cpu_reads_the_file_once(
     folder = save_checkpoint(tiny_model("llama", dtype=torch.float32))
     plan = blueprint(folder, device="cpu")
     events: list[Event] = []
-    with watched_file(monkeypatch, events), running(plan, "cpu") as model:
+    with watched_file(monkeypatch, events), open_model(plan, "cpu") as model:
         score_batches(model, BATCHES, PassOptions(recompute=True))
     for unit in ("0", "1", "2", "head"):
         whole = sorted(name for name in plan.checkpoint.tensors if unit_of(name) == unit)
@@ -192,7 +192,7 @@ def test_offload_cpu_fills_a_buffer_while_a_layer_runs(
     with (
         watched_file(monkeypatch, events),
         watched_layers(monkeypatch, wait),
-        running(plan, "cpu") as model,
+        open_model(plan, "cpu") as model,
     ):
         list(model.final_hidden(BATCHES[:1]))
     assert overtaken == [True] * 3
@@ -245,7 +245,7 @@ def test_a_layer_that_was_not_announced_is_fetched_all_the_same(
 
     with (
         watched_reads(monkeypatch, delay),
-        running(blueprint(folder, device="cpu"), offload) as streamed,
+        open_model(blueprint(folder, device="cpu"), offload) as streamed,
     ):
         for layer, then in ((0, 1), (2, 3), (2, 2), (4, 0), (1, 4), (4, 1), (3, 3), (0, 2)):
             with streamed.weights_of(layer, then=then):
@@ -260,7 +260,7 @@ def test_a_read_that_fails_is_raised_here_and_all_is_closed(
     with (
         watched_reads(monkeypatch, failing("model.layers.1.mlp.up_proj.weight")),
         pytest.raises(OSError, match="the disk is gone"),
-        running(plan, offload) as model,
+        open_model(plan, offload) as model,
     ):
         score_batches(model, BATCHES, PassOptions(recompute=True))
     assert weight_threads() == []
@@ -273,7 +273,7 @@ def test_a_read_that_failed_is_tried_again(
 ) -> None:
     """And one that failed ahead of its time, of a layer that is not needed, harms nothing."""
     model, folder = source
-    with running(blueprint(folder, device="cpu"), offload) as streamed:
+    with open_model(blueprint(folder, device="cpu"), offload) as streamed:
         with watched_reads(monkeypatch, failing("model.layers.2.")):
             for layer, then in ((0, 2), (1, 2)):
                 with streamed.weights_of(layer, then=then):

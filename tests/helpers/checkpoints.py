@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from truth import tiny_model
 
-from hfprune_fast.checkpoint.loading import load_tokenizer
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.checkpoint.pretrained import load_tokenizer
 
 
 def random_llama(**overrides: Any) -> PreTrainedModel:

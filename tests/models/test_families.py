@@ -6,7 +6,7 @@ from truth import tiny_model
 from hfprune_fast.errors import UnsupportedModelError
 from hfprune_fast.models.families import FAMILIES, Family, family_of, neuron_axis
 from hfprune_fast.models.sites import parts_of
-from hfprune_fast.models.spec import size_of
+from hfprune_fast.models.spec import spec_of
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -52,7 +52,7 @@ def test_a_model_without_a_head() -> None:
 
 
 def test_pruned_to() -> None:
-    size = size_of(tiny_model("llama"))
+    size = spec_of(tiny_model("llama"))
     result = size.pruned_to(72)
     assert result["prune_ratio"] == 0.25
     assert result["dense_params"] - result["params"] == 3 * 24 * 3 * 64

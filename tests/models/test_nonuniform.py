@@ -21,12 +21,14 @@ from truth import forward, tiny_model
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import layouts, loading
 from hfprune_fast.checkpoint import source as checkpoints
-from hfprune_fast.commands import pipeline
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.commands import evaluate
 from hfprune_fast.errors import ArgumentError, CheckpointError
 from hfprune_fast.models import nonuniform
 from hfprune_fast.models.families import FAMILIES
-from hfprune_fast.models.spec import ModelSize, size_of
+from hfprune_fast.models.spec import ModelSpec, spec_of
 from hfprune_fast.pruning import selection
+from hfprune_fast.scoring.checks import check_table
 
 WIDTHS = (61, 96, 30)
 IDS = torch.arange(40) * 3 % 127
@@ -48,7 +50,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def widths_of(model: PreTrainedModel) -> tuple[int, ...]:
-    return size_of(model).widths
+    return spec_of(model).widths
 
 
 def elsewhere(code: str, *arguments: object, cwd: Path, fails: bool = False) -> str:
@@ -239,7 +241,7 @@ def test_native_layout_only_where_transformers_builds_it(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", OwnWidthLayer)
     result = hf.prune_checkpoint(dense, tmp_path / "out", keep_of(), layout="native")
-    assert result["params"] == checkpoints.open_checkpoint(tmp_path / "out").size.total_params
+    assert result["params"] == checkpoints.open_source(tmp_path / "out").size.total_params
     model = random_llama()
     hf.prune(model, keep_of())
     assert torch.equal(logits(loading.load_model(tmp_path / "out", device="cpu")), logits(model))
@@ -321,7 +323,7 @@ def test_a_class_of_ones_own_saves_what_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with pytest.raises(CheckpointError, match="shape is not its config's"):
-        checkpoints.open_checkpoint(tmp_path / "saved")
+        checkpoints.open_source(tmp_path / "saved")
 
 
 def test_a_new_model_starts_like_the_family() -> None:
@@ -389,9 +391,9 @@ def test_scores_are_those_of_the_padded_model(dense: Path, tmp_path: Path) -> No
     table.save(tmp_path / "scores.safetensors")
     loaded = hf.ImportanceTable.load(tmp_path / "scores.safetensors")
     assert loaded.model == table.model
-    pipeline.check_table(loaded, tmp_path / "custom")
-    pipeline.check_table(
-        hf.score(loading.load_model(tmp_path / "custom"), ids), tmp_path / "custom"
+    check_table(loaded, open_source(tmp_path / "custom"))
+    check_table(
+        hf.score(loading.load_model(tmp_path / "custom"), ids), open_source(tmp_path / "custom")
     )
     with pytest.raises(ArgumentError, match=r"30 to 96 \(mean 62.3\) MLP neurons, and neurons are"):
         hf.select(table, prune_ratio=0.5)
@@ -434,9 +436,7 @@ def test_evaluated_from_the_command_line(
         numbers.append(json.loads(run.out))
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
     assert numbers[0]["kl_nats"] > 0.01
-    same = pipeline.evaluate_paths(
-        tmp_path / "out", tmp_path / "out", "demo", samples=2, seq_len=32
-    )
+    same = evaluate.run(tmp_path / "out", tmp_path / "out", "demo", samples=2, seq_len=32)
     assert same.kl_nats == 0
 
 
@@ -466,7 +466,7 @@ def test_config_that_is_not_what_the_tensors_are(
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(hf.HFPruneError, match=message):
-        checkpoints.open_checkpoint(out)
+        checkpoints.open_source(out)
 
 
 def test_every_family_has_its_classes() -> None:
@@ -479,8 +479,8 @@ def test_every_family_has_its_classes() -> None:
 
 
 def test_sizes_of_before_have_no_widths() -> None:
-    size = ModelSize("llama", 2, 8, 5, 1000, 900, 24)
-    assert size == ModelSize("llama", 2, 8, 5, 1000, 900, 24, mlp_widths=(5, 5))
+    size = ModelSpec("llama", 2, 8, 5, 1000, 900, 24)
+    assert size == ModelSpec("llama", 2, 8, 5, 1000, 900, 24, mlp_widths=(5, 5))
     assert (size.widths, size.params_at((5, 4)), size.params_at(4)) == ((5, 5), 976, 952)
-    uneven = ModelSize("llama", 2, 8, 5, 1000, 900, 24, mlp_widths=(5, 3))
+    uneven = ModelSpec("llama", 2, 8, 5, 1000, 900, 24, mlp_widths=(5, 3))
     assert (uneven.params_at(3), uneven.linear_params_at((4, 3))) == (952, 876)

@@ -1,7 +1,8 @@
-"""Who gets how many neurons, and scoring in steps."""
+"""Which layer keeps how many neurons, and the whole job around it."""
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,25 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import random_llama
-from torch import Tensor
+from safetensors.torch import load_file
 from truth import tiny_model
 
 import hfprune_fast as hf
+from hfprune_fast.checkpoint import source as source_module
 from hfprune_fast.checkpoint.loading import load_model
-from hfprune_fast.config import Recipe
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import CalibrationOptions, Recipe
+from hfprune_fast.data import calibration as calibration_module
 from hfprune_fast.data.batches import MicroBatch, numbered
+from hfprune_fast.data.calibration import calibrate
+from hfprune_fast.engine import streaming
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.pruning import allocation, selection
-from hfprune_fast.pruning.allocation import (
-    Cut,
-    Fitting,
-    allocate,
-    held_out_kl,
-    score_in_steps,
-    trial,
-)
+from hfprune_fast.pruning.allocation import held_out_kl, trial
+from hfprune_fast.pruning.oneshot import refit_stored
 from hfprune_fast.pruning.refit import refit
+from hfprune_fast.pruning.selection import WidthBudget
 
 
 def batches_of(samples: int, at_once: int) -> list[MicroBatch]:
@@ -36,31 +37,30 @@ def batches_of(samples: int, at_once: int) -> list[MicroBatch]:
     return numbered(MicroBatch(part, (20,) * len(part)) for part in ids.split(at_once))
 
 
-class Knowing:
-    """Stands for a Fitting: says which keep is closest."""
-
-    def __init__(self, kl: list[float]) -> None:
-        self.kl, self.keeps = kl, []
-
-    def closest(self, keeps: list[Any]) -> tuple[int, list[float]]:
-        self.keeps = keeps
-        return self.kl.index(min(self.kl)), self.kl
+def oneshot_record(folder: Path, text: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Prune by half and return hfprune.json."""
+    hf.oneshot(folder, text, out, prune_ratio=0.5, **options)
+    record: dict[str, Any] = json.loads((out / "hfprune.json").read_text())
+    return record
 
 
 @pytest.mark.parametrize(("kl", "chosen"), [([1, 2, 3], 0.0), ([3, 1, 2], 0.5), ([3, 2, 1], 1.0)])
-def test_auto_takes_the_closest(kl: list[float], chosen: float) -> None:
+def test_auto_takes_the_closest(
+    kl: list[float], chosen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     importance = torch.rand(3, 40, dtype=torch.float64) * torch.tensor([[1.0], [2.0], [5.0]])
-    knowing = Knowing(kl)
-    keep, told = allocate(importance, Cut(20), Recipe(), knowing)  # type: ignore[arg-type]
+    monkeypatch.setattr(allocation, "held_out_kl", lambda *_: kl)
+    model: Any = object()  # which only held_out_kl looks at
+    keep, record = allocation.choose(model, batches_of(8, 2), importance, WidthBudget(20), Recipe())
     expected = selection.keep_top(importance, 20, chosen)
     assert all(torch.equal(keep[layer], expected[layer]) for layer in expected)
-    assert told["allocation"] == chosen
-    assert list(told["allocations_kl_nats"].values()) == kl
+    assert record["allocation"] == chosen
+    assert list(record["allocations_kl_nats"].values()) == kl
     with pytest.raises(ArgumentError, match="allocation auto needs --calibration"):
-        allocate(importance, Cut(20), Recipe(), None)
+        allocation.choose(None, [], importance, WidthBudget(20), Recipe())
 
 
-def test_what_allocations_are_told_by_is_the_pruned_models_kl() -> None:
+def test_held_out_kl_is_that_of_the_pruned_model() -> None:
     model = tiny_model("llama")
     batches = batches_of(8, 2)
     importance = torch.rand(3, 96, dtype=torch.float64)
@@ -84,138 +84,87 @@ def test_a_trial_has_something_to_hold_out() -> None:
         trial(batches_of(1, 1))
 
 
-def test_in_steps_what_is_gone_stays_gone(
-    llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    removed: list[dict[int, Tensor]] = []
-    write = allocation._write_zeroed
-
-    def note(model: Any, out: Path, keep: dict[int, Tensor], fitting: Any) -> None:
-        removed.append(keep)
-        write(model, out, keep, fitting)
-
-    monkeypatch.setattr(allocation, "_write_zeroed", note)
-    how: dict[str, Any] = {"samples": 4, "seq_len": 32, "device": "cpu"}
-    table = score_in_steps(llama_dir, text_file, Recipe(steps=3), Cut(30), tmp_path, **how)
-    assert [sum(map(len, keep.values())) for keep in removed] == [3 * 74, 3 * 52]
-    for before, after in zip(
-        removed, [*removed[1:], selection.keep_top(table.obs, 30, 1.0)], strict=True
-    ):
-        for layer, kept in after.items():
-            assert set(kept.tolist()) <= set(before[layer].tolist())
-    assert list(tmp_path.glob(".hfprune-step-*")) == []
-    assert table.provenance["step"] == 3
-    # It still counts as scores of the dense model, which will be cut.
-    dense = hf.score(llama_dir, text_file, **how)
-    assert table.provenance["model_fingerprint"] == dense.provenance["model_fingerprint"]
-
-
 @pytest.mark.parametrize("offload", ["none", "disk"])
-def test_a_checkpoint_is_fitted_as_it_is_stored(
+def test_a_checkpoint_is_refitted_as_it_is_stored(
     offload: str, save_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     """A base model in bfloat16, run in float32: its own names, its own dtype."""
-    model = random_llama(tied=True).to(torch.bfloat16)
-    folder = save_checkpoint(model.model)
-    fitting = Fitting(
-        folder, text_file, samples=6, seq_len=40, device="cpu", dtype="float32", offload=offload
-    )
-    keep = selection.keep_top(torch.rand(3, 96, dtype=torch.float64), 40, "global")
-    replaced = fitting.refit(keep)
-    with ResidentModel(load_model(folder, dtype="float32", device="cpu")) as entered:
-        (expected,), _ = refit(entered, fitting.batches, [keep])
-    for layer, kept in keep.items():
-        weight = replaced.pop(f"layers.{layer}.mlp.down_proj.weight")
-        assert weight.shape == (64, len(kept))
-        assert torch.equal(weight, expected.weights[layer].to(torch.bfloat16))
-    assert not replaced
-    hf.prune_checkpoint(folder, tmp_path / "out", keep, replace=fitting.refit(keep), verify=True)
+    folder = save_checkpoint(random_llama(tied=True).to(torch.bfloat16).model)
+    sampling: dict[str, Any] = {"samples": 6, "seq_len": 40}
+    record = oneshot_record(
+        folder, text_file, tmp_path / "out", allocation="global", batch_size=2, dtype="float32",
+        offload=offload, verify=True, **sampling,
+    )  # fmt: skip
+    keep = {int(layer): torch.tensor(kept) for layer, kept in record["keep"].items()}
+    source = open_source(folder)
+    batches = calibrate(text_file, source, CalibrationOptions(**sampling)).split(2)
+    with ResidentModel(load_model(source, dtype="float32", device="cpu")) as entered:
+        (expected,), _ = refit(entered, batches, [keep])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for layer, weight in expected.weights.items():
+        name = f"layers.{layer}.mlp.down_proj.weight"
+        assert torch.equal(written[name], weight.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_the_closest_is_so_by_the_kl_of_checkpoints_that_are_written(
     offload: str, llama_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"seq_len": 40, "device": "cpu"}
-    fitting = Fitting(llama_dir, text_file, samples=20, batch_size=5, offload=offload, **options)
-    importance = torch.rand(3, 96, dtype=torch.float64) * torch.tensor([[1.0], [3.0], [9.0]])
-    keeps = [selection.keep_top(importance, width, 1.0) for width in (60, 30, 80)]
-    best, kl = fitting.closest(keeps)
-    assert best == 2
-    # Of 20 sequences in fives the last five are held out.
-    told = Fitting(llama_dir, text_file, samples=20, batch_size=5, **options)
-    held_out = told.batches.pop().ids
-    dense = load_model(llama_dir, device="cpu")
-    for i, keep in enumerate(keeps):
-        out = tmp_path / str(i)
-        hf.prune_checkpoint(llama_dir, out, keep, replace=told.refit(keep))
-        fidelity = hf.evaluate(dense, load_model(out, device="cpu"), [held_out])
-        assert kl[i] == pytest.approx(fidelity.kl_nats, rel=1e-4)  # float32
+    """The KL in the record is that of the refitted checkpoint on the held-out sequences."""
+    options: dict[str, Any] = {"samples": 20, "seq_len": 40, "batch_size": 5, "device": "cpu"}
+    record = oneshot_record(llama_dir, text_file, tmp_path / "out", offload=offload, **options)
+    kl_nats = record["chosen"]["allocations_kl_nats"]
+    assert kl_nats[str(record["chosen"]["allocation"])] == min(kl_nats.values())
+    source = open_source(llama_dir)
+    sampling = CalibrationOptions(samples=20, seq_len=40)
+    batches = calibrate(text_file, source, sampling).split(5)
+    table = hf.score(source, text_file, criterion="fisher", obs=True, **options)
+    dense = load_model(source, device="cpu")
+    for allocated, kl in kl_nats.items():
+        keep = hf.select(table, prune_ratio=0.5, statistic="obs", allocation=float(allocated))
+        with ResidentModel(dense) as entered:
+            # Of 20 sequences in fives the last five are held out.
+            replace = refit_stored(entered, batches[:3], source, keep)
+        out = tmp_path / allocated
+        hf.prune_checkpoint(source, out, keep, replace=replace)
+        fidelity = hf.evaluate(dense, load_model(out, device="cpu"), [batches[3].ids])
+        assert kl == pytest.approx(fidelity.kl_nats, rel=1e-4)  # float32
 
 
-def test_few_tokens_to_fit_to_are_told(
-    llama_dir: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
+def test_few_tokens_to_refit_to_are_reported(
+    llama_dir: Path, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for samples in (24, 23):  # 8 tokens for each of 96 neurons are 768
-        Fitting(llama_dir, text_file, samples=samples, seq_len=32, device="cpu")
+        oneshot_record(llama_dir, text_file, tmp_path / str(samples), samples=samples, seq_len=32)
     said = "hfprune: 736 calibration tokens are few to refit 96 neurons a layer; 768 or more"
-    assert [line[: len(said)] for line in capfd.readouterr().err.splitlines()] == [said]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "tokens are few" in line]
+    assert [line[: len(said)] for line in lines] == [said]
 
 
-@pytest.mark.parametrize("refits", [True, False])
-def test_the_model_between_two_steps_is_dense_but_for_zeros(
-    refits: bool, llama_dir: Path, text_file: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    how: dict[str, Any] = {"samples": 30, "seq_len": 32, "device": "cpu", "seed": 4}
-    asked: dict[str, Any] = {**how, "state_file": tmp_path / "state", "resume": False}
-    calls: list[dict[str, Any]] = []
-    between: list[Any] = []
-
-    def note(model: Path, source: Path, **options: Any) -> hf.ImportanceTable:
-        calls.append(options)
-        between.append(load_model(model, device="cpu"))
-        return hf.score(model, source, **options)
-
-    monkeypatch.setattr(allocation, "score", note)
-    recipe = Recipe(allocation="global", refit=refits, steps=2)
-    table = score_in_steps(llama_dir, text_file, recipe, Cut(40, round_to=8), tmp_path, **asked)
-    # Only the first step has a state to go on from: the second's model is gone when it is asked.
-    assert calls[0] == {**asked, "criterion": "fisher", "obs": True}
-    assert calls[1] == {**calls[0], "state_file": None}
-    first = hf.score(llama_dir, text_file, criterion="fisher", obs=True, **how)
-    # Half of the way, and no multiple of 8: widths are rounded at the end alone.
-    keep = hf.select(first, intermediate_size=68, statistic="obs", allocation="global")
-    dense, zeroed = between
-    fitted = Fitting(llama_dir, text_file, **how).refit(keep)
-    for name, weight in dense.state_dict().items():
-        got = zeroed.state_dict()[name]
-        if "down_proj" in name:
-            kept = keep[int(name.split(".")[2])]
-            assert torch.equal(got[:, kept], fitted[name] if refits else weight[:, kept])
-            assert int((got != 0).any(0).sum()) == len(kept)
-        else:
-            assert torch.equal(got, weight)
-    assert bool((table.obs == 0).sum() == 3 * (96 - 68))
-
-
-def test_a_step_that_fails_leaves_no_model_behind(
+def test_the_whole_job_opens_tokenises_and_loads_once(
     llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beside = tmp_path / "beside"
-    beside.mkdir()
+    """By default, with scoring, removal costs, three allocations and a refit."""
+    calls = Counter[str]()
 
-    def failing(model: Any, *args: Any, **options: Any) -> hf.ImportanceTable:
-        if Path(model) == llama_dir:
-            return hf.score(model, *args, **options)
-        assert list(beside.glob("**/*.safetensors"))
-        raise KeyboardInterrupt
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
 
-    monkeypatch.setattr(allocation, "score", failing)
-    recipe = Recipe("entropy", "statistic", None, "uniform", refit=False, steps=2)
-    with pytest.raises(KeyboardInterrupt):
-        score_in_steps(llama_dir, text_file, recipe, Cut(30), beside, samples=2, seq_len=16)
-    assert list(beside.iterdir()) == []
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, count)
+
+    counted(source_module, "read_config")
+    counted(source_module, "SafetensorsFile")
+    counted(source_module, "load_tokenizer")
+    counted(source_module, "fingerprint_of")
+    counted(calibration_module, "token_windows")
+    counted(streaming, "build")
+    oneshot_record(llama_dir, text_file, tmp_path / "out", samples=20, seq_len=40, device="cpu")
+    assert calls == dict.fromkeys(calls, 1)
+    assert len(calls) == 6
 
 
 def test_the_default_recipe_on_the_command_line(
@@ -246,7 +195,7 @@ def test_the_default_recipe_on_the_command_line(
         "--allocation", "global",
     )  # fmt: skip
     assert plain.code == 0, plain.err
-    assert "nothing was refitted" in plain.err
+    assert "nothing is refitted" in plain.err
     fidelity = [
         hfprune(
             "evaluate", llama_dir, tmp_path / run, "--text", text_file, "--seq-len", 32, "--json"
@@ -257,7 +206,7 @@ def test_the_default_recipe_on_the_command_line(
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
-def test_yardsticks_need_no_text(
+def test_baselines_need_no_text(
     criterion: str, llama_dir: Path, tmp_path: Path, hfprune: Callable[..., Any]
 ) -> None:
     run = hfprune(
@@ -282,7 +231,6 @@ def test_yardsticks_need_no_text(
     [
         (["--refit"], "--refit needs --calibration"),
         (["--criterion", "fisher"], "by entropy, not by fisher; score again"),
-        (["--steps", "2"], "--steps scores again and again"),
         (["--criterion", "random"], "criterion random takes no --scores"),
         (["--protect", "0,x"], "protect must be layers such as 0,1,31, got '0,x'"),
         (["--protect", "9"], "protect names layer 9"),
@@ -333,16 +281,3 @@ def test_padded_is_the_same_model_for_tools_that_know_one_width(
         evaluated = hfprune("evaluate", llama_dir, out, "--text", "demo", "--seq-len", 64, "--json")
         kl.append(evaluated.json()["kl_nats"])
     assert kl[0] == pytest.approx(kl[1], rel=1e-4)  # a product of other widths rounds otherwise
-
-
-def test_steps_are_for_one_process(
-    llama_dir: Path, tmp_path: Path, hfprune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    run = hfprune(
-        "prune", llama_dir, "--calibration", "demo", "--prune-ratio", 0.3, "--steps", 2,
-        "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert run.code == 2
-    assert "--steps is for one process" in run.err

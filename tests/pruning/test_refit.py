@@ -15,7 +15,7 @@ import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.data.batches import MicroBatch, numbered
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.streaming import running
+from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.scoring import obs
@@ -300,7 +300,7 @@ def test_streamed_weights_give_the_same_bits(offload: str, llama_dir: Path) -> N
     found = []
     for how in ("none", offload):
         blueprint = loading.blueprint(llama_dir, dtype="float32", device="cpu")
-        with running(blueprint, how) as model:
+        with open_model(blueprint, how) as model:
             batches, keep = batches_of(blueprint.model), keep_of(blueprint.model)
             (result,), _ = refit(model, batches, [keep])
             found.append((result.weights, removal_costs(model, batches)))

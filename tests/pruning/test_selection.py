@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 import hfprune_fast as hf
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.models.spec import ModelSize
+from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.pruning.selection import keep_top, target_width
 
 # meta-llama/Llama-2-7b: 20 % and 30 % of all parameters are the paper's widths.
-LLAMA_2_7B = ModelSize("llama", 32, 4096, 11008, 6_738_415_616, 6_607_077_376, 3 * 4096)
+LLAMA_2_7B = ModelSpec("llama", 32, 4096, 11008, 6_738_415_616, 6_607_077_376, 3 * 4096)
 
 
-def size_of_width(width: int) -> ModelSize:
-    return ModelSize("llama", 2, 8, width, 2 * width * 24 + 1000, 2 * width * 24 + 500, 24)
+def size_of_width(width: int) -> ModelSpec:
+    return ModelSpec("llama", 2, 8, width, 2 * width * 24 + 1000, 2 * width * 24 + 500, 24)
 
 
 def table_of(l1: torch.Tensor) -> hf.ImportanceTable:

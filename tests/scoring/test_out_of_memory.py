@@ -16,7 +16,7 @@ from hfprune_fast.checkpoint import loading
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine import mlp_hooks, weights
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.streaming import running
+from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import MemoryShortageError
 from hfprune_fast.scoring import criteria, passes, run
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
@@ -53,7 +53,7 @@ def model(save_checkpoint: Callable[..., Path]) -> Make:
 
     def make(how: PassOptions, offload: str = "disk") -> ResidentModel:
         blueprint = loading.blueprint(folder, device="cpu")
-        return running(blueprint, offload if how.pass_tokens else "none")
+        return open_model(blueprint, offload if how.pass_tokens else "none")
 
     return make
 

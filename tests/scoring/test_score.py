@@ -13,9 +13,11 @@ from truth import scores as true_scores
 from truth import tiny_model
 
 import hfprune_fast as hf
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import load_model
-from hfprune_fast.checkpoint.source import TINY_MODEL
-from hfprune_fast.data.calibration import windows_for
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import STATISTICS, CalibrationOptions
+from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import (
     ArgumentError,
     CalibrationError,
@@ -24,7 +26,6 @@ from hfprune_fast.errors import (
 )
 from hfprune_fast.kernels import TaylorStatistics, linear_entropy, taylor_statistics
 from hfprune_fast.pruning.selection import keep_top
-from hfprune_fast.scoring.table import STATISTICS
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -38,7 +39,8 @@ def models_and_ids(family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, to
     if family == "shipped":
         name = str(dtype).removeprefix("torch.")
         text = TINY_MODEL / "calibration.txt"
-        ids = windows_for(TINY_MODEL, text, seq_len=64, samples=6, seed=0)
+        data = calibrate(text, open_source(TINY_MODEL), CalibrationOptions(6, 64))
+        (ids,) = (batch.ids for batch in data.batches)
         return load_model(TINY_MODEL, dtype=name, device="cpu"), ids
     model = tiny_model(family, dtype=dtype, tied=family == "qwen3")
     return model, random_ids(model)

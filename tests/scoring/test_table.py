@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 import hfprune_fast as hf
 from hfprune_fast.errors import OutputError, ScoresFileError
-from hfprune_fast.models.spec import ModelSize
+from hfprune_fast.models.spec import ModelSpec
 
-SIZE = ModelSize("llama", 2, 8, 5, 1000, 900, 24)
+SIZE = ModelSpec("llama", 2, 8, 5, 1000, 900, 24)
 
 
 NAMES = ("entropy.l1", "entropy.l2", "entropy.mask", "act", "down_norm")
