@@ -24,7 +24,7 @@ LAYERS = [
     {"config", "console"},
     {"errors", "_version"},
 ]
-CALLS_KERNELS = {"cli", "commands", "scoring", "engine", "recovery", "evaluation"}
+CALLS_KERNELS = {"config", "commands", "scoring", "engine", "recovery", "evaluation"}
 
 
 def room_of(path: Path) -> str:

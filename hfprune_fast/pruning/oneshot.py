@@ -129,6 +129,8 @@ def oneshot(
             source, out, keep, replace=replace, record=record, progress=progress, **asdict(output)
         )
     state_of(out).unlink(missing_ok=True)
+    if recipe == "default" and calibration is None:
+        say("nothing was refitted; with --calibration as well it stays closer to the dense model")
     return {
         "out": str(out), **achieved, **asdict(chosen_recipe), **chosen, "verified": output.verify,
     }  # fmt: skip
@@ -205,8 +207,6 @@ def _recipe(
         check_criteria(
             (resolved.criterion,), resolved.select == "obs", scoring, launched(), "state"
         )
-    if recipe == "default" and calibration is None and not data_free:
-        say("nothing is refitted; with --calibration as well it stays closer to the dense model")
     return resolved
 
 

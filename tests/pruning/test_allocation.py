@@ -195,7 +195,7 @@ def test_the_default_recipe_on_the_command_line(
         "--allocation", "global",
     )  # fmt: skip
     assert plain.code == 0, plain.err
-    assert "nothing is refitted" in plain.err
+    assert "nothing was refitted" in plain.err
     fidelity = [
         hfprune(
             "evaluate", llama_dir, tmp_path / run, "--text", text_file, "--seq-len", 32, "--json"
