@@ -17,6 +17,9 @@ def register_with_transformers() -> None:
     Importing a family's classes takes seconds, so placeholders are registered. AutoConfig makes
     an instance of one before any model is loaded; that imports and registers the classes.
     """
+    # transformers replaces its module in sys.modules when it has been imported. If another thread
+    # is importing it, this line waits and may get the old module; the next gets the new one.
+    import transformers  # noqa: F401
     from transformers import AutoConfig, PreTrainedConfig
 
     class Placeholder(PreTrainedConfig):

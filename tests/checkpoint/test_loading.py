@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from shifted import begin_data_at
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from truth import tiny_model
 
+import hfprune_fast as hf
 from hfprune_fast.checkpoint import native
 from hfprune_fast.checkpoint.loading import blueprint, load_model
 from hfprune_fast.errors import CheckpointError
@@ -74,13 +76,16 @@ def test_loads_what_transformers_loads(
     assert not any(parameter.requires_grad for parameter in ours.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.bfloat16) for family in FAMILIES), ("llama", torch.float32)],
+)
 @pytest.mark.parametrize("rope", ROPES)
 def test_rotary_tables_are_computed_as_transformers_does(
-    save_checkpoint: Callable[..., Path], rope: str, dtype: torch.dtype
+    save_checkpoint: Callable[..., Path], rope: str, family: str, dtype: torch.dtype
 ) -> None:
     parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
-    folder = save_checkpoint(tiny_model("llama", dtype=dtype, rope_parameters=parameters))
+    folder = save_checkpoint(tiny_model(family, dtype=dtype, rope_parameters=parameters))
     plan = blueprint(folder, device="cpu")
     assert all(parameter.is_meta for parameter in plan.model.parameters())
     buffers = dict(plan.model.named_buffers())
@@ -92,6 +97,28 @@ def test_rotary_tables_are_computed_as_transformers_does(
     ours, expected = plan.model.model.rotary_emb, other.model.rotary_emb
     assert ours.attention_scaling == expected.attention_scaling
     assert_same(load_model(folder, device="cpu"), other)
+
+
+def test_threads_load_and_score_at_once(
+    llama_dir: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Of different dtypes: what one thread sets for its own model must not reach the other's."""
+
+    def refuse(dtype: torch.dtype) -> None:
+        raise AssertionError(f"the default dtype of all threads was set to {dtype}")
+
+    def scores(dtype: str) -> torch.Tensor:
+        return hf.score(llama_dir, IDS, device="cpu", dtype=dtype).l1
+
+    dtypes = ["float32", "bfloat16"]
+    alone = {dtype: scores(dtype) for dtype in dtypes}
+    members = dict(vars(torch.nn.Module))
+    monkeypatch.setattr(torch, "set_default_dtype", refuse)
+    with ThreadPoolExecutor(2) as threads:
+        for dtype, together in zip(dtypes * 4, threads.map(scores, dtypes * 4), strict=True):
+            assert torch.equal(together, alone[dtype]), dtype
+    assert dict(vars(torch.nn.Module)) == members
+    assert torch.empty(0).device.type == "cpu"
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,7 +6,7 @@ from truth import tiny_model
 from hfprune_fast.errors import UnsupportedModelError
 from hfprune_fast.models.families import FAMILIES, Family, family_of, neuron_axis
 from hfprune_fast.models.sites import parts_of
-from hfprune_fast.models.spec import spec_of
+from hfprune_fast.models.spec import ModelSpec, spec_of
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -57,3 +57,11 @@ def test_pruned_to() -> None:
     assert result["prune_ratio"] == 0.25
     assert result["dense_params"] - result["params"] == 3 * 24 * 3 * 64
     assert size.pruned_to(96)["param_ratio"] == 0
+
+
+def test_equal_widths_are_one_width() -> None:
+    size = ModelSpec("llama", 2, 8, 5, 1000, 900, 24)
+    assert size == ModelSpec("llama", 2, 8, 5, 1000, 900, 24, mlp_widths=(5, 5))
+    assert (size.widths, size.params_at((5, 4)), size.params_at(4)) == ((5, 5), 976, 952)
+    uneven = ModelSpec("llama", 2, 8, 5, 1000, 900, 24, mlp_widths=(5, 3))
+    assert (uneven.params_at(3), uneven.linear_params_at((4, 3))) == (952, 876)
