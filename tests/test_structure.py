@@ -1,6 +1,7 @@
 """Who may import whom (the picture is in CONTRIBUTING.md), and what must never be importable."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,12 @@ def test_only_one_module_imports_triton() -> None:
         if any(name.split(".")[0] == "triton" for name in imported_names(path))
     ]
     assert importers == ["_triton.py"]
+
+
+def test_one_file_intercepts_modules() -> None:
+    hooks = re.compile(r"register_\w*hook|\.forward = ")
+    files = [path.name for path in FILES if hooks.search(path.read_text(encoding="utf-8"))]
+    assert files == ["mlp_hooks.py"]
 
 
 def run(code: str, cwd: Path) -> str:

@@ -51,7 +51,7 @@ class ScoredGraph:
         run: the layer; inside, it runs `mlp`.
         hidden: the layer's input.
         mlp: the MLP to score.
-        options: how.
+        options: how its statistics are made.
         needs_grad: whether the backward must give the input a gradient; not so in the first layer.
         only_backward: the output's values are not needed, so a known MLP skips the product with
             W_down and returns NaN, which shows if the values are used all the same.
@@ -67,8 +67,8 @@ class ScoredGraph:
         needs_grad: bool,
         only_backward: bool = False,
     ) -> None:
-        # The graph refers to this object; it must not refer back to the graph, since cycles
-        # through autograd are never freed.
+        # The autograd graph refers to the target and not to self, which refers to the graph: a
+        # cycle through autograd's nodes is never freed.
         self._target = _Target()
         self._input = hidden.detach().requires_grad_(needs_grad)
         self._overwritten = False

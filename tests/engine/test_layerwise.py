@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from truth import tiny_model
 import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
 from hfprune_fast.data.batches import MicroBatch, micro_batch
-from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.layerwise import ResidentModel, for_each_layer
 from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
 
@@ -165,6 +165,44 @@ class StopError(Exception):
 
 def stop(*_: object, **__: object) -> None:
     raise StopError
+
+
+class Noted(ResidentModel):
+    """Notes which weights are fetched and released, and which are announced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.events: list[Any] = []
+
+    @contextmanager
+    def weights_of(self, unit: int, then: int) -> Iterator[None]:
+        self.events.append(("fetch", unit, then))
+        try:
+            yield
+        finally:
+            self.events.append(("release", unit))
+
+
+@pytest.mark.parametrize(
+    ("backward", "order"), [(False, [(0, 1), (1, 2), (2, 7)]), (True, [(2, 1), (1, 0), (0, 7)])]
+)
+def test_each_layer_is_visited_with_its_weights(
+    backward: bool, order: list[tuple[int, int]]
+) -> None:
+    model = Noted(tiny_model("llama"))
+    for_each_layer(model, model.events.append, then=7, backward=backward)
+    assert model.events == [
+        event for unit, then in order for event in (("fetch", unit, then), unit, ("release", unit))
+    ]
+
+
+def test_an_error_releases_the_layer_at_once() -> None:
+    """Also while its traceback is kept, whose frames hold what is local to the loop."""
+    model = Noted(tiny_model("llama"))
+    with pytest.raises(StopError) as raised:
+        for_each_layer(model, stop, then=0)
+    assert raised.tb is not None
+    assert model.events == [("fetch", 0, 1), ("release", 0)]
 
 
 def innards(model: PreTrainedModel) -> Iterator[tuple[tuple[str, ...], object]]:

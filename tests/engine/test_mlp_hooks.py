@@ -10,7 +10,7 @@ from taylor_truth import sums
 from tolerances import assert_no_worse, relative_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from truth import tiny_model
 from watch import Watch
@@ -243,8 +243,11 @@ class SiLU(nn.Module):
         return z * torch.sigmoid(1.7 * z)
 
 
-def change(mlp: Any, how: str) -> None:
-    if how.startswith("adapted"):
+def change(layer: Any, how: str) -> None:
+    mlp = layer.mlp
+    if how == "class of somebody's own":
+        layer.mlp = Clamped(mlp)
+    elif how.startswith("adapted"):
         name = f"{how.removeprefix('adapted ')}_proj"
         setattr(mlp, name, Adapted(getattr(mlp, name)))
     elif how == "hook on the MLP":
@@ -273,19 +276,8 @@ CHANGES = [
     "adapted gate", "adapted up", "adapted down", "hook on the MLP", "hook before the MLP",
     "hook on up", "hook on the activation", "forward of its own",
     "activation's forward of its own", "linear's forward of its own",
-    "activation of a known one's name", "relu",
+    "activation of a known one's name", "relu", "class of somebody's own",
 ]  # fmt: skip
-
-
-def assert_scores_are_eagers(model: PreTrainedModel, changed: int) -> None:
-    mlps = parts_of(model).mlps
-    assert known_activation(mlps[changed]) is None
-    assert all(known_activation(mlp) for layer, mlp in enumerate(mlps) if layer != changed)
-    ids = torch.randint(127, (3, 12), generator=torch.Generator().manual_seed(1))
-    expected = eager_scores(model, ids)
-    table = hf.score(model, ids)
-    for name in STATISTICS:  # float64 roundings, see test_forward.py's bound
-        assert relative_error(getattr(table, name), expected[name]).max() < 1e-12, name
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -296,15 +288,11 @@ def test_an_mlp_that_is_not_known_is_hooked_and_scored_right(
     model = tiny_model("llama", num_hidden_layers=2, intermediate_size=F, hidden_size=D)
     make_float64_exact(model, monkeypatch)
     # A model's activations are one object a layer, so a change is to one layer.
-    change(model.model.layers[layer].mlp, how)
-    assert_scores_are_eagers(model, layer)
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_class_that_is_not_of_transformers_is_hooked(
-    layer: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama", num_hidden_layers=2, intermediate_size=F, hidden_size=D)
-    make_float64_exact(model, monkeypatch)
-    model.model.layers[layer].mlp = Clamped(model.model.layers[layer].mlp)
-    assert_scores_are_eagers(model, layer)
+    change(model.model.layers[layer], how)
+    mlps = parts_of(model).mlps
+    assert [known_activation(mlp) is None for mlp in mlps] == [n == layer for n in range(2)]
+    ids = torch.randint(127, (3, 12), generator=torch.Generator().manual_seed(1))
+    expected = eager_scores(model, ids)
+    table = hf.score(model, ids)
+    for name in STATISTICS:  # float64 roundings, see the bound in test_layerwise.py
+        assert relative_error(getattr(table, name), expected[name]).max() < 1e-12, name

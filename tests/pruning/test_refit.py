@@ -175,7 +175,7 @@ def test_a_weight_of_no_layer_is_refused(layer: int) -> None:
     assert model.config.intermediate_size == 96
 
 
-def test_several_models_are_each_fitted_alone() -> None:
+def test_several_models_are_each_fitted_alone_and_not_to_what_is_held_out() -> None:
     model = tiny_model("llama")
     batches = batches_of(model)
     keeps = [keep_of(model), keep_of(model, (96, 5, 40)), keep_of(model, (3, 60, 20))]
@@ -183,8 +183,10 @@ def test_several_models_are_each_fitted_alone() -> None:
         together, _ = refit(entered, batches, keeps, held_out=1)
         for keep, result in zip(keeps, together, strict=True):
             (alone,), _ = refit(entered, batches, [keep], held_out=1)
+            (without,), _ = refit(entered, batches[:-1], [keep])
             for layer in keep:
                 assert torch.equal(result.weights[layer], alone.weights[layer])
+                assert torch.equal(result.weights[layer], without.weights[layer])
             assert torch.equal(result.hidden[0], alone.hidden[0])
 
 
@@ -273,16 +275,6 @@ def test_layers_of_different_widths_have_costs_of_their_own() -> None:
     for costs, width in zip(table.obs, (50, 20, 77), strict=True):
         assert bool((costs[:width] > 0).all())
         assert bool((costs[width:] == 0).all())
-
-
-def test_what_is_held_out_is_not_fitted_to() -> None:
-    model = tiny_model("llama")
-    batches, keep = batches_of(model), keep_of(model)
-    with ResidentModel(model) as entered:
-        (held_out,), _ = refit(entered, batches, [keep], held_out=1)
-        (alone,), _ = refit(entered, batches[:1], [keep])
-    for layer in keep:
-        assert torch.equal(held_out.weights[layer], alone.weights[layer])
 
 
 def test_a_model_of_which_all_is_kept_stays_what_it_was() -> None:

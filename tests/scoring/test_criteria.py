@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exact import make_float64_exact
+from interruption import interrupt
 from tolerances import relative_error
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -312,17 +313,13 @@ def test_state_keeps_all_criteria(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.randint(2048, (4, 32), generator=torch.Generator().manual_seed(0))
-    running: dict[str, Any] = {
-        "batch_size": 1, "criterion": ["entropy", "fisher"],
-        "obs": True,
-    }  # fmt: skip
+    running: dict[str, Any] = {"batch_size": 1, "criterion": ["entropy", "fisher"], "obs": True}
     whole = hf.score(llama_dir, ids, **running)
-    run = passes.Pass.add_to
-    monkeypatch.setattr(passes.Pass, "add_to", failing_at(2, run))
     state: dict[str, Any] = {"state_file": tmp_path / "state", "save_seconds": 0}
-    with pytest.raises(KeyboardInterrupt):
-        hf.score(llama_dir, ids, **running, **state)
-    monkeypatch.setattr(passes.Pass, "add_to", run)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at_pass=2)
+        with pytest.raises(KeyboardInterrupt):
+            hf.score(llama_dir, ids, **running, **state)
     for other, said in (
         ({"criterion": ["fisher"]}, "criteria"),
         ({"criterion": ["fisher", "entropy"]}, "criteria"),
@@ -334,17 +331,6 @@ def test_state_keeps_all_criteria(
     resumed = hf.score(llama_dir, ids, **running, **state, resume=True)
     for name, tensor in whole.statistics.items():
         assert torch.equal(resumed.statistics[name], tensor), name
-
-
-def failing_at(call: int, run: Callable[..., Any]) -> Callable[..., Any]:
-    calls = iter(range(call))
-
-    def add_to(*args: Any) -> Any:
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return run(*args)
-
-    return add_to
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """The file that a run keeps its totals in: when it is written, and when it is refused."""
 
 import json
-import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,38 +175,6 @@ def test_resuming_needs_something_to_resume(hfprune: Hfprune) -> None:
         "prune", "model", "--scores", "x", "--prune-ratio", 0.2, "--out", "pruned", "--resume"
     )
     assert_refused(run, "--resume goes on with scoring, so with --calibration, not --scores")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, of which 4 are free."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        mounted = os.name == "posix" and subprocess.run(mount, capture_output=True).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("only root mounts a file system")
-    (folder / "much").write_bytes(bytes(60 << 10))
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_is_told_once_and_loses_no_scores(
-    hfprune: Hfprune, small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert hfprune(*score_args(out="whole")).code == 0
-    monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
-    run = hfprune(*score_args("--save-seconds", 0, out=str(small_disk / "scores")))
-    assert_refused(run, "No space left on device")
-    told = [line for line in run.err.splitlines() if "only in memory" in line]
-    assert len(told) == 1
-    assert "No space left on device" in told[0]
-    kept = re.search(r"the scores are kept in (.*)", run.err)[1]  # type: ignore[index]
-    assert Path(kept).read_bytes() == Path("whole").read_bytes()
-    assert [path.name for path in small_disk.iterdir()] == ["much"]
 
 
 def test_a_state_that_cannot_be_written_ends_nothing(
