@@ -238,7 +238,7 @@ def score(
     of_criteria = totals.statistics.double().cpu()
     for c, name in enumerate(gradients):
         own = TaylorStatistics(*of_criteria[c].unbind())
-        statistics |= {f"{name}.l1": own.l1, f"{name}.l2": own.l2, f"{name}.mask": own.mask}
+        statistics |= {f"{name}.l1": own.l1, f"{name}.l2": own.l2, f"{name}.mask": own.fisher_mask}
         provenance[LOSS_NAMES[name]] = totals.loss_nats[c] / sequences
     statistics["act"] = TaylorStatistics(*of_criteria[0].unbind()).act
     statistics["down_norm"] = totals.down_norm.cpu()
