@@ -9,8 +9,9 @@ from paths import every_path
 from surprise_truth import surprise_truth
 from torch import Tensor
 
+from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._philox import uniform
-from hfprune_fast.kernels._rows import Criterion, judge_rows
+from hfprune_fast.kernels._rows import rows_loss_and_grad
 
 INF, NAN = float("inf"), float("nan")
 VOCABULARIES = [1, 2, 127, 4099, 8192, 20_000]  # 8192 logits are one step of the kernel
@@ -28,12 +29,12 @@ def judged(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad = torch.empty_like(logits)  # NaN, as all new memory here
     scale = torch.ones(len(logits)) if row_scale is None else row_scale
-    values = judge_rows(
+    values = rows_loss_and_grad(
         logits, scale, grad, criterion,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
     in_place = logits.clone()
-    again = judge_rows(
+    again = rows_loss_and_grad(
         in_place, scale, in_place, criterion,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
