@@ -41,8 +41,9 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hfprune_fast.kernels import _dispatch, _rows, taylor
-from hfprune_fast.kernels._activations import ACTIVATIONS
+from hfprune_fast.kernels import _dispatch, _rows, _rows_triton, _statistics, _statistics_triton
+from hfprune_fast.kernels._activations import ACTIVATIONS, Gated
+from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._triton import INTERPRETED, cdiv
 
 TARGETS = {
@@ -55,7 +56,7 @@ SHARED_LIMIT_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gf
 # Of the bytes loaded in loops, and of those stored there: the remainder leaves room for a byte of
 # token_mask beside 32 or more of the rows. One tensor of three in narrow loads leaves 2 in 3.
 WIDE_SHARE = 0.9
-LAUNCHING_MODULES = (_rows, taylor)
+LAUNCHING_MODULES = (_rows_triton, _statistics_triton)
 ROW = "{:<32} {:<24} {:<7} {:>5} {:>10} {:>8} {:>7} {:>10} {:>10}"
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -120,8 +121,8 @@ def _launch_rows(
         row_scale = _meta(8192, dtype=torch.float32)
         grad = logits if grad_dtype == dtype else rows(grad_dtype)
     keys = None if criterion == "entropy" else _meta(8192, dtype=torch.int64)
-    _rows.judge_rows(
-        logits, row_scale, grad, _rows.Criterion(criterion, keys),
+    _rows.rows_loss_and_grad(
+        logits, row_scale, grad, Criterion(criterion, keys),
         softcap=softcap, logit_scale=logit_scale, backend=None,
     )  # fmt: skip
 
@@ -133,8 +134,8 @@ def _launch_taylor(
     grad, gate, up = (_meta(*shape, dtype=dtype) for _ in range(3))
     if layout == "fused":
         gate, up = _meta(*shape[:2], 2 * shape[2], dtype=dtype).chunk(2, dim=2)
-    gated = None if activation is None else taylor.Gated(gate, up, gate, up, activation)
-    taylor.taylor_sums(
+    gated = None if activation is None else Gated(gate, up, gate, up, activation)
+    _statistics.taylor_sums(
         grad, gated or gate,
         token_mask=_meta(*shape[:2], dtype=torch.bool) if masked else None,
         parity=False, grad_scale=1.0, backend=None,
@@ -200,8 +201,7 @@ def record(launch: Callable[[], object], arch: str) -> list[Launch]:
         # Without a compiled kernel to come back, triton launches nothing.
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
         stack.enter_context(mock.patch.object(_dispatch, "architecture", return_value=arch))
-        for module in LAUNCHING_MODULES:
-            stack.enter_context(mock.patch.object(module, "resolve_backend", return_value="triton"))
+        stack.enter_context(mock.patch.object(_dispatch, "resolve_backend", return_value="triton"))
         launch()
     return launches
 

@@ -32,7 +32,7 @@ def eager_statistics(grad: Tensor, act: Tensor) -> Results:
     return {
         "l1": x.abs().sum((0, 1)),
         "l2": x.square().sum((0, 1)),
-        "mask": x.sum(1).square().sum(0),
+        "fisher_mask": x.sum(1).square().sum(0),
         "act": a.square().sum((0, 1)),
     }
 
@@ -46,7 +46,7 @@ def fp64_statistics(grad: Tensor, act: Tensor) -> Results:
     return {
         "l1": x.abs().sum((0, 1)),
         "l2": (x * x).sum((0, 1)),
-        "mask": (x.sum(1) ** 2).sum(0),
+        "fisher_mask": (x.sum(1) ** 2).sum(0),
         "act": (act * act).sum((0, 1)),
     }
 

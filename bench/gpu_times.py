@@ -26,8 +26,8 @@ from meter import DEVICE, GPU, alternated_ms, rounds_for
 from records import Row
 from shapes import Spec
 
-from hfprune_fast.kernels import _rows as rows_module
-from hfprune_fast.kernels import taylor as taylor_module
+from hfprune_fast.kernels import _rows_triton as rows_module
+from hfprune_fast.kernels import _statistics_triton as taylor_module
 from hfprune_fast.kernels._dispatch import architecture, configuration
 
 SCALE = "full" if GPU else "tiny"

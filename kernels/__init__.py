@@ -1,6 +1,6 @@
 """The operations behind the scores, as plain functions of tensors.
 
-They stand on their own: another pruning pipeline can call them with tensors of its own.
+They depend on nothing else in the package: any pruning pipeline can call them.
 """
 
 from hfprune_fast.kernels._dispatch import BACKENDS, resolve_backend
@@ -11,13 +11,13 @@ from hfprune_fast.kernels.entropy import (
     softmax_entropy_grad_reference,
 )
 from hfprune_fast.kernels.gated_taylor import gated_taylor, gated_taylor_reference
-from hfprune_fast.kernels.linear_entropy import (
+from hfprune_fast.kernels.linear_criteria import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
-    linear_entropy,
-    linear_entropy_reference,
     linear_fisher,
+    linear_sampled_cross_entropy,
 )
+from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
 from hfprune_fast.kernels.taylor import (
     TaylorStatistics,
     taylor_statistics,
@@ -35,6 +35,7 @@ __all__ = [
     "linear_entropy",
     "linear_entropy_reference",
     "linear_fisher",
+    "linear_sampled_cross_entropy",
     "resolve_backend",
     "softmax_entropy",
     "softmax_entropy_grad_",

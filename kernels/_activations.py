@@ -7,12 +7,27 @@ gelu_tanh  0.5 z (1 + tanh(k)) = z σ(2k), k = √(2/π) (z + 0.044715 z³)
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._triton import jit, tl
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+class Gated(NamedTuple):
+    """act = act_fn(gate) · up by its factors, and the tensors for their gradients; all (B, S, F).
+
+    The gradients may be written over gate and up.
+    """
+
+    gate: Tensor
+    up: Tensor
+    d_gate: Tensor
+    d_up: Tensor
+    activation: str
 
 
 def check_activation(activation: str) -> None:
@@ -22,7 +37,7 @@ def check_activation(activation: str) -> None:
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """act_fn(z) by torch's own operation."""
+    """Return act_fn(z) by torch's own operation."""
     if activation == "silu":
         return torch.nn.functional.silu(z)
     return torch.nn.functional.gelu(z, approximate=_approximate(activation))
@@ -31,9 +46,9 @@ def activate(z: Tensor, activation: str) -> Tensor:
 def eager_gated(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(act, d_gate, d_up) as transformers' own modules and autograd compute and round them.
+    """Return (act, d_gate, d_up), rounded as by transformers' own modules and autograd.
 
-    By the operations that autograd calls: inside a custom operation it does not record.
+    Calls the operations that autograd would: it does not record inside a custom operation.
     """
     value, d_value = activate(gate, activation), grad * up
     if activation == "silu":
@@ -48,13 +63,13 @@ def _approximate(activation: str) -> str:
     return "tanh" if activation == "gelu_tanh" else "none"
 
 
-# The numbers below are 1/√2, 1/√(2π), c = 2√(2/π), 0.044715 c and 3 · 0.044715 c; a kernel sees no
-# module's constants.
+# The numbers below are 1/√2, 1/√(2π), c = 2√(2/π), 0.044715 c and 3 · 0.044715 c; a kernel cannot
+# read a module's constants.
 
 
 @jit
 def value_and_slope_triton(z, ACTIVATION: tl.constexpr):
-    """act_fn(z) and its derivative, fp32."""
+    """Return act_fn(z) and its derivative, fp32."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(z)
         return z * s, s * (1 + z * (1 - s))
@@ -66,7 +81,7 @@ def value_and_slope_triton(z, ACTIVATION: tl.constexpr):
 
 
 def value_and_slope(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """act_fn(z) and its derivative."""
+    """Return act_fn(z) and its derivative, in the dtype of z."""
     if activation == "silu":
         s = torch.sigmoid(z)
         return z * s, s * (1 + z * (1 - s))

@@ -6,25 +6,25 @@ import math
 
 from torch import Tensor
 
-# Far inside fp32's range, so that a product or quotient with a usual number is inside it too.
+# Far inside the range of fp32, so that products and quotients with usual numbers stay inside.
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
 
 def check_transform(softcap: float | None, logit_scale: float) -> None:
-    """Refuse a softcap or logit_scale that is no positive number of a usual size."""
+    """Raise ValueError unless softcap and logit_scale are in 2^-100 .. 2^100."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if value is not None and not _SMALLEST <= value <= _LARGEST:
             raise ValueError(f"{name} must be a positive number in 2^-100 .. 2^100, got {value}")
 
 
 def check_grad_scale(grad_scale: float) -> None:
-    """Refuse a scale whose removal would round."""
+    """Raise ValueError unless grad_scale is a power of two, whose removal is exact."""
     if not _SMALLEST <= grad_scale <= _LARGEST or math.frexp(grad_scale)[0] != 0.5:
         raise ValueError(f"grad_scale must be a power of two in 2^-100 .. 2^100, got {grad_scale}")
 
 
 def check_devices(first: Tensor, **others: Tensor | None) -> None:
-    """Refuse tensors that are not all on the device of the first."""
+    """Raise ValueError unless all tensors are on the device of the first."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{name} must be on {first.device}, got {tensor.device}")

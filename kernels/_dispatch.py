@@ -1,8 +1,8 @@
-"""Which implementation runs: "triton" (our kernels) or "torch" (plain operations, any device).
+"""The one place that chooses which implementation of an operation runs.
 
-Asked for by name (`backend=`), else by HFPRUNE_BACKEND for a whole run, else triton for float32,
-bfloat16 and float16 on a GPU and torch for all else. What was chosen runs or raises: nothing falls
-back.
+"triton" is our kernels, "torch" plain operations on any device. The choice is the `backend=` of the
+call, else HFPRUNE_BACKEND for a whole run, else triton for float32, bfloat16 and float16 on a GPU
+and torch for all else. The implementation chosen runs or raises; nothing falls back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,27 +20,39 @@ from hfprune_fast.kernels._triton import INTERPRETED, TRITON_VERSION
 
 BACKENDS = ("torch", "triton")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_Implementation = TypeVar("_Implementation")
+
+
+def choose(
+    implementations: Mapping[str, _Implementation], backend: str | None, tensor: Tensor
+) -> _Implementation:
+    """Return the implementation, of those in an operation's table, that runs on tensor.
+
+    Raises:
+        ValueError: as `resolve_backend`.
+    """
+    return implementations[resolve_backend(backend, tensor)]
 
 
 def resolve_backend(backend: str | None, tensor: Tensor) -> str:
-    """Return the backend for an operation on tensor.
+    """Return the name of the backend for an operation on tensor.
 
     Raises:
-        ValueError: a name that is not a backend, or triton where it cannot run, with the reason.
+        ValueError: an unknown name, or triton where it cannot run, with the reason.
     """
-    asked_by = "backend" if backend else "HFPRUNE_BACKEND"
+    source = "backend" if backend else "HFPRUNE_BACKEND"
     backend = backend or os.environ.get("HFPRUNE_BACKEND") or None
     if backend is None:
-        fits = tensor.is_cuda and tensor.dtype in _TRITON_DTYPES
-        backend, asked_by = ("triton" if fits else "torch"), "a GPU tensor"
+        supported = tensor.is_cuda and tensor.dtype in _TRITON_DTYPES
+        backend, source = ("triton" if supported else "torch"), "the default for a GPU tensor"
     if backend not in BACKENDS:
-        raise ValueError(f"{asked_by} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "triton":
-        _check_triton(asked_by, tensor)
+        _check_triton(source, tensor)
     return backend
 
 
-def _check_triton(asked_by: str, tensor: Tensor) -> None:
+def _check_triton(source: str, tensor: Tensor) -> None:
     if TRITON_VERSION is None:
         reason = "triton is not installed"
     elif tensor.dtype not in _TRITON_DTYPES:
@@ -48,12 +61,12 @@ def _check_triton(asked_by: str, tensor: Tensor) -> None:
         reason = f"it needs a GPU (or TRITON_INTERPRET=1), got a tensor on {tensor.device}"
     else:
         return
-    raise ValueError(f"{asked_by} asks for triton, but {reason}; backend='torch' runs everywhere")
+    raise ValueError(f"{source} is triton, but {reason}; backend='torch' runs everywhere")
 
 
 @contextmanager
-def undisturbed(tensor: Tensor) -> Iterator[None]:
-    """Inside, the tensor's GPU is the current one, and autocast changes no dtype."""
+def device_guard(tensor: Tensor) -> Iterator[None]:
+    """Make the tensor's GPU the current device and disable autocast, for the block."""
     kind = tensor.device.type
     with ExitStack() as stack:
         if kind == "cuda":  # triton launches on the current device, whatever its arguments

@@ -1,8 +1,8 @@
-"""The two products of a frozen head, a chunk of rows at a time, in buffers that a budget decides.
+"""The two products of a frozen head, a chunk of rows at a time, in buffers of a byte budget.
 
     logits = hidden · weightᵀ + bias        d_hidden = d_logits · weight
 
-The logits are made by cuBLAS or, on a CPU, by oneDNN, and never whole.
+cuBLAS, or oneDNN on a CPU, makes them; the (T, V) logits never exist as a whole.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hfprune_fast.kernels._triton import cdiv
 
-# The default budget; more where this many rows, which keep the products efficient, do not fit.
+# The default budget, raised to what _MIN_ROWS rows need: fewer make the products inefficient.
 _BUDGET_BYTES = 256 << 20
-_LEAST_ROWS = 512
+_MIN_ROWS = 512
 _ROWS_MULTIPLE = 128
 # The buffer's rows start at a multiple of this many logits, whatever V, for 16-byte loads.
 _ROW_ALIGNMENT = 16
@@ -26,11 +26,11 @@ _ROW_ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a call holds beside its input and output, decided by the byte budget."""
+    """The temporaries of a call, sized by the byte budget."""
 
     logits: Tensor  # (rows, V), rows padded to the alignment
     d_logits: Tensor  # (rows, V): logits itself, or in the dtype of the weight beside fp32 logits
-    tile: int  # vocabulary entries of weight upcast at a time, 0 where the products do it
+    tile: int  # vocabulary entries of weight upcast at a time; 0: the products upcast
 
     @classmethod
     def allocate(
@@ -39,8 +39,12 @@ class Buffers:
         weight: Tensor,
         fp32_logits: bool,
         budget_bytes: int | None,
-        needed: bool = True,
+        reuse_logits: bool = True,
     ) -> Buffers:
+        """Make the buffers for hidden (T, D) and weight (V, D).
+
+        reuse_logits: False where each product allocates its own logits.
+        """
         (tokens, width), vocab = hidden.shape, len(weight)
         stride = cdiv(vocab, _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         widen = fp32_logits and hidden.dtype in (torch.bfloat16, torch.float16)
@@ -51,23 +55,22 @@ class Buffers:
         elif widen:
             row_bytes = (stride + 2 * width) * 4  # a chunk of hidden and d_hidden is upcast as well
         if budget_bytes is None:
-            budget_bytes = max(_BUDGET_BYTES, _LEAST_ROWS * row_bytes)
+            budget_bytes = max(_BUDGET_BYTES, _MIN_ROWS * row_bytes)
         if widen and not fused:
             tile = max(1, min(vocab, budget_bytes // 4 // max(1, width * 4)))
             budget_bytes -= tile * width * 4
         rows = _chunk_rows(tokens, row_bytes, budget_bytes)
         dtype = torch.float32 if widen else hidden.dtype
-        # Not needed where each product makes its own output.
-        logits = hidden.new_empty(rows, stride if needed else 0, dtype=dtype)[:, :vocab]
+        logits = hidden.new_empty(rows, stride if reuse_logits else 0, dtype=dtype)[:, :vocab]
         d_logits = hidden.new_empty(rows, stride)[:, :vocab] if fused else logits
         return cls(logits, d_logits, tile)
 
 
 def _chunk_rows(tokens: int, row_bytes: int, budget_bytes: int) -> int:
-    """Rows at a time: what fits, a multiple of 128 if that many fit, and chunks of equal size."""
-    most = max(1, budget_bytes // max(1, row_bytes))
-    unit = _ROWS_MULTIPLE if most >= _ROWS_MULTIPLE else 1
-    chunks = max(1, cdiv(tokens, most // unit * unit))
+    """Return the rows of a chunk: within budget, a multiple of 128 if so many fit, all equal."""
+    max_rows = max(1, budget_bytes // max(1, row_bytes))
+    unit = _ROWS_MULTIPLE if max_rows >= _ROWS_MULTIPLE else 1
+    chunks = max(1, cdiv(tokens, max_rows // unit * unit))
     return min(tokens, cdiv(cdiv(tokens, chunks), unit) * unit)
 
 
@@ -87,12 +90,12 @@ def onednn_linear(hidden: Tensor, weight: Tensor) -> Callable[..., Tensor] | Non
 
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor, tile: int) -> None:
-    """logits = hidden · weightᵀ + bias, in the dtype of logits."""
+    """Write hidden · weightᵀ + bias to logits, in the dtype of logits."""
     if tile:
         hidden = hidden.to(logits.dtype)
         for start in range(0, len(weight), tile):
             entries = slice(start, start + tile)
-            # The upcast tile has no name, so that it is gone before the next one is made.
+            # The upcast tile has no name: it is freed before the next one is made.
             torch.mm(hidden, weight[entries].to(logits.dtype).t(), out=logits[:, entries])
     elif logits.dtype != hidden.dtype:
         torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
@@ -108,7 +111,7 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor,
 def product_back(
     d_logits: Tensor, weight: Tensor, d_hidden: Tensor, factor: float, tile: int
 ) -> None:
-    """d_hidden = factor · d_logits · weight; the factor meets the sum before it is rounded."""
+    """Write factor · d_logits · weight to d_hidden; the factor is applied before rounding."""
     if tile:
         assert factor == 1, "fp32 logits need no scale of their own"
         wide_d_hidden = d_logits.new_zeros(d_hidden.shape)

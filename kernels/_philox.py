@@ -1,4 +1,4 @@
-"""One uniform number a row, by its id: the same whatever else is drawn, in whatever order.
+"""One uniform number per row, by its id: independent of the order and of other draws.
 
 Philox 4x32-10, a counter-based generator (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as
 easy as 1, 2, 3", 2011). The id of the row is the counter, the seed is the key: ten rounds of
@@ -6,9 +6,9 @@ easy as 1, 2, 3", 2011). The id of the row is the counter, the seed is the key: 
     c0, c1, c2, c3 ← hi(B c2) ^ c1 ^ k0, lo(B c2), hi(A c0) ^ c3 ^ k1, lo(A c0)
     k0, k1 ← k0 + 0x9E3779B9, k1 + 0xBB67AE85
 
-in words of 32 bits. The kernel's is Triton's own, the torch path's is below, and both give the same
-bits. Of these the upper ones make u, in the middle of one of 2^23 equal steps (2^52 for fp64), so
-that u is neither 0 nor 1.
+in words of 32 bits. The kernel uses Triton's own, the torch path the one below, with the same bits.
+The upper bits choose one of 2^23 equal steps (2^52 for fp64) and u is its middle, so that u is
+neither 0 nor 1.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
 
 
 def _product(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the upper and the lower word, by halves of 16 bits that int64 has room for."""
+    """Return the upper and lower word of a 32 x 32 bit product, by halves that fit in int64."""
     low, high = (word & 0xFFFF) * factor, (word >> 16) * factor
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _WORD
 
 
 def uniform(row_id: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return u in (0, 1) for each int64 id; that of fp32 is that of fp64 to 2^-23."""
+    """Return u in (0, 1) for each int64 id; fp32 and fp64 agree to 2^-23."""
     zero = torch.zeros_like(row_id)
     counter = (row_id & _WORD, row_id >> 32 & _WORD, zero, zero)
     first, second, _, _ = philox(counter, (seed & _WORD, seed >> 32 & _WORD))
@@ -51,8 +51,8 @@ def uniform(row_id: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
 
 @jit
 def uniform_fp32(row_id, seed):
-    """u of one row, as `uniform` has it."""
+    """Return u of one row, with the bits of `uniform` in fp32."""
     low, high = row_id.to(tl.uint32), (row_id >> 32).to(tl.uint32)
     first, _, _, _ = tl.philox(seed, low, high, tl.zeros_like(low), tl.zeros_like(low))
-    # Below 2^23, with the half that is added: exact in fp32.
+    # A number below 2^23 plus a half is exact in fp32.
     return ((first >> 9).to(tl.float32) + 0.5) * (1 / (1 << 23))

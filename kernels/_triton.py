@@ -1,4 +1,4 @@
-"""The one place that imports triton; without it (macOS, Windows) all runs on the torch path."""
+"""The one place that imports triton; without it (macOS, Windows) everything runs on torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:
 
 
 def jit(function: Any) -> Any:
-    """`triton.jit`; without triton, the function as it is, which nothing then launches."""
+    """Return `triton.jit(function)`; without triton the function itself, never launched."""
     return function if TRITON_VERSION is None else triton.jit(function)
 
 

@@ -8,10 +8,11 @@ For a row z of V logits, with p = softmax(z), d_i = z_i - max(z), s = Σ exp(d),
 with 0·log 0 = 0, so z_i = -inf (a masked vocabulary entry) gives exactly 0 and never NaN, and a row
 of nothing but -inf has H = 0 and no gradient. The equation is the criterion of HFPrune,
 arXiv 2603.08083, differentiated by hand. Some families transform the logits first,
-z ← softcap · tanh(logit_scale · z / softcap); the gradient is then that at the logits given.
+z ← softcap · tanh(logit_scale · z / softcap); the gradient is then with respect to the logits
+before the transform.
 
-The kernel makes one pass for (max, s, u): when the maximum rises by δ, with α = exp(-δ),
-u ← α (u - δ s) and s ← α s. A second pass over the row makes the gradient.
+The reference is below; the pass over the rows is shared with other criteria (`_rows.py`,
+`_rows_triton.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._arguments import check_devices, check_transform
-from hfprune_fast.kernels._rows import judge_rows
+from hfprune_fast.kernels._rows import rows_loss_and_grad
 
 
 def softmax_entropy_grad_reference(
@@ -46,7 +47,7 @@ def _softmax_entropy(
     logits: Tensor, softcap: float | None, logit_scale: float, backend: str | None
 ) -> Tensor:
     _check(logits, None, softcap, logit_scale)
-    return judge_rows(logits, softcap=softcap, logit_scale=logit_scale, backend=backend)
+    return rows_loss_and_grad(logits, softcap=softcap, logit_scale=logit_scale, backend=backend)
 
 
 @torch.library.custom_op("hfprune_fast::softmax_entropy_backward", mutates_args=())
@@ -55,7 +56,7 @@ def _softmax_entropy_backward(
     backend: str | None,
 ) -> Tensor:  # fmt: skip
     grad = torch.empty_like(logits)
-    judge_rows(
+    rows_loss_and_grad(
         logits, d_entropy, grad,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
@@ -68,7 +69,7 @@ def _softmax_entropy_grad_(
     backend: str | None,
 ) -> Tensor:  # fmt: skip
     _check(logits, row_scale, softcap, logit_scale)
-    return judge_rows(
+    return rows_loss_and_grad(
         logits, row_scale, logits,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
@@ -114,15 +115,15 @@ def softmax_entropy(
             -inf is a masked vocabulary entry: it adds exactly 0, also under a softcap.
         softcap: z ← softcap · tanh(z / softcap), after the scale; None for no cap.
         logit_scale: z ← logit_scale · z, positive.
-        backend: "triton" or "torch"; by default what HFPRUNE_BACKEND says, else triton on a GPU and
-            torch elsewhere and for fp64.
+        backend: "triton" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU and torch
+            elsewhere and for fp64.
 
     Returns:
         H: (T,) in nats; fp32, or fp64 for fp64 logits.
 
     Raises:
         ValueError: arguments of another shape, dtype or stride, or a backend that cannot run.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is requested.
 
     The maths is fp32 (fp64 for fp64 logits). Memory traffic on a GPU: forward, one read of the
     logits; backward, one or two reads (the second one often from the L2 cache) and one write. The
@@ -141,7 +142,7 @@ def softmax_entropy_grad_(
 ) -> Tensor:
     """Overwrite logits with row_scale · dH/dlogits and return H.
 
-    dH/dz_i = -p_i (log p_i + H), at the logits given, through softcap and logit_scale.
+    dH/dz_i = -p_i (log p_i + H), with respect to the logits before softcap and logit_scale.
 
     Args:
         logits: as in `softmax_entropy`; overwritten.

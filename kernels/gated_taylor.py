@@ -5,7 +5,7 @@ With a = act_fn(gate) · up the input of down_proj and g = dloss/da, all (B, S, 
     d_gate = g · up · act_fn'(gate)      d_up = g · act_fn(gate)
 
 and the four sums of `taylor.py` over x = g · a (HFPrune, arXiv 2603.08083), from one read of g,
-gate and up. The kernel is that of `taylor.py`, with up given.
+gate and up, by the kernel of `_statistics_triton.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_fast.kernels._activations import activate
-from hfprune_fast.kernels.taylor import (
-    Gated,
-    TaylorStatistics,
-    sum_dtype,
-    taylor_statistics_reference,
-    taylor_sums,
-)
+from hfprune_fast.kernels._activations import Gated, activate
+from hfprune_fast.kernels._statistics import sum_dtype, taylor_sums
+from hfprune_fast.kernels.taylor import TaylorStatistics, taylor_statistics_reference
 
 
 def gated_taylor_reference(
@@ -89,10 +84,10 @@ def gated_taylor(
         gate, up: (B, S, F), same dtype as grad; separate tensors, or the halves of a fused one.
         activation: "silu", "gelu" or "gelu_tanh".
         overwrite: write the gradients over gate and up.
-        out: (d_gate, d_up) to write to, when gate and up are still needed. Without either, new
-            tensors are made.
-        token_mask: (B, S) bool, False where there is padding, which is not counted or even read;
-            its gradients are 0.
+        out: (d_gate, d_up) to write to, if gate and up are still needed. New tensors if neither is
+            given.
+        token_mask: (B, S) bool, False at padding, which is neither counted nor read; its gradients
+            are 0.
         parity, grad_scale, backend: as in `taylor_statistics`; the gradients keep the scale.
 
     Returns:
@@ -105,7 +100,7 @@ def gated_taylor(
     element in bf16 (three reads, two writes) and 2.5 % of it for partial sums. Not differentiable.
     """
     if overwrite and out is not None:
-        raise ValueError("give overwrite=True or out, not both")
+        raise ValueError("overwrite=True and out exclude each other, got both; pass one of them")
     grad, gate, up = grad.detach(), gate.detach(), up.detach()
     options = activation, token_mask, parity, grad_scale, backend
     if overwrite:

@@ -82,7 +82,7 @@ def case_of(op: str) -> Case:
         ("softmax_entropy_grad", "d_logits"),
         ("linear_entropy", "d_hidden"),
         ("linear_entropy", "loss"),
-        ("gated_taylor", "mask"),
+        ("gated_taylor", "fisher_mask"),
         ("gated_taylor", "d_gate"),
         ("taylor_statistics", "l2"),
     ],

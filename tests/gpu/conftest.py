@@ -1,7 +1,7 @@
 """Every kernel on a GPU, at the sizes of real models, against float64 made on the same GPU.
 
 The rule is that of `tests/helpers/tolerances.py`: error <= 2 x plain torch's in the same dtype + a
-stated floor. It is asked of whole rows or sums and, so that no single entry can hide in a row, of
+stated floor. It applies to whole rows or sums and, so that no single entry can hide in a row, to
 every entry. Memory that an operation allocates holds NaN before a kernel writes it.
 """
 

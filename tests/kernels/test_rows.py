@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 import torch
 from entropy_truth import stored
-from paths import every_path
+from paths import every_path, slow_in_triton
 from surprise_truth import surprise_truth
 from torch import Tensor
 
+from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._philox import uniform
-from hfprune_fast.kernels._rows import Criterion, judge_rows
+from hfprune_fast.kernels._rows import rows_loss_and_grad
 
 INF, NAN = float("inf"), float("nan")
-VOCABULARIES = [1, 2, 127, 4099, 8192, 20_000]  # 8192 logits are one step of the kernel
+VOCABULARIES = [1, 127, 8192, 20_000]  # 8192 logits are one step of the kernel
 TRANSFORMS: list[dict[str, Any]] = [{}, {"softcap": 5.0, "logit_scale": 1.7}]
 
 
@@ -22,28 +23,23 @@ def normal(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (3 * torch.randn(rows, vocab, generator=generator)).to(dtype)
 
 
-def judged(
+def value_and_grad(
     logits: Tensor, criterion: Criterion, backend: str, row_scale: Tensor | None = None,
     softcap: float | None = None, logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad = torch.empty_like(logits)  # NaN, as all new memory here
     scale = torch.ones(len(logits)) if row_scale is None else row_scale
-    values = judge_rows(
+    values = rows_loss_and_grad(
         logits, scale, grad, criterion,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
     in_place = logits.clone()
-    again = judge_rows(
+    again = rows_loss_and_grad(
         in_place, scale, in_place, criterion,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
     )  # fmt: skip
-    assert (
-        torch.equal(
-            in_place,
-            grad,
-        )
-        and torch.equal(again, values)
-    ) or grad.isnan().any()
+    assert torch.equal(in_place.nan_to_num(9.0), grad.nan_to_num(9.0))
+    assert torch.equal(again.nan_to_num(9.0), values.nan_to_num(9.0))
     return values, grad
 
 
@@ -68,7 +64,7 @@ def test_cross_entropy_equals_float64(
 ) -> None:
     logits = normal(4, vocab, dtype)
     labels = torch.tensor([0, vocab - 1, -100, vocab // 2])
-    values, grad = judged(logits, Criterion("cross_entropy", labels), backend, **transform)
+    values, grad = value_and_grad(logits, Criterion("cross_entropy", labels), backend, **transform)
     assert_right(logits, labels, values, grad, backend, **transform)
     assert values[2] == 0
     assert (grad[2] == 0).all()
@@ -83,7 +79,7 @@ def test_masked_entries_and_masked_labels(
     logits[:, 1::2] = -INF
     logits[2] = -INF
     labels = torch.tensor([4, 5, 6, -100])
-    values, grad = judged(logits, Criterion("cross_entropy", labels), backend, **transform)
+    values, grad = value_and_grad(logits, Criterion("cross_entropy", labels), backend, **transform)
     assert_right(logits, labels, values, grad, backend, **transform)
     assert values[1:3].tolist() == [INF, INF]
     assert (grad[logits == -INF] == 0).all()
@@ -98,7 +94,7 @@ def test_nan_shows_unless_the_row_counts_for_nothing(
     logits[0, 8500] = logits[1] = logits[2, 3] = NAN
     keys = torch.tensor([1, 2, 3, -100 if name == "cross_entropy" else 3])
     scale = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    values, grad = judged(logits, Criterion(name, keys), backend, scale, **transform)
+    values, grad = value_and_grad(logits, Criterion(name, keys), backend, scale, **transform)
     assert values[:2].isnan().all()
     assert grad[:2].isnan().any(dim=1).all()
     assert (grad[2] == 0).all()
@@ -108,7 +104,7 @@ def test_nan_shows_unless_the_row_counts_for_nothing(
 @pytest.mark.parametrize("label", [-1, -99, -101, 9, 1 << 40])
 def test_a_label_outside_the_vocabulary_is_nan(backend: str, label: int) -> None:
     criterion = Criterion("cross_entropy", torch.tensor([3, label]))
-    values, grad = judged(normal(2, 9), criterion, backend)
+    values, grad = value_and_grad(normal(2, 9), criterion, backend)
     assert values.isnan().tolist() == [False, True]
     assert grad.isnan().all(dim=1).tolist() == [False, True]
 
@@ -119,10 +115,10 @@ def test_a_label_outside_the_vocabulary_is_nan(backend: str, label: int) -> None
 def test_a_sample_is_where_the_sum_crosses(
     backend: str, dtype: torch.dtype, transform: dict[str, Any], vocab: int
 ) -> None:
-    logits = normal(8, vocab, dtype)
-    logits[:4, 2::3] = -INF
-    ids, seed = torch.arange(8) + (1 << 40) - 4, 11
-    values, grad = judged(logits, Criterion("fisher", ids, seed), backend, **transform)
+    logits = normal(4, vocab, dtype)
+    logits[:2, 2::3] = -INF
+    ids, seed = torch.arange(4) + (1 << 40) - 2, 11
+    values, grad = value_and_grad(logits, Criterion("fisher", ids, seed), backend, **transform)
     y = grad.argmin(dim=1)  # of p - [i = y], the only one below 0
     assert_right(logits, y, values, grad, backend, **transform)
     truth = surprise_truth(logits, y, **transform)
@@ -137,11 +133,11 @@ def test_a_sample_is_where_the_sum_crosses(
 def test_uniform_numbers_near_1_draw_no_masked_entry(backend: str) -> None:
     ids = torch.arange(1 << 20)
     u = uniform(ids, 0, torch.float32)
-    ids = torch.cat((ids[u.argsort()[-4:]], ids[u.argsort()[:4]]))
+    ids = torch.cat((ids[u.topk(4).indices], ids[u.topk(4, largest=False).indices]))
     logits = torch.zeros(8, 30_000)
     logits[:, :50] = logits[:, 20_001:] = -INF
     logits[:, 20_000] = -100.0  # exp is 0 in fp32
-    values, grad = judged(logits, Criterion("fisher", ids), backend)
+    values, grad = value_and_grad(logits, Criterion("fisher", ids), backend)
     y = grad.argmin(dim=1)
     assert ((y[:4] > 19_900) & (y[:4] < 20_000)).all()
     assert ((y[4:] >= 50) & (y[4:] < 150)).all()
@@ -150,17 +146,18 @@ def test_uniform_numbers_near_1_draw_no_masked_entry(backend: str) -> None:
 
 def test_nothing_to_draw_counts_nothing(backend: str) -> None:
     logits = torch.full((2, 9000), -INF)
-    values, grad = judged(logits, Criterion("fisher", torch.arange(2)), backend)
+    values, grad = value_and_grad(logits, Criterion("fisher", torch.arange(2)), backend)
     assert (values == 0).all()
     assert (grad == 0).all()
 
 
+@slow_in_triton
 def test_samples_have_the_distribution_and_the_fisher_information(backend: str) -> None:
-    rows = 40_000 if backend == "torch" else 400
+    rows = 40_000 if backend == "torch" else 200
     logits = torch.tensor([0.3, -1.0, 1.2, -INF, 0.0, -2.0])
     p = torch.softmax(logits.double(), dim=0)
     ids = (torch.arange(rows) % 1000) + (torch.arange(rows) // 1000 << 20)
-    _, grad = judged(logits.repeat(rows, 1), Criterion("fisher", ids, 5), backend)
+    _, grad = value_and_grad(logits.repeat(rows, 1), Criterion("fisher", ids, 5), backend)
     counts = grad.argmin(dim=1).bincount(minlength=6).double()
     possible = p > 0
     chi_square = ((counts - rows * p) ** 2 / (rows * p))[possible].sum()
@@ -181,15 +178,19 @@ def test_samples_have_the_distribution_and_the_fisher_information(backend: str) 
 
 
 def test_samples_repeat_and_depend_on_seed_and_id(backend: str) -> None:
-    logits = normal(1, 300).repeat(12, 1)
-    ids = torch.arange(12) << 20
+    logits = normal(1, 300).repeat(6, 1)
+    ids = torch.arange(6) << 20
 
     def samples(ids: Tensor, seed: int) -> list[int]:
-        return judged(logits, Criterion("fisher", ids, seed), backend)[1].argmin(dim=1).tolist()
+        return (
+            value_and_grad(logits, Criterion("fisher", ids, seed), backend)[1]
+            .argmin(dim=1)
+            .tolist()
+        )
 
     first = samples(ids, 1)
     assert samples(ids, 1) == first
     assert samples(ids.flip(0), 1) == first[::-1]
     assert samples(ids, 2) != first
     assert samples(ids + 1, 1) != first
-    assert len(set(samples(ids[:1].expand(12), 1))) == 1
+    assert len(set(samples(ids[:1].expand(6), 1))) == 1

@@ -1,0 +1,36 @@
+"""The functions of a row of logits that are differentiated, and what each needs beside the logits.
+
+For a row z of V logits, with p = softmax(z), d_i = z_i - max(z), e = exp(d), s = Σ e, u = Σ d e:
+
+    entropy        H = -Σ_i p_i log p_i = log s - u/s      dH/dz_i = -p_i (d_i - u/s)
+    cross_entropy  -log p_y = log s - d_y                  its gradient p_i - [i = y]
+    fisher         the same for a label y drawn from p: the smallest y with e_0 + … + e_y > t s,
+                   where t is the uniform number of the row's id (`_philox.py`)
+
+in nats; the entropy is the criterion of HFPrune (arXiv 2603.08083). The mean of the outer products
+of the fisher gradients is the Fisher information. Some families transform the logits first,
+z ← softcap · tanh(logit_scale · z / softcap); the gradient is then with respect to the logits
+before the transform. A masked entry, z_i = -inf, adds exactly 0 and has no gradient, and never NaN.
+If the label itself is masked the value is inf. A row without a label has value and gradient 0, and
+so has a row that is -inf throughout, unless it has a label (value inf).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+IGNORED_LABEL = -100  # torch's ignore_index
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One of the criteria above; `keys` are labels for cross_entropy and row ids for fisher."""
+
+    name: str = "entropy"
+    keys: Tensor | None = None  # (T,) int64
+    seed: int = 0
+
+
+ENTROPY = Criterion()
