@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hfprune_fast.checkpoint.native import ITEM_BYTES, SafetensorsFile
+from hfprune_fast.checkpoint.safetensors import ITEM_BYTES, SafetensorsFile
 from hfprune_fast.errors import CheckpointError, one_line
 from hfprune_fast.models.families import NON_UNIFORM, Family, family_of, family_type, neuron_axis
 from hfprune_fast.models.spec import ModelSize
@@ -183,9 +183,9 @@ class Checkpoint:
         """The shards by name, mapped."""
         return {path.name: SafetensorsFile(path) for path in self.paths}
 
-    def data(self, name: str, *, ahead: bool = True) -> memoryview:
-        """Return the bytes of a tensor, mapped, and read ahead of their use unless told not to."""
-        return self.files[self.tensors[name].file].data(name, ahead=ahead)
+    def data(self, name: str, *, prefetch: bool = True) -> memoryview:
+        """Return the bytes of a tensor, mapped; with `prefetch`, reading them starts now."""
+        return self.files[self.tensors[name].file].data(name, prefetch=prefetch)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a copy of a tensor."""

@@ -99,7 +99,7 @@ def check_prune(
     check_state(Path(out), resume=resume, force=force)
     for leftover in atomic.leftovers(Path(out)):
         say(leftover)
-    if native.WHY_NOT is not None:
+    if native.UNUSED_REASON is not None:
         say(f"weights are moved by {native.description()}")
 
 

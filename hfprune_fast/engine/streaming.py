@@ -151,7 +151,9 @@ class _File:
         info = self._checkpoint.tensors[name]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            tensor = torch.frombuffer(self._checkpoint.data(name, ahead=ahead), dtype=torch.uint8)
+            tensor = torch.frombuffer(
+                self._checkpoint.data(name, prefetch=ahead), dtype=torch.uint8
+            )
         stored = TORCH_DTYPES[info.dtype]
         if self._begin(name) % stored.itemsize:
             tensor = tensor.clone()
@@ -176,7 +178,7 @@ class _File:
         self._checkpoint.data(name)  # which has the pages read ahead
 
     def done_with(self, name: str) -> None:
-        self._checkpoint.files[self._checkpoint.tensors[name].file].done_with(name)
+        self._checkpoint.files[self._checkpoint.tensors[name].file].release(name)
 
 
 class _Mapped:
