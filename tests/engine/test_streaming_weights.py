@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from truth import tiny_model
 
-from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 from hfprune_fast.checkpoint.loading import blueprint
+from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine import streaming
 from hfprune_fast.engine.layerwise import ResidentModel
