@@ -141,10 +141,25 @@ std::size_t piece_bytes_for(unsigned threads) {
          64;
 }
 
-Selection::Selection(std::size_t periods, std::size_t indices, std::size_t index_bytes,
-                     const std::int64_t* keep, std::size_t count)
-    : period_bytes_(product(indices, index_bytes)), periods_(periods) {
-  product(period_bytes_, periods);
+Selection::Selection(int axis, std::size_t rows, std::size_t columns, std::size_t item_bytes,
+                     const std::int64_t* keep, std::size_t count, std::size_t piece_bytes,
+                     bool portable)
+    : periods_(axis == 0 ? 1 : rows), period_bytes_(product(columns, item_bytes)) {
+  if (axis != 0 && axis != 1) {
+    throw std::invalid_argument("axis must be 0 or 1, got " + std::to_string(axis));
+  }
+  const std::size_t index_bytes = axis == 0 ? period_bytes_ : item_bytes;
+  if (axis == 0) period_bytes_ = product(rows, index_bytes);
+  product(period_bytes_, periods_);
+  find_runs(axis == 0 ? rows : columns, index_bytes, keep, count);
+  // Rows of a few bytes (a bias) are the columns of one row; large ones are cut anywhere.
+  cut(piece_bytes, axis == 1 || index_bytes <= 8 ? index_bytes : 1);
+  if (!portable) choose_instructions(index_bytes);
+}
+
+// Join kept neighbours into runs.
+void Selection::find_runs(std::size_t indices, std::size_t index_bytes, const std::int64_t* keep,
+                          std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) {
     const std::int64_t index = keep[i];
     if (index < 0 || static_cast<std::uint64_t>(index) >= indices) {
@@ -164,24 +179,6 @@ Selection::Selection(std::size_t periods, std::size_t indices, std::size_t index
     }
     kept_bytes_ += index_bytes;
   }
-}
-
-Selection Selection::of_rows(std::size_t rows, std::size_t row_bytes, const std::int64_t* keep,
-                             std::size_t count, std::size_t piece_bytes, bool portable) {
-  Selection selection(1, rows, row_bytes, keep, count);
-  // Rows of a few bytes (a bias) are the columns of one row; large ones are cut anywhere.
-  selection.cut(piece_bytes, row_bytes <= 8 ? row_bytes : 1);
-  if (!portable) selection.choose_instructions(row_bytes);
-  return selection;
-}
-
-Selection Selection::of_columns(std::size_t rows, std::size_t columns, std::size_t item_bytes,
-                                const std::int64_t* keep, std::size_t count,
-                                std::size_t piece_bytes, bool portable) {
-  Selection selection(rows, columns, item_bytes, keep, count);
-  selection.cut(piece_bytes, item_bytes);
-  if (!portable) selection.choose_instructions(item_bytes);
-  return selection;
 }
 
 // Split the runs of a period into segments of at most piece_bytes, at multiples of granule_bytes.
@@ -296,9 +293,9 @@ std::uint8_t* Selection::gather_segment(const Segment& segment, const std::uint8
 namespace {
 
 // Hands out pieces in order. In place, a piece may only be written where everything has been read.
-class Line {
+class PieceQueue {
  public:
-  explicit Line(const Selection& selection)
+  explicit PieceQueue(const Selection& selection)
       : selection_(selection), read_(selection.pieces(), false) {}
 
   bool take(std::size_t* piece) {
@@ -359,7 +356,7 @@ void compact(const Selection& selection, const std::uint8_t* source, std::uint8_
                 bytes / kBytesPerThread + 1});
   const bool in_place = source == out, streamed = bytes >= kStreamedBytes;
   const bool staged = !selection.long_runs();
-  Line line(selection);
+  PieceQueue queue(selection);
   // All that can fail for want of memory comes before the first byte is moved.
   std::vector<std::vector<std::uint8_t>> staging(
       useful, std::vector<std::uint8_t>(staged ? selection.staging_bytes() : 0));
@@ -375,20 +372,20 @@ void compact(const Selection& selection, const std::uint8_t* source, std::uint8_
   };
   const auto work = [&](std::uint8_t* buffer) {
     std::size_t piece = 0;
-    while (line.take(&piece)) {
+    while (queue.take(&piece)) {
       if (staged) {
         selection.gather(piece, source, buffer);
         if (in_place) {
-          line.has_been_read(piece);
-          line.wait_for_place(piece);
+          queue.has_been_read(piece);
+          queue.wait_for_place(piece);
         }
         put(selection.piece_begin(piece), buffer, selection.piece_bytes(piece));
       } else {
-        if (in_place) line.wait_for_place(piece);
+        if (in_place) queue.wait_for_place(piece);
         selection.each_run(piece, [&](std::size_t begin, std::size_t place, std::size_t size) {
           put(place, source + begin, size);
         });
-        if (in_place) line.has_been_read(piece);
+        if (in_place) queue.has_been_read(piece);
       }
     }
     if (streamed) fence();

@@ -16,14 +16,13 @@ namespace hfprune {
 // those of piece i - 1, and its place in the result is never behind its place in the source.
 class Selection {
  public:
-  // `keep` holds `count` sorted, distinct indices into the rows (columns). A piece has at most
-  // `piece_bytes` bytes, but one item at least. `portable` leaves the compress instructions aside.
-  // Throws std::invalid_argument for indices out of order or range and for sizes that overflow.
-  static Selection of_rows(std::size_t rows, std::size_t row_bytes, const std::int64_t* keep,
-                           std::size_t count, std::size_t piece_bytes, bool portable = false);
-  static Selection of_columns(std::size_t rows, std::size_t columns, std::size_t item_bytes,
-                              const std::int64_t* keep, std::size_t count, std::size_t piece_bytes,
-                              bool portable = false);
+  // `keep` holds `count` sorted, distinct indices into the rows (axis 0) or columns (axis 1). A
+  // piece has at most `piece_bytes` bytes, but one item at least. `portable` leaves the compress
+  // instructions aside. Throws std::invalid_argument for another axis, indices out of order or
+  // range, and sizes that overflow.
+  Selection(int axis, std::size_t rows, std::size_t columns, std::size_t item_bytes,
+            const std::int64_t* keep, std::size_t count, std::size_t piece_bytes,
+            bool portable = false);
 
   std::size_t source_bytes() const { return period_bytes_ * periods_; }
   std::size_t kept_bytes() const { return kept_bytes_ * periods_; }
@@ -69,14 +68,14 @@ class Selection {
     std::size_t first_run, end_run, kept_begin, kept_bytes, masks_begin;
   };
 
-  Selection(std::size_t periods, std::size_t indices, std::size_t index_bytes,
-            const std::int64_t* keep, std::size_t count);
+  void find_runs(std::size_t indices, std::size_t index_bytes, const std::int64_t* keep,
+                 std::size_t count);
   void cut(std::size_t piece_bytes, std::size_t granule_bytes);
   void choose_instructions(std::size_t item_bytes);
   std::uint8_t* gather_segment(const Segment& segment, const std::uint8_t* period,
                                std::size_t readable_bytes, std::uint8_t* out) const;
 
-  std::size_t period_bytes_, periods_, kept_bytes_ = 0;
+  std::size_t periods_, period_bytes_, kept_bytes_ = 0;
   std::size_t grouped_ = 1;          // periods in a piece
   std::size_t compressed_item_ = 0;  // item size of the compress instructions in use, 0 for none
   std::vector<Run> runs_;

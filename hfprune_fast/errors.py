@@ -2,8 +2,9 @@
 
 
 def one_line(error: BaseException) -> str:
-    """Return what a library's error says as one line of at most 200 characters."""
+    """Return what a library's error says as one line of at most 200 printable characters."""
     text = " ".join(str(error).split())
+    text = "".join(char if char.isprintable() else "?" for char in text)
     if not text or isinstance(error, KeyError):  # which says the key alone
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= 200 else f"{text[:199]}…"

@@ -404,7 +404,7 @@ def test_scores_survive_an_output_that_fails(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hfprune_fast.checkpoint.native.new_file", full)
+    monkeypatch.setattr("hfprune_fast.checkpoint.writer.SafetensorsWriter", full)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run = hfprune(
         "prune", llama_dir, "--calibration", text_file, "--samples", 2, "--seq-len", 32,
@@ -425,7 +425,7 @@ def test_doctor_says_what_will_be_used(
     assert found["disk_free_bytes"] > 0
     assert (found["device"] == "cuda") == bool(found["gpus"]) == torch.cuda.is_available()
     monkeypatch.setattr(native, "_C", None)
-    monkeypatch.setattr(native, "WHY_NOT", "no compiler")
+    monkeypatch.setattr(native, "UNUSED_REASON", "no compiler")
     monkeypatch.setenv("HFPRUNE_BACKEND", "nonsense")
     run = hfprune("doctor")
     assert run.code == 0

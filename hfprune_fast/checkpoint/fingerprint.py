@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hfprune_fast.checkpoint.native import SafetensorsFile
+from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 
 _FINGERPRINT_ROWS = 16
 # What changes when a checkpoint is saved again, but not what it computes.
@@ -24,7 +24,7 @@ def fingerprint_of(config: Mapping[str, Any], shards: Iterable[SafetensorsFile])
     meaning = {k: v for k, v in config.items() if k not in _CONFIG_NOT_IN_FINGERPRINT}
     digest.update(json.dumps(meaning, sort_keys=True).encode())
     samples = {
-        name: _sample(dtype, shape, shard.data(name, ahead=False))
+        name: _sample(dtype, shape, shard.data(name, prefetch=False))
         for shard in shards
         for name, (dtype, shape, _, _) in shard.tensors.items()
     }

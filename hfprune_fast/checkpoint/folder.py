@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hfprune_fast.checkpoint.native import ITEM_BYTES
+from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
 from hfprune_fast.errors import CheckpointError, one_line
 from hfprune_fast.models.families import family_of
 

@@ -25,8 +25,8 @@ from hfprune_fast.checkpoint.folder import (
     weight_files,
     weight_map_of,
 )
-from hfprune_fast.checkpoint.native import SafetensorsFile
 from hfprune_fast.checkpoint.pretrained import load_config, load_tokenizer
+from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.models.families import (
     NON_UNIFORM,
@@ -81,9 +81,9 @@ class ModelSource:
         name = f"{self.family.layers}.{layer}.{self.family.down}.weight"
         return f"{self.family.decoder}.{name}" if self.has_prefix else name
 
-    def data(self, name: str, *, ahead: bool = True) -> memoryview:
-        """Return the bytes of a tensor, mapped, and read ahead of their use unless told not to."""
-        return self.shards[self.tensors[name].file].data(name, ahead=ahead)
+    def data(self, name: str, *, prefetch: bool = True) -> memoryview:
+        """Return the bytes of a tensor, mapped; with `prefetch`, reading them starts now."""
+        return self.shards[self.tensors[name].file].data(name, prefetch=prefetch)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a copy of a tensor."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfprune_fast.checkpoint import native
 from hfprune_fast.checkpoint.folder import INDEX, TORCH_DTYPES, WEIGHTS, read_json_object
+from hfprune_fast.checkpoint.safetensors import ITEM_BYTES, SafetensorsFile, SafetensorsWriter
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import byte_bar
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
@@ -56,19 +56,19 @@ class Writing:
         self.shards = self._shards(shard_bytes)
 
     def nbytes(self, name: str) -> int:
-        return math.prod(self.shapes[name]) * native.ITEM_BYTES[self.source.tensors[name].dtype]
+        return math.prod(self.shapes[name]) * ITEM_BYTES[self.source.tensors[name].dtype]
 
-    def _shards(self, most_bytes: int | None) -> dict[str, list[str]]:
-        """Return the tensors of each file: the source's, or as many as fit into most_bytes."""
+    def _shards(self, max_bytes: int | None) -> dict[str, list[str]]:
+        """Return the tensors of each file: the source's, or as many as fit into max_bytes."""
         shards: dict[str, list[str]] = {}
-        if most_bytes is None:
+        if max_bytes is None:
             for name, info in self.source.tensors.items():
                 shards.setdefault(info.file, []).append(name)
             return shards
         groups: list[list[str]] = [[]]
         filled = 0
         for name in self.source.tensors:
-            if groups[-1] and filled + self.nbytes(name) > most_bytes:
+            if groups[-1] and filled + self.nbytes(name) > max_bytes:
                 groups.append([])
                 filled = 0
             groups[-1].append(name)
@@ -90,65 +90,68 @@ class Writing:
         }
         threads = max(2, torch.get_num_threads())
         with (
-            byte_bar("writing", total, progress) as done,
+            byte_bar("writing", total, progress) as on_progress,
             ThreadPoolExecutor(threads, thread_name_prefix="hfprune-write") as pool,
         ):
             for file, names in self.shards.items():
                 known = self.source.shards.get(file)
-                writer = native.new_file(
+                with SafetensorsWriter(
                     partial / file,
                     metadata if known is None else known.metadata or {"format": "pt"},
                     [(n, self.source.tensors[n].dtype, self.shapes[n]) for n in names],
-                )
-                tasks = {pool.submit(self._write_tensor, writer, n): n for n in names}
-                try:
-                    for task in as_completed(tasks):
-                        task.result()
-                        done(self.nbytes(tasks[task]))
-                    writer.close()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    writer.discard()
-                    raise
+                ) as writer:
+                    tasks = {pool.submit(self._write_tensor, writer, n): n for n in names}
+                    try:
+                        for task in as_completed(tasks):
+                            task.result()
+                            on_progress(self.nbytes(tasks[task]))
+                    except BaseException:
+                        pool.shutdown(cancel_futures=True)  # before the file is closed
+                        raise
         if list(self.shards) != [WEIGHTS]:
             self._write_index(partial, total)
 
-    def _write_tensor(self, writer: Any, name: str) -> None:
-        made = self._made(name)
-        if made is not None:
-            finite = writer.write(name, made.reshape(-1).view(np.uint8))
+    def _write_tensor(self, writer: SafetensorsWriter, name: str) -> None:
+        built = self._build(name)
+        if built is not None:
+            finite = writer.write(name, built)
         else:
-            info = self.source.tensors[name]
             axis, kept = self.cuts.get(name, (0, None))
-            finite = writer.write(name, self.source.data(name), axis, kept)
-            self.source.shards[info.file].done_with(name)
+            finite = writer.write(name, self._stored(name), axis=axis, keep=kept)
+            self._release(name)
         if not finite:
             raise NumericsError(f"{self.source.folder}: tensor {name} holds NaN or inf")
 
-    def _made(self, name: str) -> Any:
-        """Return a tensor that is no plain cut of the source's: replaced or padded; or None."""
+    def _stored(self, name: str) -> Any:
+        """Return the bits of a tensor of the source, in the pages of its file."""
+        info = self.source.tensors[name]
+        bits = np.frombuffer(self.source.data(name), f"u{ITEM_BYTES[info.dtype]}")
+        return bits.reshape(info.shape)
+
+    def _release(self, name: str) -> None:
+        self.source.shards[self.source.tensors[name].file].release(name)
+
+    def _build(self, name: str) -> Any:
+        """Return the bits of a tensor that is replaced or padded; None if the source has them."""
         shape = self.kept_shapes[name]
         if name not in self.replace and self.shapes[name] == shape:
             return None
-        info = self.source.tensors[name]
-        kind = f"u{native.ITEM_BYTES[info.dtype]}"
-        axis, kept = self.cuts.get(name, (0, None))
         if name in self.replace:
-            tensor = self.replace[name]
-            if tuple(tensor.shape) != shape or tensor.dtype != TORCH_DTYPES[info.dtype]:
+            tensor, dtype = self.replace[name], TORCH_DTYPES[self.source.tensors[name].dtype]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ArgumentError(
-                    f"replace[{name}] must be {shape} {TORCH_DTYPES[info.dtype]}, "
+                    f"replace[{name}] must be {shape} {dtype}, "
                     f"got {tuple(tensor.shape)} {tensor.dtype}"
                 )
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            cut = flat.numpy().view(kind).reshape(shape)
+            cut = flat.numpy().view(f"u{dtype.itemsize}").reshape(shape)
         else:
-            whole = np.frombuffer(self.source.data(name), kind).reshape(info.shape)
-            cut = whole.take(kept, axis)
-            self.source.shards[info.file].done_with(name)
+            axis, kept = self.cuts[name]
+            cut = self._stored(name).take(kept, axis)
+            self._release(name)
         if self.shapes[name] == shape:
             return cut
-        padded = np.zeros(self.shapes[name], kind)
+        padded = np.zeros(self.shapes[name], cut.dtype)
         padded[tuple(slice(size) for size in shape)] = cut
         return padded
 
@@ -168,52 +171,53 @@ class Writing:
     def verify(self, partial: Path, progress: bool) -> None:
         """Read back what was written, from the disk where the system allows, and compare it.
 
-        By numpy, which shares nothing with what wrote it.
+        It is compared by numpy, which shares no code with what wrote it.
         """
         total = sum(map(self.nbytes, self.shapes))
-        with byte_bar("verifying", total, progress) as done:
+        with byte_bar("verifying", total, progress) as on_progress:
             for file, names in self.shards.items():
                 _forget_cached(partial / file)
-                written = native.SafetensorsFile(partial / file)
+                written = SafetensorsFile(partial / file)
                 if list(written.tensors) != names:
                     raise OutputError(f"{partial / file} reads back with other tensors")
                 for name in names:
                     self._verify_tensor(written, name)
-                    done(self.nbytes(name))
+                    on_progress(self.nbytes(name))
 
-    def _verify_tensor(self, written: native.SafetensorsFile, name: str) -> None:
-        info = self.source.tensors[name]
-        same = written.tensors[name][:2] == (info.dtype, self.shapes[name])
-        kind = f"u{native.ITEM_BYTES[info.dtype]}"
-        ours = np.frombuffer(written.data(name), kind)
-        axis, kept = self.cuts.get(name, (0, None))
-        made = self._made(name)
-        if made is not None:
-            theirs, kept = made.reshape(-1), None
-        else:
-            theirs = np.frombuffer(self.source.data(name), kind)
-        rows, dense_rows = (self.shapes[name] or (1,))[0], (info.shape or (1,))[0]
-        if same and kept is None:
-            theirs, ours = theirs.reshape(rows, -1), ours.reshape(rows, -1)
-        elif same:
-            theirs, ours = theirs.reshape(dense_rows, -1), ours.reshape(rows, -1)
-        step = max(1, _VERIFIED_BYTES // max(1, theirs[:1].nbytes))
-        for row in range(0, rows, step):
-            if not same:
-                break
-            part = slice(row, row + step)
-            expected = theirs[part] if kept is None or axis == 1 else theirs[kept[part]]
-            if kept is not None and axis == 1:
-                expected = expected[:, kept]
-            same = np.array_equal(expected, ours[part])
+    def _verify_tensor(self, written: SafetensorsFile, name: str) -> None:
+        dtype, shape = self.source.tensors[name].dtype, self.shapes[name]
+        same = written.tensors[name][:2] == (dtype, shape)
+        if same:
+            found = np.frombuffer(written.data(name), f"u{ITEM_BYTES[dtype]}").reshape(shape)
+            axis, kept = self.cuts.get(name, (0, None))
+            expected = self._build(name)
+            if expected is None:
+                expected = self._stored(name)
+            else:
+                kept = None
+            same = _equal(found, expected, axis, kept)
         if not same:
             raise OutputError(f"tensor {name} of {written.path} does not read back as written")
-        written.done_with(name)
-        self.source.shards[info.file].done_with(name)
+        written.release(name)
+        self._release(name)
+
+
+def _equal(found: Any, expected: Any, axis: int, kept: Any) -> bool:
+    """Return whether an array is what `kept` leaves of another, in blocks of _VERIFIED_BYTES."""
+    found, expected = np.atleast_1d(found), np.atleast_1d(expected)
+    step = max(1, _VERIFIED_BYTES // max(1, expected[:1].nbytes))
+    for row in range(0, len(found), step):
+        part = slice(row, row + step)
+        block = expected[part] if kept is None or axis == 1 else expected[kept[part]]
+        if kept is not None and axis == 1:
+            block = block[:, kept]
+        if not np.array_equal(block, found[part]):
+            return False
+    return True
 
 
 def _forget_cached(path: Path) -> None:
-    """Put a file on the disk and its pages out of memory, so that the next read is of the disk."""
+    """Sync a file and drop it from the page cache, so that the next read is of the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):

@@ -41,7 +41,7 @@ class CheckpointTensors:
     def stored(self, name: str, *, read_ahead: bool = True) -> Tensor:
         """Return a tensor as it is stored, in the file's pages; it must not be written to."""
         info = self._source.tensors[name]
-        data = self._source.data(name, ahead=read_ahead)
+        data = self._source.data(name, prefetch=read_ahead)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             tensor = torch.frombuffer(data, dtype=torch.uint8)
@@ -71,7 +71,7 @@ class CheckpointTensors:
 
     def release(self, name: str) -> None:
         """Let the system drop a tensor's pages."""
-        self._source.shards[self._source.tensors[name].file].done_with(name)
+        self._source.shards[self._source.tensors[name].file].release(name)
 
 
 class MappedWeights:

@@ -220,7 +220,7 @@ def check_output(
     check_state(out, resume=resume, force=output.force)
     for leftover in atomic.leftovers(out):
         say(leftover)
-    if native.WHY_NOT is not None:
+    if native.UNUSED_REASON is not None:
         say(f"weights are moved by {native.description()}")
 
 

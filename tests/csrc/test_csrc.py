@@ -1,4 +1,4 @@
-"""The C++ sources under sanitizers: naive gathers, hostile files, a round trip."""
+"""The C++ sources under sanitizers, against a byte-by-byte reference."""
 
 import os
 import re
@@ -29,8 +29,8 @@ def run(command: list[str | Path], timeout_s: float) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_native_code_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sanitizers", "least"), [("address,undefined", 7000), ("thread", 70)])
+def test_native_code_under_sanitizers(sanitizers: str, least: int, tmp_path: Path) -> None:
     cmake = shutil.which("cmake", path=PATH)
     if cmake is None:
         pytest.skip("no cmake")
@@ -44,19 +44,7 @@ def test_native_code_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
     run(configure, timeout_s=60)
     run([cmake, "--build", build, "--parallel", "2"], timeout_s=200)
 
-    compared = run([build / "check_compact"], timeout_s=120)
-    cases = re.search(r"^(\d+) cases agree", compared, re.MULTILINE)
-    assert cases is not None, compared
-    assert int(cases[1]) >= 5000
-
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    opened = run([build / "check_safetensors", scratch], timeout_s=120)
-    hostile = re.search(
-        r"^(\d+) hostile files: (\d+) accepted, (\d+) rejected", opened, re.MULTILINE
-    )
-    assert hostile is not None, opened
-    files, accepted, rejected = (int(count) for count in hostile.groups())
-    assert files >= 10_000
-    assert accepted + rejected == files
-    assert min(accepted, rejected) > 100
+    printed = run([build / "check", tmp_path], timeout_s=200)
+    cases = re.search(r"^(\d+) cases agree", printed, re.MULTILINE)
+    assert cases is not None, printed
+    assert int(cases[1]) >= least

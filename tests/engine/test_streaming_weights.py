@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from truth import tiny_model
 
-from hfprune_fast.checkpoint import native
 from hfprune_fast.checkpoint.loading import blueprint
+from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine import weights
 from hfprune_fast.engine.layerwise import ResidentModel
@@ -82,20 +82,20 @@ Event = tuple[str, str]
 @contextmanager
 def watched_file(monkeypatch: pytest.MonkeyPatch, events: list[Event]) -> Iterator[None]:
     """Record what is read ahead, looked at and given back, of every safetensors file."""
-    kind = native.SafetensorsFile
-    data, done_with = kind.data, kind.done_with
+    kind = SafetensorsFile
+    data, release = kind.data, kind.release
 
-    def watched_data(self: Any, name: str, *, ahead: bool = True) -> memoryview:
-        events.append(("ask" if ahead else "look", name))
-        return data(self, name, ahead=ahead)
+    def watched_data(self: Any, name: str, *, prefetch: bool = True) -> memoryview:
+        events.append(("ask" if prefetch else "look", name))
+        return data(self, name, prefetch=prefetch)
 
-    def watched_done_with(self: Any, name: str) -> None:
+    def watched_release(self: Any, name: str) -> None:
         events.append(("done", name))
-        done_with(self, name)
+        release(self, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "data", watched_data)
-        patch.setattr(kind, "done_with", watched_done_with)
+        patch.setattr(kind, "release", watched_release)
         yield
 
 
@@ -134,8 +134,8 @@ def test_pages_are_asked_for_ahead_and_given_back(
 
 
 @pytest.mark.skipif(
-    native._C is None or not Path("/proc/self/smaps").exists(),
-    reason="the C++ extension gives pages back, and Linux says which are in memory",
+    not Path("/proc/self/smaps").exists(),
+    reason="Linux says which pages are in memory",
 )
 def test_given_back_pages_leave_the_memory(tmp_path: Path) -> None:
     """With layers of 5 MiB, a run leaves less than one of the file's in memory."""
