@@ -27,7 +27,7 @@ parser = argparse.ArgumentParser(description="Write scores for ModelOpt's Puzzle
 parser.add_argument("--model", default="demo", help="a folder or hub name")
 parser.add_argument("--calibration", default="demo", help="text, as `hfprune score` takes it")
 parser.add_argument("--scores", help="a scores file, instead of model and calibration")
-parser.add_argument("--statistic", default="l1", choices=["l1", "l2", "mask", "act"])
+parser.add_argument("--statistic", default="l1", choices=["l1", "l2", "fisher_mask", "act"])
 parser.add_argument("--out", type=Path, default="puzzletron_scores", help="a new folder")
 args = parser.parse_args()
 if args.out.exists():  # Puzzletron reads every rank_*.pth in it

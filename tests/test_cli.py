@@ -303,7 +303,7 @@ def test_what_the_system_refuses_is_one_line(
     def locked(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "/locked/config.json")
 
-    monkeypatch.setattr("hfprune_fast.commands.pipeline.plan", locked)
+    monkeypatch.setattr("hfprune_fast.commands.plan.run", locked)
     assert_refused(hfprune("plan", "demo", "--prune-ratio", 0.1), "Permission denied: '/locked/con")
 
 
@@ -363,11 +363,11 @@ def test_a_folder_called_demo_does_not_change_the_demo(
     (tmp_path / "demo").mkdir()
     scored: list[Any] = []
 
-    def score(model: Any, text: Any, **_: Any) -> None:
-        scored.extend([model, text])
+    def score(source: Any, text: Any, **_: Any) -> None:
+        scored.extend([source.folder, text])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfprune_fast.commands.pipeline.score", score)
+    monkeypatch.setattr("hfprune_fast.commands.demo.score", score)
     with pytest.raises(SystemExit):
         cli.main(["demo"])
     assert scored == [TINY_MODEL, TINY_MODEL / "calibration.txt"]
@@ -388,7 +388,7 @@ def test_refusals_come_before_the_scoring(
     llama_dir: Path, tmp_path: Path, hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hfprune_fast.commands.pipeline.score", lambda *_, **__: pytest.fail("scored")
+        "hfprune_fast.pruning.oneshot.ScoringJob", lambda *_, **__: pytest.fail("scored")
     )
     arguments = ["prune", llama_dir, "--calibration", "demo"]
     assert_refused(

@@ -18,6 +18,7 @@ from watch import Watch
 import hfprune_fast as hf
 from hfprune_fast.engine import planner
 from hfprune_fast.evaluation import fidelity
+from hfprune_fast.scoring import job
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # No two widths are alike, and none is a number of tokens: a product's shape tells what it is.
@@ -56,14 +57,14 @@ def score(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[], hf.ImportanceTable]:
     """The whole job in one of its ways, with logits of a few rows at a time."""
-    plan_scoring = planner.plan_scoring
+    plan_run = job.plan_run
 
     def plan(*args: object, **kwargs: object) -> planner.Plan:
-        chosen = plan_scoring(*args, **kwargs)  # type: ignore[arg-type]
+        chosen = plan_run(*args, **kwargs)  # type: ignore[arg-type]
         budget = CHUNK_ROWS * V * model.dtype.itemsize
         return replace(chosen, recompute=way != "stored", logits_budget_bytes=budget)
 
-    monkeypatch.setattr(planner, "plan_scoring", plan)
+    monkeypatch.setattr(job, "plan_run", plan)
     options = {"backend": backend, "batch_size": B}
     if way in ("stored", "recomputed"):
         model.requires_grad_(True)  # as it is loaded by transformers, for training

@@ -155,7 +155,7 @@ def test_every_statistic_follows_from_finite_differences_of_single_acts(family: 
     measured = {
         "l1": x.abs().sum((0, 2)),
         "l2": x.pow(2).sum((0, 2)),
-        "mask": x.sum(2).pow(2).sum(0),
+        "fisher_mask": x.sum(2).pow(2).sum(0),
         "act": a.detach().pow(2).sum((0, 2)),
     }
     exact = scores(state_dict, config, sequences)
@@ -171,7 +171,7 @@ def test_scaling_a_column_of_down_proj_moves_the_loss_by_the_sum_of_terms(family
     # slope is sum_t x_tj, whose square is the mask statistic of one sequence.
     model, ids = tiny_model(family), random_ids(24)
     state_dict, config = model.state_dict(), model.config
-    mask = scores(state_dict, config, ids[None])["mask"]
+    mask = scores(state_dict, config, ids[None])["fisher_mask"]
     for layer, neuron in [(0, 0), (0, 95), (1, 41), (2, 17), (2, int(mask[2].argmax()))]:
         name = f"model.layers.{layer}.mlp.down_proj.weight"
         losses = []
@@ -248,7 +248,7 @@ def test_eager_float64_is_near_the_truth(
 ) -> None:
     # What separates the two is the fp32 inside transformers, 2^-24 = 6e-8 a rounding: about ten of
     # them reach g and a, whose product is x; l2 and mask are squares of it, of twice the error.
-    bound = {"l1": 1e-6, "l2": 5e-6, "mask": 5e-6, "act": 1e-6, "loss": 5e-7}
+    bound = {"l1": 1e-6, "l2": 5e-6, "fisher_mask": 5e-6, "act": 1e-6, "loss": 5e-7}
     worst = dict.fromkeys(bound, 0.0)
     for seed in range(3):
         model, sequences = tiny_model(family, seed=seed), random_ids(2, 64, seed=seed)

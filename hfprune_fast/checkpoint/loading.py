@@ -86,11 +86,13 @@ class Blueprint:
     device: torch.device
 
 
-def blueprint(source: ModelSource, *, dtype: str = "auto", device: str = "auto") -> Blueprint:
+def blueprint(
+    model_or_path: str | Path | ModelSource, *, dtype: str = "auto", device: str = "auto"
+) -> Blueprint:
     """Prepare a checkpoint to run.
 
     Args:
-        source: an open model folder.
+        model_or_path: a model folder, hub name or `demo`, or an open one.
         dtype: "auto" (that of most of the checkpoint's parameters, but float32 for float16 on a
             CPU, which is slow in it) or "float32", "bfloat16", "float16", "float64".
         device: "auto" (cuda where there is one) or any torch device.
@@ -99,6 +101,7 @@ def blueprint(source: ModelSource, *, dtype: str = "auto", device: str = "auto")
         CheckpointError: a tensor is missing, unexpected, of another shape or not floating-point.
         ArgumentError: an unknown or absent device.
     """
+    source = open_source(model_or_path)
     target, family = torch_device(device), source.family
     stored = _most_common_dtype(source.tensors)
     to_run_in = dtype_to_run_in(dtype, stored, target)
@@ -127,7 +130,7 @@ def load_model(
 
     Arguments and errors are those of `blueprint`.
     """
-    return build(blueprint(open_source(model), dtype=dtype, device=device))
+    return build(blueprint(model, dtype=dtype, device=device))
 
 
 def build(plan: Blueprint) -> PreTrainedModel:

@@ -46,7 +46,7 @@ def run(
     out: Path | None = None, *, prune_ratio: float = 0.2, force: bool = False
 ) -> dict[str, Any]:
     """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
-    source, text = open_source("demo"), TINY_MODEL / "calibration.txt"
+    source, text = open_source(TINY_MODEL), TINY_MODEL / "calibration.txt"
     options: dict[str, Any] = {
         "seq_len": SEQ_LEN, "samples": 64, "batch_size": _BATCH_SIZE, "device": "cpu",
     }  # fmt: skip

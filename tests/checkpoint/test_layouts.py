@@ -13,8 +13,9 @@ from transformers.models.llama import modeling_llama
 from uneven import WIDTHS, keep_of, logits, widths_of
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint import layouts, loading
-from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import LAYOUTS
 from hfprune_fast.errors import ArgumentError
 
 
@@ -49,9 +50,9 @@ def test_padding_is_zeros_and_replaced_tensors_are_padded_too(
 
 
 def test_layouts_of_one_width_are_one(llama_dir: Path, tmp_path: Path) -> None:
-    for layout in layouts.LAYOUTS:
+    for layout in LAYOUTS:
         hf.prune_checkpoint(llama_dir, tmp_path / layout, keep_of((50, 50, 50)), layout=layout)
-    files = [{p.name: p.read_bytes() for p in (tmp_path / x).iterdir()} for x in layouts.LAYOUTS]
+    files = [{p.name: p.read_bytes() for p in (tmp_path / x).iterdir()} for x in LAYOUTS]
     assert all(file == files[0] for file in files)
     with pytest.raises(ArgumentError, match=r"layout must be one of auto, .*, got 'uneven'"):
         hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(), layout="uneven")
@@ -71,7 +72,7 @@ def test_native_layout_only_where_transformers_builds_it(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", OwnWidthLayer)
     result = hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(), layout="native")
-    assert result["params"] == checkpoints.open_source(tmp_path / "out").size.total_params
+    assert result["params"] == open_source(tmp_path / "out").spec.total_params
     model = random_llama()
     hf.prune(model, keep_of())
     assert torch.equal(logits(loading.load_model(tmp_path / "out", device="cpu")), logits(model))
@@ -146,4 +147,4 @@ def test_config_that_is_not_what_the_tensors_are(
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(hf.HFPruneError, match=message):
-        checkpoints.open_source(out)
+        open_source(out)

@@ -155,7 +155,7 @@ def test_data_may_begin_at_any_byte(
     folder = save_checkpoint(model)
     begin_data_at(folder / "model.safetensors", in_line)
     plan = blueprint(folder, device="cpu")
-    begins = [b % 64 for _, _, b, _ in plan.checkpoint.files["model.safetensors"].tensors.values()]
+    begins = [b % 64 for _, _, b, _ in plan.source.shards["model.safetensors"].tensors.values()]
     assert set(begins) == {in_line}
     loaded = load_model(folder, device="cpu")
     for name, parameter in model.named_parameters():

@@ -10,8 +10,10 @@ from checkpoints import random_llama
 from safetensors.torch import load_file, save_file
 from truth import tiny_model
 
-from hfprune_fast.checkpoint import folder, loading
-from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint.folder import TINY_MODEL, find_model, read_config, weight_files
+from hfprune_fast.checkpoint.loading import blueprint, spec_from_config
+from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, UnsupportedModelError
 from hfprune_fast.models.spec import spec_of
 
@@ -34,13 +36,13 @@ def test_loads_what_save_pretrained_wrote(
 ) -> None:
     model = tiny_model(family, dtype=torch.bfloat16, tied=tied)
     folder = save_checkpoint(model, max_shard_size="30KB")
-    assert len(folder.weight_files(folder)) > 2
+    assert len(weight_files(folder)) > 2
     loaded = loading.load_model(folder, device="cpu")
     assert loaded.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in loaded.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert loading.model_size(folder) == spec_of(model)
+    assert spec_from_config(folder)[0] == spec_of(model)
     assert loading.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
 
 
@@ -113,7 +115,7 @@ def test_truncated_file(llama_dir: Path, size: int) -> None:
     path = llama_dir / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or not"):
-        checkpoints.tensor_headers(llama_dir)
+        open_source(llama_dir)
 
 
 def test_hostile_header(llama_dir: Path) -> None:
@@ -125,10 +127,10 @@ def test_hostile_header(llama_dir: Path) -> None:
 
 def test_missing_shard(save_checkpoint: Callable[..., Path]) -> None:
     folder = save_checkpoint(random_llama(), max_shard_size="50KB")
-    lost = folder.weight_files(folder)[1]
+    lost = weight_files(folder)[1]
     lost.unlink()
     with pytest.raises(CheckpointError, match=f"lacks the shard {lost.name}"):
-        checkpoints.tensor_headers(folder)
+        open_source(folder)
 
 
 def test_index_that_is_wrong(save_checkpoint: Callable[..., Path]) -> None:
@@ -143,7 +145,7 @@ def test_index_that_is_wrong(save_checkpoint: Callable[..., Path]) -> None:
     ):
         path.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=message):
-            checkpoints.tensor_headers(folder)
+            open_source(folder)
 
 
 def test_pickled_weights_are_not_opened(llama_dir: Path) -> None:
@@ -186,13 +188,13 @@ def test_remote_code_is_never_run(llama_dir: Path) -> None:
 def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
     (llama_dir / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        folder.read_config(llama_dir)
+        read_config(llama_dir)
 
 
 def test_config_with_nonsense_values(llama_dir: Path) -> None:
     change_config(llama_dir, num_hidden_layers="three")
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        loading.model_size(llama_dir)
+        spec_from_config(llama_dir)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ def test_config_with_nonsense_values(llama_dir: Path) -> None:
 def test_config_values_of_the_wrong_kind(llama_dir: Path, changes: dict[str, Any]) -> None:
     change_config(llama_dir, **changes)
     with pytest.raises(HFPruneError) as raised:
-        loading.model_size(llama_dir)
+        spec_from_config(llama_dir)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500
 
@@ -219,7 +221,7 @@ def test_config_values_of_the_wrong_kind(llama_dir: Path, changes: dict[str, Any
 def test_config_that_is_deeper_than_a_parser(llama_dir: Path) -> None:
     (llama_dir / "config.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
-        folder.read_config(llama_dir)
+        read_config(llama_dir)
 
 
 def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
@@ -230,13 +232,13 @@ def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:
 def test_tied_head_that_is_stored_and_differs(llama_dir: Path) -> None:
     change_config(llama_dir, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"yet lm_head.weight differs from .*embed_tokens"):
-        loading.blueprint(llama_dir)
+        blueprint(llama_dir)
 
     def tie(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     change_tensors(llama_dir, tie)
-    loading.blueprint(llama_dir)
+    blueprint(llama_dir)
     loading.load_model(llama_dir, device="cpu")
 
 
@@ -250,9 +252,9 @@ def test_auto_dtype_is_that_of_the_weights(llama_dir: Path, config_dtype: str | 
 
 def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert folder.find_model("demo") == folder.TINY_MODEL
+    assert find_model("demo") == TINY_MODEL
     (tmp_path / "demo").mkdir()
-    assert folder.find_model("demo") == Path("demo")  # the user's own folder comes first
+    assert find_model("demo") == Path("demo")  # the user's own folder comes first
     (tmp_path / "file").write_text("")
     for name, message in (
         ("file", "is a file"),
@@ -261,24 +263,24 @@ def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("org/no-such-model", "the hub says"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            folder.find_model(name)
+            find_model(name)
 
 
 def test_fingerprint_tells_siblings_apart(save_checkpoint: Callable[..., Path]) -> None:
     model = random_llama()
-    first = checkpoints.fingerprint(save_checkpoint(model, "a"))
-    assert checkpoints.fingerprint(save_checkpoint(model, "b", max_shard_size="50KB")) == first
+    first = open_source(save_checkpoint(model, "a")).fingerprint
+    assert open_source(save_checkpoint(model, "b", max_shard_size="50KB")).fingerprint == first
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[40:45] += 1e-3
-    assert checkpoints.fingerprint(save_checkpoint(model, "c")) != first
+    assert open_source(save_checkpoint(model, "c")).fingerprint != first
 
 
 def test_fingerprint_knows_the_configuration(llama_dir: Path) -> None:
-    before = checkpoints.fingerprint(llama_dir)
+    before = open_source(llama_dir).fingerprint
     change_config(llama_dir, transformers_version="9.9", use_cache=False)
-    assert checkpoints.fingerprint(llama_dir) == before
+    assert open_source(llama_dir).fingerprint == before
     change_config(llama_dir, rms_norm_eps=0.5)
-    assert checkpoints.fingerprint(llama_dir) != before
+    assert open_source(llama_dir).fingerprint != before
 
 
 def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

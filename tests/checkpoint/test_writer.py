@@ -14,8 +14,9 @@ from processes import in_another_process
 from safetensors.torch import load_file
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint import folder, loading, native, writer
-from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.checkpoint import loading, native, writer
+from hfprune_fast.checkpoint.folder import TINY_MODEL, weight_files
+from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
 
 
@@ -40,7 +41,7 @@ KEEP = keep_of(4, 4096, 3001)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in folder.weight_files(folder) for k, v in load_file(path).items()}
+    return {k: v for path in weight_files(folder) for k, v in load_file(path).items()}
 
 
 def assert_pruned(source: Path, out: Path, keep: dict[int, torch.Tensor]) -> None:
@@ -63,7 +64,7 @@ def test_every_byte_in_shards_of_any_size(
     out = tmp_path / "out"
     hf.prune_checkpoint(large, out, KEEP, max_shard_size=most, verify=verify)
     assert_pruned(large, out, KEEP)
-    names = [p.name for p in folder.weight_files(out)]
+    names = [p.name for p in weight_files(out)]
     assert len(names) >= files
     assert sorted(names) == sorted(p.name for p in out.glob("*.safetensors"))
     index = out / "model.safetensors.index.json"
@@ -152,18 +153,18 @@ def test_sizes_are_those_of_transformers_model(
 ) -> None:
     for i, overrides in enumerate(({}, {"mlp_bias": True, "attention_bias": True}, {"tied": True})):
         folder = save_checkpoint(random_llama(**overrides), str(i), max_shard_size="200KB")
-        assert checkpoints.open_source(folder).size == loading.model_size(folder)
-    demo = folder.TINY_MODEL
-    assert checkpoints.open_source(demo).size == loading.model_size(demo)
+        assert open_source(folder).spec == loading.spec_from_config(folder)[0]
+    demo = TINY_MODEL
+    assert open_source(demo).spec == loading.spec_from_config(demo)[0]
 
 
 MEMORY = """
 import sys, threading, time, torch
 import hfprune_fast as hf
-from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.checkpoint.source import open_source
 source, out = sys.argv[1:]
-size = checkpoints.open_source(folder.find_model(source)).size
-keep = {i: torch.arange(0, size.intermediate_size, 2) for i in range(size.num_layers)}
+spec = open_source(source).spec
+keep = {i: torch.arange(0, spec.intermediate_size, 2) for i in range(spec.num_layers)}
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -198,7 +199,7 @@ def test_memory_does_not_grow_with_the_model(
     if sizes is not None and "HFPRUNE_LARGE" not in os.environ:
         pytest.skip("5 GB: set HFPRUNE_LARGE=1")
     source = large if sizes is None else synthetic_checkpoint(tmp_path / "model", **sizes)
-    source_bytes = sum(path.stat().st_size for path in folder.weight_files(source))
+    source_bytes = sum(path.stat().st_size for path in weight_files(source))
     try:
         peak, transformers = in_another_process(MEMORY, source, tmp_path / "out").split()
     finally:
@@ -230,4 +231,4 @@ print("transformers" in sys.modules)
     )  # fmt: skip
     assert json.loads(said.splitlines()[0])["verified"] is True
     assert said.splitlines()[1] == "False"
-    assert len(folder.weight_files(tmp_path / "out")) > 2
+    assert len(weight_files(tmp_path / "out")) > 2

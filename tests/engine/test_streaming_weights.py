@@ -128,7 +128,7 @@ def test_pages_are_asked_for_ahead_and_given_back(
     for (what, unit), group in groupby(events, key=lambda e: (e[0], unit_of(e[1]))):
         found.append((what, unit))
         if what != "run":  # all of the unit's tensors, none left out
-            whole = {name for name in plan.checkpoint.tensors if unit_of(name) == unit}
+            whole = {name for name in plan.source.tensors if unit_of(name) == unit}
             assert {name for _, name in group} == whole
     assert found == expected
 
@@ -163,7 +163,7 @@ def test_offload_cpu_reads_the_file_once(
     with watched_file(monkeypatch, events), open_model(plan, "cpu") as model:
         score_batches(model, BATCHES, PassOptions(recompute=True))
     for unit in ("0", "1", "2", "head"):
-        whole = sorted(name for name in plan.checkpoint.tensors if unit_of(name) == unit)
+        whole = sorted(name for name in plan.source.tensors if unit_of(name) == unit)
         of_unit = [event for event in events if unit_of(event[1]) == unit]
         through = [name for what, name in of_unit if what == "done"]
         assert sorted(through) == whole

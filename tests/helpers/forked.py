@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from hfprune_fast.cli import main
 from hfprune_fast.engine import planner
+from hfprune_fast.scoring import job
 from hfprune_fast.scoring.passes import Pass
 from hfprune_fast.scoring.resume import ResumeFile
 
@@ -128,7 +129,7 @@ def kill_between(events: int, pass_tokens: int) -> Prepare:
 
 
 def _kill_between(events: int, pass_tokens: int) -> None:
-    on_commit, plan, seen = ResumeFile.on_commit, planner.plan_scoring, count()
+    on_commit, plan, seen = ResumeFile.on_commit, job.plan_run, count()
 
     def kill(*_: Any) -> None:
         if next(seen) >= events:
@@ -143,7 +144,7 @@ def _kill_between(events: int, pass_tokens: int) -> None:
         return replace(plan(*args, **options), pass_tokens=pass_tokens)
 
     ResumeFile.on_commit = first_commit  # type: ignore[method-assign]
-    planner.plan_scoring = short_passes
+    job.plan_run = short_passes
 
 
 def tokens_at_once(tokens: int) -> Prepare:

@@ -158,7 +158,7 @@ def scores(
         per_sequence.append(torch.stack((l1, l2, x.sum(dim=1).pow(2), acts.pow(2).sum(dim=1))))
         losses.append(loss.detach())
     l1, l2, mask, act = torch.stack(per_sequence).sum(dim=0)
-    return {"l1": l1, "l2": l2, "mask": mask, "act": act, "loss": torch.stack(losses)}
+    return {"l1": l1, "l2": l2, "fisher_mask": mask, "act": act, "loss": torch.stack(losses)}
 
 
 def tiny_model(

@@ -20,7 +20,6 @@ from uneven import IDS, WIDTHS, keep_of, logits, widths_of
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import layouts, loading
 from hfprune_fast.checkpoint.source import open_source
-from hfprune_fast.checkpoint.source import source as checkpoints
 from hfprune_fast.commands import evaluate
 from hfprune_fast.errors import ArgumentError, CheckpointError
 from hfprune_fast.models import nonuniform
@@ -164,7 +163,7 @@ def test_a_class_of_ones_own_saves_what_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with pytest.raises(CheckpointError, match="shape is not its config's"):
-        checkpoints.open_source(tmp_path / "saved")
+        open_source(tmp_path / "saved")
 
 
 def test_a_new_model_starts_like_the_family() -> None:
@@ -275,9 +274,7 @@ def test_evaluated_from_the_command_line(
         numbers.append(json.loads(run.out))
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
     assert numbers[0]["kl_nats"] > 0.01
-    same = evaluate.run(
-        tmp_path / "out", tmp_path / "out", "demo", samples=2, seq_len=32
-    )
+    same = evaluate.run(tmp_path / "out", tmp_path / "out", "demo", samples=2, seq_len=32)
     assert same.kl_nats == 0
 
 

@@ -16,6 +16,7 @@ from truth import forward, tiny_model
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import atomic, loading
+from hfprune_fast.checkpoint.folder import weight_files
 from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError, OutputError
 from hfprune_fast.pruning import on_disk
 
@@ -91,7 +92,7 @@ def test_everything_else_is_byte_identical(
     assert sorted(p.name for p in out.iterdir()) == sorted(
         {p.name for p in folder.iterdir()} | {"hfprune.json", "README.md"}
     )
-    for path in folder.weight_files(folder):
+    for path in weight_files(folder):
         old, new = load_file(path), load_file(out / path.name)
         assert list(old) == list(new)
         for name, tensor in old.items():
@@ -105,7 +106,7 @@ def test_everything_else_is_byte_identical(
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(
-        t.nbytes for p in folder.weight_files(out) for t in load_file(p).values()
+        t.nbytes for p in weight_files(out) for t in load_file(p).values()
     )
     config = json.loads((out / "config.json").read_text())
     assert config == {**json.loads((folder / "config.json").read_text()), "intermediate_size": 61}
@@ -116,7 +117,7 @@ def test_everything_else_is_byte_identical(
     assert "61 of 96" in (out / "README.md").read_text()
     assert record["achieved"]["intermediate_size"] == 61
     assert oct((out / "config.json").stat().st_mode) == oct(
-        (out / folder.weight_files(out)[0].name).stat().st_mode
+        (out / weight_files(out)[0].name).stat().st_mode
     )
 
 

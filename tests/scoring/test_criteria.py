@@ -21,7 +21,7 @@ from hfprune_fast.engine import mlp_hooks, planner
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError, ResumeError
 from hfprune_fast.kernels._philox import uniform
-from hfprune_fast.scoring import obs, passes
+from hfprune_fast.scoring import job, obs, passes
 from hfprune_fast.scoring.passes import PassOptions, empty_accumulator
 from hfprune_fast.scoring.run import score_batches
 
@@ -80,7 +80,7 @@ def test_float64_is_the_truth(
     assert table.provenance.get("seed") == (SEED if "fisher" in criteria else None)
     for criterion in criteria:
         truth = true_scores(model.state_dict(), model.config, ids, TRUTHS[criterion])
-        for statistic in ("l1", "l2", "mask", "act"):
+        for statistic in ("l1", "l2", "fisher_mask", "act"):
             got = table.act if statistic == "act" else table.importance(statistic, criterion)
             error = relative_error(got, truth[statistic]).max()
             assert error < 1e-12, f"{criterion} {statistic}: {error:.1e}"
@@ -110,7 +110,9 @@ def test_no_way_of_running_leaves_the_truth(
             )
             for n, length in enumerate(lengths)
         ]
-        for row, statistic in zip(totals.statistics[c], ("l1", "l2", "mask", "act"), strict=True):
+        for row, statistic in zip(
+            totals.statistics[c], ("l1", "l2", "fisher_mask", "act"), strict=True
+        ):
             truth = torch.stack([t[statistic] for t in truths]).sum(0)
             error = relative_error(row, truth).max()
             assert error < 1e-12, f"{criterion} {statistic}: {error:.1e}"
@@ -356,13 +358,13 @@ def test_what_cannot_be_asked_for(asked: dict[str, Any], message: str) -> None:
 def test_the_plan_knows_what_is_scored_by(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     asked: list[tuple[int, bool]] = []
-    plan_scoring = planner.plan_scoring
+    plan_run = job.plan_run
 
-    def note(*args: Any, criteria: int, fitting: bool, **options: Any) -> planner.Plan:
-        asked.append((criteria, fitting))
-        return plan_scoring(*args, criteria=criteria, fitting=fitting, **options)
+    def note(*args: Any, criteria: int, refit: bool, **options: Any) -> planner.Plan:
+        asked.append((criteria, refit))
+        return plan_run(*args, criteria=criteria, refit=refit, **options)
 
-    monkeypatch.setattr(planner, "plan_scoring", note)
+    monkeypatch.setattr(job, "plan_run", note)
     hf.score(model, ids_of(model), criterion=["activation", "entropy", "fisher"], obs=True)
     hf.score(model, ids_of(model), criterion="activation")
     assert asked == [(2, True), (1, False)]
@@ -384,7 +386,7 @@ def test_a_table_names_what_it_lacks() -> None:
     assert torch.equal(table.l1, table.importance("l1", "fisher"))
     with pytest.raises(ArgumentError, match="by fisher, activation, not by entropy; score again"):
         table.importance("l1", "entropy")
-    with pytest.raises(ArgumentError, match=r"one of l1, l2, mask, act .*got 'obs'"):
+    with pytest.raises(ArgumentError, match=r"one of l1, l2, fisher_mask, act .*got 'obs'"):
         table.importance("obs")
     with pytest.raises(AttributeError, match="these scores have no obs"):
         _ = table.obs

@@ -13,7 +13,7 @@ from hfprune_fast.models.spec import ModelSpec
 SIZE = ModelSpec("llama", 2, 8, 5, 1000, 900, 24)
 
 
-NAMES = ("entropy.l1", "entropy.l2", "entropy.mask", "act", "down_norm")
+NAMES = ("entropy.l1", "entropy.l2", "entropy.fisher_mask", "act", "down_norm")
 
 
 def a_table() -> hf.ImportanceTable:
@@ -26,7 +26,7 @@ def test_round_trip(tmp_path: Path) -> None:
     table, path = a_table(), tmp_path / "scores.safetensors"
     table.save(path)
     loaded = hf.ImportanceTable.load(path)
-    for name in ("l1", "l2", "mask", "act", "down_norm"):
+    for name in ("l1", "l2", "fisher_mask", "act", "down_norm"):
         assert torch.equal(getattr(loaded, name), getattr(table, name))
     assert loaded.model == SIZE
     assert loaded.provenance == table.provenance
