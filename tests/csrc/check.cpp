@@ -136,7 +136,7 @@ class Buffer {
 
   std::uint8_t* data() { return data_; }
   bool starts_with(const Bytes& expected) const {
-    return std::equal(expected.begin(), expected.end(), data_);
+    return expected.empty() || std::memcmp(expected.data(), data_, expected.size()) == 0;
   }
   bool guards_intact() const {
     const auto guard = [](std::uint8_t byte) { return byte == kGuardByte; };
@@ -383,20 +383,24 @@ void check_write(const std::string& path) {
   };
   const auto check = [&](Part* p) {
     const std::vector<std::size_t> kept = p->c.kept_offsets();
-    const std::size_t dropped = p->c.axis == 0 ? p->c.columns * p->c.item : p->c.item;
-    // The first and the last that are kept, one behind the first block, and one that is dropped.
-    for (const std::size_t at :
-         {kept[0], kept[std::min(kept.size() - p->c.item, hfprune::kWriteBytes)],
-          kept[kept.size() - p->c.item], dropped}) {
+    const Bytes expected = taken(p->source, kept);
+    const std::size_t item = p->c.item;
+    const std::size_t dropped = p->c.axis == 0 ? p->c.columns * item : item;
+    // The first and the last that are kept, the first of the second block, and one that is dropped.
+    const std::size_t last = kept.size() - item, none = kept.size();
+    for (const std::size_t place :
+         {std::size_t{0}, std::min(last, hfprune::kWriteBytes), last, none}) {
+      if (place == none && p->whole) continue;
       std::vector<std::uint64_t> values = p->kind.bad;
       values.push_back(p->kind.good);
       for (const std::uint64_t value : values) {
         Bytes source = p->source;
-        std::memcpy(source.data() + at, &value, p->c.item);
-        const bool finite = value == p->kind.good || (at == dropped && !p->whole);
+        std::memcpy(source.data() + (place == none ? dropped : kept[place]), &value, item);
+        p->written = expected;
+        if (place != none) std::memcpy(p->written.data() + place, &value, item);
+        const bool finite = value == p->kind.good || place == none;
         const bool found = p->whole ? hfprune::write(p->to, source.data(), source.size())
                                     : hfprune::write(p->to, source.data(), p->c.selection());
-        p->written = taken(source, kept);
         if (found != finite) fail(p->c.text(finite ? "not finite" : "finite"));
         if (!matches(*p)) fail(p->c.text("written bytes"));
       }
