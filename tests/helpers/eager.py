@@ -51,4 +51,4 @@ def eager_scores(model: PreTrainedModel, sequences: Tensor) -> dict[str, Tensor]
         for hook in hooks:
             hook.remove()
     l1, l2, mask, act = torch.stack(per_sequence).sum(dim=0)
-    return {"l1": l1, "l2": l2, "mask": mask, "act": act, "loss": torch.stack(losses)}
+    return {"l1": l1, "l2": l2, "fisher_mask": mask, "act": act, "loss": torch.stack(losses)}

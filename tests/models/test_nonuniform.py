@@ -220,7 +220,7 @@ def test_scores_are_those_of_the_padded_model(llama_dir: Path, tmp_path: Path) -
     table, padded = (hf.score(tmp_path / x, ids, device="cpu") for x in ("custom", "padded"))
     exact = hf.score(tmp_path / "padded", ids, device="cpu", dtype="float64")
     assert table.model.mlp_widths == WIDTHS
-    for name in ("l1", "l2", "mask", "act", "down_norm"):
+    for name in ("l1", "l2", "fisher_mask", "act", "down_norm"):
         ours, theirs, truth = (getattr(t, name) for t in (table, padded, exact))
         assert_no_worse(ours, theirs, truth, floor=16 * torch.finfo(torch.float32).eps)
         for layer, width in enumerate(WIDTHS):

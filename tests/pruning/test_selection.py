@@ -24,7 +24,7 @@ def table_of(l1: torch.Tensor) -> hf.ImportanceTable:
     statistics = {
         "entropy.l1": l1,
         "entropy.l2": l1 * 2,
-        "entropy.mask": l1.flip(1),
+        "entropy.fisher_mask": l1.flip(1),
         "act": ones,
         "down_norm": l1 + 1,
     }
@@ -43,7 +43,7 @@ def test_the_most_important_are_kept_sorted_by_index() -> None:
     keep = hf.select(table_of(l1), intermediate_size=3)
     assert {layer: k.tolist() for layer, k in keep.items()} == {0: [0, 2, 4], 1: [2, 3, 4]}
     assert keep[0].dtype == torch.int64
-    by_mask = hf.select(table_of(l1), intermediate_size=1, statistic="mask")
+    by_mask = hf.select(table_of(l1), intermediate_size=1, statistic="fisher_mask")
     assert [k.tolist() for k in by_mask.values()] == [[4], [0]]
     by_act = hf.select(table_of(l1), intermediate_size=1, statistic="act")  # norm of down column
     assert [k.tolist() for k in by_act.values()] == [[0], [4]]
