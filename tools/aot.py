@@ -1,12 +1,12 @@
 """Compile every kernel ahead of time, on a machine without a GPU, and read what the compiler made.
 
-    python bench/aot.py [--arch sm_90 ...] [--json FILE]
+    python tools/aot.py [--arch sm_90 ...] [--json FILE]
 
-The launchers are called, with tensors that have a shape and no memory, and triton works out the
-launch as it always does; it is only stopped where it would compile for this machine's GPU. So
-configurations, options and divisibility are a real launch's (in triton 3.6 and 3.7). What it was
-about to compile is compiled for each architecture. The exit status is 1, with a line for each
-fault, where a kernel
+The launchers are called with tensors that have a shape and no memory, and triton works out the
+launch as usual, stopped only where it would compile for this machine's GPU. So configurations,
+options and divisibility are a real launch's (in triton 3.6 and 3.7). What it was about to compile is
+compiled for each architecture. With --only-compile that is all: it fills TRITON_CACHE_DIR for those
+who launch next. Else the exit status is 1, with a line for each fault, where a kernel
 
 - spills registers or has a stack,
 - asks for more shared memory than the chip gives one program,
@@ -206,29 +206,30 @@ def record(launch: Callable[[], object], arch: str) -> list[Launch]:
     return launches
 
 
-def check(case: Case, arch: str) -> list[Report]:
+def check(case: Case, arch: str, only_compile: bool = False) -> list[Report]:
     """Compile the launches of a case's kernel."""
     launches = [one for one in record(case.launch, arch) if one.kernel.__name__ == case.kernel]
     assert launches, f"{case.name} does not launch {case.kernel}"
-    return [_report(case, arch, launch) for launch in launches]
+    return [_report(case, arch, launch, only_compile) for launch in launches]
 
 
-def _report(case: Case, arch: str, launch: Launch) -> Report:
+def _report(case: Case, arch: str, launch: Launch, only_compile: bool) -> Report:
     report = Report(case.name, case.kernel, arch, launch.options.num_warps)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     try:
         compiled = triton.compile(source, TARGETS[arch], launch.options.__dict__)
     except Exception as error:  # of the front end, LLVM or ptxas: a fault as any other
         return replace(report, faults=(f"does not compile: {' '.join(str(error).split())}",))
+    if only_compile:
+        return report
     if arch.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
         registers, spills = _amd_resources(assembly)
     else:
         registers, spills, assembly = _nvidia_resources(compiled.asm["cubin"])
     loads, stores = _access_bytes(_in_loops(assembly))
-    shared_bytes = compiled.metadata.shared
     made = replace(
-        report, registers=registers, shared_bytes=shared_bytes, spills=spills,
+        report, registers=registers, shared_bytes=compiled.metadata.shared, spills=spills,
         loads=loads, stores=stores,
     )  # fmt: skip
     return replace(made, faults=tuple(_faults(case, made)))
@@ -334,25 +335,28 @@ def _access_bytes(instructions: Iterator[str]) -> tuple[tuple[int, ...], tuple[i
     return tuple(loads), tuple(stores)
 
 
-def _check_job(job: tuple[int, str]) -> list[Report]:
-    return check(CASES[job[0]], job[1])
+def _check_job(job: tuple[int, str, bool]) -> list[Report]:
+    return check(CASES[job[0]], *job[1:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--match", default="", help="only cases whose names have this in them")
+    parser.add_argument("--only-compile", action="store_true", help="look at nothing")
     args = parser.parse_args()
     if INTERPRETED:
         sys.exit("aot.py: TRITON_INTERPRET is set, and nothing compiles under it; unset it")
     header = "case", "kernel", "arch", "warps", "registers", "shared", "spills", "loads", "stores"
     print(ROW.format(*header), "  (loads and stores in loops: 16 bytes / all)", sep="")
     reports = []
+    cases = [i for i, case in enumerate(CASES) if args.match in case.name]
     # A cache of its own, where none is named: nothing stale is read, and no home is needed.
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
         with ProcessPoolExecutor() as pool:
-            for made in pool.map(_check_job, product(range(len(CASES)), args.arch)):
+            for made in pool.map(_check_job, product(cases, args.arch, [args.only_compile])):
                 reports += made
                 print(*(report.row() for report in made), sep="\n", flush=True)
     if args.json:

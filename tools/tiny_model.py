@@ -1,6 +1,6 @@
 """Makes `hfprune_fast/tiny/`: the small real language model that ships with the package.
 
-    python bench/tiny_model.py [--family llama|qwen3] --out DIR
+    python tools/tiny_model.py [--family llama|qwen3] --out DIR
 
 `--family qwen3` makes one of another family and shape, which does not ship: what is found on the
 first can be tried on it.

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from . import hfprune_reference
+import hfprune_reference
 
 
 def prune(folder: Path, ids: Tensor, out: Path, prune_ratio: float) -> Tensor:

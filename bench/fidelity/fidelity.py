@@ -1,9 +1,9 @@
 """How close to the dense model each way to prune stays, without training.
 
-    python bench/fidelity.py MODEL --calibration TEXT --text TEXT [--name NAME]
-    python bench/report.py            the tables, the picture and the README's part from the results
+    python bench/fidelity/fidelity.py MODEL --calibration TEXT --text TEXT [--name NAME]
+    python bench/reporting/report.py       the tables, the picture and docs/benchmarks.md from these
 
-MODEL is a folder, a hub name or `demo`. Every way of `fidelity_ways.py` is scored, allocated and
+MODEL is a folder, a hub name or `demo`. Each of `fidelity_variants.py` is scored, allocated and
 refitted on windows of the calibration text, once for each seed (which draws the windows, and
 fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 agreement.
 All is fp32 on a CPU; the paper's recipe with the rounding of its script (bf16 parity) is a row of
@@ -25,10 +25,10 @@ from typing import Any
 
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
-from fidelity_report import FOLDER, read
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 from fidelity_subject import Seed, Subject
-from fidelity_ways import QUICK, STEPPED_RATIOS, WAYS, Way, way_of
+from fidelity_tables import FOLDER, read
+from fidelity_variants import QUICK, VARIANTS, Variant, variant_of
 from records import ResultError, described, rounded
 
 from hfprune_fast import checkpoint
@@ -36,10 +36,10 @@ from hfprune_fast.calibration import windows_for
 from hfprune_fast.errors import ArgumentError, HFPruneError
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
-ROWS = {"all": WAYS, "quick": QUICK}
+ROWS = {"all": VARIANTS, "quick": QUICK}
 # A file is of one of each: rows of others cannot be compared with it.
 SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
-Key = tuple[Way, float, int]  # a way, a ratio, a seed
+Key = tuple[Variant, float, int]  # with a ratio and a seed
 # Two windows with as many equal tokens in a row have them from one document.
 SHARED_RUN = 48
 
@@ -67,13 +67,13 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     file: Path = args.out / f"{header['model']}.jsonl"
     done = _done(file, header)
-    todo = [
-        (seed, way, ratios)
+    remaining = [
+        (seed, variant, ratios)
         for seed in args.seeds
-        for way in ROWS[args.rows]
-        if (ratios := [r for r in _ratios(way, args.ratios) if (way, r, seed) not in done])
+        for variant in ROWS[args.rows]
+        if (ratios := [r for r in args.ratios if (variant, r, seed) not in done])
     ]
-    _measure(subject, drawn, todo, header, file, told)
+    _measure(subject, drawn, remaining, header, file, told)
     return file
 
 
@@ -104,10 +104,6 @@ def _runs(window: Tensor) -> list[bytes]:
     return [ids[i : i + length].tobytes() for i in range(len(ids) - length + 1)]
 
 
-def _ratios(way: Way, ratios: Sequence[float]) -> list[float]:
-    return [ratio for ratio in ratios if way.steps == 1 or ratio in STEPPED_RATIOS]
-
-
 def _done(file: Path, header: dict[str, Any]) -> set[Key]:
     """Return what an earlier run has measured; refuse to add to one with other settings."""
     if not file.exists():
@@ -116,38 +112,38 @@ def _done(file: Path, header: dict[str, Any]) -> set[Key]:
     for name in SETTINGS:
         if (was := earlier.header.get(name, header[name])) != header[name]:
             raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
-    return {(way_of(row), row["prune_ratio"], row["seed"]) for row in earlier.rows}
+    return {(variant_of(row), row["prune_ratio"], row["seed"]) for row in earlier.rows}
 
 
 def _measure(
     subject: Subject,
     drawn: dict[int, Tensor],
-    todo: list[tuple[int, Way, list[float]]],
+    remaining: list[tuple[int, Variant, list[float]]],
     header: dict[str, Any],
     file: Path,
     told: Callable[[str], None],
 ) -> None:
-    if todo:
+    if remaining:
         _append(file, header)
-    efforts = [len(ratios) * _effort(way) for _, way, ratios in todo]
+    efforts = [len(ratios) * _effort(variant) for _, variant, ratios in remaining]
     begun, seeds = time.monotonic(), {}
-    for i, (seed, way, ratios) in enumerate(todo):
+    for i, (seed, variant, ratios) in enumerate(remaining):
         if seed not in seeds:
             seeds = {seed: Seed(subject, drawn[seed], seed)}
-        for row in seeds[seed].rows(way, ratios):
+        for row in seeds[seed].rows(variant, ratios):
             _append(file, row)
         seconds = time.monotonic() - begun
         left = seconds * sum(efforts[i + 1 :]) / sum(efforts[: i + 1])
         told(
-            f"{header['model']} {i + 1}/{len(todo)}: seed {seed}, {way}; "
+            f"{header['model']} {i + 1}/{len(remaining)}: seed {seed}, {variant}; "
             f"{seconds / 60:.1f} min, about {left / 60:.0f} to go"
         )
 
 
-def _effort(way: Way) -> float:
-    """How long a way takes about, in forward passes over the held-out text."""
-    tried = 3 if way.allocation == "auto" else 0
-    return 1 + (5 + tried) * way.refit + 15 * (way.steps - 1)
+def _effort(variant: Variant) -> float:
+    """Estimate how long a variant takes, in forward passes over the held-out text."""
+    tried = 3 if variant.allocation == "auto" else 0
+    return 1 + (5 + tried) * variant.refit
 
 
 def _append(file: Path, line: dict[str, Any]) -> None:

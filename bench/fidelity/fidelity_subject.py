@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fidelity_ways import Way
+from fidelity_variants import Variant
 from torch import Tensor, nn
 
 import hfprune_fast as hf
@@ -43,7 +44,7 @@ class Subject:
 
     @contextmanager
     def pruned(self, keep: Keep, fitted: Weights | None = None) -> Iterator[None]:
-        """The model is a pruned one inside, with the dense one's weights unless they are given."""
+        """Make the model a pruned one inside, with the dense weights unless others are given."""
         dense = [down.weight for down in self._downs]
         try:
             for layer, (down, weight) in enumerate(zip(self._downs, dense, strict=True)):
@@ -63,36 +64,37 @@ class Subject:
 
 
 class _Pruned(NamedTuple):
-    """Which model it is, given the calibration."""
+    """The identity of a pruned model, given the calibration."""
 
     refit: bool
     keep: tuple[bytes, ...]  # the neurons of each layer
 
 
 class Seed:
-    """The calibration windows of a seed, and what was scored on them, once for all ways."""
+    """The calibration windows of a seed, and what was scored on them, once for all variants."""
 
     def __init__(self, subject: Subject, ids: Tensor, seed: int) -> None:
         self.subject, self.ids, self.seed = subject, ids, seed
         self._batches: list[MicroBatch] = numbered(
             micro_batch(part, subject.vocab) for part in ids.split(BATCH)
         )
-        self._tables: dict[str, hf.ImportanceTable] = {}
         self._measured: dict[_Pruned, evaluation.Fidelity] = {}
 
-    def rows(self, way: Way, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Measure a way at all ratios, whose refits share the dense model's run."""
-        keeps = [self.keep(way, ratio) for ratio in ratios]
+    def rows(self, variant: Variant, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
+        """Measure a variant at all ratios, whose refits share the dense model's run."""
+        keeps = [self.keep(variant, ratio) for ratio in ratios]
         # An allocation that is chosen is often one that was measured as itself.
-        models = [_Pruned(way.refit, tuple(k.numpy().tobytes() for k in v.values())) for v in keeps]
+        models = [
+            _Pruned(variant.refit, tuple(k.numpy().tobytes() for k in v.values())) for v in keeps
+        ]
         new = {m: keep for m, keep in zip(models, keeps, strict=True) if m not in self._measured}
-        fitted = self._fitted([*new.values()]) if way.refit and new else [None] * len(new)
+        fitted = self._fitted([*new.values()]) if variant.refit and new else [None] * len(new)
         for (pruned, keep), weights in zip(new.items(), fitted, strict=True):
             self._measured[pruned] = self.subject.measure(keep, weights)
         for ratio, keep, pruned in zip(ratios, keeps, models, strict=True):
             widths = [len(keep[layer]) for layer in range(len(keep))]
             yield {
-                **asdict(way),
+                **asdict(variant),
                 "prune_ratio": ratio,
                 "seed": self.seed,
                 "widths": widths,
@@ -100,23 +102,12 @@ class Seed:
                 **asdict(self._measured[pruned]),
             }
 
-    def keep(self, way: Way, ratio: float) -> Keep:
-        """Return the neurons that a way keeps, after all but the last of its steps were scored."""
-        dense = self.subject.size.intermediate_size
+    def keep(self, variant: Variant, ratio: float) -> Keep:
+        """Return the neurons that a variant keeps."""
         width = selection.target_width(self.subject.size, prune_ratio=ratio)
-        importance = self._importance(way)
-        for step in range(1, way.steps):
-            part = dense - (dense - width) * step // way.steps
-            so_far = self._allocated(importance, part, way.allocation)
-            weights = self._fitted([so_far])[0] if way.refit else None
-            with self.subject.pruned(so_far, weights):
-                again = self._score([way.criterion], obs=way.statistic == "obs")
-            importance = again.importance(way.statistic, way.criterion)
-        return self._allocated(importance, width, way.allocation)
-
-    def _allocated(self, importance: Tensor, width: int, allocation: str) -> Keep:
-        if allocation != "auto":
-            return selection.keep_top(importance, width, allocation)
+        importance = self._importance(variant)
+        if variant.allocation != "auto":
+            return selection.keep_top(importance, width, variant.allocation)
         keeps = [selection.keep_top(importance, width, a) for a in prune_job.ALLOCATIONS_TRIED]
         with ResidentModel(self.subject.model) as model:
             kl = prune_job.held_out_kl(model, prune_job.trial(self._batches), keeps)
@@ -126,23 +117,21 @@ class Seed:
         with ResidentModel(self.subject.model) as model:
             return [result.weights for result in refit(model, self._batches, keeps)[0]]
 
-    def _importance(self, way: Way) -> Tensor:
-        if way.criterion in ("magnitude", "random"):
+    def _importance(self, variant: Variant) -> Tensor:
+        if variant.criterion in ("magnitude", "random"):
             folder = self.subject.folder
-            return pipeline.weights_table(folder, way.criterion, self.seed).importance()
-        if way.criterion == "entropy, parity":
-            return self._table("parity").importance("l1")
-        return self._table("scores").importance(way.statistic, way.criterion)
+            return pipeline.weights_table(folder, variant.criterion, self.seed).importance()
+        if variant.criterion == "entropy, parity":
+            return self._parity.importance("l1")
+        return self._scores.importance(variant.statistic, variant.criterion)
 
-    def _table(self, which: str) -> hf.ImportanceTable:
-        if which not in self._tables and which == "parity":
-            bf16 = loading.load_model(self.subject.folder, dtype="bfloat16", device="cpu")
-            self._tables[which] = hf.score(bf16, self.ids.split(1), parity=True)
-        elif which not in self._tables:
-            every = ["entropy", "cross_entropy", "fisher", "activation"]
-            self._tables[which] = self._score(every, obs=True)
-        return self._tables[which]
+    @cached_property
+    def _parity(self) -> hf.ImportanceTable:
+        bf16 = loading.load_model(self.subject.folder, dtype="bfloat16", device="cpu")
+        return hf.score(bf16, self.ids.split(1), parity=True)
 
-    def _score(self, criteria: list[str], obs: bool) -> hf.ImportanceTable:
+    @cached_property
+    def _scores(self) -> hf.ImportanceTable:
+        every = ["entropy", "cross_entropy", "fisher", "activation"]
         batches = self.ids.split(BATCH)
-        return hf.score(self.subject.model, batches, criterion=criteria, obs=obs, seed=self.seed)
+        return hf.score(self.subject.model, batches, criterion=every, obs=True, seed=self.seed)

@@ -1,26 +1,26 @@
-"""Check and time every kernel on the GPU at hand; under 8 minutes, no network, nothing to install.
+"""Check and time every kernel on the GPU at hand; no network, nothing to install.
 
-    python bench/gpu_check.py --out bench/results
-    python bench/gpu_check.py --only scoring streamed --out bench/results
-    python bench/gpu_check.py --only timing --timing-seconds 560 --out bench/results
+    python bench/gpu/gpu_check.py --out bench/results                      under 8 minutes
+    python bench/gpu/gpu_check.py --only timing --out bench/results        under 5
+    python bench/gpu/gpu_check.py --only correctness scoring --out bench/results
+    python bench/gpu/gpu_check.py --only timing --limit timing=560 --out bench/results
 
 It needs what a stock CUDA image has: torch, triton, transformers, pytest, pip and setuptools. It
-builds the package into a temporary folder, runs `tests/gpu` there, and times each kernel beside its
-floor and its peers (`gpu_times.py`; liger-kernel and cut-cross-entropy where they are installed).
-It writes DIR/<machine>-<date>.json, in the form that `report.py` makes tables of, and in
-DIR/<machine>-<date>.check/ the verdicts on targets (check.md) and a log of each phase. A second run
-of the same commit on the same day keeps what the first found and it does not measure anew. Each
-phase has a process and a time limit of its own, so one that fails loses no other. These are added,
-or with `--only` run alone, which leaves out the others but for the build:
+builds the package into a temporary folder, compiles the kernels in as many processes as there are
+cores, runs `tests/gpu`, and times each kernel beside its floor and its peers (liger-kernel and
+cut-cross-entropy where they are installed). It writes DIR/<machine>-<date>.json, in the form that
+`report.py` makes tables of, and in DIR/<machine>-<date>.check/ the verdicts on targets (check.md)
+and a log of each phase. A second run of the same commit on the same day keeps what the first found
+and it does not measure anew. Each phase has a process and a time limit of its own (`--limit`), so
+one that fails loses no other. `--only` names the phases to run after build and compile:
 
-    --scoring    an 8B model scored, beside the paper's arithmetic (`gpu_scoring.py`), 2.5 minutes
-    --streamed   a 70B's layers brought from disk and RAM (`gpu_streamed.py`), up to 4 minutes; it
-                 takes 25 GB of disk under TMPDIR and 45 GB of host memory, less where there is less
-    --tune       a sweep of the kernels' configurations (`gpu_times.py`), up to 6 minutes
+    correctness  tests/gpu                  timing    the kernels' rows; those with no time left say so
+    scoring      an 8B model scored, beside the paper's arithmetic; needs 70 GB of GPU memory
+    refit        removal costs and a refit of one layer of an 8B's shape
+    streamed     a 70B's layers from disk and RAM; 25 GB of disk under TMPDIR, 45 GB of host memory
+    tune         a sweep of the kernels' configurations
 
-The build, --scoring and --streamed are under 8 minutes together. The kernels' rows that have no
-time left say so: the third command above has time for fp32, the series of sizes and torch.compile.
-`--rehearse` runs on a CPU.
+`--rehearse` runs on a CPU. `--commit` names the commit where there is no git.
 
 The exit status is 0 when all ran and was correct, whatever the times; 1 when a phase or a test
 failed; 2 when there is no CUDA device or the arguments are wrong.
@@ -43,46 +43,41 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 from gpu_report import report
-from records import Result, ResultError, described, key, read, write
+from records import RESULTS, ROOT, Result, ResultError, described, key, read, write
 
-BENCH = Path(__file__).resolve().parent
-ROOT = BENCH.parent
-# Seconds a phase may take. The first three are a run without options: under 8 minutes, and so are
-# the build and the two that score.
+# Seconds a phase may take; build, compile, correctness and timing are under 8 minutes together.
 LIMITS_S = {
-    "build": 90, "correctness": 215, "timing": 170, "scoring": 150, "streamed": 235, "tune": 355,
+    "build": 90, "compile": 45, "correctness": 170, "timing": 165, "scoring": 150, "refit": 70,
+    "streamed": 235, "tune": 355,
 }  # fmt: skip
-DEFAULT, OPTIONAL = ("correctness", "timing"), ("scoring", "streamed", "tune")
+FIRST, DEFAULT = ("build", "compile"), ("correctness", "timing")
 # Before the limit a process is asked to end, and a worker this long before that starts nothing new.
-GRACE_S = 25
+GRACE_S = 20
+TESTS = ("taylor", "entropy", "linear_entropy", "operations")  # the quickest to tell most first
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    choices = [name for name in LIMITS_S if name not in FIRST]
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--only", nargs="+", choices=DEFAULT + OPTIONAL, metavar="PHASE")
-    parser.add_argument("--scoring", action="store_true", help="score an 8B model as well")
-    parser.add_argument("--streamed", action="store_true", help="stream a 70B's layers as well")
-    parser.add_argument("--tune", action="store_true", help="sweep configurations as well")
-    parser.add_argument("--timing-seconds", type=int, default=LIMITS_S["timing"], metavar="S",
-                        help="how long the kernels' rows may take")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=choices, default=DEFAULT, metavar="PHASE")
+    parser.add_argument("--limit", nargs="+", type=_limit, default=[], metavar="PHASE=S")
+    parser.add_argument("--commit", metavar="HASH", help="of the sources, where there is no git")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     args = parser.parse_args()
     out = args.out.resolve()
-    if args.rehearse and out.is_relative_to(BENCH / "results"):
+    if args.rehearse and out.is_relative_to(RESULTS):
         parser.error("a rehearsal measures nothing; give --out a folder outside bench/results")
     if not args.rehearse and (reason := no_device()):
         print(f"gpu_check.py: {reason}; --rehearse runs all of it on a CPU", file=sys.stderr)
         sys.exit(2)
-    wanted = {*(args.only or DEFAULT), *(name for name in OPTIONAL if getattr(args, name))}
-    phases = [name for name in DEFAULT + OPTIONAL if name in wanted]
-    LIMITS_S["timing"] = args.timing_seconds
+    LIMITS_S.update(args.limit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
-    result: Result = {**provenance(args.rehearse), "phases": {}, "ceilings": [], "rows": []}
+    result = provenance(args.rehearse, args.commit)
     try:
         before = earlier(result, out)
     except ResultError as error:
@@ -93,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hfprune_gpu_check_") as folder:
         run = Run(Path(folder), beside, args.rehearse, result, before)
         if run.phase("build"):
-            for phase in phases:
+            for phase in ("compile", *(name for name in choices if name in args.only)):
                 run.phase(phase)
     table = report(joined(before, result))
     (beside / "check.md").write_text(table, encoding="utf-8")
@@ -101,8 +96,17 @@ def main() -> None:
     sys.exit(any(phase["error"] for phase in result["phases"].values()))
 
 
+def _limit(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    if name not in LIMITS_S or not seconds.isdigit() or int(seconds) <= 2 * GRACE_S:
+        raise argparse.ArgumentTypeError(
+            f"expected PHASE=S, a phase and more than {2 * GRACE_S} seconds, got {text}"
+        )
+    return name, float(seconds)
+
+
 def no_device() -> str | None:
-    """Why nothing can run here, in a few words."""
+    """Say why nothing can run here, in a few words."""
     try:
         import torch
     except ImportError as error:
@@ -113,42 +117,42 @@ def no_device() -> str | None:
     return f"no CUDA device (torch {torch.__version__}, built with {built})"
 
 
-def provenance(rehearsal: bool) -> Result:
+def provenance(rehearsal: bool, commit: str | None) -> Result:
     def sha256(folder: str) -> str:
         sources = hashlib.sha256()
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             sources.update(path.read_bytes())
         return sources.hexdigest()
 
-    hashes = {"kernels_sha256": sha256("kernels"), "package_sha256": sha256("hfprune_fast")}
-    return {**described(), "rehearsal": rehearsal, **hashes}
+    found = described() | {"rehearsal": rehearsal, "phases": {}, "ceilings": [], "rows": []}
+    if commit:
+        found |= {"commit": commit, "uncommitted_changes": None}
+    return {**found, "kernels_sha256": sha256("kernels"), "package_sha256": sha256("hfprune_fast")}
 
 
 def earlier(result: Result, folder: Path) -> Result | None:
-    """The file that was written there on the same day, if there is one; of this commit or refused.
+    """Return the file that was written there on the same day, if there is one.
 
     Raises:
         ResultError: it is of another commit, and writing would lose it.
     """
     path = folder / f"{result['machine']['name']}-{result['date'][:10]}.json"
-    if not path.exists():
-        return None
-    found = read(path)
-    if found["commit"] != result["commit"]:
+    found = read(path) if path.exists() else None
+    if found and found["commit"] != result["commit"]:
         raise ResultError(f"{path} is of another commit; give another --out, or remove it")
     return found
 
 
 def joined(before: Result | None, result: Result) -> Result:
-    """The result with what before has that it has not measured anew."""
+    """Return the result with what before has that it has not measured anew."""
     if before is None:
         return result
     rows = {key(row): row for row in before["rows"]}
     for row in result["rows"]:
         if "skipped" not in row or key(row) not in rows:
             rows[key(row)] = row
-    ceilings = result["ceilings"] or before.get("ceilings", [])
     phases = {**before.get("phases", {}), **result["phases"]}
+    ceilings = result["ceilings"] or before.get("ceilings", [])
     found = {**before, **result, "phases": phases, "rows": list(rows.values())}
     return {**found, "ceilings": ceilings}
 
@@ -160,10 +164,11 @@ class Run:
         self, folder: Path, out: Path, rehearse: bool, result: Result, before: Result | None
     ) -> None:
         self.folder, self.out, self.result, self.before = folder, out, result, before
-        self.site = folder / "site"
+        self.site, self.rehearse = folder / "site", rehearse
         hidden = ("HFPRUNE_BACKEND", "PYTEST_ADDOPTS")  # they would change what runs
         env = {name: value for name, value in os.environ.items() if name not in hidden}
-        path = [str(self.site), str(BENCH), env.get("PYTHONPATH", "")]
+        folders = (str(path) for path in (ROOT / "bench").glob("*/"))
+        path = [str(self.site), *folders, env.get("PYTHONPATH", "")]
         self.env = {
             **env,
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -188,7 +193,8 @@ class Run:
         entry: dict[str, Any] = {"error": None}
         self.result["phases"][name] = entry
         try:
-            entry["error"] = getattr(self, name)()
+            run = {"build": self.build, "compile": self.compile, "correctness": self.correctness}
+            entry["error"] = run[name]() if name in run else self.worker(name, entry)
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"
         entry["seconds"] = round(time.monotonic() - start, 1)
@@ -196,18 +202,18 @@ class Run:
         write(joined(self.before, self.result), self.out.parent)
         return entry["error"] is None
 
-    def command(self, name: str, *command: str | Path) -> str | None:
+    def command(self, name: str, *command: str | Path, **env: str) -> str | None:
         """Run to the end or the limit; say in a line what went wrong, and print the log's end."""
         log, error = self.out / f"{name}.log", None
         with log.open("ab") as stream:
             process = subprocess.Popen(
-                [sys.executable, *map(str, command)], env=self.env, cwd=self.folder,
+                [sys.executable, *map(str, command)], env=self.env | env, cwd=self.folder,
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0,
             )  # fmt: skip
             try:
                 process.wait(self.deadline - GRACE_S - time.monotonic())
             except subprocess.TimeoutExpired:
-                error = f"stopped, as {LIMITS_S[name]} s were running out"
+                error = f"stopped, as {LIMITS_S[name]:.0f} s were running out"
                 os.killpg(process.pid, signal.SIGINT)  # pytest then still reports what it has
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_S)
@@ -230,75 +236,54 @@ class Run:
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*skipped))
         pip = "-m pip --isolated install --no-index --no-deps --no-build-isolation"
         error = self.command("build", *pip.split(), "--target", self.site, tree)
-        info = self.folder / "info.json"
-        error = error or self.command("build", BENCH / "gpu_times.py", "info", "--out", info)
-        if error:
-            return error
-        found = json.loads(info.read_text())
-        if not Path(found["package"]).resolve().is_relative_to(self.site.resolve()):
-            return f"the package was imported from {found['package']}, not from {self.site}"
-        return None
+        code = "import pathlib, sys, hfprune_fast.kernels as k; sys.exit(k.__file__ if not "
+        code += f"pathlib.Path(k.__file__).resolve().is_relative_to({str(self.site.resolve())!r})"
+        return error or self.command("build", "-c", code + " else 0)")
+
+    def compile(self) -> str | None:
+        """Compile the launches of tools/aot.py, a process a core, into the cache of this run."""
+        capability = self.result["machine"].get("capability", "9.0")
+        few = ("--match", "bf16 forward") if self.rehearse else ()
+        arch = f"sm_{capability.replace('.', '')}"
+        command = (ROOT / "tools" / "aot.py", "--only-compile", "--arch", arch, *few)
+        return self.command("compile", *command, TRITON_INTERPRET="0")
 
     def correctness(self) -> str | None:
-        xml = self.folder / "junit.xml"
+        xml, tests = self.folder / "junit.xml", ROOT / "tests" / "gpu"
         error = self.command(
-            "correctness", "-m", "pytest", ROOT / "tests" / "gpu", "--rootdir", ROOT,
-            "-c", ROOT / "pyproject.toml", "-q", "--durations=15", "--tb=short",
-            "-p", "no:cacheprovider", f"--junitxml={xml}",
+            "correctness", "-m", "pytest", *(tests / f"test_{name}.py" for name in TESTS),
+            "--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-q", "--durations=15",
+            "--tb=short", "-p", "no:cacheprovider", f"--junitxml={xml}",
         )  # fmt: skip
         if not xml.exists():
             return error or "pytest left no report"
-        counts: dict[str, Any] = {
-            "passed": 0,
-            "failed": 0,
-            "skipped": 0,
-            "failures": [],
-            "skips": [],
-        }
+        found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
         for case in ElementTree.parse(xml).iter("testcase"):
             problem = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
-            if problem is None:
-                counts["passed"] += 1
-                continue
-            message = (problem.get("message") or "").strip().splitlines()[:1]
-            text = f"{case.get('name')}: {''.join(message)[:300]}"
-            skip = problem.tag == "skipped"
-            counts["skipped" if skip else "failed"] += 1
-            counts["skips" if skip else "failures"].append(text)
-        self.result["correctness"] = counts
-        if not counts["passed"] and not self.result["rehearsal"]:
+            message = [] if problem is None else (problem.get("message") or "").split("\n")[:1]
+            tag = (
+                "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
+            )
+            found[tag].append(f"{case.get('name')}: {''.join(message)[:300]}")
+        self.result["correctness"] = {name: len(texts) for name, texts in found.items()} | {
+            "failures": found["failed"], "skips": found["skipped"],
+        }  # fmt: skip
+        if not found["passed"] and not self.rehearse:
             return error or "no test ran"
         return error
 
-    def timing(self) -> str | None:
-        """What is wrong of ours is an error; what is wrong of a peer is a row that says so."""
-        error = self._worker("timing", "gpu_times.py", "timing")
-        wrong = [row for row in self.result["rows"] if "failed" in row]
-        ours = [f"{row['op']}: {row['failed']}" for row in wrong if "ours" in row["provider"]]
-        return error or "; ".join(ours) or None
-
-    def tune(self) -> str | None:
-        return self._worker("tune", "gpu_times.py", "tune")
-
-    def scoring(self) -> str | None:
-        return self._scores("scoring")
-
-    def streamed(self) -> str | None:
-        return self._scores("streamed")
-
-    def _scores(self, name: str) -> str | None:
-        error = self._worker(name, f"gpu_{name}.py")
-        found = self.result.get(name, {})
-        self.result["rows"] += found.pop("records", [])
-        return error or "; ".join(found.get("errors", [])) or None
-
-    def _worker(self, name: str, *worker: str) -> str | None:
-        found = self.folder / f"{name}.json"
-        options = "--out", found, "--seconds", str(LIMITS_S[name] - 2 * GRACE_S)
-        error = self.command(name, BENCH / worker[0], *worker[1:], *options)
-        if found.exists():
-            self.result.update(json.loads(found.read_text()))
-        return error
+    def worker(self, name: str, entry: dict[str, Any]) -> str | None:
+        """Run gpu_<name>.py; what it found goes into the rows, and what else it said is kept."""
+        out = self.folder / f"{name}.json"
+        seconds = str(LIMITS_S[name] - 2 * GRACE_S)
+        script = Path(__file__).with_name(f"gpu_{name}.py")
+        error = self.command(name, script, "--out", out, "--seconds", seconds)
+        if out.exists():
+            found = json.loads(out.read_text())
+            self.result["rows"] += found.pop("rows")
+            self.result["ceilings"] = found.pop("ceilings", self.result["ceilings"])
+            entry |= found
+        return error or "; ".join(entry.get("errors", [])) or None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What every suite shares: a case with its floor, providers of its result, checked, then timed.
+"""What every suite shares: a case with its floor, and providers of its result, checked then timed.
 
-A provider's result is held to fp64, norm-wise: its error may be twice that of plain torch in the
-same dtype and what its own dtype explains (`rounding`). What fails that is not timed.
+A provider's result is compared with fp64, by the norm: its error may be twice that of plain torch
+in the same dtype plus what its own dtype explains (`rounding`). A wrong result is not timed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from hfprune_fast.kernels._triton import INTERPRETED
 Results = dict[str, Tensor]
 # Rows whose gradients are compared, spread over all: each is computed alone.
 CHECKED_ROWS = 64
-# At least so many rounds, and about so many seconds of calls, for each provider.
+# The least number of rounds of each provider, and about how many seconds of calls.
 LEAST_ROUNDS, BUDGET_S = 5, 0.5
 OUT_OF_MEMORY = "out of memory"
 
@@ -50,21 +50,21 @@ class Provider:
     """One way to compute an operation's result, in a call that returns all or some of it."""
 
     make: Callable[[Any], Callable[[], Results]]
-    computes: str = "entropy"
-    # Of the error beside what plain torch's rounding explains, where a provider says it skips some.
-    more_error: float = 0.0
+    computes: str = ""  # if not what the case computes
+    more_error: float = 0.0  # allowed beside rounding, for a provider that documents it
 
 
 class Case(ABC):
-    """An operation's inputs at one shape, and what its results and times are held against."""
+    """An operation's inputs at one shape, and what results and times are compared with."""
 
     PROVIDERS: ClassVar[dict[str, Provider]]
+    computes: ClassVar[str] = "entropy"
     floor_name: ClassVar[str] = "copy"
     bytes_moved: int = 0  # by any provider that reads its input once and writes its output once
     flops: int = 0
     most_rounds: int = 50
     summed: int = 1  # terms of a result's largest sum
-    inner_dtype: torch.dtype = torch.float64  # of a coarser one that everyone's result goes through
+    inner_dtype: torch.dtype = torch.float64  # of a coarser intermediate that every provider has
 
     def __init__(self, spec: Spec) -> None:
         self.spec, self.dtype = spec, getattr(torch, spec.dtype)
@@ -76,12 +76,8 @@ class Case(ABC):
         made = torch.empty(shape, dtype=self.dtype, device=DEVICE)
         return made.normal_(std=std, generator=self.generator)
 
-    def uniform(self, *shape: int) -> Tensor:
-        """fp32 between 0.5 and 1.5."""
-        return torch.rand(shape, device=DEVICE, generator=self.generator) + 0.5
-
     def refill(self) -> None:  # noqa: B027 - most providers leave their input as it was
-        """Undo what a call overwrote."""
+        """Restore what a call overwrote."""
 
     def ready(self) -> None:
         """Before each call, outside its time: fresh inputs, cold caches."""
@@ -89,35 +85,35 @@ class Case(ABC):
         self.evict()
 
     def floor(self) -> None:
-        """A copy of as many bytes; cases of matrix products have their own."""
+        """Copy as many bytes; cases of matrix products have their own floor."""
         source, target = self._copied
         target.copy_(source)
 
     @cached_property
     def _copied(self) -> tuple[Tensor, Tensor]:
-        half = torch.zeros(self.bytes_moved // 8, dtype=torch.float32, device=DEVICE)
-        return half, torch.zeros_like(half)
+        source = torch.rand(self.bytes_moved // 8, device=DEVICE)  # zeros may be compressed
+        return source, torch.empty_like(source)
 
     @classmethod
     def providers_of(cls, spec: Spec) -> list[str]:
-        """Who is measured; in a series of sizes only those whose growth is of interest."""
+        """Return who is measured; in a series of sizes only those whose growth is of interest."""
         in_series = ("ours", "HFPrune", "eager", "Liger", "Cut")
         return [n for n in cls.PROVIDERS if not spec.sweep or n.startswith(in_series)]
 
     @abstractmethod
     def truth(self, computes: str) -> Results:
-        """The result in fp64, written plainly; of per-row results those of `spread_rows`."""
+        """Return the result in fp64, written plainly; of per-row results those of `spread_rows`."""
 
     @abstractmethod
     def plain(self, computes: str) -> Results:
-        """The same by plain torch in the case's dtype."""
+        """Return the same by plain torch in the case's dtype."""
 
     def sampled(self, results: Results) -> Results:
-        """The part of a provider's results that truth and plain have."""
+        """Return the part of a provider's results that truth and plain have."""
         return results
 
     def judged(self, computes: str) -> tuple[Results, dict[str, float]]:
-        """The truth, and twice the error of plain torch in each part of a result."""
+        """Return the truth, and twice the error of plain torch in each part of a result."""
         if computes not in self._judged:
             truth, plain = self.truth(computes), self.plain(computes)
             allowed = {name: 2 * error_of(plain[name], truth[name]) for name in truth}
@@ -125,19 +121,20 @@ class Case(ABC):
         return self._judged[computes]
 
     def rounding(self, result: Tensor) -> float:
-        """What a result's own dtype explains: four roundings, and those of an fp32 sum.
+        """Return what a result's own dtype explains: four roundings, and those of an fp32 sum.
 
         Of n terms one after the other, whose roundings are of either sign: √n of them.
         """
-        own, fp32 = (torch.finfo(dtype).eps / 2 for dtype in (result.dtype, torch.float32))
-        inner = torch.finfo(self.inner_dtype).eps / 2
+        own, fp32, inner = (
+            torch.finfo(dtype).eps / 2 for dtype in (result.dtype, torch.float32, self.inner_dtype)
+        )
         return 4 * max(own, inner) + 4 * self.summed**0.5 * fp32
 
     def check(
         self, provider: Provider, results: Results, *, complete: bool = False
     ) -> tuple[float, float]:
-        """Return the error that comes closest to what is allowed, and that; raise beyond it."""
-        truth, allowed = self.judged(provider.computes)
+        """Return the error closest to what is allowed, and that; raise WrongError beyond it."""
+        truth, allowed = self.judged(provider.computes or self.computes)
         unlike = results.keys() != truth.keys() if complete else results.keys() - truth.keys()
         if not results or unlike:
             raise WrongError(f"returned {sorted(results)}, not {sorted(truth)}")
@@ -152,32 +149,63 @@ class Case(ABC):
 
 
 def error_of(got: Tensor, truth: Tensor) -> float:
-    """‖got - truth‖ / ‖truth‖, NaN where there is one."""
+    """Return ‖got - truth‖ / ‖truth‖, NaN where there is one."""
     if got.shape != truth.shape:
         raise WrongError(f"shape {tuple(got.shape)}, not {tuple(truth.shape)}")
     return float((got.double() - truth).norm() / truth.norm())
 
 
 def spread_rows(tokens: int) -> Tensor:
-    """The rows that are compared, the first and the last among them."""
+    """Return the indices of the compared rows, the first and the last among them."""
     return torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=DEVICE).long().unique()
 
 
 def needs_triton(*, interpreted: bool = True) -> None:
-    """Raise where Triton kernels do not run; the interpreter counts if it can have them right."""
+    """Raise AbsentError where Triton kernels do not run; the interpreter counts if it is exact."""
     if not (GPU or (INTERPRETED and interpreted)):
         raise AbsentError("needs a GPU")
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()  # or it would give up on compiling after some shapes
+    return torch.compile(function, dynamic=False)
+
+
+def by(function: Callable[[Any], Results]) -> Provider:
+    return Provider(lambda case: partial(function, case))
+
+
+def ours(function: Callable[[Any, str], Results], backend: str) -> Provider:
+    def make(case: Any) -> Callable[[], Results]:
+        if backend == "triton":
+            needs_triton()
+        return lambda: function(case, backend)
+
+    return Provider(make)
+
+
+def providers(
+    own: Callable[[Any, str], Results], reference: Callable[..., Any], eager: Callable[..., Any]
+) -> dict[str, Provider]:
+    """Return the usual providers: own(case, backend), and others by `case.run(function)`."""
+    return {
+        "ours, torch": ours(own, "torch"),
+        "ours, triton": ours(own, "triton"),
+        "HFPrune's arithmetic": by(lambda case: case.run(reference)),
+        "eager": by(lambda case: case.run(eager)),
+        "torch.compile": Provider(lambda case: partial(case.run, compiled(eager))),
+    }
+
+
 def measured(case: Case, name: str, benchmark: Any = None) -> Row:
-    """Check a provider of a case and time it beside the floor; return the row.
+    """Check a provider of a case, time it beside the floor, and return the row.
 
     With pytest-benchmark's fixture that has the clock, and prints its own table; else events on the
-    device do. A provider that cannot run, is wrong or takes more memory than there is becomes a row
-    that says so.
+    device do. A provider that cannot run, is wrong or runs out of memory becomes a row that says so.
     """
     provider = case.PROVIDERS[name]
-    identity = {**case.spec.identity, "provider": name, "computes": provider.computes}
+    computes = provider.computes or case.computes
+    identity = {**case.spec.identity, "provider": name, "computes": computes}
     try:
         call = provider.make(case)
         case.refill()
@@ -186,7 +214,7 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
         peak = peak_bytes(call)
         case.floor()
         rounds = rounds_for(call, case.ready, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
-        clock = alternated_ms if benchmark is None else by_fixture(benchmark)
+        clock = alternated_ms if benchmark is None else partial(by_fixture, benchmark)
         times_ms, floors_ms = clock(call, case.floor, case.ready, rounds)
     except AbsentError as reason:
         return {**identity, "skipped": str(reason)}
@@ -195,40 +223,39 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
     except torch.OutOfMemoryError:
         return {**identity, "failed": OUT_OF_MEMORY}
     except Exception as error:  # a peer's, whose versions are many
-        return {
-            **identity,
-            "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        }
+        return {**identity, "failed": told(error)}
     return row(
         identity, times_ms, floors_ms, floor=case.floor_name, bytes_moved=case.bytes_moved,
         flops=case.flops, peak_bytes=peak, error=error, error_allowed=allowed,
     )  # fmt: skip
 
 
-def by_fixture(benchmark: Any) -> Callable[..., tuple[list[float], list[float]]]:
-    """alternated_ms with the fixture's clock: its setup of each round has the floor's time."""
+def told(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
-    def alternated(
-        call: Callable[[], object],
-        floor: Callable[[], object],
-        ready: Callable[[], object],
-        rounds: int,
-    ) -> tuple[list[float], list[float]]:
-        floors_ms = []
 
-        def setup() -> None:
-            ready()
-            begin = clock_s()
-            floor()
-            floors_ms.append(1e3 * (clock_s() - begin))
-            ready()
-            synchronize()
+def by_fixture(
+    benchmark: Any,
+    call: Callable[[], object],
+    floor: Callable[[], object],
+    ready: Callable[[], object],
+    rounds: int,
+) -> tuple[list[float], list[float]]:
+    """Do as alternated_ms by the fixture's clock: the setup of each round times the floor."""
+    floors_ms = []
 
-        def finished() -> None:
-            call()
-            synchronize()
+    def setup() -> None:
+        ready()
+        begin = clock_s()
+        floor()
+        floors_ms.append(1e3 * (clock_s() - begin))
+        ready()
+        synchronize()
 
-        benchmark.pedantic(finished, setup=setup, rounds=rounds)
-        return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms
+    def finished() -> None:
+        call()
+        synchronize()
 
-    return alternated
+    benchmark.pedantic(finished, setup=setup, rounds=rounds)
+    return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms

@@ -6,35 +6,32 @@
      "ceilings": [{"dtype": "bfloat16", "copy_gb_per_s": ..., "product_gflop_per_s": ...}],
      "rows": [row, ...]}
 
-A row is one provider of one operation at one shape; `key` says of which, with `sweep`:
+A row is one provider of one operation at one shape:
 
-    op         softmax_entropy, softmax_entropy_grad, linear_entropy, gated_taylor,
-               taylor_statistics, compact_rows, compact_columns, prune_checkpoint, score, whole_job
-    model      whose shape it is: "Llama-3.1-8B", or "" where the sizes are nobody's
-    sizes      {"T": 256, "D": 4096, "V": 32000}, what the operation has of T, D, F, V, L, and of
-               models their params
+    op         softmax_entropy, linear_entropy, gated_taylor, compact_rows, score, whole_job, ...
+    model      whose shape it is: "Llama-3.1-8B", or "" for a shape of no known model
+    sizes      {"T": 256, "D": 4096, "V": 32000}; of models their params too
     dtype      "float32", "bfloat16"
     provider   "ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile", ...
-    computes   "entropy", or "cross entropy" of the peers that compute nothing else
-    sweep      which size is varied in a series of rows: "T", "V", "model"; absent elsewhere
+    computes   "entropy", or "cross entropy" for the peers that compute nothing else
+    sweep      the size that a series of rows varies: "T", "V", "model"; absent elsewhere
 
 and either `skipped` or `failed`, a reason in a line, or all of these that apply:
 
     ms, ms_low, ms_high, rounds     median, quartiles and number of the times
-    floor, floor_ms                 what it is held against ("copy": the bytes it must move, copied;
-                                    "products": its matrix products alone; "memcpy", "cp")
-    percent_of_floor                100 x the median over the rounds of floor / time, side by side
-    percent_low, percent_high       the quartiles of the same
-    bytes, gb_per_s                 that any provider must move, and at which rate this one did
-    flops, gflop_per_s              the same of FLOPs
-    peak_bytes                      memory taken beside the inputs; what is returned counts
-    mapped_bytes                    pages of files that were in memory beside it
-    others_cores                    that other processes kept busy meanwhile, where it was watched
-    times_first                     whole jobs: this time / that of ours, the median over the rounds
-    kept_overlap                    share of the neurons kept that both providers kept
-    error, error_allowed            of the result, relative to its norm, checked before the timing
+    floor, floor_ms                 the lower bound: "copy" of the bytes to be moved, "products",
+                                    "memcpy" or "cp"
+    percent_of_floor, percent_low, percent_high
+                                    100 x the median, and quartiles, of floor / time in each round
+    bytes, gb_per_s, flops, gflop_per_s
+                                    what any provider must do, and the rate of this one
+    peak_bytes, mapped_bytes        memory beside the inputs; mapped pages of files beside that
+    others_cores                    cores that other processes kept busy meanwhile
+    times_first, kept_overlap       of whole jobs: time / ours; share of kept neurons in common
+    error, error_allowed            relative to the result's norm, checked before the timing
+    kernels, percent_of_6_bytes     on a GPU: registers and programs a multiprocessor; see gpu_times
 
-What reads result files needs the standard library alone, so torch is imported where it is asked.
+Reading a result file needs the standard library alone, so torch is imported inside functions.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -93,7 +90,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def key(found: Row) -> tuple[Any, ...]:
-    """What a row is of, to be compared with another file's."""
+    """Return what identifies a row, in any file."""
     sizes = tuple(sorted(found["sizes"].items()))
     return *(found[k] for k in KEY if k != "sizes"), sizes, found.get("sweep")
 
@@ -103,13 +100,12 @@ def described() -> Result:
     import torch
 
     cuda = torch.cuda.is_available()
-    machine = _gpu() if cuda else _cpu()
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     versions = {"python": platform.python_version()} | {
         name: found for name in _PACKAGES if (found := _version(name))
     }
     return {
-        "machine": machine,
+        "machine": _gpu() if cuda else _cpu(),
         "versions": versions,
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -171,7 +167,7 @@ def _of(found: Any, kinds: dict[str, Any]) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Six digits are more than any clock has."""
+    """Round floats to six digits, more than any clock has."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Scoring of whole models beside the reference implementation's arithmetic: time and memory.
 
-    .venv/bin/pytest bench/bench_scoring.py --small
-    HFPRUNE_LARGE=1 .venv/bin/pytest bench/bench_scoring.py -k from_disk
+    .venv/bin/pytest bench/jobs/bench_scoring.py --small
+    HFPRUNE_LARGE=1 .venv/bin/pytest bench/jobs/bench_scoring.py -k from_disk
 
 Providers work in processes of their own and in turn, so that a ratio compares neighbours in time. A
 round waits up to 15 seconds for the machine to be quiet. The second command writes a checkpoint of
@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import hfprune_reference
-from ceilings import ceilings
+import hfprune_reference
+from meter import ceilings
 from models import Shape, into_page_cache, random_ids, random_model, write_checkpoint
 from process_meters import wait_for_quiet
 from records import Row, row

@@ -1,6 +1,6 @@
 """From a model on disk to a pruned checkpoint on disk, beside the reference's way: time and memory.
 
-    .venv/bin/pytest bench/bench_whole_job.py --small
+    .venv/bin/pytest bench/jobs/bench_whole_job.py --small
 
 Both take the same windows of token ids and remove a fifth of the neurons of a random model of
 Qwen3-0.6B's widths, each in a process of its own, in turn, with the source in the page cache and
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from baselines import hfprune_job
+import hfprune_job
 from bench_scoring import SEQ_LEN, check, in_turn
 from models import Shape, into_page_cache, random_ids, write_checkpoint
 from safetensors.torch import load_file, save_file

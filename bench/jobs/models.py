@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def layer_params(self) -> int:
-        """Weights of one layer's linear layers."""
+        """The number of weights in one layer's linear layers."""
         attention = 2 * self.hidden**2 * (self.heads + self.kv_heads) // self.heads
         return attention + self.mlp_params
 
@@ -48,21 +48,16 @@ class Shape:
 
     def config(self, layers: int, dtype: torch.dtype = torch.bfloat16) -> LlamaConfig:
         config = LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.width,
-            num_hidden_layers=layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            vocab_size=self.vocab,
-            max_position_embeddings=2048,
-            tie_word_embeddings=self.tied,
-        )
+            hidden_size=self.hidden, intermediate_size=self.width, num_hidden_layers=layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab, max_position_embeddings=2048, tie_word_embeddings=self.tied,
+        )  # fmt: skip
         config.dtype, config.architectures = dtype, ["LlamaForCausalLM"]
         return config
 
     def needed_flops(self, tokens: int) -> int:
-        """What any provider needs: 2 FLOPs a token for each weight of a linear layer forward, and 2
-        for the gradient at the layer's input where a down_proj lies below it. Attention's two
+        """Return what any provider needs: 2 FLOPs a token for each weight of a linear layer forward,
+        and 2 for the gradient at the layer's input where a down_proj lies below it. Attention's two
         products and the reference's weight gradients are not counted.
         """
         linear = self.layers * self.layer_params + self.head_params
@@ -71,7 +66,7 @@ class Shape:
 
 
 def fill(name: str, tensor: Tensor) -> Tensor:
-    """Random weights: products keep their size, and logits of about 2.5 make some p stand out."""
+    """Fill with random weights: products keep their size, and logits of about 2.5 make some p stand out."""
     if tensor.ndim == 1:
         return tensor.fill_(1)
     gain = 2.5 if "lm_head" in name else 1.2
@@ -81,7 +76,7 @@ def fill(name: str, tensor: Tensor) -> Tensor:
 def random_model(
     shape: Shape, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A model made where it will run; its rotary tables are fp32, as always."""
+    """Return a model made where it will run; its rotary tables are fp32, as always."""
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             shape.config(shape.layers, dtype), dtype=dtype
@@ -93,19 +88,14 @@ def random_model(
 
 
 def random_ids(sequences: int, seq_len: int, vocab: int) -> Tensor:
-    """(N, T) int64 on the CPU, always the same."""
+    """Return (N, T) int64 on the CPU, always the same."""
     return torch.randint(vocab, (sequences, seq_len), generator=torch.Generator().manual_seed(1))
 
 
 def write_checkpoint(
-    folder: Path,
-    shape: Shape,
-    *,
-    most_layers: int,
-    deadline: float = math.inf,
-    spare_bytes: int = 0,
-    device: torch.device | str = "cpu",
-) -> int:
+    folder: Path, shape: Shape, *, most_layers: int, deadline: float = math.inf,
+    spare_bytes: int = 0, device: torch.device | str = "cpu",
+) -> int:  # fmt: skip
     """Write a random bf16 checkpoint, a shard a layer, and return how many layers it has.
 
     Those are 2 at least and most_layers at most, and as many as the time and the disk allow. Each
@@ -126,7 +116,8 @@ def write_checkpoint(
             for name, shape in wanted.items()
         }
         save_file(tensors, folder / file, {"format": "pt"})
-        sync(folder / file)
+        with (folder / file).open("rb") as written:  # pages that are not on the disk cannot go
+            os.fsync(written.fileno())
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
 
@@ -146,17 +137,8 @@ def write_checkpoint(
     return layers
 
 
-def sync(path: Path) -> None:
-    """Wait until a file is on its disk; only then can its memory be taken back."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def into_page_cache(folder: Path) -> None:
-    """Have the system hold all of a folder's files."""
+    """Read all of a folder's files, so that the system holds them."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             while file.read(1 << 24):

@@ -1,11 +1,10 @@
-"""A provider of a whole job in a process of its own, so that no memory is another's.
+"""A provider of a whole job in a process of its own, so that memory is measured apart.
 
-A suite starts one for each provider and has them run in turn. What a run takes is measured in the
-process: a thread reads RssAnon, its anonymous memory that is in RAM, every 2 ms. The baseline is
-taken when everything is imported, a small model has gone through the same provider, so that
-libraries hold their buffers, and free memory has gone back to the system; for a loaded model after
-its weights are there, for a folder before. Weights that are mapped from a file are not anonymous:
-RssFile, read by the same thread, shows them.
+A suite starts one for each provider and runs them in turn. A thread in the process reads RssAnon,
+its anonymous memory in RAM, every 2 ms. The baseline is taken after imports, after a small model has
+gone through the same provider, so that libraries hold their buffers, and after free memory has gone
+back to the system; for a loaded model with its weights, for a folder without. RssFile, read by the
+same thread, shows weights that are mapped from a file.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ THREADS = 2
 
 
 class Worker:
-    """Runs what `module.job(**arguments)` returns again and again, in another process."""
+    """Runs what `module.job(**arguments)` returns, repeatedly, in another process."""
 
     def __init__(self, module: str, job: str, arguments: dict[str, Any]) -> None:
         case = json.dumps([module, job, arguments])
@@ -60,7 +59,7 @@ class Worker:
 def started(
     module: str, job: str, arguments: dict[str, dict[str, Any]]
 ) -> Iterator[dict[str, Worker]]:
-    """One worker for each provider, all of them warm, and gone in the end."""
+    """Yield one worker for each provider, all of them warm; end them afterwards."""
     workers: dict[str, Worker] = {}
     try:
         for name, of_one in arguments.items():
@@ -73,7 +72,7 @@ def started(
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
     from process_meters import Others, PeakMemory
 
     torch.set_num_threads(THREADS)

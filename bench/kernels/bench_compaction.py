@@ -1,6 +1,6 @@
 """Compaction of weights beside numpy, torch and memcpy, and that of checkpoints beside cp.
 
-    .venv/bin/pytest bench/bench_compaction.py --small
+    .venv/bin/pytest bench/kernels/bench_compaction.py --small
 
 A fifth of the rows or columns is dropped. The floor is a memcpy of the kept bytes by two threads,
 or `cp` of the pruned files and a sync. Peak memory is what torch allocates: the scratch of the C++
@@ -37,7 +37,6 @@ from hfprune_fast import native
 
 THREADS, KEPT = min(2, len(os.sched_getaffinity(0))), 0.8
 BYTES = {"full": 2_000_000_000, "small": 1_000_000_000, "tiny": 0}
-BITS = {2: torch.int16, 4: torch.int32}
 SHAPE = Shape(2048, 8192, 0, 32, 8, 32000)
 TINY = Shape(32, 48, 0, 4, 2, 500)
 
@@ -61,6 +60,10 @@ def memcpy(out: Tensor, source: Tensor, threads: int = THREADS) -> Tensor:
     return out
 
 
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+
+
 def random_keep(size: int, seed: int) -> Tensor:
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     return order[: int(KEPT * size)].sort().values
@@ -69,6 +72,7 @@ def random_keep(size: int, seed: int) -> Tensor:
 class Weight(Case):
     """A weight on the host, what is kept of it, and buffers whose pages have all been touched."""
 
+    computes = "bytes"
     floor_name = "memcpy"
     most_rounds = 15
     axis = 0
@@ -81,8 +85,7 @@ class Weight(Case):
         self.keep = random_keep(spec.sizes["F"], seed=0)
         self.want = self.pristine.index_select(self.axis, self.keep)
         self.weight, self.out = self.pristine.clone(), self.want.clone()
-        bits = BITS[self.dtype.itemsize]
-        self.weight_np, self.out_np = (t.view(bits).numpy() for t in (self.weight, self.out))
+        self.weight_np, self.out_np = (bits(t).numpy() for t in (self.weight, self.out))
         self.mask_np = np.isin(np.arange(spec.sizes["F"]), self.keep)
         self.bytes_moved = 2 * self.want.nbytes  # each kept byte is read once and written once
 
@@ -97,40 +100,34 @@ class Weight(Case):
     def floor(self) -> None:
         memcpy(self.out, self.want)
 
-    def check(
-        self, provider: Provider, results: Results, *, complete: bool = False
-    ) -> tuple[float, float]:
-        bits = BITS[self.dtype.itemsize]
-        if not torch.equal(results["kept"].view(bits), self.want.view(bits)):
-            raise WrongError("the kept bytes are others")
-        return 0.0, 0.0
-
     def truth(self, computes: str) -> Results:
         return {"kept": self.want}
 
     plain = truth
+
+    def check(
+        self, provider: Provider, results: Results, *, complete: bool = False
+    ) -> tuple[float, float]:
+        if not torch.equal(bits(results["kept"]), bits(self.want)):
+            raise WrongError("the kept bytes are others")
+        return 0.0, 0.0
+
+    def compact(self, **out: Tensor) -> Tensor:
+        function = native.compact_columns if self.axis else native.compact_rows
+        return function(self.weight, self.keep, **out)
 
 
 class Columns(Weight):
     axis = 1
 
 
-def compact(case: Weight, *, out: Tensor | None = None) -> Tensor:
-    function = native.compact_columns if case.axis else native.compact_rows
-    return (
-        function(case.weight, case.keep)
-        if out is None
-        else function(case.weight, case.keep, out=out)
-    )
-
-
 def by(function: Callable[[Any], Any]) -> Provider:
-    return Provider(lambda case: lambda: {"kept": torch.as_tensor(function(case))}, "bytes")
+    return Provider(lambda case: lambda: {"kept": torch.as_tensor(function(case))})
 
 
 Weight.PROVIDERS = {
-    "ours, in place": by(compact),
-    "ours, out=": by(lambda w: compact(w, out=w.out)),
+    "ours, in place": by(Weight.compact),
+    "ours, out=": by(lambda w: w.compact(out=w.out)),
     "index_select": by(lambda w: torch.index_select(w.weight, w.axis, w.keep)),
     "index_select, out=": by(lambda w: torch.index_select(w.weight, w.axis, w.keep, out=w.out)),
     # With its default mode, "raise", take() makes a copy of out.
@@ -163,7 +160,7 @@ def check_pruned(source: Path, pruned: Path, keep: dict[int, Tensor]) -> None:
                 if ".mlp." in name:
                     kept = keep[int(name.split(".")[2])]
                     want = want.index_select(int("down_proj" in name), kept)
-                assert torch.equal(*(t.view(torch.int16) for t in (cut.get_tensor(name), want)))
+                assert torch.equal(bits(cut.get_tensor(name)), bits(want))
 
 
 @pytest.mark.timeout(1800)

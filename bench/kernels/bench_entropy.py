@@ -1,9 +1,11 @@
-"""Softmax entropy of logits, and its gradient, beside what others do for the same numbers.
+"""Softmax entropy of logits, and gradients at logits, beside other ways to the same numbers.
 
-    .venv/bin/pytest bench/bench_entropy.py --small
+    .venv/bin/pytest bench/kernels/bench_entropy.py --small
 
     softmax_entropy        (T, V) logits -> (T,) H                reads each logit
     softmax_entropy_grad   -> (T,) H and (T, V) row_scale · dH/dlogits     reads and writes each
+    cross_entropy_grad, fisher_grad    the same of given labels, and of labels drawn from softmax
+                                       (at full and tiny scale)
 
 The floor is a copy of as many bytes: 1 or 2 times those of the logits. A GPU kernel whose row does
 not stay in the cache between its two reads moves 3 for the gradient.
@@ -12,36 +14,37 @@ not stay in the cache between its two reads moves 3 for the gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from baselines.hfprune_reference import entropy_of
-from case import Case, Provider, Results, needs_triton, spread_rows
+from case import Case, Results, by, ours, providers, spread_rows
+from hfprune_reference import entropy_of
 from shapes import Spec, of_models
 from torch import Tensor
+from torch.nn import functional
 
 from hfprune_fast.kernels import softmax_entropy, softmax_entropy_grad_
-
-Entropy = Callable[[Tensor], Tensor]
+from hfprune_fast.kernels._rows import Criterion, judge_rows
 
 
 def eager_entropy(logits: Tensor) -> Tensor:
-    """As most would write it: fp32 from the logits' dtype, and log p whole."""
+    """Return H as most would write it: fp32 from the logits' dtype, and log p whole."""
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def fp64_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """H and dH/dlogits from p itself; for the logits that a test makes, which are all finite."""
+def eager_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def fp64_rows(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return H, or the cross entropy of labels, and its gradient; all logits are finite."""
     p = torch.softmax(logits.double(), dim=-1)
-    log_p = p.log()
-    entropy = -(p * log_p).sum(dim=-1)
-    return entropy, -p * (log_p + entropy[:, None])
-
-
-def compiled(entropy: Entropy) -> Entropy:
-    torch._dynamo.reset()  # or it would give up on compiling after some shapes
-    return torch.compile(entropy, dynamic=False)
+    if labels is None:
+        log_p = p.log()
+        entropy = -(p * log_p).sum(dim=-1)
+        return entropy, -p * (log_p + entropy[:, None])
+    losses = -p.gather(1, labels[:, None]).log()
+    return losses[:, 0], p.scatter_add(1, labels[:, None], -torch.ones_like(losses))
 
 
 class RowEntropy(Case):
@@ -55,99 +58,119 @@ class RowEntropy(Case):
         self.summed = spec.sizes["V"]
 
     def truth(self, computes: str) -> Results:
-        return {"entropy": fp64_entropy(self.logits[self.rows])[0]}
+        return {"loss": fp64_rows(self.logits[self.rows])[0]}
 
     def plain(self, computes: str) -> Results:
-        return {"entropy": eager_entropy(self.logits[self.rows])}
+        return {"loss": eager_entropy(self.logits[self.rows])}
 
     def sampled(self, results: Results) -> Results:
         return {name: result[self.rows] for name, result in results.items()}
 
-    @staticmethod
-    def by(entropy: Entropy) -> Callable[[RowEntropy], Callable[[], Results]]:
-        return lambda case: lambda: {"entropy": entropy(case.logits)}
+    def run(self, entropy: Callable[[Tensor], Tensor]) -> Results:
+        return {"loss": entropy(self.logits)}
 
-    @staticmethod
-    def ours(backend: str) -> Provider:
-        def make(case: RowEntropy) -> Callable[[], Results]:
-            if backend == "triton":
-                needs_triton()
-            return lambda: {"entropy": softmax_entropy(case.logits, backend=backend)}
-
-        return Provider(make)
+    def own(self, backend: str) -> Results:
+        return {"loss": softmax_entropy(self.logits, backend=backend)}
 
 
-class RowEntropyGrad(RowEntropy):
+class RowGrad(RowEntropy):
     """H of each row and its gradient, times a scale of the row."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.bytes_moved = 2 * self.logits.nbytes
-        self.row_scale = self.uniform(spec.sizes["T"])
+        scale = torch.rand(spec.sizes["T"], device=self.logits.device, generator=self.generator)
+        self.row_scale = scale + 0.5
         self.buffer = self.logits.clone()
+        self.labels = self.labels_of()
+
+    def labels_of(self) -> Tensor | None:
+        return None
 
     def refill(self) -> None:
         self.buffer.copy_(self.logits)
 
+    def _at_rows(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[self.rows]
+
     def truth(self, computes: str) -> Results:
-        entropy, grad = fp64_entropy(self.logits[self.rows])
-        return {"entropy": entropy, "d_logits": grad * self.row_scale[self.rows, None]}
+        loss, grad = fp64_rows(self.logits[self.rows], self._at_rows(self.labels))
+        return {"loss": loss, "d_logits": grad * self.row_scale[self.rows, None]}
 
     def plain(self, computes: str) -> Results:
-        return differentiated(eager_entropy, self.logits[self.rows], self.row_scale[self.rows])
+        labels = self._at_rows(self.labels)
+        rows = self.logits[self.rows], self.row_scale[self.rows], labels
+        return differentiated(eager_entropy if labels is None else eager_cross_entropy, *rows)
 
-    @staticmethod
-    def by(entropy: Entropy) -> Callable[[Any], Callable[[], Results]]:
-        return lambda case: lambda: differentiated(entropy, case.logits, case.row_scale)
+    def run(self, loss: Callable[..., Tensor]) -> Results:
+        return differentiated(loss, self.logits, self.row_scale, self.labels)
 
-    @staticmethod
-    def ours(backend: str) -> Provider:
-        def make(case: RowEntropyGrad) -> Callable[[], Results]:
-            if backend == "triton":
-                needs_triton()
-
-            def call() -> Results:
-                entropy = softmax_entropy_grad_(case.buffer, case.row_scale, backend=backend)
-                return {"entropy": entropy, "d_logits": case.buffer}
-
-            return call
-
-        return Provider(make)
-
-    @staticmethod
-    def ours_by_autograd(case: RowEntropyGrad) -> Callable[[], Results]:
-        """softmax_entropy, for those who differentiate through it, on the path of this device."""
-        return RowEntropyGrad.by(softmax_entropy)(case)
+    def own(self, backend: str) -> Results:
+        loss = softmax_entropy_grad_(self.buffer, self.row_scale, backend=backend)
+        return {"loss": loss, "d_logits": self.buffer}
 
 
-def differentiated(entropy: Entropy, logits: Tensor, row_scale: Tensor) -> Results:
+class RowCrossEntropy(RowGrad):
+    computes = "cross_entropy"
+
+    def labels_of(self) -> Tensor:
+        vocab, device = self.spec.sizes["V"], self.logits.device
+        return torch.randint(vocab, self.row_scale.shape, device=device, generator=self.generator)
+
+    def own(self, backend: str) -> Results:
+        return {"loss": self.judge(backend, self.labels), "d_logits": self.buffer}
+
+    def judge(self, backend: str, keys: Tensor | None) -> Tensor:
+        return judge_rows(
+            self.buffer, self.row_scale, self.buffer, Criterion(self.computes, keys),
+            softcap=None, logit_scale=1.0, backend=backend,
+        )  # fmt: skip
+
+
+class RowFisher(RowCrossEntropy):
+    """The truth takes the labels that the torch path draws: where the gradient is negative."""
+
+    computes = "fisher"
+
+    def labels_of(self) -> Tensor:
+        self.ids = torch.arange(len(self.logits), device=self.logits.device)
+        self.judge("torch", self.ids)
+        return self.buffer.argmin(dim=1)
+
+    def own(self, backend: str) -> Results:
+        return {"loss": self.judge(backend, self.ids), "d_logits": self.buffer}
+
+
+def differentiated(
+    loss: Callable[..., Tensor], logits: Tensor, row_scale: Tensor, labels: Tensor | None
+) -> Results:
     leaf = logits.detach().requires_grad_()
-    made = entropy(leaf)
+    made = loss(leaf) if labels is None else loss(leaf, labels)
     (grad,) = torch.autograd.grad(made, leaf, row_scale.to(made.dtype))
-    return {"entropy": made.detach(), "d_logits": grad}
+    return {"loss": made.detach(), "d_logits": grad}
 
 
-def providers(case: type[RowEntropy]) -> dict[str, Provider]:
-    return {
-        "ours, torch": case.ours("torch"),
-        "ours, triton": case.ours("triton"),
-        "HFPrune's arithmetic": Provider(case.by(entropy_of)),
-        "eager": Provider(case.by(eager_entropy)),
-        "torch.compile": Provider(lambda made: case.by(compiled(eager_entropy))(made)),
-    }
-
-
-RowEntropy.PROVIDERS = providers(RowEntropy)
-RowEntropyGrad.PROVIDERS = providers(RowEntropyGrad) | {
-    "ours, by autograd": Provider(RowEntropyGrad.ours_by_autograd)
+RowEntropy.PROVIDERS = providers(RowEntropy.own, entropy_of, eager_entropy)
+RowGrad.PROVIDERS = providers(RowGrad.own, entropy_of, eager_entropy) | {
+    "ours, by autograd": by(lambda case: case.run(softmax_entropy))
 }
-CASES = {"softmax_entropy": RowEntropy, "softmax_entropy_grad": RowEntropyGrad}
+RowCrossEntropy.PROVIDERS = providers(RowCrossEntropy.own, eager_cross_entropy, eager_cross_entropy)
+del RowCrossEntropy.PROVIDERS["HFPrune's arithmetic"]
+RowFisher.PROVIDERS = {f"ours, {name}": ours(RowFisher.own, name) for name in ("torch", "triton")}
+CASES = {
+    "softmax_entropy": RowEntropy,
+    "softmax_entropy_grad": RowGrad,
+    "cross_entropy_grad": RowCrossEntropy,
+    "fisher_grad": RowFisher,
+}
 
 
 def specs(scale: str) -> Iterator[Spec]:
-    for op in CASES:
+    for op in CASES if scale != "small" else list(CASES)[:2]:
         small = ("Llama-2-7B", "Llama-3.1-8B")
-        yield from of_models(op, scale, "TV", small_tokens=256, small=small)
+        for spec in of_models(op, scale, "TV", small_tokens=256, small=small):
+            if not op.startswith(("cross", "fisher")) or spec.dtype == "bfloat16":
+                yield spec
 
 
 def test_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:

@@ -1,6 +1,6 @@
 """The backward pass of a gated MLP's act with its neurons' statistics, beside plain torch.
 
-    .venv/bin/pytest bench/bench_taylor.py --small
+    .venv/bin/pytest bench/kernels/bench_taylor.py --small
 
     gated_taylor        (B, S, F) grad, gate, up -> d_gate, d_up, statistics    5 numbers an element
     taylor_statistics   (B, S, F) grad, act      -> statistics                  2
@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from bench_entropy import compiled
-from case import Case, Provider, Results, needs_triton
+from case import Case, Provider, Results, compiled, providers
 from shapes import Spec, of_models
 from torch import Tensor
 from torch.nn import functional
@@ -27,7 +26,7 @@ Eager = Callable[..., Results]
 
 
 def eager_statistics(grad: Tensor, act: Tensor) -> Results:
-    """The four sums as one would write them, in fp32 from bf16."""
+    """Return the four sums as one would write them, in fp32 from bf16."""
     x, a = grad.float() * act.float(), act.float()
     return {
         "l1": x.abs().sum((0, 1)),
@@ -37,12 +36,8 @@ def eager_statistics(grad: Tensor, act: Tensor) -> Results:
     }
 
 
-def reference_statistics(grad: Tensor, act: Tensor) -> Results:
-    return {"l1": (act * grad).abs().sum(dim=(0, 1))}
-
-
 def fp64_statistics(grad: Tensor, act: Tensor) -> Results:
-    x = grad.double() * act
+    x = grad * act
     return {
         "l1": x.abs().sum((0, 1)),
         "l2": (x * x).sum((0, 1)),
@@ -51,109 +46,78 @@ def fp64_statistics(grad: Tensor, act: Tensor) -> Results:
     }
 
 
+def reference_statistics(grad: Tensor, act: Tensor) -> Results:
+    return {"l1": (act * grad).abs().sum(dim=(0, 1))}
+
+
+def eager_gated(grad: Tensor, gate: Tensor, up: Tensor, statistics: Eager) -> Results:
+    """Do as hooks on down_proj and autograd would: act again, then its gradients."""
+    value = functional.silu(gate)
+    d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return statistics(grad, value * up) | {"d_gate": d_gate, "d_up": grad * value}
+
+
 class Statistics(Case):
     """The statistics of (grad, act)."""
 
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        shape = SEQUENCES, spec.sizes["T"] // SEQUENCES, spec.sizes["F"]
-        self.grad, self.act = self.normal(*shape, std=0.01), self.normal(*shape)
-        self.bytes_moved = 2 * self.grad.nbytes
-        self.summed = spec.sizes["T"]
-
-    def truth(self, computes: str) -> Results:
-        return fp64_statistics(self.grad, self.act.double())
-
-    def plain(self, computes: str) -> Results:
-        return eager_statistics(self.grad, self.act)
-
-    @staticmethod
-    def by(statistics: Eager) -> Callable[[Statistics], Callable[[], Results]]:
-        return lambda case: lambda: statistics(case.grad, case.act)
-
-    @staticmethod
-    def ours(backend: str) -> Callable[[Statistics], Callable[[], Results]]:
-        def make(case: Statistics) -> Callable[[], Results]:
-            if backend == "triton":
-                needs_triton()
-            return lambda: taylor_statistics(case.grad, case.act, backend=backend)._asdict()
-
-        return make
-
-
-class Gated(Case):
-    """The same with act = silu(gate) · up, and the gradients at gate and up."""
+    inputs = 1  # beside grad
+    numbers = 2  # read and written an element
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         shape = SEQUENCES, spec.sizes["T"] // SEQUENCES, spec.sizes["F"]
         self.grad = self.normal(*shape, std=0.01)
-        self.gate, self.up = self.normal(*shape), self.normal(*shape)
-        self.buffers = self.gate.clone(), self.up.clone()
-        self.bytes_moved = 5 * self.grad.nbytes
+        self.pristine = [self.normal(*shape) for _ in range(self.inputs)]
+        self.buffers = [tensor.clone() for tensor in self.pristine]
+        self.bytes_moved = self.numbers * self.grad.nbytes
         self.summed = spec.sizes["T"]
 
+    def truth(self, computes: str) -> Results:
+        return fp64_statistics(self.grad.double(), self.pristine[0].double())
+
+    def plain(self, computes: str) -> Results:
+        return self.run(eager_statistics)
+
+    def run(self, statistics: Eager) -> Results:
+        return statistics(self.grad, *self.pristine)
+
+    def own(self, backend: str) -> Results:
+        return taylor_statistics(self.grad, *self.pristine, backend=backend)._asdict()
+
+
+class Gated(Statistics):
+    """The same with act = silu(gate) · up, and the gradients at gate and up."""
+
+    inputs, numbers = 2, 5
+
     def refill(self) -> None:
-        for buffer, pristine in zip(self.buffers, (self.gate, self.up), strict=True):
+        for buffer, pristine in zip(self.buffers, self.pristine, strict=True):
             buffer.copy_(pristine)
 
     def truth(self, computes: str) -> Results:
-        gate, up, grad = self.gate.double(), self.up.double(), self.grad.double()
+        grad, gate, up = (t.double() for t in (self.grad, *self.pristine))
         value = gate / (1 + torch.exp(-gate))
         slope = value / gate * (1 + gate - value)  # of silu: σ (1 + z (1 - σ)), σ = silu(z) / z
         gradients = {"d_gate": grad * up * slope, "d_up": grad * value}
         return fp64_statistics(grad, value * up) | gradients
 
-    def plain(self, computes: str) -> Results:
-        return eager_gated(self.grad, self.gate, self.up, eager_statistics)
+    def run(self, statistics: Eager, gated: Eager = eager_gated) -> Results:
+        return gated(self.grad, *self.pristine, statistics)
 
-    @staticmethod
-    def by(statistics: Eager, compile_it: bool = False) -> Callable[[Gated], Callable[[], Results]]:
-        def make(case: Gated) -> Callable[[], Results]:
-            function = compiled(eager_gated) if compile_it else eager_gated
-            return lambda: function(case.grad, case.gate, case.up, statistics)
+    def run_compiled(self) -> Callable[[], Results]:
+        gated = compiled(eager_gated)
+        return lambda: self.run(eager_statistics, gated)
 
-        return make
-
-    @staticmethod
-    def ours(backend: str) -> Callable[[Gated], Callable[[], Results]]:
-        def make(case: Gated) -> Callable[[], Results]:
-            if backend == "triton":
-                needs_triton()
-
-            def call() -> Results:
-                statistics, d_gate, d_up = gated_taylor(
-                    case.grad, *case.buffers, overwrite=True, backend=backend
-                )
-                return statistics._asdict() | {"d_gate": d_gate, "d_up": d_up}
-
-            return call
-
-        return make
+    def own(self, backend: str) -> Results:
+        statistics, d_gate, d_up = gated_taylor(
+            self.grad, *self.buffers, overwrite=True, backend=backend
+        )
+        return statistics._asdict() | {"d_gate": d_gate, "d_up": d_up}
 
 
-def eager_gated(grad: Tensor, gate: Tensor, up: Tensor, statistics: Eager) -> Results:
-    """As hooks on down_proj and autograd would have it: act anew, then its gradients."""
-    value = functional.silu(gate)
-    act = value * up
-    d_value = grad * up
-    d_gate = torch.ops.aten.silu_backward(d_value, gate)
-    return statistics(grad, act) | {"d_gate": d_gate, "d_up": grad * value}
-
-
-Statistics.PROVIDERS = {
-    "ours, torch": Provider(Statistics.ours("torch")),
-    "ours, triton": Provider(Statistics.ours("triton")),
-    "HFPrune's arithmetic": Provider(Statistics.by(reference_statistics)),
-    "eager": Provider(Statistics.by(eager_statistics)),
-    "torch.compile": Provider(lambda case: Statistics.by(compiled(eager_statistics))(case)),
-}
-Gated.PROVIDERS = {
-    "ours, torch": Provider(Gated.ours("torch")),
-    "ours, triton": Provider(Gated.ours("triton")),
-    "HFPrune's arithmetic": Provider(Gated.by(reference_statistics)),
-    "eager": Provider(Gated.by(eager_statistics)),
-    "torch.compile": Provider(Gated.by(eager_statistics, compile_it=True)),
+Statistics.PROVIDERS = providers(Statistics.own, reference_statistics, eager_statistics)
+Gated.PROVIDERS = providers(Gated.own, reference_statistics, eager_statistics) | {
+    "torch.compile": Provider(Gated.run_compiled)
 }
 CASES = {"gated_taylor": Gated, "taylor_statistics": Statistics}
 

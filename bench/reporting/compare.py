@@ -1,12 +1,12 @@
-"""Hold one result file against an earlier one: ratios with their spread, and what got worse.
+"""Compare a result file with an earlier one: ratios with their spread, and what got worse.
 
-    python bench/compare.py A.json B.json       A is the earlier
+    python bench/reporting/compare.py A.json B.json       A is the earlier
 
 Rows are matched by operation, model, dtype, sizes and provider. For each there are
 
     time      B's ms / A's
     slower    what is judged. Where both rows have a floor it is A's percentage of the floor / B's:
-              the floor is timed side by side, which takes the machine's moods out; else the time
+              the floor is timed side by side, which cancels the machine's variations; else the time
     spread    of slower: from B's lower quartile / A's upper to B's upper / A's lower
     memory    B's peak bytes / A's
 
@@ -18,10 +18,8 @@ A row of a provider whose name begins with "ours" is worse if
     or A measured it and it failed in B.
 
 Peers are printed and not judged, and so is what only one side has. Of two machines the time and the
-memory are not judged, % of floor is.
-
-The exit status is 1 if a row got worse, and 2 if a file is no result or no row of ours is in both,
-with one line that says so.
+memory are not judged, % of floor is. The exit status is 1 if a row got worse, and 2 if a file is no
+result or no row of ours is in both, with one line that says so.
 """
 
 from __future__ import annotations
@@ -29,36 +27,37 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 from records import Result, ResultError, Row, key, read
-from report_text import provider, shape, table
+from report_text import commit, provider, shape, table
 
 HEADER = ["op", "shape", "dtype", "provider", "time", "slower", "spread", "memory", ""]
-NAMES = 4
+FLOOR = "percent_of_floor", "percent_low", "percent_high"
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     middle: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.low:.2f}–{self.high:.2f}"
 
-
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     slower: float
     memory: float
     same_machine: bool
 
 
-@dataclass(frozen=True)
-class Pair:
+def ratio(over: Row, under: Row, middle: str, low: str, high: str) -> Ratio | None:
+    """Divide medians, and lower by upper quartiles and the reverse."""
+    if not all(row.get(name) for row in (over, under) for name in (middle, low, high)):
+        return None
+    return Ratio(over[middle] / under[middle], over[low] / under[high], over[high] / under[low])
+
+
+class Pair(NamedTuple):
     """A row of both files."""
 
     before: Row
@@ -66,35 +65,27 @@ class Pair:
 
     @property
     def time(self) -> Ratio | None:
-        if "ms" not in self.before or "ms" not in self.after:
-            return None
-        return _ratio(self.after, self.before, "ms", "ms_low", "ms_high")
-
-    @property
-    def floors(self) -> Ratio | None:
-        """How much further from the floor: inverse, as a percentage is a speed."""
-        if not (self.before.get("percent_low") and self.after.get("percent_low")):
-            return None
-        return _ratio(self.before, self.after, "percent_of_floor", "percent_low", "percent_high")
+        return ratio(self.after, self.before, "ms", "ms_low", "ms_high")
 
     @property
     def memory(self) -> float | None:
         before, after = self.before.get("peak_bytes"), self.after.get("peak_bytes")
         if before is None or after is None:
             return None
-        return after / before if before else math.inf if after else 1.0
+        return float(after / before) if before else math.inf if after else 1.0
 
-    def judged(self, limits: Limits) -> Ratio | None:
-        return self.floors or (self.time if limits.same_machine else None)
+    def slower(self, limits: Limits) -> Ratio | None:
+        # Inverse, as a percentage is a speed.
+        floors = ratio(self.before, self.after, *FLOOR)
+        return floors or (self.time if limits.same_machine else None)
 
     def worse(self, limits: Limits) -> list[str]:
-        """What got worse, if the row is one of ours."""
+        """Say what got worse, if the row is one of ours."""
         if not self.after["provider"].startswith("ours") or "ms" not in self.before:
             return []
         if "failed" in self.after:
             return [f"failed: {self.after['failed']}"]
-        found = []
-        slower = self.judged(limits)
+        found, slower = [], self.slower(limits)
         faster = limits.same_machine and self.time is not None and self.time.high < 1
         if slower and slower.middle > limits.slower and slower.low > 1 and not faster:
             found.append("slower")
@@ -103,25 +94,19 @@ class Pair:
         return found
 
     def cells(self, limits: Limits) -> list[str]:
-        slower = self.judged(limits)
-        state = next(
-            (f"{n}: {self.after[n]}" for n in ("failed", "skipped") if n in self.after), ""
-        )
-        if not state and "ms" not in self.before:
-            state = "measured now"
-        worse = ", ".join(self.worse(limits))
+        slower, worse = self.slower(limits), ", ".join(self.worse(limits))
+        states = [f"{n}: {self.after[n]}" for n in ("failed", "skipped") if n in self.after]
+        states += ["measured now"] if "ms" not in self.before else []
         return [
-            self.after["op"], shape(self.after), self.after["dtype"], provider(self.after),
-            f"{self.time.middle:.2f}" if self.time else "",
-            f"{slower.middle:.2f}" if slower else "", str(slower or ""),
+            *names(self.after), f"{self.time.middle:.2f}" if self.time else "",
+            *([f"{slower.middle:.2f}", f"{slower.low:.2f}–{slower.high:.2f}"] if slower else [""] * 2),
             "" if self.memory is None else f"{self.memory:.2f}",
-            f"WORSE: {worse}" if worse else state,
+            f"WORSE: {worse}" if worse else "".join(states[:1]),
         ]  # fmt: skip
 
 
-def _ratio(over: Row, under: Row, middle: str, low: str, high: str) -> Ratio:
-    """A ratio of medians, and from lower to upper quartile over upper to lower."""
-    return Ratio(over[middle] / under[middle], over[low] / under[high], over[high] / under[low])
+def names(row: Row) -> list[str]:
+    return [row["op"], shape(row), row["dtype"], provider(row)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,12 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument(
-        "--threshold", type=_ratio_argument, default=1.25, metavar="R", help="of time; 1.25"
-    )
-    parser.add_argument(
-        "--memory-threshold", type=_ratio_argument, default=1.05, metavar="R", help="1.05"
-    )
+    parser.add_argument("--threshold", type=_at_least_1, default=1.25, help="of time; 1.25")
+    parser.add_argument("--memory-threshold", type=_at_least_1, default=1.05, help="1.05")
     args = parser.parse_args(arguments)
     try:
         before, after = read(args.before), read(args.after)
@@ -147,35 +128,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(before: Result, after: Result, threshold: float, memory_threshold: float) -> int:
     rows_before, rows_after = ({key(r): r for r in result["rows"]} for result in (before, after))
-    common = [name for name in rows_before if name in rows_after]
-    if not any(rows_before[name]["provider"].startswith("ours") for name in common):
+    pairs = [Pair(row, rows_after[k]) for k, row in rows_before.items() if k in rows_after]
+    if not any(pair.before["provider"].startswith("ours") for pair in pairs):
         raise ResultError("no row of ours is in both files, so there is nothing to judge")
-    names = [result["machine"]["name"] for result in (before, after)]
-    limits = Limits(threshold, memory_threshold, names[0] == names[1])
-    print(f"A: {_told(before)}\nB: {_told(after)}\n")
-    if not limits.same_machine:
-        print("WARNING: two machines, so time and memory are not judged; % of floor is\n")
-    pairs = [Pair(rows_before[name], rows_after[name]) for name in common]
+    for side, result in zip("AB", (before, after), strict=True):
+        print(f"{side}: {result['machine']['name']}, {result['date']}, {commit(result)}")
+    same = before["machine"]["name"] == after["machine"]["name"]
+    limits = Limits(threshold, memory_threshold, same)
+    if not same:
+        print("\nWARNING: two machines, so time and memory are not judged; % of floor is")
     shown = [pair for pair in pairs if "ms" in pair.before or "ms" in pair.after]
-    print("\n".join(table([HEADER, *(pair.cells(limits) for pair in shown)], NAMES)))
+    print("", *table([HEADER, *(pair.cells(limits) for pair in shown)], 4), sep="\n")
     for side, rows, others in (("A", rows_before, rows_after), ("B", rows_after, rows_before)):
         only = [row for name, row in rows.items() if name not in others and "ms" in row]
-        if only:
-            print(f"\nonly in {side}:")
-        for row in only:
-            print(f"- {row['op']}, {shape(row)}, {row['dtype']}, {provider(row)}")
+        print(f"\nonly in {side}:" if only else "", end="\n" if only else "")
+        print("".join(f"- {', '.join(names(row))}\n" for row in only), end="")
     worse = sum(bool(pair.worse(limits)) for pair in pairs)
-    ours = sum(row["provider"].startswith("ours") for row in (pair.before for pair in shown))
+    ours = sum(pair.before["provider"].startswith("ours") for pair in shown)
     print(f"\n{len(shown)} rows, {ours} of them ours; {worse} got worse")
     return 1 if worse else 0
 
 
-def _told(result: Result) -> str:
-    commit = (result.get("commit") or "unknown")[:10]
-    return f"{result['machine']['name']}, {result['date']}, commit {commit}"
-
-
-def _ratio_argument(text: str) -> float:
+def _at_least_1(text: str) -> float:
     value = float(text)
     if not value >= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a ratio of 1 or more")

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hfprune_fast import scoring, streaming
 
 pytest.importorskip("triton", reason="triton is not installed")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def gpu_check(*arguments: str, pythonpath: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ import report
 from invented_results import invented
 from report_text import cell, count, duration, number, size, table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PARTS = ("kernels", "scoring", "compaction", "pictures")
 # Each below 60 KB, as they are in the repository.
 MOST_BYTES = 60_000

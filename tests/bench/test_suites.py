@@ -19,7 +19,7 @@ from records import read
 from shapes import MODELS, Spec
 
 BF16_PARTS = ("d_logits", "d_hidden", "loss", "d_gate")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def case_of(op: str) -> Case:
 @pytest.mark.parametrize(
     ("op", "part"),
     [
-        ("softmax_entropy", "entropy"),
+        ("softmax_entropy", "loss"),
         ("softmax_entropy_grad", "d_logits"),
         ("linear_entropy", "d_hidden"),
         ("linear_entropy", "loss"),
