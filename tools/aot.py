@@ -61,9 +61,8 @@ ROW = "{:<32} {:<24} {:<7} {:>5} {:>10} {:>8} {:>7} {:>10} {:>10}"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A launch to compile, and what to ask of it."""
+class Case(NamedTuple):
+    """A launch to compile, and what to require of it."""
 
     kernel: str
     name: str

@@ -29,12 +29,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
-from transformers import (
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
 from tiny_corpus import PACKAGES, gather, notice
@@ -59,12 +55,8 @@ RECIPES = {
     "llama": Recipe(
         LlamaForCausalLM,
         {
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.06,
+            "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.06,
             "tie_word_embeddings": True,
         },
         steps=5500,
@@ -77,14 +69,9 @@ RECIPES = {
     "qwen3": Recipe(
         Qwen3ForCausalLM,
         {
-            "hidden_size": 192,
-            "intermediate_size": 576,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "initializer_range": 0.05,
-            "tie_word_embeddings": False,
+            "hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+            "initializer_range": 0.05, "tie_word_embeddings": False,
         },
         steps=2400,
         learning_rate=3e-3,
@@ -92,37 +79,30 @@ RECIPES = {
         # error over the documents; the spread over seeds is the llama's, not measured again.
         heldout_range_nats=(3.36, 3.82),
     ),
-}
+}  # fmt: skip
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str]) -> FastTokenizer:
     """Byte-level BPE; a text is encoded with BOS in front."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCAB, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
+    return FastTokenizer(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
 
 
 def new_model(recipe: Recipe, bos: int, eos: int) -> PreTrainedModel:
-    config = recipe.model.config_class(
-        vocab_size=VOCAB,
-        max_position_embeddings=512,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=None,
-        **recipe.shape,
-    )
-    return recipe.model(config)
+    return recipe.model(recipe.model.config_class(
+        vocab_size=VOCAB, max_position_embeddings=512, bos_token_id=bos, eos_token_id=eos,
+        pad_token_id=None, **recipe.shape,
+    ))  # fmt: skip
 
 
 def batches(stream: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -142,12 +122,10 @@ def next_token_loss(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tens
 
 def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace) -> float:
     """AdamW, linear warmup, cosine decay; returns the mean loss of the last 5 % of steps."""
-    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
-    gains = [weight for weight in model.parameters() if weight.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": gains, "weight_decay": 0.0},
-    ]
+    weights = list(model.parameters())
+    matrices, gains = ([w for w in weights if (w.ndim == 2) is yes] for yes in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": gains, "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
     warmup = min(100, args.steps // 10 + 1)
 
@@ -160,7 +138,6 @@ def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace
     source = batches(stream, args.batch, torch.Generator().manual_seed(args.seed))
     losses: list[float] = []
     started = time.monotonic()
-    weights = list(model.parameters())
     shard_shape = (-1, SHARD_WINDOWS, WINDOW_TOKENS + 1)
 
     def loss_and_gradients(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -227,11 +204,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def size(documents: dict[str, str], tokens: int) -> dict[str, int]:
-    return {
-        "documents": len(documents),
-        "chars": sum(map(len, documents.values())),
-        "tokens": tokens,
-    }
+    chars = sum(map(len, documents.values()))
+    return {"documents": len(documents), "chars": chars, "tokens": tokens}
 
 
 def main() -> int:

@@ -15,20 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gpu_phase
 import hfprune_reference
 import torch
-from gpu_phase import (
-    BF16,
-    SEQ_LEN,
-    Phase,
-    U,
-    checked,
-    milliseconds,
-    no_retreat,
-    products,
-    relative_errors,
-    verdict,
-)
+from gpu_phase import BF16, SEQ_LEN, Phase, U, no_retreat
 from meter import DEVICE, GPU, peak_bytes
 from models import Shape, random_ids, random_model
 from records import Row, row
@@ -44,6 +34,7 @@ SHAPE = Shape(4096, 14336, 32, 32, 8, 128_256) if GPU else Shape(64, 160, 3, 4, 
 SEQUENCES = 8
 ROUNDS, LEAST_ROUNDS = 7, 3
 REFERENCE = "HFPrune's arithmetic"
+FLOPS = SHAPE.needed_flops(SEQUENCES * SEQ_LEN)  # by anyone; not those that each executes
 
 
 @dataclass(frozen=True)
@@ -93,11 +84,8 @@ class Subject:
                 yield Variant(batch_size, recompute, plan, is_chosen, lean)
 
     def ours(self, variant: Variant, totals: Totals | None = None) -> Totals:
-        how = How(
-            backend=self.backend,
-            recompute=variant.recompute,
-            logits_budget_bytes=variant.plan.logits_budget_bytes,
-        )
+        budget = variant.plan.logits_budget_bytes
+        how = How(backend=self.backend, recompute=variant.recompute, logits_budget_bytes=budget)
         batches = micro_batch(self.ids, SHAPE.vocab).split(variant.batch_size)
         with no_retreat(), self.resident as model:
             return score_batches(model, batches, how, totals)
@@ -139,65 +127,55 @@ class Subject:
         return l1
 
 
-@dataclass
-class Checked:
-    """A provider whose scores were right."""
-
-    call: Callable[[], object]
-    fields: dict[str, Any]
-    variant: Variant | None = None
-
-
-def right_ones(subject: Subject, variants: list[Variant], phase: Phase) -> dict[str, Checked]:
-    """Return the providers that can be timed."""
+def checked(
+    subject: Subject, variants: dict[str, Variant], phase: Phase
+) -> dict[str, tuple[Callable[[], object], dict[str, Any]]]:
+    """Return the calls whose scores were right, each with what was found of it."""
     phase.note("scores in fp32 and in plain bf16")
     truth = subject.truth()
-    plain = relative_errors(subject.plain(), truth)
-    found: dict[str, Checked] = {}
-
-    def add(name: str, call: Callable[[], object], l1: Tensor, roundings: int,
-            variant: Variant | None = None) -> None:  # fmt: skip
-        fields = checked(name, relative_errors(l1, truth), 2 * plain + roundings * U)
-        # Of a rehearsal, memory would tell nothing.
-        found[name] = Checked(
-            call, fields | {"peak_bytes": peak_bytes(call) if GPU else 0}, variant
-        )
-
-    phase.note(f"{REFERENCE}: checked")
-    add(REFERENCE, subject.reference, subject.reference(), 3 + SEQUENCES)
-    for variant in variants:
-        phase.note(f"{variant.name}: checked")
+    plain = gpu_phase.relative_errors(subject.plain(), truth)
+    found = {}
+    for name in (*variants, REFERENCE):
+        phase.note(f"{name}: checked")
         try:
-            totals = subject.ours(variant)
-            # Timed as all passes of a run but the first, which looks at the weights' columns.
-            call = partial(subject.ours, variant, totals)
-            add(variant.name, call, totals.statistics[0, 0].clone(), 1, variant)
+            if name == REFERENCE:
+                call, roundings, l1 = subject.reference, 3 + SEQUENCES, subject.reference()
+            else:
+                totals = subject.ours(variants[name])
+                l1, roundings = totals.statistics[0, 0].clone(), 1
+                # Timed as all passes of a run but the first, which looks at the weights' columns.
+                call = partial(subject.ours, variants[name], totals)
+            error = gpu_phase.relative_errors(l1, truth)
+            fields = gpu_phase.checked(name, error, 2 * plain + roundings * U)
+            # Of a rehearsal, memory would tell nothing.
+            found[name] = call, fields | {"peak_bytes": peak_bytes(call) if GPU else 0}
         except Exception as error:
-            phase.failed(variant.name, error)
-    return dict(sorted(found.items(), key=lambda item: item[0] != "ours"))
+            phase.failed(name, error)
+    return found
 
 
-def row_of(name: str, one: Checked, times: dict[str, list[float]], floors_ms: list[float]) -> Row:
+def row_of(
+    name: str, variant: Variant | None, times: dict[str, list[float]], floors_ms: list[float],
+    **fields: Any,
+) -> Row:  # fmt: skip
     """Return a row in the form of result files, with what became of its targets."""
+    for field, over, under in (
+        ("times_first", name, "ours"), ("times_reference", REFERENCE, name),
+    ):  # fmt: skip
+        pairs = zip(times.get(over, ()), times.get(under, ()), strict=False)
+        if ratios := [a / b for a, b in pairs]:
+            fields[field] = statistics.median(ratios)
     identity = {
         "op": "score", "model": "Llama-3.1-8B" if GPU else "", "dtype": "bfloat16",
         "sizes": {"T": SEQUENCES * SEQ_LEN, **SHAPE.sizes}, "provider": name,
         "computes": "entropy",
     }  # fmt: skip
-
-    def ratio(over: str, under: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
-
-    fields = one.fields | {"times_reference": ratio(REFERENCE, name)}
-    if "ours" in times:
-        fields["times_first"] = ratio(name, "ours")
-    flops = SHAPE.needed_flops(SEQUENCES * SEQ_LEN)  # by anyone; not those that each executes
-    found = row(identity, times[name], floors_ms, floor="products", flops=flops, **fields)
-    if one.variant:
-        found["planned_bytes"] = one.variant.plan.total_bytes
+    found = row(identity, times[name], floors_ms, floor="products", flops=FLOPS, **fields)
+    if variant:
+        found["planned_bytes"] = variant.plan.total_bytes
         if found["peak_bytes"]:
             found["planned_ratio"] = found["planned_bytes"] / found["peak_bytes"]
-        found["verdict"] = judged(found, one.variant.chosen, one.variant.lean)
+        found["verdict"] = judged(found, variant.chosen, variant.lean)
     return found
 
 
@@ -207,7 +185,7 @@ def judged(found: Row, chosen: bool, lean: bool) -> str:
     )
     least = 1.8 if chosen else 0.9 if lean else 0
     gb = found["peak_bytes"] / 1e9
-    return verdict({
+    return gpu_phase.verdict({
         f"{planned:.2f} of the peak was planned, not 0.8": planned < 0.8,
         f"{speed:.2f} x the reference's speed, not {least}": speed < least,
         f"{part:.0f} % of the products' rate, not 60": chosen and part < 60,
@@ -219,22 +197,21 @@ def main() -> None:
     phase = Phase.from_arguments(__doc__)
     phase.note("the model")
     subject = Subject()
-    attention = subject.model.config._attn_implementation
-    phase.result |= {"attention": attention, "backend": subject.backend}
-    right = right_ones(subject, list(subject.variants()), phase)
-    gemm, gemm_flops = products()
-    calls = {"products": gemm} | {name: one.call for name, one in right.items()}
+    variants = {variant.name: variant for variant in subject.variants()}
+    right = checked(subject, variants, phase)
+    gemm, gemm_flops = gpu_phase.products()
+    calls = {"products": gemm} | {name: call for name, (call, _) in right.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for done in range(ROUNDS if GPU else LEAST_ROUNDS):
         if done >= LEAST_ROUNDS and phase.late:
             break
         phase.note(f"round {done}")
         for name, call in calls.items():
-            times[name].append(milliseconds(call))
+            times[name].append(gpu_phase.milliseconds(call))
     phase.result["products_tflops"] = gemm_flops / statistics.median(times["products"]) / 1e9
-    flops = SHAPE.needed_flops(SEQUENCES * SEQ_LEN)
-    floors_ms = [ms * flops / gemm_flops for ms in times["products"]]
-    phase.rows += [row_of(name, one, times, floors_ms) for name, one in right.items()]
+    floors_ms = [ms * FLOPS / gemm_flops for ms in times["products"]]
+    for name, (_, fields) in sorted(right.items(), key=lambda item: item[0] != "ours"):
+        phase.rows.append(row_of(name, variants.get(name), times, floors_ms, **fields))
     phase.note("done")
 
 

@@ -18,19 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpu_phase
 import torch
-from gpu_phase import (
-    BF16,
-    SEQ_LEN,
-    Phase,
-    U,
-    checked,
-    milliseconds,
-    no_retreat,
-    products,
-    relative_errors,
-    verdict,
-)
+from gpu_phase import BF16, SEQ_LEN, Phase, U, checked, no_retreat, relative_errors
 from meter import DEVICE, GPU, synchronize
 from models import Shape, random_ids, write_checkpoint
 from records import Row, row
@@ -83,16 +73,18 @@ class Marks:
 
     def parts(self, layers: int, batches: int) -> dict[str, float]:
         """Return seconds of a pass's parts; those of one layer leave out the first, which differs."""
-        assert len(self.marks) == 1 + (2 * layers + 1) * batches
-        begin = self.marks[0]
-        at = [begin.elapsed_time(m) / 1e3 if GPU else m - begin for m in self.marks]
-        forward, head = at[layers * batches], at[(layers + 1) * batches]
+        begin, *marks = self.marks
+        at = [begin.elapsed_time(m) / 1e3 if GPU else m - begin for m in marks]
+        assert len(at) == (2 * layers + 1) * batches
+        first, forward, head, but_first = (
+            at[n * batches - 1] for n in (1, layers, layers + 1, 2 * layers)
+        )
         return {
             "forward_s": forward,
             "head_s": head - forward,
             "backward_s": at[-1] - head,
-            "layer_forward_s": (forward - at[batches]) / (layers - 1),
-            "layer_backward_s": (at[2 * layers * batches] - head) / (layers - 1),
+            "layer_forward_s": (forward - first) / (layers - 1),
+            "layer_backward_s": (but_first - head) / (layers - 1),
         }
 
 
@@ -210,7 +202,7 @@ class Streamed:
             **({"planned_ratio": plan.total_bytes / peak} if peak else {}),
             layer_gb_per_s=2 * SHAPE.layer_params / median["layer_forward_s"] / 1e9,
             extrapolated_s={str(SHAPE.layers): median["s"] + (SHAPE.layers - self.layers) * layer_s},
-            verdict=verdict({
+            verdict=gpu_phase.verdict({
                 f"{executed:.0f} % of the products' rate, not {TARGET_PERCENT}":
                     executed < TARGET_PERCENT,
                 f"{reserved / 1e9:.1f} GB taken, not 24": reserved > CAP_BYTES,
@@ -228,8 +220,8 @@ def evict(folder: Path) -> None:
 def main() -> None:
     phase = Phase.from_arguments(__doc__)
     torch.manual_seed(0)
-    gemm, flops = products()
-    rate = flops / statistics.median(milliseconds(gemm) for _ in range(5)) / 1e9
+    gemm, flops = gpu_phase.products()
+    rate = flops / statistics.median(gpu_phase.milliseconds(gemm) for _ in range(5)) / 1e9
     folder = phase.out.parent / "streamed"  # which gpu_check.py removes, however this ends
     folder.mkdir()
     least = 2 * (2 * SHAPE.head_params + 2 * SHAPE.layer_params) + SPARE_BYTES

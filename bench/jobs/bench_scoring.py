@@ -15,13 +15,14 @@ import math
 import os
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hfprune_reference
 import pytest
 import torch
-import hfprune_reference
 from meter import ceilings
 from models import Shape, into_page_cache, random_ids, random_model, write_checkpoint
 from process_meters import wait_for_quiet
@@ -96,21 +97,10 @@ def check(
     return float(error.max()), band
 
 
-def product_rate(dtype: str) -> float:
-    """FLOPs a second of a large product, just now."""
-    (found,) = ceilings("small", (dtype,))
-    return 1e9 * float(found["product_gflop_per_s"])
-
-
 def in_turn(
-    benchmark: Any,
-    workers: dict[str, Worker],
-    rounds: int,
-    *,
-    flops: int = 0,
-    dtype: str = "bfloat16",
-    prepare: Callable[[str], None] = lambda _: None,
-) -> dict[str, Row]:
+    benchmark: Any, workers: dict[str, Worker], rounds: int, *, flops: int = 0,
+    dtype: str = "bfloat16", prepare: Callable[[str], None] = lambda _: None,
+) -> dict[str, Row]:  # fmt: skip
     """Run the workers in turn, the fixture timing the first; return what was measured of each.
 
     `times_first` is how often the first one's time another took, the median over the rounds.
@@ -127,7 +117,8 @@ def in_turn(
         if rounds > 1:  # one is a rehearsal
             wait_for_quiet(limit_s=15)
         if flops:
-            floors_ms.append(1e3 * flops / product_rate(dtype))
+            (found,) = ceilings("small" if rounds > 1 else "tiny", (dtype,))  # just now
+            floors_ms.append(flops / float(found["product_gflop_per_s"]) / 1e6)
         for name in others:
             go(name)
 
@@ -152,15 +143,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("shape", "dtype"), pairs, ids=ids)
 
 
+def reported(
+    report: Callable[..., None], op: str, shape: Shape, tokens: int, rows: dict[str, Row],
+    *, tables: int = 2, **fields: Any,
+) -> None:  # fmt: skip
+    """Put the rows of a job into the result file; tables is how many of (V, D) the model has."""
+    params = shape.layers * shape.layer_params + tables * shape.head_params
+    identity = {
+        "op": op, "model": "", "dtype": "bfloat16", "computes": "entropy",
+        "sizes": {"T": tokens, **shape.sizes, "params": params},
+    }  # fmt: skip
+    for found in rows.values():
+        report({**identity, **found, **fields})
+
+
 @pytest.mark.timeout(1800)
 def test_score(
-    shape: Shape,
-    dtype: str,
-    benchmark: Any,
-    scale: str,
-    report: Callable[..., None],
+    shape: Shape, dtype: str, benchmark: Any, scale: str, report: Callable[..., None],
     tmp_path: Path,
-) -> None:
+) -> None:  # fmt: skip
     seq_len = SEQ_LEN[scale]
     files = {name: tmp_path / f"{i}.safetensors" for i, name in enumerate(PROVIDERS)}
     arguments = {
@@ -169,18 +170,14 @@ def test_score(
         for name, file in files.items()
     }  # fmt: skip
     tokens = SAMPLES * seq_len
-    flops = shape.needed_flops(tokens)
     with started("bench_scoring", "score_model", arguments) as workers:
         ours, reference = (load_file(file)["l1"] for file in files.values())
         error, allowed = check(ours, reference, dtype, (SAMPLES, seq_len), shape.vocab)
+        flops = shape.needed_flops(tokens)
         rows = in_turn(benchmark, workers, ROUNDS[scale], flops=flops, dtype=dtype)
-    params = shape.layers * shape.layer_params + 2 * shape.head_params
-    identity = {
-        "op": "score", "model": "", "dtype": dtype, "computes": "entropy",
-        "sizes": {"T": tokens, **shape.sizes, "params": params},
-    } | ({"sweep": "model"} if dtype == "bfloat16" else {})  # fmt: skip
-    for found in rows.values():
-        report({**identity, **found, "error": error, "error_allowed": allowed})
+    fields = {"dtype": dtype, "error": error, "error_allowed": allowed}
+    fields |= {"sweep": "model"} if dtype == "bfloat16" else {}
+    reported(report, "score", shape, tokens, rows, **fields)
 
 
 @pytest.mark.skipif("HFPRUNE_LARGE" not in os.environ, reason="minutes, 5 GB: HFPRUNE_LARGE=1")
@@ -188,22 +185,17 @@ def test_score(
 def test_score_from_disk(
     benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
 ) -> None:
-    others = 2 * 2 * LARGE.head_params
-    layers = max(2, (LARGE_BYTES - others) // (2 * LARGE.layer_params))
+    layers = max(2, (LARGE_BYTES - 4 * LARGE.head_params) // (2 * LARGE.layer_params))
     folder, seq_len = checkpoint_folder / "model", SEQ_LEN[scale]
     folder.mkdir()
     write_checkpoint(folder, LARGE, most_layers=layers)
-    tables = {
-        f"ours, offload={offload}": checkpoint_folder / f"{offload}.safetensors"
-        for offload in ("none", "disk")
-    }
+    tables = {each: checkpoint_folder / f"{each}.safetensors" for each in ("none", "disk")}
     arguments = {
-        name: {"folder": str(folder), "offload": name.split("=")[1], "seq_len": seq_len,
-               "out": str(file)}
-        for name, file in tables.items()
+        f"ours, offload={each}": {"folder": str(folder), "offload": each, "seq_len": seq_len,
+                                  "out": str(file)}
+        for each, file in tables.items()
     }  # fmt: skip
-    shape = Shape(**{**vars(LARGE), "layers": layers})
-    tokens = LARGE_SAMPLES * seq_len
+    shape, tokens = replace(LARGE, layers=layers), LARGE_SAMPLES * seq_len
     with started("bench_scoring", "score_folder", arguments) as workers:
         rows = in_turn(
             benchmark, workers, 2, flops=shape.needed_flops(tokens),
@@ -212,10 +204,4 @@ def test_score_from_disk(
     resident, streamed = (hf.ImportanceTable.load(file) for file in tables.values())
     for name in ("l1", "l2", "mask", "act", "down_norm"):
         assert torch.equal(getattr(streamed, name), getattr(resident, name)), name
-    params = layers * shape.layer_params + 2 * shape.head_params
-    for found in rows.values():
-        report({
-            "op": "score", "model": "", "dtype": "bfloat16", "computes": "entropy",
-            "sizes": {"T": tokens, **shape.sizes, "params": params},
-            **found, "error": 0.0, "error_allowed": 0.0,
-        })  # fmt: skip
+    reported(report, "score", shape, tokens, rows, error=0.0, error_allowed=0.0)

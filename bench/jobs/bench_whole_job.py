@@ -16,10 +16,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import hfprune_job
 import pytest
 import torch
-import hfprune_job
-from bench_scoring import SEQ_LEN, check, in_turn
+from bench_scoring import SEQ_LEN, check, in_turn, reported
 from models import Shape, into_page_cache, random_ids, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -94,11 +94,7 @@ def test_whole_job(
     sizes = [sum(f.stat().st_size for f in out.glob("*.safetensors")) for out in outs.values()]
     assert abs(sizes[0] / sizes[1] - 1) < 0.01, "the pruned checkpoints differ in size"
     common = torch.stack([torch.isin(a, b) for a, b in zip(*kept, strict=True)])
-    params = shape.layers * shape.layer_params + shape.head_params
-    for found in rows.values():
-        report({
-            "op": "whole_job", "model": "Qwen3-0.6B" if scale == "full" else "",
-            "dtype": "bfloat16", "computes": "entropy",
-            "sizes": {"T": SAMPLES * seq_len, **shape.sizes, "params": params}, **found,
-            "kept_overlap": float(common.double().mean()), "error": error, "error_allowed": allowed,
-        })  # fmt: skip
+    overlap = float(common.double().mean())
+    fields = {"kept_overlap": overlap, "error": error, "error_allowed": allowed}
+    fields |= {"model": "Qwen3-0.6B"} if scale == "full" else {}
+    reported(report, "whole_job", shape, SAMPLES * seq_len, rows, tables=1, **fields)

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import fidelity_tables
-import pictures
+import report_text as text
+from pictures import Picture
 from records import Result, Row, key
-from report_text import (
-    columns_table,
-    commit,
-    duration,
-    floors,
-    grouped,
-    hardware,
-    own_provider,
-    percent,
-    provider,
-    short_shape,
-    size,
-    software,
-    times,
-)
 
 # The first two of these that were measured stand for all shapes of an operation.
 MODELS = ("Llama-3.1-8B", "Llama-2-7B", "Qwen2.5-7B", "Qwen3-0.6B")
@@ -32,20 +18,9 @@ SECTIONS = {
     "Whole models": ("score", "whole_job"),
     "Kernels": (
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "gated_taylor", "taylor_statistics",
+        "linear_entropy", "gated_taylor", "taylor_statistics", "removal_costs", "refit",
     ),
     "Compaction of weights": ("compact_rows", "compact_columns", "prune_checkpoint"),
-}  # fmt: skip
-COLUMNS = {
-    "op": lambda row: f"`{row['op']}`",
-    "shape": short_shape,
-    "provider": provider,
-    "time": lambda row: _beside(duration(row["ms"]), row["times_ours"]) if "ms" in row else _failed(row),
-    "% of floor": lambda row: percent(row.get("percent_of_floor")),
-    "memory": lambda row: _beside(size(row["peak_bytes"]), row["memory_ours"])
-    if "peak_bytes" in row else "",
-    "mapped": lambda row: size(row["mapped_bytes"]) if row.get("mapped_bytes") else "",
-    "kept alike": lambda row: f"{100 * row['kept_overlap']:.1f} %" if "kept_overlap" in row else "",
 }  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks
@@ -61,7 +36,8 @@ how many times that of ours. The floor is the least that any implementation must
 it in the same rounds. Memory is what was taken beside the inputs or, of whole models, beside the
 weights that were there before; mapped is what of the checkpoint's files was in memory at a time;
 kept alike is the share of the kept neurons that both keep. Those marked (cross entropy) compute the
-cross entropy of given labels, not the entropy, on the same shapes."""
+cross entropy of given labels, not the entropy, on the same shapes. What was skipped has its reason
+in the files of all rows."""
 
 
 @dataclass(frozen=True)
@@ -85,53 +61,40 @@ def path(root: Path) -> Path:
     return root / "docs" / "benchmarks.md"
 
 
-def markdown(root: Path, current: list[Source], models: list[fidelity_tables.Measured]) -> str:
-    lines = [INTRODUCTION]
+def markdown(
+    root: Path, current: list[Source], models: list[fidelity_tables.Measured],
+    drawn: dict[Path, Picture],
+) -> str:  # fmt: skip
+    def link(at: Path) -> str:
+        return Path(os.path.relpath(at, root / "docs")).as_posix()
+
+    lines, devices = [INTRODUCTION], {}
     for title, ops in SECTIONS.items():
         lines += ["", f"## {title}"]
+        devices[title] = set()
         for source in current:
-            lines += _section(root, source, ops)
-        measured = {s.device for s in current if any(row["op"] in ops for row in s.result["rows"])}
+            of = text.grouped(source.result["rows"], lambda row: str(row["op"]))
+            rows = [row for op in ops for row in _shown(of.get(op, []))]
+            if rows:
+                devices[title].add(source.device)
+                names = ("torch",) if source.device == "cpu" else ("torch", "triton")
+                result, date = source.result, str(source.result["date"])[:10]
+                caption = text.hardware(result), text.software(result, names), date
+                lines += [
+                    "",
+                    f"{', '.join(caption)}, {text.commit(result)}. {text.floors(rows)} "
+                    f"[All rows]({link(source.path.with_suffix('.md'))}).",
+                    "",
+                    *text.rows_table(_beside_ours(rows, source.device), text.SHORT),
+                ]
         for device, word in (("cpu", "CPU"), ("cuda", "GPU")):
-            if device not in measured and "compact_rows" not in ops:
+            if device not in devices[title] and (device == "cpu" or "compact_rows" not in ops):
                 lines += ["", f"Not measured on a {word} yet."]
-    drawn = pictures.planned(root, current, models).items()
-    images = {at: f"![{picture.alt}]({_link(root, at)})" for at, picture in drawn}
-    fidelity = fidelity_tables.picture_path(root)
-    others = [text for at, text in images.items() if at != fidelity]
-    lines += ["", "## Pictures", "", "\n\n".join(others or ["Nothing was measured yet."])]
-    lines += ["", "## Fidelity", "", *fidelity_tables.section(models, lambda at: _link(root, at))]
-    return "\n".join(lines + (["", images[fidelity]] if fidelity in images else [])) + "\n"
-
-
-def _link(root: Path, at: Path) -> str:
-    return Path(os.path.relpath(at, root / "docs")).as_posix()
-
-
-def _section(root: Path, source: Source, ops: tuple[str, ...]) -> list[str]:
-    own = own_provider(source.device)
-    rows = [
-        row for op in ops for row in _shown([r for r in source.result["rows"] if r["op"] == op])
-    ]
-    if not rows:
-        return []
-    date, result = str(source.result["date"])[:10], source.result
-    names = ("torch",) if source.device == "cpu" else ("torch", "triton")
-    lines = [
-        "",
-        f"{hardware(result)}, {software(result, names)}, {date}, {commit(result)}. {floors(rows)} "
-        f"[All rows]({_link(root, source.path.with_suffix('.md'))}).",
-        "",
-        *columns_table(
-            _beside_ours([row for row in rows if "skipped" not in row], own), COLUMNS, 3
-        ),
-    ]
-    skipped = grouped((row for row in rows if "skipped" in row), lambda row: str(row["skipped"]))
-    told = [
-        f"{', '.join(grouped(its, lambda row: str(row['provider'])))} ({reason})"
-        for reason, its in skipped.items()
-    ]
-    return lines + (["", f"Skipped: {'; '.join(told)}."] if told else [])
+    images = {at: f"![{picture.alt}]({link(at)})" for at, picture in drawn.items()}
+    fidelity = [images.pop(at, "") for at in [fidelity_tables.picture_path(root)]]
+    lines += ["", "## Pictures", "", "\n\n".join(images.values()) or "Nothing was measured yet."]
+    lines += ["", "## Fidelity", "", *fidelity_tables.section(models, link), "", *fidelity]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _shown(rows: list[Row]) -> list[Row]:
@@ -139,46 +102,31 @@ def _shown(rows: list[Row]) -> list[Row]:
 
     Of models' shapes two, in bfloat16 if there are any; of a series of models the largest.
     """
-    groups = [
-        its
-        for its in grouped(rows, _group).values()
-        if its[0].get("sweep") in (None, "model") and any("skipped" not in row for row in its)
-    ]
-    series = [its[0]["sizes"]["params"] for its in groups if its[0].get("sweep")]
-    shown = [its for its in groups if not its[0]["model"]]
-    shown = [i for i in shown if not i[0].get("sweep") or i[0]["sizes"]["params"] == max(series)]
-    named = [its for its in groups if its[0]["model"]]
-    dtypes = {its[0]["dtype"] for its in named}
+    rows = [row for row in rows if "skipped" not in row and row.get("sweep") in (None, "model")]
+    series = [row["sizes"]["params"] for row in rows if row.get("sweep")]
+    others = [row for row in rows if not row["model"]]
+    others = [r for r in others if not r.get("sweep") or r["sizes"]["params"] == max(series)]
+    named = [row for row in rows if row["model"]]
+    dtypes = {row["dtype"] for row in named}
     dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
-    named = [its for its in named if its[0]["dtype"] == dtype]
-    order = {name: i for i, name in enumerate(MODELS)}
-    named.sort(key=lambda its: order.get(its[0]["model"], len(order)))
-    return [row for its in (*named[:2], *shown) for row in its]
+    named = [row for row in named if row["dtype"] == dtype]
+    models = sorted({row["model"] for row in named}, key=lambda m: (*MODELS, m).index(m))[:2]
+    return [row for model in models for row in named if row["model"] == model] + others
 
 
-def _group(row: Row) -> str:
-    return str(key({**row, "provider": ""}))
-
-
-def _beside_ours(rows: list[Row], own: str) -> Iterator[Row]:
-    """Yield the rows with how many times ours they take, of each shape."""
-    for its in grouped(rows, _group).values():
+def _beside_ours(rows: Iterable[Row], device: str) -> list[Row]:
+    """Return the rows with how many times ours they take, of each shape."""
+    found = []
+    for its in text.grouped(rows, lambda row: str(key({**row, "provider": ""}))).values():
         mine = [row for row in its if row["provider"].startswith("ours") and "ms" in row]
-        ours = next((row for row in mine if row["provider"] == own), mine[0] if mine else {})
+        own = [row for row in mine if row["provider"] == text.own_provider(device)]
+        ours = next(iter(own or mine), {})
         for row in its:
-            beside = {
-                name: row[field] / ours[field]
-                if row is not ours and row.get(field) and ours.get(field) else None
-                for name, field in (("times_ours", "ms"), ("memory_ours", "peak_bytes"))
-            }  # fmt: skip
-            if "times_first" in row and beside["times_ours"]:
-                beside["times_ours"] = row["times_first"]  # whole jobs are timed in turn
-            yield row | beside
-
-
-def _beside(text: str, ratio: float | None) -> str:
-    return text + (f" ({times(ratio)})" if ratio else "")
-
-
-def _failed(row: Row) -> str:
-    return "out of memory" if "out of memory" in row["failed"] else "failed"
+            row = dict(row)
+            for name, field in (("times_ours", "ms"), ("memory_ours", "peak_bytes")):
+                if row["provider"] != ours.get("provider") and row.get(field) and ours.get(field):
+                    row[name] = row[field] / ours[field]
+            if "times_ours" in row and "times_first" in row:
+                row["times_ours"] = row["times_first"]  # whole jobs are timed in turn
+            found.append(row)
+    return found

@@ -26,49 +26,15 @@ sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 import fidelity_tables
 import page
 import pictures
+import report_text as text
 from page import Source
-from records import ROOT, Result, ResultError, Row, read
-from report_text import (
-    CROSS_ENTROPY,
-    columns_table,
-    commit,
-    escaped,
-    floors,
-    grouped,
-    hardware,
-    megabytes,
-    number,
-    percent,
-    provider,
-    shape,
-    software,
-    table,
-    times,
-)
+from records import ROOT, Result, ResultError, read
 
-COLUMNS = {
-    "provider": provider,
-    "shape": shape,
-    "dtype": lambda row: row["dtype"],
-    "ms": lambda row: number(row["ms"]),
-    "quartiles": lambda row: f"{number(row['ms_low'])}–{number(row['ms_high'])}",
-    "rounds": lambda row: str(row["rounds"]),
-    "floor ms": lambda row: number(row.get("floor_ms")),
-    "% of floor": lambda row: percent(row.get("percent_of_floor")),
-    "% of 6 B": lambda row: percent(row.get("percent_of_6_bytes")),
-    "registers": lambda row: "; ".join(
-        f"{k['registers']}, {k['programs']} a multiprocessor" for k in row.get("kernels", ())
-    ),
-    "GB/s": lambda row: number(row.get("gb_per_s")),
-    "GFLOP/s": lambda row: number(row.get("gflop_per_s")),
-    "peak MB": lambda row: megabytes(row.get("peak_bytes")),
-    "mapped MB": lambda row: megabytes(row.get("mapped_bytes")),
-    "kept alike": lambda row: f"{100 * row['kept_overlap']:.1f} %" if "kept_overlap" in row else "",
-    "times the first's": lambda row: times(row.get("times_first")),
-    "others' cores": lambda row: number(row.get("others_cores")),
-    "error (allowed)": lambda row: _error(row) if "error" in row else "",
-}
-NAMES = 3  # of the columns are names, not numbers
+NOTE = """\
+% of floor compares neighbours in time, so that it holds where the machine's speed does not. Memory \
+is what was taken beside the inputs; what is returned counts. An error is relative to the result's \
+norm and was checked before the timing. Providers marked (cross entropy) compute that of given \
+labels, not the entropy, on the same shapes."""
 HINT = "tables and docs/benchmarks.md are written by: python bench/reporting/report.py"
 
 
@@ -85,64 +51,51 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         for path in args.files:
             path.with_suffix(".md").write_text(markdown(read(path)), encoding="utf-8")
             print(path.with_suffix(".md"))
-        return 0 if args.files else check(root) if args.check else write(root)
+        if not args.files and not args.check:
+            write(root)
+        wrong = [] if args.files else list(disagreements(root))
     except ResultError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
+    print("".join(f"{line}\n" for line in [*wrong, HINT] if wrong), end="")
+    return 1 if wrong else 0
 
 
-def sources(root: Path) -> list[Source]:
-    """Return all files of bench/results, not of its folders; their names must be `write`'s."""
-    found = []
+def newest(root: Path) -> tuple[list[Source], list[Source]]:
+    """Return all files of bench/results, and the last of each machine and suffix, CPUs first."""
+    found, last = [], {}
     for path in sorted((root / "bench" / "results").glob("*.json")):
         result = read(path)
         start = f"{result['machine']['name']}-{result['date'][:10]}"
         if not (named := re.fullmatch(rf"{re.escape(start)}(-.+)?", path.stem)):
             raise ResultError(f"{path}: its name must begin with {start}, its machine and date")
         found.append(Source(path, result, named[1] or ""))
-    return found
-
-
-def newest(found: list[Source]) -> list[Source]:
-    """Return the last of each machine and suffix, CPUs first."""
-    last: dict[tuple[bool, str, str], Source] = {}
     for source in sorted(found, key=lambda source: str(source.result["date"])):
         last[source.device != "cpu", source.machine, source.suffix] = source
-    return [last[key] for key in sorted(last)]
+    return found, [last[key] for key in sorted(last)]
 
 
-def texts(root: Path) -> dict[Path, str]:
-    """Return what the table of each result file and docs/benchmarks.md should be."""
-    found, fidelity = sources(root), fidelity_tables.all_of(root)
-    written = {source.path.with_suffix(".md"): markdown(source.result) for source in found}
-    for model in fidelity:
-        written[model.path.with_suffix(".md")] = fidelity_tables.markdown(model)
-    return written | {page.path(root): page.markdown(root, newest(found), fidelity)}
+def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]:
+    """Return what each table and docs/benchmarks.md should be, and what is to be drawn."""
+    (found, current), fidelity = newest(root), fidelity_tables.all_of(root)
+    texts = {source.path.with_suffix(".md"): markdown(source.result) for source in found}
+    texts |= {model.path.with_suffix(".md"): fidelity_tables.markdown(model) for model in fidelity}
+    drawn = pictures.planned(root, current, fidelity)
+    return texts | {page.path(root): page.markdown(root, current, fidelity, drawn)}, drawn
 
 
-def drawings(root: Path) -> dict[Path, pictures.Picture]:
-    return pictures.planned(root, newest(sources(root)), fidelity_tables.all_of(root))
-
-
-def check(root: Path) -> int:
-    wrong = list(disagreements(root))
-    print("\n".join([*wrong, HINT]) if wrong else "", end="\n" if wrong else "")
-    return 1 if wrong else 0
-
-
-def write(root: Path) -> int:
-    """Write what disagrees, draw the pictures; return 1 if something is left of no result file."""
-    for path, text in texts(root).items():
-        if _text(path) != text:
+def write(root: Path) -> None:
+    texts, drawn = expected(root)
+    for path, new in texts.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != new:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(new, encoding="utf-8")
             print(path.relative_to(root))
     try:
-        for path, picture in drawings(root).items():
+        for path, picture in drawn.items():
             pictures.save(picture, path)
     except ImportError as error:
         print(f"the pictures are as they were: {error}; pip install '.[bench]'", file=sys.stderr)
-    return check(root)
 
 
 def disagreements(root: Path) -> Iterator[str]:
@@ -150,87 +103,49 @@ def disagreements(root: Path) -> Iterator[str]:
 
     Of pictures only which there are: their bytes depend on the version of matplotlib.
     """
-    expected, results, drawn = texts(root), root / "bench" / "results", drawings(root)
-    for path, text in expected.items():
-        if (now := _text(path)) is None:
+    texts, drawn = expected(root)
+    for path, want in {**texts, **dict.fromkeys(drawn, "")}.items():
+        now = path.read_text(encoding="utf-8") if path.exists() else None
+        if now is None:
             yield f"{path.relative_to(root)}: missing"
-        elif now != text:
-            yield f"{path.relative_to(root)}: {_first_difference(now, text)}"
-    yield from (f"{path.relative_to(root)}: missing" for path in drawn if not path.exists())
+        elif want and now != want:
+            lines = zip_longest(now.splitlines(), want.splitlines(), fillvalue="nothing")
+            i, has, gives = next(
+                (i, *both) for i, both in enumerate(lines, 1) if both[0] != both[1]
+            )
+            yield f"{path.relative_to(root)}: line {i} has {has!r}, the results give {gives!r}"
     patterns = "*.svg", "fidelity/*.svg", "fidelity/*.md", "*-20[0-9][0-9]-*.md"
-    for path in sorted(path for pattern in patterns for path in results.glob(pattern)):
-        if path not in expected and path not in drawn:
+    for path in sorted(p for each in patterns for p in (root / "bench" / "results").glob(each)):
+        if path not in texts and path not in drawn:
             yield f"{path.relative_to(root)}: of no result file that counts; delete it"
 
 
 def markdown(result: Result) -> str:
     """Return all of a result file."""
-    lines = [
-        f"# {hardware(result)}",
-        "",
-        f"{result['date']}, {commit(result)}, {result['machine']['device']}",
-        "",
-        software(result),
-        "",
-        "Times are medians with their quartiles. % of floor compares neighbours in time, so that "
-        "it holds where the machine's speed does not. Peak MB is memory taken beside the inputs; "
-        "what is returned counts. An error is relative to the result's norm and was checked "
-        "before the timing.",
-    ]
+    head = f"{result['date']}, {text.commit(result)}, {result['machine']['device']}"
+    lines = [f"# {text.hardware(result)}", "", head, "", text.software(result), "", NOTE]
     if result.get("ceilings"):
-        header = ["ceiling", "copy, GB/s read and written", "large product, GFLOP/s"]
-        cells = [
-            [c["dtype"], number(c["copy_gb_per_s"]), number(c["product_gflop_per_s"])]
-            for c in result["ceilings"]
-        ]
-        lines += ["", *table([header, *cells])]
-    for op, rows in grouped(result["rows"], lambda row: row["op"]).items():
-        lines += ["", f"## {op}", "", *_operation([row for row in rows if "ms" in row])]
-    skipped = grouped(
-        (row for row in result["rows"] if "skipped" in row),
-        lambda row: f"- {provider(row)}: {escaped(row['skipped'])}",
-    )
-    failed = [
-        f"- `{row['op']}`, {provider(row)}, {shape(row)}, {row['dtype']}: {escaped(row['failed'])}"
-        for row in result["rows"]
-        if "failed" in row
-    ]
-    lines += ["", "## Skipped", ""] if skipped else []
-    for start, rows in skipped.items():
-        ops = ", ".join(f"`{op}`" for op in grouped(rows, lambda row: row["op"]))
-        lines.append(f"{start} ({ops}; {len(rows)} {'row' if len(rows) == 1 else 'rows'})")
-    return "\n".join(lines + (["", "## Failed", "", *failed] if failed else [])) + "\n"
-
-
-def _operation(measured: list[Row]) -> list[str]:
-    if not measured:
-        return ["Nothing was measured."]
-    lines = [told, ""] if (told := floors(measured)) else []
-    if any(row.get("computes") == CROSS_ENTROPY for row in measured):
-        lines += [
-            "Those marked so compute the cross entropy of given labels, not the entropy, on the "
-            "same shapes: they have nothing else.",
-            "",
-        ]
-    return lines + columns_table(measured, COLUMNS, NAMES)
-
-
-def _error(row: Row) -> str:
-    exact = row["error_allowed"] == 0
-    return "exact" if exact else f"{row['error']:.1e} ({row['error_allowed']:.1e})"
-
-
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def _first_difference(now: str, expected: str) -> str:
-    """Say which line is not as expected, and what is there."""
-    pairs = zip_longest(now.splitlines(), expected.splitlines(), fillvalue="nothing")
-    for i, (has, gives) in enumerate(pairs, 1):
-        if has != gives:
-            return f"line {i} has {has!r}, the results give {gives!r}"
-    return "its line ends differ"
+        cells = [["ceiling", "copy, GB/s read and written", "large product, GFLOP/s"]]
+        for each in result["ceilings"]:
+            rates = each["copy_gb_per_s"], each["product_gflop_per_s"]
+            cells.append([each["dtype"], *map(text.number, rates)])
+        lines += ["", *text.table(cells)]
+    for op, rows in text.grouped(result["rows"], lambda row: str(row["op"])).items():
+        measured = [row for row in rows if "ms" in row]
+        lines += ["", f"## {op}", "", text.floors(measured) or "No floor.", ""]
+        names = [name for name in text.COLUMNS if name != "op"]
+        lines += text.rows_table(measured, names, 2) if measured else ["Nothing was measured."]
+    for state in ("skipped", "failed"):
+        reasons = text.grouped(
+            (row for row in result["rows"] if state in row),
+            lambda row: f"- {text.provider(row)}: {text.escaped(row[state])}",  # noqa: B023
+        )
+        lines += ["", f"## {state.title()}", ""] if reasons else []
+        for start, rows in reasons.items():
+            shapes = (f" {text.COLUMNS['shape'](row)}" if state == "failed" else "" for row in rows)
+            of = (f"`{row['op']}`{shape}" for row, shape in zip(rows, shapes, strict=True))
+            lines.append(f"{start} ({'; '.join(dict.fromkeys(of))}; {len(rows)} rows)")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How results are written: numbers, shapes, machines, and Markdown tables that are readable as text."""
+"""How results are written: numbers, shapes, machines, and tables of rows in Markdown."""
 
 from __future__ import annotations
 
@@ -17,31 +17,6 @@ FLOORS = {
 }
 
 
-def table(rows: list[list[str]], names: int = 1) -> list[str]:
-    """Return a Markdown table, its first row the header; the first `names` columns are left-aligned."""
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < names else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * (w + 2) if i < names else "-" * (w + 1) + ":" for i, w in enumerate(widths)]
-    return [line(rows[0]), f"|{'|'.join(rule)}|", *map(line, rows[1:])]
-
-
-def columns_table(
-    rows: Iterable[Row], columns: dict[str, Callable[[Row], str]], names: int
-) -> list[str]:
-    """Return a table with a cell of each column for each row; columns that are empty are left out."""
-    rows = list(rows)
-    made = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    made = {name: cells for name, cells in made.items() if any(cells)}
-    return table([list(made), *map(list, zip(*made.values(), strict=True))], names)
-
-
 def number(value: float | None) -> str:
     """Write three digits, without an exponent: 0.0123, 1.20, 123, 12,300."""
     if not value:
@@ -50,57 +25,38 @@ def number(value: float | None) -> str:
     return f"{rounded:,.{max(0, 2 - int(f'{rounded:e}'.split('e')[1]))}f}"
 
 
-def duration(ms: float) -> str:
-    return f"{number(ms / 1e3)} s" if ms >= 1e3 else f"{number(ms)} ms"
+def duration(ms: float | None) -> str:
+    return "" if ms is None else f"{number(ms / 1e3)} s" if ms >= 1e3 else f"{number(ms)} ms"
 
 
-def size(number_of_bytes: float) -> str:
+def size(number_of_bytes: float | None) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if number_of_bytes >= 0.9995 * scale:
+        if number_of_bytes and number_of_bytes >= 0.9995 * scale:
             return f"{number(number_of_bytes / scale)} {unit}"
-    return f"{number_of_bytes:.0f} B"
+    return "" if number_of_bytes is None else f"{number_of_bytes:.0f} B"
 
 
 def times(ratio: float | None) -> str:
-    if ratio is None:
-        return ""
-    return f"{number(ratio) if ratio < 0.1 else f'{ratio:,.{max(0, 3 - len(str(int(ratio))))}f}'} ×"
+    return "" if ratio is None else f"{number(ratio)} ×"
 
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0f} %"
 
 
-def megabytes(number_of_bytes: float | None) -> str:
-    return "" if number_of_bytes is None else number(number_of_bytes / 1e6)
-
-
 def count(value: float) -> str:
     """Write a number of parameters: 1.24 B, 494 M."""
-    for unit, scale in (("B", 1e9), ("M", 1e6)):
-        if value >= 0.9995 * scale:
-            return f"{number(value / scale)} {unit}"
-    return number(value)
+    return f"{number(value / 1e9)} B" if value >= 0.9995e9 else f"{number(value / 1e6)} M"
 
 
 def shape(row: Row) -> str:
     """Write Llama-3.1-8B, T 256; without a model the sizes."""
-    sizes = [f"{name} {value}" for name, value in row["sizes"].items() if name != "params"]
+    sizes = {name: value for name, value in row["sizes"].items() if name != "params"}
     if row["model"]:
-        tokens = row["sizes"].get("T")
-        return row["model"] + (f", T {tokens}" if tokens else "")
-    if "params" in row["sizes"]:
-        sizes.insert(0, f"{count(row['sizes']['params'])} parameters")
-    return ", ".join(sizes)
-
-
-def short_shape(row: Row) -> str:
-    """Write the shape and dtype; of a model without a name only its size and the tokens."""
-    sizes = row["sizes"]
-    text = shape(row)
-    if "params" in sizes and not row["model"]:
-        text = f"{count(sizes['params'])} parameters, T {sizes['T']}"
-    return f"{text}, {DTYPES.get(row['dtype'], row['dtype'])}"
+        return ", ".join([row["model"], *(f"T {t}" for t in [sizes.get("T")] if t)])
+    params = row["sizes"].get("params")
+    told = [f"{name} {value}" for name, value in sizes.items()]
+    return ", ".join(([f"{count(params)} parameters"] if params else []) + told)
 
 
 def own_provider(device: str) -> str:
@@ -119,14 +75,77 @@ def escaped(text: str) -> str:
     return re.sub(r"([|<*])", r"\\\1", " ".join(text.split()))
 
 
+def _beside(text: str, ratio: float | None) -> str:
+    return f"{text} ({times(ratio)})" if ratio else text
+
+
+def _error(row: Row) -> str:
+    if row["error_allowed"] == 0:
+        return "exact"
+    return f"{row['error']:.1e} ({row['error_allowed']:.1e})"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "op": lambda row: f"`{row['op']}`",
+    "shape": lambda row: f"{shape(row)}, {DTYPES.get(row['dtype'], row['dtype'])}",
+    "provider": provider,
+    "time": lambda row: _beside(duration(row.get("ms")), row.get("times_ours")) or "failed",
+    "quartiles": lambda row: f"{duration(row['ms_low'])} – {duration(row['ms_high'])}",
+    "rounds": lambda row: str(row["rounds"]),
+    "floor": lambda row: duration(row.get("floor_ms")),
+    "% of floor": lambda row: percent(row.get("percent_of_floor")),
+    "target": lambda row: percent(row.get("target_percent")),
+    "% at 6 B": lambda row: percent(row.get("percent_of_6_bytes")),
+    "registers": lambda row: "; ".join(
+        f"{k['registers']}, {k['programs']} a multiprocessor" for k in row.get("kernels", ())
+    ),
+    "% executed": lambda row: percent(row.get("executed_percent")),
+    "GB/s": lambda row: number(row.get("gb_per_s")),
+    "GFLOP/s": lambda row: number(row.get("gflop_per_s")),
+    "memory": lambda row: _beside(size(row.get("peak_bytes")), row.get("memory_ours")),
+    "mapped": lambda row: size(row.get("mapped_bytes") or None),
+    "planned/measured": lambda row: number(row.get("planned_ratio")),
+    "kept alike": lambda row: f"{100 * row['kept_overlap']:.1f} %" if "kept_overlap" in row else "",
+    "times the first's": lambda row: times(row.get("times_first")),
+    "x reference": lambda row: number(row.get("times_reference")),
+    "extrapolated": lambda row: "".join(
+        f"{layers} layers: {number(s)} s" for layers, s in row.get("extrapolated_s", {}).items()
+    ),
+    "others' cores": lambda row: number(row.get("others_cores")),
+    "error (allowed)": lambda row: _error(row) if "error" in row else "",
+    "verdict": lambda row: row.get("verdict", ""),
+}
+SHORT = ("op", "shape", "provider", "time", "% of floor", "memory", "mapped", "kept alike")
+
+
+def rows_table(rows: list[Row], names: Iterable[str] = COLUMNS, left: int = 3) -> list[str]:
+    """Return a table with a line for each row; columns that are empty are left out."""
+    made = {name: [COLUMNS[name](row) for row in rows] for name in names}
+    made = {name: cells for name, cells in made.items() if any(cells)}
+    return table([list(made), *map(list, zip(*made.values(), strict=True))], left)
+
+
+def table(rows: list[list[str]], left: int = 1) -> list[str]:
+    """Return a Markdown table, its first row the header; the first columns are left-aligned."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    lines = [
+        " | ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True))
+        for row in rows
+    ]
+    rule = [
+        f"{'-' * (w + 1)}{'-' if s == '<' else ':'}" for s, w in zip(sides, widths, strict=True)
+    ]
+    return [f"| {lines[0]} |", f"|{'|'.join(rule)}|", *(f"| {line} |" for line in lines[1:])]
+
+
 def hardware(result: Result) -> str:
     machine = result["machine"]
-    text = str(machine["processor"])
-    if machine.get("cores"):
-        text += f", {machine['cores']} cores"
-    if machine.get("memory_bytes"):
-        text += f", {machine['memory_bytes'] / 1e9:.0f} GB of memory"
-    return text
+    cores = f", {machine['cores']} cores" if machine.get("cores") else ""
+    memory = machine.get("memory_bytes")
+    return f"{machine['processor']}{cores}" + (
+        f", {memory / 1e9:.0f} GB of memory" if memory else ""
+    )
 
 
 def software(result: Result, names: tuple[str, ...] = ()) -> str:
@@ -135,16 +154,13 @@ def software(result: Result, names: tuple[str, ...] = ()) -> str:
     found = [f"{name} {version}" for name, version in versions if not names or name in names]
     if result["machine"]["device"] == "cpu" and result.get("threads"):
         found.append(f"{result['threads']} threads")
-    if result["machine"].get("driver"):
-        found.append(f"driver {result['machine']['driver']}")
-    return ", ".join(found)
+    driver = result["machine"].get("driver")
+    return ", ".join(found + ([f"driver {driver}"] if driver else []))
 
 
 def commit(result: Result) -> str:
-    if not result.get("commit"):
-        return "commit unknown"
     changed = " with uncommitted changes" if result.get("uncommitted_changes") else ""
-    return f"commit {result['commit'][:10]}{changed}"
+    return f"commit {(result.get('commit') or 'unknown')[:10]}{changed}"
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
@@ -156,13 +172,10 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Ro
 
 
 def floors(rows: Iterable[Row]) -> str:
-    """Say what the floors of some rows are, first that of most operations."""
-    of = grouped((row for row in rows if row.get("floor")), lambda row: str(row["floor"]))
-    ops = {floor: [f"`{op}`" for op in grouped(its, _op)] for floor, its in of.items()}
-    (first, _), *others = sorted(ops.items(), key=lambda item: -len(item[1])) or [("", [])]
-    told = [f"for {', '.join(names)} {FLOORS.get(floor, floor)}" for floor, names in others]
-    return f"Floor: {'; '.join([FLOORS.get(first, first), *told])}." if first else ""
-
-
-def _op(row: Row) -> str:
-    return str(row["op"])
+    """Say what the floors of some rows are."""
+    of = grouped((row for row in rows if row.get("floor")), lambda row: FLOORS[row["floor"]])
+    ops = {floor: dict.fromkeys(f"`{row['op']}`" for row in its) for floor, its in of.items()}
+    if len(ops) < 2:
+        return f"Floor: {next(iter(ops))}." if ops else ""
+    told = (f"for {', '.join(names)} {floor}" for floor, names in ops.items())
+    return f"Floor: {'; '.join(told)}."
