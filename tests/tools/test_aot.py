@@ -17,8 +17,8 @@ from hfprune_fast.kernels import TRITON_VERSION
 
 pytestmark = pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed")
 
-ROOT = Path(__file__).parent.parent.parent
-AOT = ROOT / "bench" / "aot.py"
+ROOT = Path(__file__).parents[2]
+AOT = ROOT / "tools" / "aot.py"
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx942"}
 PREAMBLE = f"""
 import json, sys

@@ -1,4 +1,4 @@
-"""bench/tiny_corpus.py: a corpus that is whole or refused."""
+"""tools/tiny_corpus.py: a corpus that is whole or refused."""
 
 import sysconfig
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""bench/tiny_model.py: its recipes, each trained for a few steps."""
+"""tools/tiny_model.py: its recipes, each trained for a few steps."""
 
 import json
 from pathlib import Path
