@@ -4,9 +4,9 @@
 
 The launchers are called with tensors that have a shape and no memory, and triton works out the
 launch as usual, stopped only where it would compile for this machine's GPU. So configurations,
-options and divisibility are a real launch's (in triton 3.6 and 3.7). What it was about to compile is
-compiled for each architecture. With --only-compile that is all: it fills TRITON_CACHE_DIR for those
-who launch next. Else the exit status is 1, with a line for each fault, where a kernel
+options and divisibility are a real launch's (in triton 3.6 and 3.7). What it was about to compile
+is compiled for each architecture. With --only-compile that is all: it fills TRITON_CACHE_DIR for
+the next to launch. Else the exit status is 1, with a line for each fault, where a kernel
 
 - spills registers or has a stack,
 - asks for more shared memory than the chip gives one program,

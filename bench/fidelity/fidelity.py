@@ -73,7 +73,18 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
         for variant in ROWS[args.rows]
         if (ratios := [r for r in args.ratios if (variant, r, seed) not in done])
     ]
-    _measure(subject, drawn, remaining, header, file, told)
+    if remaining:
+        _append(file, header)
+    begun, seeds = time.monotonic(), {}
+    for i, (seed, variant, ratios) in enumerate(remaining, 1):
+        if seed not in seeds:
+            seeds = {seed: Seed(subject, drawn[seed], seed)}
+        for row in seeds[seed].rows(variant, ratios):
+            _append(file, row)
+        minutes = (time.monotonic() - begun) / 60
+        left = minutes * (len(remaining) - i) / i
+        progress = f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}"
+        told(f"{progress}; {minutes:.1f} min, about {left:.0f} to go")
     return file
 
 
@@ -113,37 +124,6 @@ def _done(file: Path, header: dict[str, Any]) -> set[Key]:
         if (was := earlier.header.get(name, header[name])) != header[name]:
             raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
     return {(variant_of(row), row["prune_ratio"], row["seed"]) for row in earlier.rows}
-
-
-def _measure(
-    subject: Subject,
-    drawn: dict[int, Tensor],
-    remaining: list[tuple[int, Variant, list[float]]],
-    header: dict[str, Any],
-    file: Path,
-    told: Callable[[str], None],
-) -> None:
-    if remaining:
-        _append(file, header)
-    efforts = [len(ratios) * _effort(variant) for _, variant, ratios in remaining]
-    begun, seeds = time.monotonic(), {}
-    for i, (seed, variant, ratios) in enumerate(remaining):
-        if seed not in seeds:
-            seeds = {seed: Seed(subject, drawn[seed], seed)}
-        for row in seeds[seed].rows(variant, ratios):
-            _append(file, row)
-        seconds = time.monotonic() - begun
-        left = seconds * sum(efforts[i + 1 :]) / sum(efforts[: i + 1])
-        told(
-            f"{header['model']} {i + 1}/{len(remaining)}: seed {seed}, {variant}; "
-            f"{seconds / 60:.1f} min, about {left / 60:.0f} to go"
-        )
-
-
-def _effort(variant: Variant) -> float:
-    """Estimate how long a variant takes, in forward passes over the held-out text."""
-    tried = 3 if variant.allocation == "auto" else 0
-    return 1 + (5 + tried) * variant.refit
 
 
 def _append(file: Path, line: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ and a log of each phase. A second run of the same commit on the same day keeps w
 and it does not measure anew. Each phase has a process and a time limit of its own (`--limit`), so
 one that fails loses no other. `--only` names the phases to run after build and compile:
 
-    correctness  tests/gpu                  timing    the kernels' rows; those with no time left say so
+    correctness  tests/gpu
+    timing       the kernels' rows; those with no time left say so
     scoring      an 8B model scored, beside the paper's arithmetic; needs 70 GB of GPU memory
     refit        removal costs and a refit of one layer of an 8B's shape
     streamed     a 70B's layers from disk and RAM; 25 GB of disk under TMPDIR, 45 GB of host memory

@@ -1,8 +1,7 @@
-"""Time removal costs and a refit of one layer of an 8B model's shape.
+"""Time removal costs and a refit of one layer of an 8B model's shape, D 4096 and F 14336.
 
-The layer has D 4096 and F 14336 and random weights; a fifth of its neurons is removed. Costs must
-be finite and not negative, and a refit that keeps every neuron must return the weights it was given,
-but for their rounding.
+A fifth of its neurons is removed. Costs must be finite and not negative, and a refit that keeps
+every neuron must return the weights it was given, but for their rounding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Time the scoring of a model that does not fit: its layers are read from the disk or from RAM.
 
-The model has Llama-3-70B's shape but fewer layers, as many as the disk holds and the time allows, 12
-at most; the seconds of 80 layers are extrapolated from those of one. torch is limited to 24 GB of
-the GPU. The first pass of each size is checked against the same model resident, before that limit
+The model has Llama-3-70B's shape but fewer layers, as many as the disk holds and the time allows,
+12 at most; the seconds of 80 layers are extrapolated from those of one. torch is limited to 24 GB
+of the GPU. The first pass of each size is checked against the same model resident, before that limit
 is set: a layer that ran before its weights were there would show. It also reads the files from the
 disk and pins memory, so it is not counted; the others find them in the system's cache.
 """
@@ -72,7 +72,7 @@ class Marks:
             self.marks[-1].record()
 
     def parts(self, layers: int, batches: int) -> dict[str, float]:
-        """Return seconds of a pass's parts; those of one layer leave out the first, which differs."""
+        """Return seconds of a pass's parts; those of a layer leave out the first, which differs."""
         begin, *marks = self.marks
         at = [begin.elapsed_time(m) / 1e3 if GPU else m - begin for m in marks]
         assert len(at) == (2 * layers + 1) * batches
@@ -194,6 +194,7 @@ class Streamed:
             (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if GPU else (0, 0)
         )
         layer_s = median["layer_forward_s"] + median["layer_backward_s"]
+        whole_s = median["s"] + (SHAPE.layers - self.layers) * layer_s
         executed = executed_flops(self.layers, tokens) / median["s"] / 1e9 / gflop_per_s * 100
         return row(
             identity, times_ms, floors_ms, floor="products", flops=flops, peak_bytes=peak,
@@ -201,7 +202,7 @@ class Streamed:
             passes=passes, planned_bytes=plan.total_bytes, executed_percent=executed,
             **({"planned_ratio": plan.total_bytes / peak} if peak else {}),
             layer_gb_per_s=2 * SHAPE.layer_params / median["layer_forward_s"] / 1e9,
-            extrapolated_s={str(SHAPE.layers): median["s"] + (SHAPE.layers - self.layers) * layer_s},
+            extrapolated_s={str(SHAPE.layers): whole_s},
             verdict=gpu_phase.verdict({
                 f"{executed:.0f} % of the products' rate, not {TARGET_PERCENT}":
                     executed < TARGET_PERCENT,

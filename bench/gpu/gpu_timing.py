@@ -1,9 +1,9 @@
 """Time every kernel beside its floor and its peers: the cases, providers and rows of the suites.
 
-Rows of ours have what became of their targets and, of each kernel that was launched, its registers
-a thread and how many of its programs fit a multiprocessor at a time. A gradient at bf16 logits moves
-4 bytes a logit if a row stays in the cache between its two reads, and 6 if not: `percent_of_floor`
-is of the former, `percent_of_6_bytes` of the latter.
+Rows of ours have what became of their targets and, of each launched kernel, its registers a thread
+and how many of its programs fit a multiprocessor at a time. A gradient at bf16 logits moves 4 bytes
+a logit if a row stays in the cache between its two reads, and 6 if not: `percent_of_floor` is of
+the former, `percent_of_6_bytes` of the latter.
 """
 
 from __future__ import annotations

@@ -13,16 +13,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from meter import (
-    DEVICE,
-    GPU,
-    Evictor,
-    alternated_ms,
-    clock_s,
-    peak_bytes,
-    rounds_for,
-    synchronize,
-)
+from meter import DEVICE, GPU, Evictor, alternated_ms, clock_s, peak_bytes, rounds_for
 from records import Row, row
 from shapes import Spec
 from torch import Tensor
@@ -201,7 +192,7 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
     """Check a provider of a case, time it beside the floor, and return the row.
 
     With pytest-benchmark's fixture that has the clock, and prints its own table; else events on the
-    device do. A provider that cannot run, is wrong or runs out of memory becomes a row that says so.
+    device do. A provider that cannot run, is wrong or runs out of memory has a row that says so.
     """
     provider = case.PROVIDERS[name]
     computes = provider.computes or case.computes
@@ -218,10 +209,6 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
         times_ms, floors_ms = clock(call, case.floor, case.ready, rounds)
     except AbsentError as reason:
         return {**identity, "skipped": str(reason)}
-    except WrongError as reason:
-        return {**identity, "failed": f"wrong: {reason}"}
-    except torch.OutOfMemoryError:
-        return {**identity, "failed": OUT_OF_MEMORY}
     except Exception as error:  # a peer's, whose versions are many
         return {**identity, "failed": told(error)}
     return row(
@@ -232,7 +219,10 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
 
 def told(error: Exception) -> str:
     """Return an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    kind = "wrong" if isinstance(error, WrongError) else type(error).__name__
+    return f"{kind}: {' '.join(str(error).split())[:300]}"
 
 
 def by_fixture(
@@ -251,11 +241,11 @@ def by_fixture(
         floor()
         floors_ms.append(1e3 * (clock_s() - begin))
         ready()
-        synchronize()
+        clock_s()
 
     def finished() -> None:
         call()
-        synchronize()
+        clock_s()
 
     benchmark.pedantic(finished, setup=setup, rounds=rounds)
     return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms

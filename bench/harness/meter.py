@@ -72,8 +72,8 @@ def alternated_ms(
 def peak_bytes(call: Call) -> int:
     """Return the most that the tensors made by a call take at once, its result included.
 
-    On a GPU from torch's allocator, on a CPU from the profiler's record of each allocation: counted,
-    not sampled. What libraries allocate past torch is not in it.
+    On a GPU from torch's allocator, on a CPU from the profiler's record of each allocation:
+    counted, not sampled. What libraries allocate past torch is not in it.
     """
     if GPU:
         torch.cuda.synchronize()

@@ -11,7 +11,6 @@ The floor is the job's products at the rate that a large one had in the same rou
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 from collections.abc import Callable
@@ -24,7 +23,14 @@ import hfprune_reference
 import pytest
 import torch
 from meter import ceilings
-from models import Shape, into_page_cache, random_ids, random_model, write_checkpoint
+from models import (
+    Shape,
+    into_page_cache,
+    random_ids,
+    random_model,
+    score_band,
+    write_checkpoint,
+)
 from process_meters import wait_for_quiet
 from records import Row, row
 from safetensors.torch import load_file, save_file
@@ -78,23 +84,13 @@ def score_folder(folder: str, offload: str, seq_len: int, out: str) -> Any:
 
 
 def check(
-    ours: Tensor, reference: Tensor, dtype: str, ids_shape: tuple[int, int], vocab: int
-) -> tuple[float, float]:
-    """Compare the scores of each layer, by the norm of their difference, to what rounding explains.
-
-    With u half of eps: the reference rounds each product, each sum over the tokens and each of
-    N totals, which ours does not: N + 2. The forward pass is the same. Each gradient
-    went through the roundings of some 14 products a layer, of either sign, which the sum over the
-    tokens averages: sqrt(14 · 8 / seq_len) on either side, 0.3 at 1024. And both compute log p + H,
-    of order 1, in fp32 from two terms of about ln V: 2 ln V of fp32's u each.
-    """
+    ours: Tensor, reference: Tensor, dtype: str, shape: Shape, ids_shape: tuple[int, int]
+) -> dict[str, float]:
+    """Compare each layer's scores, by the norm of the difference, with what rounding explains."""
     error = torch.linalg.vector_norm(ours - reference.double(), dim=1) / ours.norm(dim=1)
-    u, u_fp32 = (torch.finfo(d).eps / 2 for d in (getattr(torch, dtype), torch.float32))
-    samples, seq_len = ids_shape
-    averaged = 2 * math.sqrt(14 * 8 / seq_len)
-    band = (samples + 2 + max(1.0, averaged)) * u + 4 * math.log(vocab) * u_fp32
+    band = score_band(dtype, shape, *ids_shape)
     assert bool((error < band).all()), f"errors {error.tolist()}, allowed {band}"
-    return float(error.max()), band
+    return {"error": float(error.max()), "error_allowed": band}
 
 
 def in_turn(
@@ -172,10 +168,10 @@ def test_score(
     tokens = SAMPLES * seq_len
     with started("bench_scoring", "score_model", arguments) as workers:
         ours, reference = (load_file(file)["l1"] for file in files.values())
-        error, allowed = check(ours, reference, dtype, (SAMPLES, seq_len), shape.vocab)
+        errors = check(ours, reference, dtype, shape, (SAMPLES, seq_len))
         flops = shape.needed_flops(tokens)
         rows = in_turn(benchmark, workers, ROUNDS[scale], flops=flops, dtype=dtype)
-    fields = {"dtype": dtype, "error": error, "error_allowed": allowed}
+    fields = {"dtype": dtype, **errors}
     fields |= {"sweep": "model"} if dtype == "bfloat16" else {}
     reported(report, "score", shape, tokens, rows, **fields)
 

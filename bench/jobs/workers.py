@@ -1,10 +1,10 @@
 """A provider of a whole job in a process of its own, so that memory is measured apart.
 
 A suite starts one for each provider and runs them in turn. A thread in the process reads RssAnon,
-its anonymous memory in RAM, every 2 ms. The baseline is taken after imports, after a small model has
-gone through the same provider, so that libraries hold their buffers, and after free memory has gone
-back to the system; for a loaded model with its weights, for a folder without. RssFile, read by the
-same thread, shows weights that are mapped from a file.
+its anonymous memory in RAM, every 2 ms. The baseline is taken after imports, after a small model
+has gone through the same provider, so that libraries hold their buffers, and after free memory has
+gone back to the system; for a loaded model with its weights, for a folder without. RssFile, read by
+the same thread, shows weights that are mapped from a file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-THREADS = 2
-
 
 class Worker:
     """Runs what `module.job(**arguments)` returns, repeatedly, in another process."""
@@ -34,48 +32,41 @@ class Worker:
             [sys.executable, __file__, case], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
         )  # fmt: skip
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        self.answer()
 
     def run(self) -> dict[str, Any]:
-        """One run: seconds, and memory in bytes."""
+        """Run once; return seconds, and memory in bytes."""
         assert self.process.stdin is not None
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
+        print("run", file=self.process.stdin, flush=True)
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
+                return json.loads(line)  # type: ignore[no-any-return]
         raise RuntimeError(f"a worker ended with exit status {self.process.wait()}")
 
 
 @contextmanager
-def started(
-    module: str, job: str, arguments: dict[str, dict[str, Any]]
-) -> Iterator[dict[str, Worker]]:
+def started(module: str, job: str, arguments: dict[str, Any]) -> Iterator[dict[str, Worker]]:
     """Yield one worker for each provider, all of them warm; end them afterwards."""
     workers: dict[str, Worker] = {}
     try:
-        for name, of_one in arguments.items():
+        for name, of_one in arguments.items():  # one after the other, as they disturb each other
             workers[name] = Worker(module, job, of_one)
-            workers[name].answer()  # one after the other, or they would be in each other's way
         yield workers
     finally:
         for worker in workers.values():
-            worker.end()
+            worker.process.kill()
+            worker.process.communicate()
 
 
 def main() -> None:
     sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
     from process_meters import Others, PeakMemory
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(2)
     module, job, arguments = json.loads(sys.argv[1])
     run = getattr(importlib.import_module(module), job)(**arguments)
     print("{}", flush=True)

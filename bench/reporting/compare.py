@@ -99,7 +99,8 @@ class Pair(NamedTuple):
         states += ["measured now"] if "ms" not in self.before else []
         return [
             *names(self.after), f"{self.time.middle:.2f}" if self.time else "",
-            *([f"{slower.middle:.2f}", f"{slower.low:.2f}–{slower.high:.2f}"] if slower else [""] * 2),
+            f"{slower.middle:.2f}" if slower else "",
+            f"{slower.low:.2f}–{slower.high:.2f}" if slower else "",
             "" if self.memory is None else f"{self.memory:.2f}",
             f"WORSE: {worse}" if worse else "".join(states[:1]),
         ]  # fmt: skip

@@ -121,8 +121,8 @@ def kernels(panels: list[list[Row]], where: str) -> Any:
             at = row["percent_of_floor"], names.index(provider(row))
             axis.plot(*at, linestyle="", fillstyle=fill, **_look(row["provider"]))
         axis.axvline(100, color="black", linestyle="--", linewidth=1)
-        axis.set(title=rows[0]["op"], xlabel=f"% of the speed of {FLOORS[rows[0]['floor']]}",
-                 yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))  # fmt: skip
+        axis.set(title=rows[0]["op"], xlabel=f"% of the speed of {FLOORS[rows[0]['floor']]}")
+        axis.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
         axis.set_xlim(0, max(115, 1.05 * max(row["percent_of_floor"] for row in rows)))
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()

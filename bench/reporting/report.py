@@ -1,4 +1,4 @@
-"""Turn result files (their form: `harness/records.py`) into tables, pictures and docs/benchmarks.md.
+"""Turn result files (`harness/records.py`) into tables, pictures and docs/benchmarks.md.
 
     python bench/reporting/report.py FILE.json ...     FILE.md beside each: all of its rows
     python bench/reporting/report.py                   bench/results/*.md, docs/benchmarks.md and,
@@ -31,8 +31,8 @@ from page import Source
 from records import ROOT, Result, ResultError, read
 
 NOTE = """\
-% of floor compares neighbours in time, so that it holds where the machine's speed does not. Memory \
-is what was taken beside the inputs; what is returned counts. An error is relative to the result's \
+% of floor compares neighbours in time, so that it holds where the machine's speed does not. \
+Memory is what was taken beside the inputs; what is returned counts. An error is relative to the result's \
 norm and was checked before the timing. Providers marked (cross entropy) compute that of given \
 labels, not the entropy, on the same shapes."""
 HINT = "tables and docs/benchmarks.md are written by: python bench/reporting/report.py"

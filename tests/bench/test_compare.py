@@ -61,11 +61,6 @@ def noisy(row: Row) -> None:
     row["percent_high"] *= 1.5  # a quarter of the rounds were as fast as ever
 
 
-def noisy_time(row: Row) -> None:
-    scaled(row, 1.4)
-    row["ms_low"] /= 1.5
-
-
 def slower_on_a_faster_machine(row: Row) -> None:
     scaled(row, 1.5)
     scaled(row, 1 / 1.5, floor=False)
@@ -127,17 +122,8 @@ def test_a_slower_row_has_its_ratios(compared: Compare) -> None:
 
 
 def test_without_a_floor_the_time_is_judged(compared: Compare) -> None:
-    before = without_floor(invented())
-    assert compared(before, without_floor(changed(lambda row: scaled(row, 1.4))))[0] == 1
-    assert compared(before, without_floor(changed(noisy_time)))[0] == 0
-
-
-def test_memory_where_there_was_none(compared: Compare) -> None:
-    after = invented()
-    row = of(after, "ours, in place", "compact_rows")
-    assert row["peak_bytes"] == 0
-    row["peak_bytes"] = 1
-    assert compared(invented(), after)[0] == 1
+    after = changed(lambda row: scaled(row, 1.4))
+    assert compared(without_floor(invented()), without_floor(after))[0] == 1
 
 
 def test_a_row_that_failed_before_is_no_worse(compared: Compare) -> None:
@@ -150,21 +136,8 @@ def test_rows_of_one_side_are_listed(compared: Compare) -> None:
     after = invented()
     after["rows"] = [row for row in after["rows"] if row["op"] != "gated_taylor"]
     code, output = compared(invented(), after)
-    assert code == 0
+    assert (code, "only in B" in output) == (0, False)
     assert "- gated_taylor, Llama-2-7B, T 256, bfloat16, ours" in output.split("only in A:")[1]
-    assert "only in B" not in output
-    assert "only in B:\n- gated_taylor" in compared(after, invented())[1]
-
-
-def test_series_that_share_a_size_are_apart(compared: Compare) -> None:
-    after = invented()
-    rows = [r for r in after["rows"] if r["op"] == "linear_entropy" and not r["model"]]
-    rows = [r for r in rows if r["provider"] == "ours, torch"]
-    both = [r for r in rows if [other["sizes"] for other in rows].count(r["sizes"]) == 2]
-    assert [row["sweep"] for row in both] == ["T", "V"]
-    scaled(both[1], 2)
-    code, output = compared(invented(), after)
-    assert (code, output.count("WORSE")) == (1, 1)
 
 
 def test_two_machines(compared: Compare) -> None:
@@ -196,10 +169,3 @@ def test_nothing_to_judge(compared: Compare, tmp_path: Path) -> None:
         said = "compare.py: no row of ours is in both files, so there is nothing to judge\n"
         assert (code, output) == (2, said)
     assert compare.main([str(tmp_path / "none.json")] * 2) == 2
-
-
-@pytest.mark.parametrize("threshold", ["0.9", "nan", "much"])
-def test_bad_threshold(compared: Compare, threshold: str) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        compared(invented(), invented(), "--threshold", threshold)
-    assert exit_info.value.code == 2

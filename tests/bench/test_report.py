@@ -76,7 +76,8 @@ def test_the_repository_agrees(said: Said) -> None:
 def test_only_python_is_needed(root: Path) -> None:
     """Neither torch nor anything else that is installed: -S leaves out site-packages."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'bench/reporting')!r}); import report, compare\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'bench/reporting')!r})\n"
+        f"import report, compare\n"
         f"from pathlib import Path\n"
         f"sys.exit(report.main(['--check'], Path({str(root)!r})))"
     )
@@ -100,16 +101,11 @@ def test_the_page_has_the_numbers_of_the_rows(root: Path) -> None:
 
 
 def test_a_caption_has_hardware_versions_and_date(root: Path) -> None:
-    for start in (
-        "Inventa 9, 2 cores, 16 GB of memory, torch 2.13.0, 2 threads, 2030-01-02, ",
-        "Inventa G1, 80 GB of memory, torch 2.13.0, triton 3.7.1, driver 999.1, 2030-01-02, ",
-    ):
-        lines = [line for line in page(root).splitlines() if line.startswith(start)]
-        assert len(lines) >= 2, start
-        for line in lines:
-            assert "commit 0123456789." in line
-            (link,) = re.findall(r"\[All rows\]\((.+?)\)", line)
-            assert (root / "docs" / link).exists()
+    start = "Inventa G1, 80 GB of memory, torch 2.13.0, triton 3.7.1, driver 999.1, 2030-01-02, "
+    line = next(line for line in page(root).splitlines() if line.startswith(start))
+    assert "commit 0123456789." in line
+    (link,) = re.findall(r"\[All rows\]\((.+?)\)", line)
+    assert (root / "docs" / link).exists()
 
 
 def test_cross_entropy_skipped_and_failed_are_called_so(root: Path) -> None:
@@ -220,13 +216,6 @@ def test_no_result_file(tmp_path: Path, text: str, reason: str, said: Said) -> N
     assert (code, output.count("\n")) == (2, 1)
     assert output.startswith(f"report.py: {path}: ")
     assert reason in output
-
-
-def test_a_file_by_another_name(root: Path, said: Said) -> None:
-    path = root / f"bench/results/{CPU}-2030-01-02.json"
-    path.rename(path.with_name("mine.json"))
-    code, output = said(root, "--check")
-    assert (code, "its name must begin with" in output) == (2, True)
 
 
 def test_numbers_and_tables() -> None:

@@ -36,8 +36,8 @@ def test_all_suites_at_tiny_sizes(tmp_path: Path) -> None:
     rows = read(path)["rows"]
     assert {row["op"] for row in rows} == {
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "gated_taylor", "taylor_statistics", "compact_rows", "compact_columns", "prune_checkpoint", "score",
-        "whole_job",
+        "linear_entropy", "gated_taylor", "taylor_statistics", "compact_rows", "compact_columns",
+        "prune_checkpoint", "score", "whole_job",
     }  # fmt: skip
     for row in rows:
         if "skipped" not in row:

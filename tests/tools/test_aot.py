@@ -117,11 +117,8 @@ real = [
     ("bf16 forward", lambda: kernels.softmax_entropy(rows(4, 96))),
     ("bf16 gradient in place", lambda: kernels.softmax_entropy_grad_(rows(4, 96), torch.ones(4))),
     ("bf16 odd V", lambda: kernels.linear_entropy(rows(4, 32), rows(33, 32))),
-    ("bf16", lambda: kernels.taylor_statistics(g, gate)),
     ("bf16 token_mask", lambda: kernels.taylor_statistics(g, gate, token_mask=mask)),
     ("bf16 gated silu", lambda: kernels.gated_taylor(g, gate, up, overwrite=True)),
-    ("bf16 gated silu", lambda: kernels.gated_taylor(g, gate, up)),
-    ("bf16 gated silu token_mask", lambda: kernels.gated_taylor(g, gate, up, token_mask=mask)),
     ("bf16 gated silu fused",
      lambda: kernels.gated_taylor(g, *rows(2, 256, 64).chunk(2, dim=2), overwrite=True)),
     ("bf16 gated silu odd F", lambda: kernels.gated_taylor(*odd)),
@@ -139,12 +136,9 @@ print(json.dumps([
     for name, operation in real for arch in ("sm_90", "gfx942")
 ]))
 """
-    compared = run_code(code, tmp_path)
-    for name, arch, compiled, launched in compared:
+    for name, arch, compiled, launched in run_code(code, tmp_path):
         assert compiled == launched, (name, arch)
         assert compiled, name
-    divisible = {argument for _, _, launches, _ in compared for *_, d in launches for argument in d}
-    assert {"z_ptr", "stride_zt", "g_ptr", "stride_gt", "F", "partial_ptr"} <= divisible
 
 
 def test_narrow_loads_and_stores_are_a_fault(tmp_path: Path) -> None:

@@ -29,13 +29,6 @@ def test_the_default_recipe_is_that_of_the_model_that_ships(
         assert config.get(name) == shipped.get(name), name
 
 
-def test_arguments_win_over_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = ["tiny_model.py", "--family", "qwen3", "--steps", "7", "--out", str(tmp_path / "new")]
-    monkeypatch.setattr("sys.argv", argv)
-    args = parse_arguments()
-    assert (args.steps, args.learning_rate) == (7, RECIPES["qwen3"].learning_rate)
-
-
 def test_qwen3_has_another_shape_an_untied_head_and_norms() -> None:
     model = new_model(RECIPES["qwen3"], bos=0, eos=1)
     names = dict(model.named_parameters())
