@@ -109,10 +109,11 @@ def measure(benchmark: Any, report: Callable[..., None]) -> Callable[..., None]:
         benchmark.group = str(case.spec)
         row = measured(case, provider, benchmark)
         report(row)
-        if "skipped" in row or row.get("failed") == OUT_OF_MEMORY:
+        failed = row.get("failed")
+        if "skipped" in row or failed == OUT_OF_MEMORY:
             pytest.skip(row.get("skipped", OUT_OF_MEMORY))
-        if "failed" in row:
-            pytest.fail(row["failed"], pytrace=False)
+        if failed:
+            pytest.fail(failed, pytrace=False)
 
     return measure
 

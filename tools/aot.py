@@ -241,11 +241,10 @@ def _faults(case: Case, report: Report) -> Iterator[str]:
     limit = SHARED_LIMIT_BYTES[report.arch]
     if report.shared_bytes > limit:
         yield f"asks for {report.shared_bytes} bytes of shared memory, more than {limit}"
-    for what, sizes, present in (
-        ("loads", report.loads, True), ("stores", report.stores, case.stores)
-    ):  # fmt: skip
+    for what in ("loads", "stores"):
+        sizes = getattr(report, what)
         narrow = [size for size in sizes if size < 16]
-        if present and not sizes:
+        if not sizes and (what == "loads" or case.stores):
             yield f"has no {what} in a loop: its hot path is not where this check looks"
         elif case.wide and sum(narrow) > (1 - WIDE_SHARE) * sum(sizes):
             yield f"{len(narrow)} of {len(sizes)} {what} in loops are narrower than 16 bytes"

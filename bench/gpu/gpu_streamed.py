@@ -2,8 +2,8 @@
 
 The model has Llama-3-70B's shape but fewer layers, as many as the disk holds and the time allows,
 12 at most; the seconds of 80 layers are extrapolated from those of one. torch is limited to 24 GB
-of the GPU. The first pass of each size is checked against the same model resident, before that limit
-is set: a layer that ran before its weights were there would show. It also reads the files from the
+of the GPU. The first pass of each size is checked against the same model resident, before that
+limit is set: a layer that ran before its weights were there would show. It also reads from the
 disk and pins memory, so it is not counted; the others find them in the system's cache.
 """
 

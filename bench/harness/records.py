@@ -36,6 +36,7 @@ Reading a result file needs the standard library alone, so torch is imported ins
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -101,9 +102,10 @@ def described() -> Result:
 
     cuda = torch.cuda.is_available()
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    versions = {"python": platform.python_version()} | {
-        name: found for name in _PACKAGES if (found := _version(name))
-    }
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "machine": _gpu() if cuda else _cpu(),
         "versions": versions,
@@ -134,26 +136,24 @@ class ResultError(Exception):
 def read(path: Path) -> Result:
     """Return a result that has what its readers rely on; raise ResultError for another file."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # which json's and UTF-8's errors are
-        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise ResultError(f"{path}: {reason}") from None
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # which json's and UTF-8's errors are
+        raise ResultError(f"{path}: not JSON: {error}") from None
     try:
-        _check(result)
+        _of(result, {"machine": dict, "versions": dict, "date": str, "rows": list})
+        _of(result["machine"], {"name": str, "device": str, "processor": str})
+        for number, found in enumerate(result["rows"], 1):
+            _of(found, {name: dict if name == "sizes" else str for name in KEY})
+            if len(found.keys() & {"ms", "skipped", "failed"}) != 1:
+                raise ValueError(f"row {number} has not one of 'ms', 'skipped' and 'failed'")
+            if "ms" in found:
+                times = dict.fromkeys(("ms", "ms_low", "ms_high"), (int, float))
+                _of(found, times | {"rounds": int})
     except ValueError as error:
         raise ResultError(f"{path}: not a result file: {error}") from None
-    return result  # type: ignore[no-any-return]
-
-
-def _check(result: Any) -> None:
-    _of(result, {"machine": dict, "versions": dict, "date": str, "rows": list})
-    _of(result["machine"], {"name": str, "device": str, "processor": str})
-    for number, found in enumerate(result["rows"], 1):
-        _of(found, {name: dict if name == "sizes" else str for name in KEY})
-        if len(found.keys() & {"ms", "skipped", "failed"}) != 1:
-            raise ValueError(f"row {number} has not one of 'ms', 'skipped' and 'failed'")
-        if "ms" in found:
-            _of(found, dict.fromkeys(("ms", "ms_low", "ms_high"), (int, float)) | {"rounds": int})
+    return result
 
 
 def _of(found: Any, kinds: dict[str, Any]) -> None:
@@ -178,18 +178,15 @@ def rounded(value: Any) -> Any:
 def _gpu() -> dict[str, Any]:
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
+    found = torch.cuda.get_device_properties(0)
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "name": _slug(properties.name),
-        "device": "cuda",
-        "processor": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": getattr(properties, "L2_cache_size", None),
-        "memory_bytes": properties.total_memory,
+        "name": _slug(found.name), "device": "cuda", "processor": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "l2_bytes": getattr(found, "L2_cache_size", None), "memory_bytes": found.total_memory,
         "driver": driver.splitlines()[0] if driver else None,
-    }
+    }  # fmt: skip
 
 
 def _cpu() -> dict[str, Any]:
@@ -197,24 +194,15 @@ def _cpu() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     processor = model[1].strip() if model else platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "name": f"{_slug(processor)}-{cores}core",
-        "device": "cpu",
-        "processor": processor,
-        "cores": cores,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+        "name": f"{_slug(processor)}-{cores}core", "device": "cpu", "processor": processor,
+        "cores": cores, "memory_bytes": memory,
+    }  # fmt: skip
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:

@@ -66,7 +66,7 @@ class Shape:
 
 
 def fill(name: str, tensor: Tensor) -> Tensor:
-    """Fill with random weights that keep products' size; logits of about 2.5 make some p stand out."""
+    """Fill with random weights: products keep their size, logits of about 2.5 make p uneven."""
     if tensor.ndim == 1:
         return tensor.fill_(1)
     gain = 2.5 if "lm_head" in name else 1.2

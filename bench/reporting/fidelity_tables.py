@@ -22,23 +22,12 @@ FOLDER = RESULTS / "fidelity"
 # What docs/benchmarks.md shows, in this order: the paper's recipe, its criterion's rivals by rank
 # alone, then what allocation and refit add, one after the other.
 SHOWN = (
-    RANDOM,
-    MAGNITUDE,
-    PAPER,
-    Variant("entropy", "l2"),
-    Variant("cross_entropy", "l2"),
-    Variant("activation", "act"),
-    Variant("fisher", "mask"),
-    Variant("fisher", "l2"),
-    Variant("fisher", "obs"),
-    Variant("entropy", "l1", refit=True),
-    Variant("fisher", "l2", refit=True),
-    UNIFORM,
-    Variant("entropy", "l1", "global"),
-    Variant("fisher", "l2", "global"),
-    Variant("fisher", "l2", "global", refit=True),
-    DEFAULT,
-)
+    RANDOM, MAGNITUDE, PAPER, Variant("entropy", "l2"), Variant("cross_entropy", "l2"),
+    Variant("activation", "act"), Variant("fisher", "mask"), Variant("fisher", "l2"),
+    Variant("fisher", "obs"), Variant("entropy", "l1", refit=True),
+    Variant("fisher", "l2", refit=True), UNIFORM, Variant("entropy", "l1", "global"),
+    Variant("fisher", "l2", "global"), Variant("fisher", "l2", "global", refit=True), DEFAULT,
+)  # fmt: skip
 SHOWN_RATIOS = (0.2, 0.3, 0.5)
 HEADER = ["criterion", "statistic", "allocation", "refit"]
 NEEDED = {

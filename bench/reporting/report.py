@@ -32,9 +32,9 @@ from records import ROOT, Result, ResultError, read
 
 NOTE = """\
 % of floor compares neighbours in time, so that it holds where the machine's speed does not. \
-Memory is what was taken beside the inputs; what is returned counts. An error is relative to the result's \
-norm and was checked before the timing. Providers marked (cross entropy) compute that of given \
-labels, not the entropy, on the same shapes."""
+Memory is what was taken beside the inputs; what is returned counts. An error is relative to the \
+result's norm and was checked before the timing. Providers marked (cross entropy) compute that of \
+given labels, not the entropy, on the same shapes."""
 HINT = "tables and docs/benchmarks.md are written by: python bench/reporting/report.py"
 
 

@@ -83,9 +83,6 @@ def test_a_measured_model_is_the_smaller_one(
     want = hf.evaluate(subject.model, smaller, subject.ids.split(16))
     # Both add the same numbers, and zeros, in another order. That moves logits, which are below 32,
     # by some units in the last place (a few for each of 4 layers), and a KL by twice as much.
-    with torch.no_grad():
-        largest = float(smaller(subject.ids).logits.abs().max())
-    assert largest < 32
     ulp = 32 * torch.finfo(torch.float32).eps
     assert abs(row["kl_nats"] - want.kl_nats) <= 2 * 4 * 4 * ulp
     assert row["ppl_pruned"] == pytest.approx(want.ppl_pruned, rel=2 * 4 * 4 * ulp)
@@ -277,17 +274,6 @@ def test_the_page_has_both_models_the_smallest_first(root: Path) -> None:
     links = re.findall(r"\]\((.+?)\)", text)
     assert len(links) == 3
     assert all((root / "docs" / link).exists() for link in links)
-
-
-def test_a_later_runs_commit_is_shown(root: Path) -> None:
-    path = root / "bench/results/fidelity/small.jsonl"
-    header, *rows = invented("small", {Variant("fisher", "l2"): {0.2: (0.06,)}})
-    later = [header | {"commit": "fedcba9876543210", "date": "2030-01-05T15:00:00+00:00"}, *rows]
-    write(path, [*map(json.loads, path.read_text().splitlines()), *later])
-    report.write(root)
-    text = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert "2030-01-02, commit 0123456789; 2030-01-05, commit fedcba9876" in text
-    assert cells(text, "fisher", "l2", "uniform", "") == ["0.600", ""]
 
 
 @pytest.mark.parametrize(

