@@ -26,7 +26,6 @@ from hfprune_fast import architectures, planning
 from hfprune_fast.forward import ResidentModel, micro_batch
 from hfprune_fast.planning import ModelShape, Plan
 from hfprune_fast.scoring import How, backend_for, score_batches
-from hfprune_fast.state import Totals
 
 SHAPE = Shape(4096, 14336, 32, 32, 8, 128_256) if GPU else Shape(64, 160, 3, 4, 2, 500)
 SEQUENCES = 8
@@ -80,12 +79,12 @@ class Subject:
                 lean = recompute and batch_size == 2
                 yield Variant(batch_size, recompute, plan, is_chosen, lean)
 
-    def ours(self, variant: Variant, totals: Totals | None = None) -> Totals:
+    def ours(self, variant: Variant) -> Tensor:
         budget = variant.plan.logits_budget_bytes
         how = How(backend=self.backend, recompute=variant.recompute, logits_budget_bytes=budget)
         batches = micro_batch(self.ids, SHAPE.vocab).split(variant.batch_size)
         with no_retreat(), self.resident as model:
-            return score_batches(model, batches, how, totals)
+            return score_batches(model, batches, how).statistics[0, 0]
 
     def reference(self) -> Tensor:
         return hfprune_reference.score(self.model, self.on_device)
@@ -102,11 +101,9 @@ def checked(
     for name, variant in variants.items():
         phase.note(f"{name}: checked")
         try:
-            totals = subject.ours(variant)
-            error = gpu_phase.relative_errors(wanted, totals.statistics[0, 0])
+            error = gpu_phase.relative_errors(wanted, subject.ours(variant))
             fields = gpu_phase.checked(name, error, torch.full_like(error, band))
-            # Timed as all passes of a run but the first, which looks at the weights' columns.
-            found[name] = partial(subject.ours, variant, totals), fields
+            found[name] = partial(subject.ours, variant), fields
         except Exception as error:
             phase.failed(name, error)
     worst = max(error["error"] for _, error in found.values())

@@ -14,16 +14,7 @@ import pytest
 import report
 import torch
 from fidelity_subject import Seed, Subject
-from fidelity_variants import (
-    DEFAULT,
-    PAPER,
-    QUICK,
-    RANDOM,
-    UNIFORM,
-    VARIANTS,
-    Variant,
-    variant_of,
-)
+from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, Variant, variant_of
 
 import hfprune_fast as hf
 from hfprune_fast import prune_job, selection
@@ -107,7 +98,7 @@ def test_the_dense_model_is_left_as_it_was(subject: Subject) -> None:
 
 def test_each_variant_ranks_by_its_own_scores(seed: Seed) -> None:
     """No two keep the same, but what `auto` chose from."""
-    ranked = [each for each in VARIANTS if not each.refit and each.allocation == "uniform"]
+    ranked = [each for each in fidelity.VARIANTS if not each.refit and each.allocation == "uniform"]
     kept = {tuple(torch.cat(list(seed.keep(each, 0.3).values())).tolist()) for each in ranked}
     assert len(kept) == len(ranked) > 10
 
