@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -158,19 +159,17 @@ def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace
         scheduler.step()
         losses.append(float(loss))
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
-            recent = sum(losses[-100:]) / len(losses[-100:])
-            rate_tokens = (step + 1) * args.batch * WINDOW_TOKENS / (time.monotonic() - started)
-            log(f"step {step + 1}/{args.steps}: loss {recent:.4f} nats, {rate_tokens:.0f} tokens/s")
-    last = losses[-max(1, args.steps // 20) :]
-    return sum(last) / len(last)
+            speed = (step + 1) * args.batch * WINDOW_TOKENS / (time.monotonic() - started)
+            recent = mean(losses[-100:])
+            log(f"step {step + 1}/{args.steps}: loss {recent:.4f} nats, {speed:.0f} tokens/s")
+    return mean(losses[-max(1, args.steps // 20) :])
 
 
 @torch.no_grad()
 def heldout_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Nats a token over the whole windows of one text."""
     windows = ids.unfold(0, WINDOW_TOKENS + 1, WINDOW_TOKENS)
-    losses = [next_token_loss(model, window[None]).item() for window in windows]
-    return sum(losses) / len(losses)
+    return mean(next_token_loss(model, window[None]).item() for window in windows)
 
 
 def log(message: str) -> None:
@@ -195,9 +194,8 @@ def parse_arguments() -> argparse.Namespace:
             setattr(args, name, getattr(RECIPES[args.family], name))
     if args.out.exists():
         parser.error(f"--out: expected a folder that does not exist yet, got {args.out}")
-    for name in ("steps", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.steps < 1 or args.threads < 1:
+        parser.error("--steps and --threads: expected at least 1")
     if args.batch < 1 or args.batch % SHARD_WINDOWS:
         parser.error(f"--batch: expected a multiple of {SHARD_WINDOWS}, got {args.batch}")
     return args

@@ -8,10 +8,9 @@
 
 A row is one provider of one operation at one shape:
 
-    op         softmax_entropy, linear_entropy, gated_taylor, compact_rows, score, whole_job, ...
+    op, dtype  softmax_entropy, linear_entropy, gated_taylor, score, ...; "float32", "bfloat16"
     model      whose shape it is: "Llama-3.1-8B", or "" for a shape of no known model
     sizes      {"T": 256, "D": 4096, "V": 32000}; of models their params too
-    dtype      "float32", "bfloat16"
     provider   "ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile", ...
     computes   "entropy", or "cross entropy" for the peers that compute nothing else
     sweep      the size that a series of rows varies: "T", "V", "model"; absent elsewhere
@@ -19,17 +18,16 @@ A row is one provider of one operation at one shape:
 and either `skipped` or `failed`, a reason in a line, or all of these that apply:
 
     ms, ms_low, ms_high, rounds     median, quartiles and number of the times
-    floor, floor_ms                 the lower bound: "copy" of the bytes to be moved, "products",
-                                    "memcpy" or "cp"
+    floor, floor_ms                 the lower bound: "copy" of the bytes to move, "products", ...
     percent_of_floor, percent_low, percent_high
-                                    100 x the median, and quartiles, of floor / time in each round
+                                    median and quartiles of 100 · floor / time in each round
     bytes, gb_per_s, flops, gflop_per_s
                                     what any provider must do, and the rate of this one
     peak_bytes, mapped_bytes        memory beside the inputs; mapped pages of files beside that
     others_cores                    cores that other processes kept busy meanwhile
     times_first, kept_overlap       of whole jobs: time / ours; share of kept neurons in common
     error, error_allowed            relative to the result's norm, checked before the timing
-    kernels, percent_of_6_bytes     on a GPU: registers and programs a multiprocessor; see gpu_times
+    kernels, verdict, ...           on a GPU; see bench/gpu
 
 Reading a result file needs the standard library alone, so torch is imported inside functions.
 """

@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             print(path.with_suffix(".md"))
         if not args.files and not args.check:
             write(root)
+            draw(root)
         wrong = [] if args.files else list(disagreements(root))
     except ResultError as error:
         print(f"report.py: {error}", file=sys.stderr)
@@ -85,14 +86,16 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
 
 
 def write(root: Path) -> None:
-    texts, drawn = expected(root)
-    for path, new in texts.items():
+    for path, new in expected(root)[0].items():
         if not path.exists() or path.read_text(encoding="utf-8") != new:
             path.parent.mkdir(exist_ok=True)
             path.write_text(new, encoding="utf-8")
             print(path.relative_to(root))
+
+
+def draw(root: Path) -> None:
     try:
-        for path, picture in drawn.items():
+        for path, picture in expected(root)[1].items():
             pictures.save(picture, path)
     except ImportError as error:
         print(f"the pictures are as they were: {error}; pip install '.[bench]'", file=sys.stderr)
