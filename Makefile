@@ -24,10 +24,11 @@ types: $(VENV)/.dev install
 # Every kernel for every architecture, without a GPU: registers, shared memory, spills, wide loads and
 # stores. About a minute on 2 cores.
 aot: install
-	$(BIN)/python bench/aot.py
+	$(BIN)/python tools/aot.py
 
 # Every operation beside its peers at sizes for a CPU, in under 10 minutes on 2 idle cores: writes
-# bench/results/<machine>-<date>.json and .md. `python bench/report.py` puts them into the README.
+# bench/results/<machine>-<date>.json and .md, from which `python bench/reporting/report.py` makes
+# docs/benchmarks.md.
 BENCH = CUDA_VISIBLE_DEVICES= $(BIN)/pytest bench -v --rows bench/results --benchmark-columns=median,iqr,rounds
 
 bench: $(VENV)/.bench install
@@ -40,12 +41,12 @@ bench-large: $(VENV)/.bench install
 # Trains the model that ships with the package again, beside it; about a quarter of an hour on 2 cores.
 tiny-model: $(VENV)/.runtime
 	rm -rf build/tiny
-	$(BIN)/python bench/tiny_model.py --out build/tiny
+	$(BIN)/python tools/tiny_model.py --out build/tiny
 
 # A trained model of another family and shape, which does not ship; about a quarter of an hour too.
 qwen3-model: $(VENV)/.runtime
 	rm -rf build/qwen3
-	$(BIN)/python bench/tiny_model.py --family qwen3 --out build/qwen3
+	$(BIN)/python tools/tiny_model.py --family qwen3 --out build/qwen3
 
 # The package itself, as users get it: built and copied, not editable. Needs no network.
 install: $(VENV)/.runtime

@@ -2,7 +2,7 @@
 
     .venv/bin/pytest bench --small --rows DIR      DIR/<machine>-<date>.json and .md
 
-`--tiny` rehearses: nobody's shapes, and Triton's kernels in its interpreter if TRITON_INTERPRET=1.
+`--tiny` rehearses: tiny shapes, and Triton's kernels in its interpreter if TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # pytest does not, with its importlib mode
+# Every folder of bench/, and not bench/ itself, where `kernels` would be taken for the package of
+# that name that transformers looks for. pytest does not do it, with its importlib mode.
+sys.path[:0] = map(str, Path(__file__).parent.glob("*/"))
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 RESULT = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("hfprune_fast's suites")
-    scales = group.addoption
-    scales("--small", action="store_const", dest="scale", const="small",
+    option = parser.getgroup("hfprune_fast's suites").addoption
+    option("--small", action="store_const", dest="scale", const="small",
            help="few tokens; without a GPU the default")  # fmt: skip
-    scales("--tiny", action="store_const", dest="scale", const="tiny", help="a rehearsal")
-    group.addoption("--rows", type=Path, metavar="DIR", help="write the result file there")
-    group.addoption("--rows-suffix", default="", help="what its name ends with")
+    option("--tiny", action="store_const", dest="scale", const="tiny", help="a rehearsal")
+    option("--rows", type=Path, metavar="DIR", help="write the result file there")
+    option("--rows-suffix", default="", help="what its name ends with")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         folder, part = config.option.rows, config.option.keyword or config.option.scale == "tiny"
         if torch.cuda.is_available():
-            raise pytest.UsageError("result files of a GPU are made by bench/gpu_check.py")
+            raise pytest.UsageError("result files of a GPU are made by bench/gpu/gpu_check.py")
         if part and folder.resolve() == RESULTS and not config.option.rows_suffix:
             raise pytest.UsageError(
                 "--rows bench/results is for whole runs, which these rows would replace; "
@@ -56,16 +57,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of `case` and `provider` runs for every spec of its module and all its providers."""
-    if "provider" not in metafunc.fixturenames or not hasattr(metafunc.module, "specs"):
-        return
+    """Run a test of `case` and `provider` for every spec of its module and all its providers."""
     module = metafunc.module
-    pairs = [
-        pytest.param(spec, name, id=f"{spec}, {name}")
-        for spec in module.specs(metafunc.config.getoption("scale"))
-        for name in module.CASES[spec.op].providers_of(spec)
-    ]
-    metafunc.parametrize(("case", "provider"), pairs, indirect=["case"])
+    if "provider" in metafunc.fixturenames and hasattr(module, "specs"):
+        pairs = [
+            pytest.param(spec, name, id=f"{spec}, {name}")
+            for spec in module.specs(metafunc.config.getoption("scale"))
+            for name in module.CASES[spec.op].providers_of(spec)
+        ]
+        metafunc.parametrize(("case", "provider"), pairs, indirect=["case"])
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +109,11 @@ def measure(benchmark: Any, report: Callable[..., None]) -> Callable[..., None]:
         benchmark.group = str(case.spec)
         row = measured(case, provider, benchmark)
         report(row)
-        if "skipped" in row or row.get("failed") == OUT_OF_MEMORY:
+        failed = row.get("failed")
+        if "skipped" in row or failed == OUT_OF_MEMORY:
             pytest.skip(row.get("skipped", OUT_OF_MEMORY))
-        if "failed" in row:
-            pytest.fail(row["failed"], pytrace=False)
+        if failed:
+            pytest.fail(failed, pytrace=False)
 
     return measure
 
@@ -130,10 +131,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if folder is None or not rows:
         return
     import records
-    from ceilings import ceilings
+    from meter import ceilings
     from report import markdown
 
     result = {**config.stash[RESULT], "ceilings": ceilings(config.getoption("scale")), "rows": rows}
     path = records.write(result, folder, config.getoption("rows_suffix"))
     path.with_suffix(".md").write_text(markdown(records.read(path)), encoding="utf-8")
-    print(f"\n{path} and .md; `python bench/report.py` brings the README up to date")
+    print(f"\n{path} and .md; `python bench/reporting/report.py` brings docs/ up to date")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hfprune_reference
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-
-from . import hfprune_reference
 
 
 def prune(folder: Path, ids: Tensor, out: Path, prune_ratio: float) -> Tensor:

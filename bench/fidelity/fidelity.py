@@ -1,0 +1,163 @@
+"""How close to the dense model each way to prune stays, without training.
+
+    python bench/fidelity/fidelity.py MODEL --calibration TEXT --text TEXT [--name NAME]
+    python bench/reporting/report.py       the tables, the picture and docs/benchmarks.md from these
+
+MODEL is a folder, a hub name or `demo`. Each of `fidelity_variants.py` is scored, allocated and
+refitted on windows of the calibration text, once for each seed (which draws the windows, and
+fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 agreement.
+All is fp32 on a CPU; the paper's recipe with the rounding of its script (bf16 parity) is a row of
+its own. The held-out windows are the same for all seeds.
+
+Rows go to NAME.jsonl in bench/results/fidelity as they come. An interrupted run goes on where it
+was, and so does one that is asked for further seeds, ratios or rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+from fidelity_subject import Seed, Subject
+from fidelity_tables import FOLDER, read
+from fidelity_variants import QUICK, VARIANTS, Variant, variant_of
+from records import ResultError, described, rounded
+
+from hfprune_fast.checkpoint import folder
+from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.data.calibration import calibrate
+from hfprune_fast.errors import ArgumentError, HFPruneError
+
+RATIOS = (0.1, 0.2, 0.3, 0.5)
+ROWS = {"all": VARIANTS, "quick": QUICK}
+# A file is of one of each: rows of others cannot be compared with it.
+SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
+Key = tuple[Variant, float, int]  # with a ratio and a seed
+# Two windows with as many equal tokens in a row have them from one document.
+SHARED_RUN = 48
+
+
+def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
+    """Measure what is not in the file yet; return the file."""
+    folder = folder.find_model(args.model)
+    check_texts(args.calibration, args.text)
+    subject = Subject(folder, args.text, args.seq_len, args.eval_samples)
+    drawn = {
+        seed: windows_for(folder, args.calibration, args.seq_len, args.samples, seed)
+        for seed in args.seeds
+    }
+    for ids in drawn.values():
+        check_windows(ids, subject.ids)
+    header = {
+        "model": args.name or folder.display_name(args.model).rpartition("/")[2],
+        "model_type": subject.size.model_type,
+        "params": subject.size.total_params,
+        "calibration": {"samples": len(drawn[args.seeds[0]]), "seq_len": args.seq_len},
+        "evaluation": {"samples": len(subject.ids), "seq_len": args.seq_len},
+        "texts": [Path(args.calibration).name, Path(args.text).name],
+        **described(),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    file: Path = args.out / f"{header['model']}.jsonl"
+    done = _done(file, header)
+    remaining = [
+        (seed, variant, ratios)
+        for seed in args.seeds
+        for variant in ROWS[args.rows]
+        if (ratios := [r for r in args.ratios if (variant, r, seed) not in done])
+    ]
+    if remaining:
+        _append(file, header)
+    begun, seeds = time.monotonic(), {}
+    for i, (seed, variant, ratios) in enumerate(remaining, 1):
+        if seed not in seeds:
+            seeds = {seed: Seed(subject, drawn[seed], seed)}
+        for row in seeds[seed].rows(variant, ratios):
+            _append(file, row)
+        minutes = (time.monotonic() - begun) / 60
+        left = minutes * (len(remaining) - i) / i
+        progress = f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}"
+        told(f"{progress}; {minutes:.1f} min, about {left:.0f} to go")
+    return file
+
+
+def check_texts(calibration: str | Path, text: str | Path) -> None:
+    """Refuse one text for both, whatever it is called."""
+    one, other = Path(calibration), Path(text)
+    same = str(calibration) == str(text) or one.resolve() == other.resolve()
+    if not same and one.is_file() and other.is_file():
+        same = one.read_bytes() == other.read_bytes()
+    if same:
+        raise ArgumentError(f"text {text} is the calibration text; give one of other documents")
+
+
+def check_windows(calibration: Tensor, held_out: Tensor) -> None:
+    """Refuse held-out windows that have a long run of tokens in common with calibration."""
+    seen = {run for window in calibration for run in _runs(window)}
+    sharing = sum(any(run in seen for run in _runs(window)) for window in held_out)
+    if sharing:
+        raise ArgumentError(
+            f"{sharing} of {len(held_out)} held-out windows have {SHARED_RUN} tokens in a row in "
+            "common with calibration windows; give texts of different documents"
+        )
+
+
+def _runs(window: Tensor) -> list[bytes]:
+    ids = window.numpy()
+    length = min(SHARED_RUN, len(ids))
+    return [ids[i : i + length].tobytes() for i in range(len(ids) - length + 1)]
+
+
+def _done(file: Path, header: dict[str, Any]) -> set[Key]:
+    """Return what an earlier run has measured; refuse to add to one with other settings."""
+    if not file.exists():
+        return set()
+    earlier = read(file)
+    for name in SETTINGS:
+        if (was := earlier.header.get(name, header[name])) != header[name]:
+            raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
+    return {(variant_of(row), row["prune_ratio"], row["seed"]) for row in earlier.rows}
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(rounded(line)) + "\n")
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a model folder, a hub name, or demo")
+    parser.add_argument("--calibration", required=True, help="text to score and refit on")
+    parser.add_argument("--text", required=True, help="text to measure on, of other documents")
+    parser.add_argument("--name", help="of the model in the results; by default its folder's")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of MLP neurons")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--eval-samples", type=int, default=64, help="held-out windows")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rows", choices=ROWS, default="all")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        print(run(parsed(argv), lambda line: print(line, file=sys.stderr, flush=True)))
+    except (ResultError, HFPruneError) as error:
+        print(f"fidelity.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

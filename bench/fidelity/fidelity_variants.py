@@ -1,0 +1,53 @@
+"""The ways to prune that `fidelity.py` compares, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a recipe, with names for rankings that are not one of `hfprune prune`."""
+
+    criterion: str  # "entropy, parity" is the paper's arithmetic in bf16
+    statistic: str  # "obs" ranks by removal costs
+    allocation: str = "uniform"
+    refit: bool = False
+
+    def __str__(self) -> str:
+        ranking = f"{self.criterion} {self.statistic}"
+        parts = [ranking, "refit" if self.refit else "", self.allocation]
+        return ", ".join(part for part in parts if part not in ("", "uniform"))
+
+
+def variant_of(row: Mapping[str, Any]) -> Variant:
+    """Return the variant of a row; what the row leaves out is the default."""
+    return Variant(
+        **{field.name: row[field.name] for field in fields(Variant) if field.name in row}
+    )
+
+
+# The others are compared with the paper's, so it is measured first. Of `auto`, uniform and global
+# are two of the three that it chooses from.
+PAPER = Variant("entropy", "l1")
+DEFAULT = Variant("fisher", "obs", "auto", refit=True)
+UNIFORM = Variant("fisher", "obs", refit=True)
+RANDOM, MAGNITUDE = Variant("random", "uniform"), Variant("magnitude", "weight_norm")
+_RANKED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
+VARIANTS = (
+    PAPER,
+    Variant("entropy, parity", "l1"),
+    *(Variant("entropy", statistic) for statistic in ("l2", "mask")),
+    *(Variant("cross_entropy", statistic) for statistic in ("l1", "l2", "mask")),
+    *(Variant("fisher", statistic) for statistic in ("l1", "l2", "mask", "obs")),
+    Variant("activation", "act"),
+    MAGNITUDE,
+    RANDOM,
+    *(Variant(*ranked, "global") for ranked in _RANKED),
+    *(Variant(*ranked, each, refit=True) for each in ("uniform", "global") for ranked in _RANKED),
+    Variant("activation", "act", refit=True),
+    DEFAULT,
+)
+QUICK = (PAPER, Variant("fisher", "l2"), RANDOM, UNIFORM, DEFAULT)

@@ -1,0 +1,291 @@
+"""Check and time every kernel on the GPU at hand; no network, nothing to install.
+
+    python bench/gpu/gpu_check.py --out bench/results                      under 8 minutes
+    python bench/gpu/gpu_check.py --only timing --out bench/results        under 5
+    python bench/gpu/gpu_check.py --only correctness scoring --out bench/results
+    python bench/gpu/gpu_check.py --only timing --limit timing=560 --out bench/results
+
+It needs what a stock CUDA image has: torch, triton, transformers, pytest, pip and setuptools. It
+builds the package into a temporary folder, compiles the kernels in as many processes as there are
+cores, runs `tests/gpu`, and times each kernel beside its floor and its peers (liger-kernel and
+cut-cross-entropy where they are installed). It writes DIR/<machine>-<date>.json, in the form that
+`report.py` makes tables of, and in DIR/<machine>-<date>.check/ the verdicts on targets (check.md)
+and a log of each phase. A second run of the same commit on the same day keeps what the first found
+and it does not measure anew. Each phase has a process and a time limit of its own (`--limit`), so
+one that fails loses no other. `--only` names the phases to run after build and compile:
+
+    correctness  tests/gpu
+    timing       the kernels' rows; those with no time left say so
+    scoring      an 8B model scored, beside the paper's arithmetic; needs 70 GB of GPU memory
+    refit        removal costs and a refit of one layer of an 8B's shape
+    streamed     a 70B's layers from disk and RAM; 25 GB of disk under TMPDIR, 45 GB of host memory
+    tune         a sweep of the kernels' configurations
+
+`--rehearse` runs on a CPU. `--commit` names the commit where there is no git.
+
+The exit status is 0 when all ran and was correct, whatever the times; 1 when a phase or a test
+failed; 2 when there is no CUDA device or the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+from gpu_report import report
+from records import RESULTS, ROOT, Result, ResultError, described, key, read, write
+
+# Seconds a phase may take; build, compile, correctness and timing are under 8 minutes together.
+LIMITS_S = {
+    "build": 90, "compile": 45, "correctness": 170, "timing": 165, "scoring": 150, "refit": 70,
+    "streamed": 235, "tune": 355,
+}  # fmt: skip
+FIRST, DEFAULT = ("build", "compile"), ("correctness", "timing")
+# Before the limit a process is asked to end, and a worker this long before that starts nothing new.
+GRACE_S = 20
+TESTS = ("taylor", "entropy", "linear_entropy", "operations")  # the quickest to tell most first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = [name for name in LIMITS_S if name not in FIRST]
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", nargs="+", choices=choices, default=DEFAULT, metavar="PHASE")
+    parser.add_argument("--limit", nargs="+", type=_limit, default=[], metavar="PHASE=S")
+    parser.add_argument("--commit", metavar="HASH", help="of the sources, where there is no git")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    if args.rehearse and out.is_relative_to(RESULTS):
+        parser.error("a rehearsal measures nothing; give --out a folder outside bench/results")
+    if not args.rehearse and (reason := no_device()):
+        print(f"gpu_check.py: {reason}; --rehearse runs all of it on a CPU", file=sys.stderr)
+        sys.exit(2)
+    LIMITS_S.update(args.limit)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
+    result = provenance(args.rehearse, args.commit)
+    try:
+        before = earlier(result, out)
+    except ResultError as error:
+        print(f"gpu_check.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    beside = out / f"{result['machine']['name']}-{result['date'][:10]}.check"
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="hfprune_gpu_check_") as folder:
+        run = Run(Path(folder), beside, args.rehearse, result, before)
+        if run.phase("build"):
+            for phase in ("compile", *(name for name in choices if name in args.only)):
+                run.phase(phase)
+    table = report(joined(before, result))
+    (beside / "check.md").write_text(table, encoding="utf-8")
+    print("\n" + table, end="")
+    sys.exit(any(phase["error"] for phase in result["phases"].values()))
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    if name not in LIMITS_S or not seconds.isdigit() or int(seconds) <= 2 * GRACE_S:
+        raise argparse.ArgumentTypeError(
+            f"expected PHASE=S, a phase and more than {2 * GRACE_S} seconds, got {text}"
+        )
+    return name, float(seconds)
+
+
+def no_device() -> str | None:
+    """Say why nothing can run here, in a few words."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported ({error})"
+    if torch.cuda.is_available():
+        return None
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    return f"no CUDA device (torch {torch.__version__}, built with {built})"
+
+
+def provenance(rehearsal: bool, commit: str | None) -> Result:
+    def sha256(folder: str) -> str:
+        sources = hashlib.sha256()
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            sources.update(path.read_bytes())
+        return sources.hexdigest()
+
+    found = described() | {"rehearsal": rehearsal, "phases": {}, "ceilings": [], "rows": []}
+    if commit:
+        found |= {"commit": commit, "uncommitted_changes": None}
+    return {**found, "kernels_sha256": sha256("kernels"), "package_sha256": sha256("hfprune_fast")}
+
+
+def earlier(result: Result, folder: Path) -> Result | None:
+    """Return the file that was written there on the same day, if there is one.
+
+    Raises:
+        ResultError: it is of another commit, and writing would lose it.
+    """
+    path = folder / f"{result['machine']['name']}-{result['date'][:10]}.json"
+    found = read(path) if path.exists() else None
+    if found and found["commit"] != result["commit"]:
+        raise ResultError(f"{path} is of another commit; give another --out, or remove it")
+    return found
+
+
+def joined(before: Result | None, result: Result) -> Result:
+    """Return the result with what before has that it has not measured anew."""
+    if before is None:
+        return result
+    rows = {key(row): row for row in before["rows"]}
+    for row in result["rows"]:
+        if "skipped" not in row or key(row) not in rows:
+            rows[key(row)] = row
+    phases = {**before.get("phases", {}), **result["phases"]}
+    ceilings = result["ceilings"] or before.get("ceilings", [])
+    found = {**before, **result, "phases": phases, "rows": list(rows.values())}
+    return {**found, "ceilings": ceilings}
+
+
+class Run:
+    """The phases; each writes what it found into result, and the result file is kept up to date."""
+
+    def __init__(
+        self, folder: Path, out: Path, rehearse: bool, result: Result, before: Result | None
+    ) -> None:
+        self.folder, self.out, self.result, self.before = folder, out, result, before
+        self.site, self.rehearse = folder / "site", rehearse
+        hidden = ("HFPRUNE_BACKEND", "PYTEST_ADDOPTS")  # they would change what runs
+        env = {name: value for name, value in os.environ.items() if name not in hidden}
+        folders = (str(path) for path in (ROOT / "bench").glob("*/"))
+        path = [str(self.site), *folders, env.get("PYTHONPATH", "")]
+        self.env = {
+            **env,
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # fp32 products are fp32
+            "TRITON_INTERPRET": str(int(rehearse)),
+        }
+        if rehearse:
+            self.env["CUDA_VISIBLE_DEVICES"] = ""
+
+    def phase(self, name: str) -> bool:
+        print(f"{name} ...", flush=True)
+        start = time.monotonic()
+        self.deadline = start + LIMITS_S[name]
+        (self.out / f"{name}.log").unlink(missing_ok=True)
+        entry: dict[str, Any] = {"error": None}
+        self.result["phases"][name] = entry
+        try:
+            run = {"build": self.build, "compile": self.compile, "correctness": self.correctness}
+            entry["error"] = run[name]() if name in run else self.worker(name, entry)
+        except Exception as error:
+            entry["error"] = f"{type(error).__name__}: {error}"
+        entry["seconds"] = round(time.monotonic() - start, 1)
+        print(f"{name}: {entry['seconds']:.0f} s, {entry['error'] or 'ok'}", flush=True)
+        write(joined(self.before, self.result), self.out.parent)
+        return entry["error"] is None
+
+    def command(self, name: str, *command: str | Path, **env: str) -> str | None:
+        """Run to the end or the limit; say in a line what went wrong, and print the log's end."""
+        log, error = self.out / f"{name}.log", None
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], env=self.env | env, cwd=self.folder,
+                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0,
+            )  # fmt: skip
+            try:
+                process.wait(self.deadline - GRACE_S - time.monotonic())
+            except subprocess.TimeoutExpired:
+                error = f"stopped, as {LIMITS_S[name]:.0f} s were running out"
+                os.killpg(process.pid, signal.SIGINT)  # pytest then still reports what it has
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if process.returncode == 0 and error is None:
+            return None
+        lines = log.read_text(errors="replace").rstrip().splitlines()
+        print("\n".join(f"  {name}| {line[:200]}" for line in lines[-25:]), flush=True)
+        return error or f"exit status {process.returncode}; the log's last line: {lines[-1:]}"
+
+    def build(self) -> str | None:
+        """Build as pip does for any user, from a copy, so that nothing is written beside it."""
+        tree = self.folder / "tree"
+        skipped = (
+            ".git", ".venv", "build", "tests", "bench", "*.egg-info", "__pycache__", ".*_cache"
+        )  # fmt: skip
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*skipped))
+        pip = "-m pip --isolated install --no-index --no-deps --no-build-isolation"
+        error = self.command("build", *pip.split(), "--target", self.site, tree)
+        code = "import pathlib, sys, hfprune_fast.kernels as k; sys.exit(k.__file__ if not "
+        code += f"pathlib.Path(k.__file__).resolve().is_relative_to({str(self.site.resolve())!r})"
+        return error or self.command("build", "-c", code + " else 0)")
+
+    def compile(self) -> str | None:
+        """Compile the launches of tools/aot.py, a process a core, into the cache of this run."""
+        capability = self.result["machine"].get("capability", "9.0")
+        few = ("--match", "bf16 forward") if self.rehearse else ()
+        arch = f"sm_{capability.replace('.', '')}"
+        command = (ROOT / "tools" / "aot.py", "--only-compile", "--arch", arch, *few)
+        return self.command("compile", *command, TRITON_INTERPRET="0")
+
+    def correctness(self) -> str | None:
+        xml, tests = self.folder / "junit.xml", ROOT / "tests" / "gpu"
+        error = self.command(
+            "correctness", "-m", "pytest", *(tests / f"test_{name}.py" for name in TESTS),
+            "--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-q", "--durations=15",
+            "--tb=short", "-p", "no:cacheprovider", f"--junitxml={xml}",
+        )  # fmt: skip
+        if not xml.exists():
+            return error or "pytest left no report"
+        found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+        for case in ElementTree.parse(xml).iter("testcase"):
+            problem = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
+            message = [] if problem is None else (problem.get("message") or "").split("\n")[:1]
+            tag = (
+                "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
+            )
+            found[tag].append(f"{case.get('name')}: {''.join(message)[:300]}")
+        self.result["correctness"] = {name: len(texts) for name, texts in found.items()} | {
+            "failures": found["failed"], "skips": found["skipped"],
+        }  # fmt: skip
+        if not found["passed"] and not self.rehearse:
+            return error or "no test ran"
+        return error
+
+    def worker(self, name: str, entry: dict[str, Any]) -> str | None:
+        """Run gpu_<name>.py; what it found goes into the rows, and what else it said is kept."""
+        out = self.folder / f"{name}.json"
+        seconds = str(LIMITS_S[name] - 2 * GRACE_S)
+        script = Path(__file__).with_name(f"gpu_{name}.py")
+        error = self.command(name, script, "--out", out, "--seconds", seconds)
+        if out.exists():
+            found = json.loads(out.read_text())
+            self.result["rows"] += found.pop("rows")
+            self.result["ceilings"] = found.pop("ceilings", self.result["ceilings"])
+            entry |= found
+        return error or "; ".join(entry.get("errors", [])) or None
+
+
+if __name__ == "__main__":
+    main()

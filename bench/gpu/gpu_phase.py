@@ -1,0 +1,119 @@
+"""What the phases of `gpu_check.py` share: progress, the yardstick, and checks of scores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from case import told
+from meter import DEVICE, GPU, clock_s
+from records import Row
+from torch import Tensor
+
+from hfprune_fast.scoring import run
+
+BF16 = torch.bfloat16
+U = torch.finfo(BF16).eps / 2  # the most that one rounding changes, relatively
+SEQ_LEN = 1024 if GPU else 32
+
+
+class Phase:
+    """What a phase has found so far; its JSON file is kept up to date."""
+
+    def __init__(self, out: Path, limit_s: float) -> None:
+        self.out, self._begun = out, time.monotonic()
+        self.deadline = self._begun + limit_s  # nothing new is started after it
+        self.rows: list[Row] = []
+        self.result: dict[str, Any] = {"rows": self.rows, "skipped": [], "errors": []}
+
+    @classmethod
+    def from_arguments(cls, description: str | None) -> Phase:
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+        parser.add_argument("--seconds", type=float, default=100, help="start nothing new after")
+        args = parser.parse_args()
+        if not GPU:
+            torch.set_num_threads(1)  # which serves a rehearsal's sizes best
+        return cls(args.out, args.seconds)
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def note(self, what: str) -> None:
+        print(f"{time.monotonic() - self._begun:6.1f} s  {what}", flush=True)
+        part = self.out.with_suffix(".part")
+        part.write_text(json.dumps(self.result))
+        part.replace(self.out)
+
+    def skip(self, what: str) -> None:
+        self.result["skipped"].append(what)
+        self.note(what)
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Keep an error and go on."""
+        self.result["errors"].append(f"{what}: {told(error)}")
+        self.note(self.result["errors"][-1])
+        if GPU:
+            torch.cuda.empty_cache()
+
+
+def products() -> tuple[Callable[[], object], int]:
+    """Return the yardstick: a call that makes some large bf16 products, and their FLOPs."""
+    n, count = (8192, 50) if GPU else (32, 2)
+    a, b = torch.randn(2, n, n, dtype=BF16, device=DEVICE)
+    out = torch.empty_like(a)
+
+    def call() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    call()
+    return call, count * 2 * n**3
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Time one call by the host's clock, until the device has finished."""
+    begin = clock_s()
+    call()
+    return 1e3 * (clock_s() - begin)
+
+
+def verdict(missed: dict[str, bool]) -> str:
+    """Return "pass", or which of these were missed."""
+    return "; ".join(text for text, yes in missed.items() if yes) or "pass"
+
+
+def relative_errors(got: Tensor, want: Tensor) -> Tensor:
+    """Return ‖got - want‖ / ‖want‖ of each layer, (L,) fp64 on the CPU; NaN where there is one."""
+    got, want = got.double().cpu(), want.double().cpu()
+    return (got - want).norm(dim=1) / want.norm(dim=1)
+
+
+def checked(name: str, error: Tensor, allowed: Tensor) -> dict[str, float]:
+    """Return the error that comes closest to what is allowed; raise where one is beyond."""
+    worst = int((error / allowed).nan_to_num(nan=torch.inf).argmax())
+    if not bool((error <= allowed).all()):  # so NaN is refused, too
+        raise ValueError(
+            f"{name}: the l1 of layer {worst} is off by {float(error[worst]):.1e} of its norm; "
+            f"{float(allowed[worst]):.1e} would be rounding"
+        )
+    return {"error": float(error[worst]), "error_allowed": float(allowed[worst])}
+
+
+@contextmanager
+def no_retreat() -> Iterator[None]:
+    """Make out of memory an error, where otherwise another variant would be timed unseen."""
+
+    def refuse(message: str) -> None:
+        raise RuntimeError(f"not what was requested: {message}")
+
+    with mock.patch.object(run, "say", refuse):
+        yield

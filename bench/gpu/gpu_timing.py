@@ -1,0 +1,133 @@
+"""Time every kernel beside its floor and its peers: the cases, providers and rows of the suites.
+
+Rows of ours have what became of their targets and, of each launched kernel, its registers a thread
+and how many of its programs fit a multiprocessor at a time. A gradient at bf16 logits moves 4 bytes
+a logit if a row stays in the cache between its two reads, and 6 if not: `percent_of_floor` is of
+the former, `percent_of_6_bytes` of the latter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import bench_entropy
+import bench_linear_entropy
+import bench_taylor
+import torch
+from case import Case, measured
+from gpu_phase import Phase, verdict
+from meter import GPU, ceilings
+from records import Row
+from shapes import Spec
+
+SCALE = "full" if GPU else "tiny"
+SUITES = (bench_entropy, bench_linear_entropy, bench_taylor)
+CASES: dict[str, type[Case]] = {op: case for suite in SUITES for op, case in suite.CASES.items()}
+OURS = "ours, triton"
+# {operation: % of the floor} that ours should reach at Llama-3.1-8B's shape in bf16. The entropy's
+# kernel moves 3 bytes where its floor counts 2, if a row does not stay in the cache: 85 % of that.
+TARGETS = {"softmax_entropy_grad": 85 * 2 / 3, "linear_entropy": 100 / 1.15, "gated_taylor": 85}
+WORKSPACE_BYTES = 64 << 20  # that cuBLAS may take for itself
+
+
+def wanted() -> list[tuple[Spec, str]]:
+    """Return every provider of every case: those with a target first, those slow to compile last,
+    so that running out of time loses the rest.
+    """
+
+    def order(pair: tuple[Spec, str]) -> tuple[bool, ...]:
+        spec, name = pair
+        return (
+            not (has_target(spec) and name == OURS), name == "torch.compile",
+            spec.dtype == "float32", spec.sweep is not None, spec.model != "Llama-3.1-8B",
+        )  # fmt: skip
+
+    specs = [spec for suite in SUITES for spec in suite.specs(SCALE)]
+    pairs = [(spec, name) for spec in specs for name in CASES[spec.op].providers_of(spec)]
+    return sorted(pairs, key=order)
+
+
+def has_target(spec: Spec) -> bool:
+    shape = "Llama-3.1-8B" if GPU else "", "bfloat16", None
+    return spec.op in TARGETS and (spec.model, spec.dtype, spec.sweep) == shape
+
+
+def judged(spec: Spec, found: Row) -> Row:
+    """Return a row of ours with what became of its targets, those of memory too."""
+    if found["provider"] != OURS or not has_target(spec) or "ms" not in found:
+        return found
+    reached, target = found["percent_of_floor"], TARGETS[spec.op]
+    missed = {f"{reached:.1f} % of the floor, not {target:.0f}": reached < target}
+    if spec.op == "linear_entropy":
+        itemsize = getattr(torch, spec.dtype).itemsize
+        tokens, width, vocab = (spec.sizes[letter] for letter in "TDV")
+        budget = max(256 << 20, 512 * vocab * itemsize)
+        limit, peak = budget + tokens * width * itemsize + WORKSPACE_BYTES, found["peak_bytes"]
+        missed[f"{peak:,} bytes, not {limit:,}"] = peak > limit
+    return {**found, "target_percent": target, "verdict": verdict(missed)}
+
+
+def launched(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Return name, registers and programs a multiprocessor of the kernels that a call launches."""
+    from triton.runtime.jit import JITFunction
+
+    run, kernels = JITFunction.run, []
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernels.append(run(self, *args, **kwargs))
+        return kernels[-1]
+
+    with mock.patch.object(JITFunction, "run", noted):
+        call()
+    properties = torch.cuda.get_device_properties(0)
+    found = {}
+    for kernel in kernels:
+        warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+        registers = -(-kernel.n_regs // 8) * 8 * 32 * warps  # allocated by 8 a thread
+        programs = min(
+            properties.max_threads_per_multi_processor // (32 * warps),
+            properties.regs_per_multiprocessor // registers,
+            properties.shared_memory_per_multiprocessor // (shared + 1024),  # the system's share
+        )
+        found[kernel.metadata.name] = {"registers": kernel.n_regs, "programs": programs}
+    return [{"name": name, **fields} for name, fields in found.items()]
+
+
+def with_kernels(case: Case, found: Row) -> Row:
+    if not GPU or found["provider"] != OURS or "ms" not in found:
+        return found
+    try:
+        found["kernels"] = launched(case.PROVIDERS[OURS].make(case))
+    except (AttributeError, TypeError) as error:  # of another triton
+        found["kernels_unknown"] = str(error)
+    if found["op"].endswith("_grad") and found["dtype"] == "bfloat16":
+        found["percent_of_6_bytes"] = 1.5 * found["percent_of_floor"]
+    return found
+
+
+def main() -> None:
+    phase = Phase.from_arguments(__doc__)
+    phase.result["ceilings"] = ceilings(SCALE)
+    made: tuple[Spec, Case] | None = None
+    for spec, name in wanted():
+        if phase.late:
+            phase.rows.append({**spec.identity, "provider": name, "skipped": "out of time"})
+            continue
+        if made is None or made[0] != spec:
+            made = None  # before the next one takes its memory
+            made = spec, CASES[spec.op](spec)
+        phase.note(f"{phase.deadline - time.monotonic():6.1f} s left  {spec}, {name}")
+        found = judged(spec, with_kernels(made[1], measured(made[1], name)))
+        phase.rows.append(found)
+        if "failed" in found and name.startswith("ours"):
+            phase.result["errors"].append(f"{spec}, {name}: {found['failed']}")
+        if GPU:
+            torch.cuda.empty_cache()
+    phase.note("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Random Llamas of chosen sizes, in memory and as checkpoints, for what scores whole models."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's."""
+
+    hidden: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool = False
+
+    @property
+    def layer_params(self) -> int:
+        """The number of weights in one layer's linear layers."""
+        attention = 2 * self.hidden**2 * (self.heads + self.kv_heads) // self.heads
+        return attention + self.mlp_params
+
+    @property
+    def mlp_params(self) -> int:
+        return 3 * self.hidden * self.width
+
+    @property
+    def head_params(self) -> int:
+        return self.hidden * self.vocab
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"L": self.layers, "D": self.hidden, "F": self.width, "V": self.vocab}
+
+    def config(self, layers: int, dtype: torch.dtype = torch.bfloat16) -> LlamaConfig:
+        config = LlamaConfig(
+            hidden_size=self.hidden, intermediate_size=self.width, num_hidden_layers=layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab, max_position_embeddings=2048, tie_word_embeddings=self.tied,
+        )  # fmt: skip
+        config.dtype, config.architectures = dtype, ["LlamaForCausalLM"]
+        return config
+
+    def needed_flops(self, tokens: int) -> int:
+        """Return what any provider needs: 2 FLOPs a token and weight of a linear layer forward, and
+        2 for the gradient at the layer's input where a down_proj lies below it. Attention's two
+        products and the reference's weight gradients are not counted.
+        """
+        linear = self.layers * self.layer_params + self.head_params
+        first = self.layer_params - self.mlp_params // 3
+        return tokens * (4 * linear - 2 * first)
+
+
+def fill(name: str, tensor: Tensor) -> Tensor:
+    """Fill with random weights: products keep their size, logits of about 2.5 make p uneven."""
+    if tensor.ndim == 1:
+        return tensor.fill_(1)
+    gain = 2.5 if "lm_head" in name else 1.2
+    return tensor.normal_(std=gain / math.sqrt(tensor.shape[1]))
+
+
+def random_model(
+    shape: Shape, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Return a model made where it will run; its rotary tables are fp32, as always."""
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            shape.config(shape.layers, dtype), dtype=dtype
+        )
+    model.eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        fill(name, parameter)
+    return model
+
+
+def random_ids(sequences: int, seq_len: int, vocab: int) -> Tensor:
+    """Return (N, T) int64 on the CPU, always the same."""
+    return torch.randint(vocab, (sequences, seq_len), generator=torch.Generator().manual_seed(1))
+
+
+def score_band(dtype: str, shape: Shape, samples: int, seq_len: int) -> float:
+    """Return what rounding explains of the difference between our l1 and the reference's.
+
+    With u half of eps: the reference rounds each product, each sum over the tokens and each of
+    N totals, which ours does not: N + 2. The forward pass is the same. Each gradient went through
+    the roundings of some 14 products a layer, of either sign, which the sum over the tokens
+    averages: sqrt(14 · L / seq_len) on either side, 0.3 for 8 layers at 1024. And both compute
+    log p + H, of order 1, in fp32 from two terms of about ln V: 2 ln V of fp32's u each.
+    """
+    u, u_fp32 = (torch.finfo(d).eps / 2 for d in (getattr(torch, dtype), torch.float32))
+    averaged = 2 * math.sqrt(14 * max(8, shape.layers) / seq_len)
+    return (samples + 2 + max(1.0, averaged)) * u + 4 * math.log(shape.vocab) * u_fp32
+
+
+def write_checkpoint(
+    folder: Path, shape: Shape, *, most_layers: int, deadline: float = math.inf,
+    spare_bytes: int = 0, device: torch.device | str = "cpu",
+) -> int:  # fmt: skip
+    """Write a random bf16 checkpoint, a shard a layer, and return how many layers it has.
+
+    Those are 2 at least and most_layers at most, and as many as the time and the disk allow. Each
+    has data of its own, so that a layer that ran with another's weights would show.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape.config(1), dtype=torch.bfloat16)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    first = "model.layers.0."
+    layer_shapes = {n.removeprefix(first): s for n, s in shapes.items() if n.startswith(first)}
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def write(file: str, wanted: dict[str, torch.Size]) -> None:
+        nonlocal total
+        tensors = {
+            name: fill(name, torch.empty(shape, dtype=torch.bfloat16, device=device)).cpu()
+            for name, shape in wanted.items()
+        }
+        save_file(tensors, folder / file, {"format": "pt"})
+        with (folder / file).open("rb") as written:  # pages that are not on the disk cannot go
+            os.fsync(written.fileno())
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+
+    for name in sorted(shapes.keys() - {first + name for name in layer_shapes}):
+        write(f"{name}.safetensors", {name: shapes[name]})
+    layers = 0
+    while layers < most_layers:
+        needed = 2 * shape.layer_params + spare_bytes
+        if layers >= 2 and (time.monotonic() > deadline or shutil.disk_usage(folder).free < needed):
+            break
+        prefix = f"model.layers.{layers}."
+        write(f"layer-{layers:02}.safetensors", {prefix + n: s for n, s in layer_shapes.items()})
+        layers += 1
+    shape.config(layers).save_pretrained(folder)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return layers
+
+
+def into_page_cache(folder: Path) -> None:
+    """Read all of a folder's files, so that the system holds them."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass

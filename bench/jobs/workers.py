@@ -1,0 +1,84 @@
+"""A provider of a whole job in a process of its own, so that memory is measured apart.
+
+A suite starts one for each provider and runs them in turn. A thread in the process reads RssAnon,
+its anonymous memory in RAM, every 2 ms. The baseline is taken after imports, after a small model
+has gone through the same provider, so that libraries hold their buffers, and after free memory has
+gone back to the system; for a loaded model with its weights, for a folder without. RssFile, read by
+the same thread, shows weights that are mapped from a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Worker:
+    """Runs what `module.job(**arguments)` returns, repeatedly, in another process."""
+
+    def __init__(self, module: str, job: str, arguments: dict[str, Any]) -> None:
+        case = json.dumps([module, job, arguments])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, case], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )  # fmt: skip
+        self.answer()
+
+    def run(self) -> dict[str, Any]:
+        """Run once; return seconds, and memory in bytes."""
+        assert self.process.stdin is not None
+        print("run", file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)  # type: ignore[no-any-return]
+        raise RuntimeError(f"a worker ended with exit status {self.process.wait()}")
+
+
+@contextmanager
+def started(module: str, job: str, arguments: dict[str, Any]) -> Iterator[dict[str, Worker]]:
+    """Yield one worker for each provider, all of them warm; end them afterwards."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name, of_one in arguments.items():  # one after the other, as they disturb each other
+            workers[name] = Worker(module, job, of_one)
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.communicate()
+
+
+def main() -> None:
+    sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+    from process_meters import Others, PeakMemory
+
+    torch.set_num_threads(2)
+    module, job, arguments = json.loads(sys.argv[1])
+    run = getattr(importlib.import_module(module), job)(**arguments)
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        with Others() as others, PeakMemory() as memory:
+            begin = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - begin
+        found = {"s": seconds, "others_cores": others.cores}
+        found |= {"peak_bytes": memory.anon_bytes, "mapped_bytes": memory.file_bytes}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

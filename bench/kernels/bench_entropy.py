@@ -1,0 +1,177 @@
+"""Softmax entropy of logits, and gradients at logits, beside other ways to the same numbers.
+
+    .venv/bin/pytest bench/kernels/bench_entropy.py --small
+
+    softmax_entropy        (T, V) logits -> (T,) H                reads each logit
+    softmax_entropy_grad   -> (T,) H and (T, V) row_scale · dH/dlogits     reads and writes each
+    cross_entropy_grad, fisher_grad    the same of given labels, and of labels drawn from softmax
+                                       (at full and tiny scale)
+
+The floor is a copy of as many bytes: 1 or 2 times those of the logits. A GPU kernel whose row does
+not stay in the cache between its two reads moves 3 for the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from case import Case, Results, by, ours, providers, spread_rows
+from hfprune_reference import entropy_of
+from shapes import Spec, of_models
+from torch import Tensor
+from torch.nn import functional
+
+from hfprune_fast.kernels import softmax_entropy, softmax_entropy_grad_
+from hfprune_fast.kernels._rows import Criterion, judge_rows
+
+
+def eager_entropy(logits: Tensor) -> Tensor:
+    """Return H as most would write it: fp32 from the logits' dtype, and log p whole."""
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def eager_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def fp64_rows(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return H, or the cross entropy of labels, and its gradient; all logits are finite."""
+    p = torch.softmax(logits.double(), dim=-1)
+    if labels is None:
+        log_p = p.log()
+        entropy = -(p * log_p).sum(dim=-1)
+        return entropy, -p * (log_p + entropy[:, None])
+    losses = -p.gather(1, labels[:, None]).log()
+    return losses[:, 0], p.scatter_add(1, labels[:, None], -torch.ones_like(losses))
+
+
+class RowEntropy(Case):
+    """H of each row."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.logits = self.normal(spec.sizes["T"], spec.sizes["V"], std=3.0)
+        self.bytes_moved = self.logits.nbytes
+        self.rows = spread_rows(spec.sizes["T"])
+        self.summed = spec.sizes["V"]
+
+    def truth(self, computes: str) -> Results:
+        return {"loss": fp64_rows(self.logits[self.rows])[0]}
+
+    def plain(self, computes: str) -> Results:
+        return {"loss": eager_entropy(self.logits[self.rows])}
+
+    def sampled(self, results: Results) -> Results:
+        return {name: result[self.rows] for name, result in results.items()}
+
+    def run(self, entropy: Callable[[Tensor], Tensor]) -> Results:
+        return {"loss": entropy(self.logits)}
+
+    def own(self, backend: str) -> Results:
+        return {"loss": softmax_entropy(self.logits, backend=backend)}
+
+
+class RowGrad(RowEntropy):
+    """H of each row and its gradient, times a scale of the row."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.bytes_moved = 2 * self.logits.nbytes
+        scale = torch.rand(spec.sizes["T"], device=self.logits.device, generator=self.generator)
+        self.row_scale = scale + 0.5
+        self.buffer = self.logits.clone()
+        self.labels = self.labels_of()
+
+    def labels_of(self) -> Tensor | None:
+        return None
+
+    def refill(self) -> None:
+        self.buffer.copy_(self.logits)
+
+    def _at_rows(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[self.rows]
+
+    def truth(self, computes: str) -> Results:
+        loss, grad = fp64_rows(self.logits[self.rows], self._at_rows(self.labels))
+        return {"loss": loss, "d_logits": grad * self.row_scale[self.rows, None]}
+
+    def plain(self, computes: str) -> Results:
+        labels = self._at_rows(self.labels)
+        rows = self.logits[self.rows], self.row_scale[self.rows], labels
+        return differentiated(eager_entropy if labels is None else eager_cross_entropy, *rows)
+
+    def run(self, loss: Callable[..., Tensor]) -> Results:
+        return differentiated(loss, self.logits, self.row_scale, self.labels)
+
+    def own(self, backend: str) -> Results:
+        loss = softmax_entropy_grad_(self.buffer, self.row_scale, backend=backend)
+        return {"loss": loss, "d_logits": self.buffer}
+
+
+class RowCrossEntropy(RowGrad):
+    computes = "cross_entropy"
+
+    def labels_of(self) -> Tensor:
+        vocab, device = self.spec.sizes["V"], self.logits.device
+        return torch.randint(vocab, self.row_scale.shape, device=device, generator=self.generator)
+
+    def own(self, backend: str) -> Results:
+        return {"loss": self.judge(backend, self.labels), "d_logits": self.buffer}
+
+    def judge(self, backend: str, keys: Tensor | None) -> Tensor:
+        return judge_rows(
+            self.buffer, self.row_scale, self.buffer, Criterion(self.computes, keys),
+            softcap=None, logit_scale=1.0, backend=backend,
+        )  # fmt: skip
+
+
+class RowFisher(RowCrossEntropy):
+    """The truth takes the labels that the torch path draws: where the gradient is negative."""
+
+    computes = "fisher"
+
+    def labels_of(self) -> Tensor:
+        self.ids = torch.arange(len(self.logits), device=self.logits.device)
+        self.judge("torch", self.ids)
+        return self.buffer.argmin(dim=1)
+
+    def own(self, backend: str) -> Results:
+        return {"loss": self.judge(backend, self.ids), "d_logits": self.buffer}
+
+
+def differentiated(
+    loss: Callable[..., Tensor], logits: Tensor, row_scale: Tensor, labels: Tensor | None
+) -> Results:
+    leaf = logits.detach().requires_grad_()
+    made = loss(leaf) if labels is None else loss(leaf, labels)
+    (grad,) = torch.autograd.grad(made, leaf, row_scale.to(made.dtype))
+    return {"loss": made.detach(), "d_logits": grad}
+
+
+RowEntropy.PROVIDERS = providers(RowEntropy.own, entropy_of, eager_entropy)
+RowGrad.PROVIDERS = providers(RowGrad.own, entropy_of, eager_entropy) | {
+    "ours, by autograd": by(lambda case: case.run(softmax_entropy))
+}
+RowCrossEntropy.PROVIDERS = providers(RowCrossEntropy.own, eager_cross_entropy, eager_cross_entropy)
+del RowCrossEntropy.PROVIDERS["HFPrune's arithmetic"]
+RowFisher.PROVIDERS = {f"ours, {name}": ours(RowFisher.own, name) for name in ("torch", "triton")}
+CASES = {
+    "softmax_entropy": RowEntropy,
+    "softmax_entropy_grad": RowGrad,
+    "cross_entropy_grad": RowCrossEntropy,
+    "fisher_grad": RowFisher,
+}
+
+
+def specs(scale: str) -> Iterator[Spec]:
+    for op in CASES if scale != "small" else list(CASES)[:2]:
+        small = ("Llama-2-7B", "Llama-3.1-8B")
+        for spec in of_models(op, scale, "TV", small_tokens=256, small=small):
+            if not op.startswith(("cross", "fisher")) or spec.dtype == "bfloat16":
+                yield spec
+
+
+def test_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:
+    measure(case, provider)

@@ -1,0 +1,177 @@
+"""A language-model head, its entropy and the gradient at its input, beside fused cross entropies.
+
+    .venv/bin/pytest bench/kernels/bench_linear_entropy.py --small
+
+    (T, D) hidden, (V, D) frozen weight -> mean H, (T, D) dH/dhidden           4·T·D·V FLOPs
+
+Liger, Cut Cross Entropy and torch's linear_cross_entropy compute the cross entropy of given labels
+(`computes`), which cannot be turned into an entropy: they stand beside it because the products and
+the memory are those of the same shape. They are checked against cross entropy. The floor is the two
+products alone, in the chunks that ours takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from bench_entropy import eager_cross_entropy, eager_entropy, fp64_rows
+from case import AbsentError, Case, Provider, Results, needs_triton, ours, providers, spread_rows
+from hfprune_reference import entropy_of
+from shapes import Spec, of_models
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hfprune_fast.kernels import linear_entropy
+from hfprune_fast.kernels._head import Buffers, onednn_linear, product, product_back
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> mean
+TRUTH_ROWS = 64  # of logits that the truth makes at a time, in fp64
+# Cut Cross Entropy leaves out blocks of the gradient in which all p are below 2^-12 (bf16's eps /
+# 32): 2.8 % of its norm in a simulation at V = 128256.
+FILTERED = 0.05
+
+
+class Head(Case):
+    """Hidden states of a size that makes logits of standard deviation 3, and labels."""
+
+    floor_name = "products"
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        tokens, width, vocab = (spec.sizes[letter] for letter in "TDV")
+        self.hidden = self.normal(tokens, width)
+        self.weight = self.normal(vocab, width, std=3 / width**0.5)
+        device = self.hidden.device
+        self.target = torch.randint(vocab, (tokens,), device=device, generator=self.generator)
+        self.rows = spread_rows(tokens)
+        self.summed, self.inner_dtype = vocab, self.dtype  # of the logits
+        self.flops = 4 * tokens * width * vocab
+        self.bytes_moved = 2 * self.hidden.nbytes + self.weight.nbytes
+
+    def floor(self) -> None:
+        onednn = onednn_linear(self.hidden, self.weight)
+        buffers = Buffers.allocate(self.hidden, self.weight, False, None, onednn is None)
+        d_hidden = torch.empty_like(self.hidden)
+        for start in range(0, len(self.hidden), len(buffers.logits)):
+            hidden = self.hidden[start : start + len(buffers.logits)]
+            if onednn is not None:
+                onednn(onednn(hidden, self.weight, None), self.weight.t(), None)
+                continue
+            logits = buffers.logits[: len(hidden)]
+            product(hidden, self.weight, None, logits, 0)
+            product_back(logits, self.weight, d_hidden[start : start + len(hidden)], 1.0, 0)
+
+    def truth(self, computes: str) -> Results:
+        weight, scale = self.weight.double(), 1 / len(self.hidden)
+
+        def fp64(rows: Tensor) -> tuple[Tensor, Tensor]:
+            labels = None if computes == "entropy" else self.target[rows]
+            return fp64_rows(self.hidden[rows].double() @ weight.t(), labels)
+
+        each = torch.arange(len(self.hidden), device=weight.device).split(TRUTH_ROWS)
+        loss = torch.stack([fp64(rows)[0].sum() for rows in each]).sum()
+        return {"loss": loss * scale, "d_hidden": scale * fp64(self.rows)[1] @ weight}
+
+    def plain(self, computes: str) -> Results:
+        def losses(hidden: Tensor, rows: Tensor) -> Tensor:
+            logits = linear(hidden, self.weight)
+            if computes == "entropy":
+                return eager_entropy(logits)
+            return eager_cross_entropy(logits, self.target[rows])
+
+        all_rows = torch.arange(len(self.hidden), device=self.hidden.device)
+        each = [losses(self.hidden[rows], rows) for rows in all_rows.split(512)]
+        hidden = self.hidden[self.rows].requires_grad_()
+        loss = losses(hidden, self.rows).sum() / len(self.hidden)
+        return {"loss": torch.cat(each).mean(), "d_hidden": torch.autograd.grad(loss, hidden)[0]}
+
+    def sampled(self, results: Results) -> Results:
+        return results | {"d_hidden": results["d_hidden"][self.rows]}
+
+    def run(self, loss: Loss) -> Results:
+        hidden = self.hidden.detach().requires_grad_()
+        made = loss(hidden, self.weight, self.target)
+        return {"loss": made.detach(), "d_hidden": torch.autograd.grad(made, hidden)[0]}
+
+    def own(self, backend: str, fp32_logits: bool = False) -> Results:
+        if fp32_logits and self.dtype == torch.float32:
+            raise AbsentError("the logits of a float32 head are float32")
+        loss, d_hidden = linear_entropy(
+            self.hidden, self.weight, fp32_logits=fp32_logits, backend=backend
+        )
+        return {"loss": loss, "d_hidden": d_hidden}
+
+
+def eager_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return eager_entropy(linear(hidden, weight)).mean()
+
+
+def reference_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return entropy_of(linear(hidden, weight)).mean()
+
+
+def peer(load: Callable[[Head], Loss], more_error: float = 0.0) -> Provider:
+    """Return a fused cross entropy; load() imports it, or raises AbsentError."""
+    return Provider(lambda case: partial(case.run, load(case)), "cross entropy", more_error)
+
+
+def liger(case: Head) -> Loss:
+    needs_triton()
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        raise AbsentError("liger-kernel is not installed") from None
+    return liger_fused_linear_cross_entropy  # type: ignore[no-any-return]
+
+
+def cut_cross_entropy(filter_eps: str | None, case: Head) -> Loss:
+    needs_triton(interpreted=False)  # which multiplies bfloat16 wrongly
+    if case.dtype == torch.float32:
+        raise AbsentError("its gradients are for bfloat16 and float16")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        raise AbsentError("cut-cross-entropy is not installed") from None
+    return partial(linear_cross_entropy, filter_eps=filter_eps)
+
+
+def torch_linear_cross_entropy(case: Head) -> Loss:
+    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if function is None:
+        raise AbsentError(f"torch {torch.__version__} has no linear_cross_entropy")
+    # In the chunks that ours takes: of few tokens it would choose chunks of one row each, and its
+    # bf16 loss, a sum over the chunks in bf16, was then off by 8 %.
+    rows = len(Buffers.allocate(case.hidden, case.weight, False, None).logits)
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
+    return partial(function, options=options)
+
+
+Head.PROVIDERS = providers(Head.own, reference_loss, eager_loss) | {
+    "ours, triton, fp32 logits": ours(partial(Head.own, fp32_logits=True), "triton"),
+    "Liger": peer(liger),
+    "Cut Cross Entropy": peer(partial(cut_cross_entropy, "high"), more_error=FILTERED),
+    "Cut Cross Entropy, unfiltered": peer(partial(cut_cross_entropy, None)),
+    "torch linear_cross_entropy": peer(torch_linear_cross_entropy),
+}
+CASES = {"linear_entropy": Head}
+
+
+def specs(scale: str) -> Iterator[Spec]:
+    small = ("Llama-2-7B", "Qwen3-0.6B")
+    yield from of_models("linear_entropy", scale, "TDV", small_tokens=128, small=small)
+    fixed = {
+        "full": {"T": 8192, "D": 4096, "V": 128256},
+        "small": {"T": 256, "D": 512, "V": 32000},
+        "tiny": {"T": 16, "D": 8, "V": 200},
+    }[scale]
+    series = {"T": (0.25, 0.5, 1, 2), "V": (0.25, 1, 4)} if scale != "tiny" else {"T": (1,)}
+    for letter, factors in series.items():
+        for factor in factors:
+            sizes = fixed | {letter: int(factor * fixed[letter])}
+            yield Spec("linear_entropy", "", "bfloat16", sizes, sweep=letter)
+
+
+def test_linear_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:
+    measure(case, provider)

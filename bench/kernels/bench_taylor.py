@@ -1,0 +1,132 @@
+"""The backward pass of a gated MLP's act with its neurons' statistics, beside plain torch.
+
+    .venv/bin/pytest bench/kernels/bench_taylor.py --small
+
+    gated_taylor        (B, S, F) grad, gate, up -> d_gate, d_up, statistics    5 numbers an element
+    taylor_statistics   (B, S, F) grad, act      -> statistics                  2
+
+Statistics are l1 Σ|x|, l2 Σx², mask Σ_seq (Σ_t x)² and act Σa², with x = grad · act; HFPrune's
+arithmetic makes l1 alone, rounded to the dtype. The floor is a copy of as many bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from case import Case, Provider, Results, compiled, providers
+from shapes import Spec, of_models
+from torch import Tensor
+from torch.nn import functional
+
+from hfprune_fast.kernels import gated_taylor, taylor_statistics
+
+SEQUENCES = 2
+Eager = Callable[..., Results]
+
+
+def eager_statistics(grad: Tensor, act: Tensor) -> Results:
+    """Return the four sums as one would write them, in fp32 from bf16."""
+    x, a = grad.float() * act.float(), act.float()
+    return {
+        "l1": x.abs().sum((0, 1)),
+        "l2": x.square().sum((0, 1)),
+        "mask": x.sum(1).square().sum(0),
+        "act": a.square().sum((0, 1)),
+    }
+
+
+def fp64_statistics(grad: Tensor, act: Tensor) -> Results:
+    x = grad * act
+    return {
+        "l1": x.abs().sum((0, 1)),
+        "l2": (x * x).sum((0, 1)),
+        "mask": (x.sum(1) ** 2).sum(0),
+        "act": (act * act).sum((0, 1)),
+    }
+
+
+def reference_statistics(grad: Tensor, act: Tensor) -> Results:
+    return {"l1": (act * grad).abs().sum(dim=(0, 1))}
+
+
+def eager_gated(grad: Tensor, gate: Tensor, up: Tensor, statistics: Eager) -> Results:
+    """Do as hooks on down_proj and autograd would: act again, then its gradients."""
+    value = functional.silu(gate)
+    d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return statistics(grad, value * up) | {"d_gate": d_gate, "d_up": grad * value}
+
+
+class Statistics(Case):
+    """The statistics of (grad, act)."""
+
+    inputs = 1  # beside grad
+    numbers = 2  # read and written an element
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        shape = SEQUENCES, spec.sizes["T"] // SEQUENCES, spec.sizes["F"]
+        self.grad = self.normal(*shape, std=0.01)
+        self.pristine = [self.normal(*shape) for _ in range(self.inputs)]
+        self.buffers = [tensor.clone() for tensor in self.pristine]
+        self.bytes_moved = self.numbers * self.grad.nbytes
+        self.summed = spec.sizes["T"]
+
+    def truth(self, computes: str) -> Results:
+        return fp64_statistics(self.grad.double(), self.pristine[0].double())
+
+    def plain(self, computes: str) -> Results:
+        return self.run(eager_statistics)
+
+    def run(self, statistics: Eager) -> Results:
+        return statistics(self.grad, *self.pristine)
+
+    def own(self, backend: str) -> Results:
+        return taylor_statistics(self.grad, *self.pristine, backend=backend)._asdict()
+
+
+class Gated(Statistics):
+    """The same with act = silu(gate) · up, and the gradients at gate and up."""
+
+    inputs, numbers = 2, 5
+
+    def refill(self) -> None:
+        for buffer, pristine in zip(self.buffers, self.pristine, strict=True):
+            buffer.copy_(pristine)
+
+    def truth(self, computes: str) -> Results:
+        grad, gate, up = (t.double() for t in (self.grad, *self.pristine))
+        value = gate / (1 + torch.exp(-gate))
+        slope = value / gate * (1 + gate - value)  # of silu: σ (1 + z (1 - σ)), σ = silu(z) / z
+        gradients = {"d_gate": grad * up * slope, "d_up": grad * value}
+        return fp64_statistics(grad, value * up) | gradients
+
+    def run(self, statistics: Eager, gated: Eager = eager_gated) -> Results:
+        return gated(self.grad, *self.pristine, statistics)
+
+    def run_compiled(self) -> Callable[[], Results]:
+        gated = compiled(eager_gated)
+        return lambda: self.run(eager_statistics, gated)
+
+    def own(self, backend: str) -> Results:
+        statistics, d_gate, d_up = gated_taylor(
+            self.grad, *self.buffers, overwrite=True, backend=backend
+        )
+        return statistics._asdict() | {"d_gate": d_gate, "d_up": d_up}
+
+
+Statistics.PROVIDERS = providers(Statistics.own, reference_statistics, eager_statistics)
+Gated.PROVIDERS = providers(Gated.own, reference_statistics, eager_statistics) | {
+    "torch.compile": Provider(Gated.run_compiled)
+}
+CASES = {"gated_taylor": Gated, "taylor_statistics": Statistics}
+
+
+def specs(scale: str) -> Iterator[Spec]:
+    for op in CASES:
+        small = ("Llama-2-7B", "Llama-3.1-8B")
+        yield from of_models(op, scale, "TF", small_tokens=1024, small=small)
+
+
+def test_taylor(case: Case, provider: str, measure: Callable[..., None]) -> None:
+    measure(case, provider)

@@ -1,0 +1,168 @@
+"""The tables of what `fidelity.py` measured.
+
+A file NAME.jsonl in bench/results/fidelity is a header and then a row a line: a variant, at a
+ratio, with a seed. A later run that adds rows adds its header before them. What is shown is the
+mean over the seeds, with the lowest and highest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fidelity_variants import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant, variant_of
+from records import RESULTS, ROOT, ResultError
+from report_text import commit, hardware, number, table
+
+FOLDER = RESULTS / "fidelity"
+# What docs/benchmarks.md shows, in this order: the paper's recipe, its criterion's rivals by rank
+# alone, then what allocation and refit add, one after the other.
+SHOWN = (
+    RANDOM, MAGNITUDE, PAPER, Variant("entropy", "l2"), Variant("cross_entropy", "l2"),
+    Variant("activation", "act"), Variant("fisher", "mask"), Variant("fisher", "l2"),
+    Variant("fisher", "obs"), Variant("entropy", "l1", refit=True),
+    Variant("fisher", "l2", refit=True), UNIFORM, Variant("entropy", "l1", "global"),
+    Variant("fisher", "l2", "global"), Variant("fisher", "l2", "global", refit=True), DEFAULT,
+)  # fmt: skip
+SHOWN_RATIOS = (0.2, 0.3, 0.5)
+HEADER = ["criterion", "statistic", "allocation", "refit"]
+NEEDED = {
+    *("criterion", "statistic", "prune_ratio", "seed", "param_ratio", "tokens"),
+    *("kl_nats", "ppl_dense", "ppl_pruned", "top1_agreement"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's rows: of a variant, at a ratio, with a seed."""
+
+    path: Path
+    headers: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Of the first run; later ones have the same settings."""
+        return self.headers[0]
+
+    @property
+    def ratios(self) -> list[float]:
+        return sorted({row["prune_ratio"] for row in self.rows})
+
+    def of(self, variant: Variant, ratio: float) -> list[dict[str, Any]]:
+        rows = (row for row in self.rows if row["prune_ratio"] == ratio)
+        return [row for row in rows if variant_of(row) == variant]
+
+    def against_paper(self, variant: Variant, ratio: float) -> list[float]:
+        """Return KL as a part of the paper's with the same seed."""
+        paper = {row["seed"]: row["kl_nats"] for row in self.of(PAPER, ratio)}
+        found = self.of(variant, ratio)
+        return [row["kl_nats"] / paper[row["seed"]] for row in found if row["seed"] in paper]
+
+
+def read(file: Path) -> Measured:
+    """Return what is in a file; raise ResultError for another's."""
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        headers = [line for line in lines if "machine" in line]
+        rows = [line for line in lines if "machine" not in line]
+        if not headers or not {"model", "params", "calibration", "texts"} <= headers[0].keys():
+            raise ValueError("no header that says of which model and texts")
+        if missing := next((m for row in rows if (m := NEEDED - row.keys())), None):
+            raise ValueError(f"a row has no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ResultError(f"{file}: no result of fidelity.py: {error}") from None
+    return Measured(file, headers, rows)
+
+
+def all_of(root: Path) -> list[Measured]:
+    """Return every model, the smallest first."""
+    files = sorted((root / FOLDER.relative_to(ROOT)).glob("*.jsonl"))
+    found = [measured for file in files if (measured := read(file)).rows]
+    return sorted(found, key=lambda measured: int(measured.header["params"]))
+
+
+def picture_path(root: Path) -> Path:
+    return root / FOLDER.relative_to(ROOT) / "fidelity.svg"
+
+
+def named(model: Measured) -> str:
+    millions = model.header["params"] / 1e6
+    return f"{model.header['model']} ({model.header['model_type']}, {millions:.1f} M)"
+
+
+def variant_cells(variant: Variant) -> list[str]:
+    refit = "yes" if variant.refit else ""
+    return [variant.criterion, variant.statistic, variant.allocation, refit]
+
+
+def span(values: Iterable[float], told: Callable[[float], str]) -> str:
+    """Write the mean, with the lowest and highest."""
+    values = list(values)
+    if not values:
+        return ""
+    low, high = told(min(values)), told(max(values))
+    return told(mean(values)) + (f" ({low}–{high})" if low != high else "")
+
+
+def markdown(model: Measured) -> str:
+    """Return all of a model: KL against the paper's, KL, perplexity and agreement."""
+    header, first = model.header, model.rows[0]
+    seeds = sorted({row["seed"] for row in model.rows})
+    calibration = header["calibration"]
+    runs = dict.fromkeys(f"{each['date'][:10]}, {commit(each)}" for each in model.headers)
+    lines = [
+        f"# {named(model)}",
+        "",
+        f"{hardware(header)}, {'; '.join(runs)}. Calibration: "
+        f"{calibration['samples']} windows of {calibration['seq_len']} tokens of "
+        f"{header['texts'][0]}, drawn with seeds {', '.join(map(str, seeds))}; measured on "
+        f"{first['tokens']} tokens of {header['texts'][1]}, where the dense model's "
+        f"perplexity is {first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest).",
+    ]
+    for title, field, told in (
+        ("KL(dense ‖ pruned), times that of the paper's recipe with the same seed", "",
+         "{:.3f}".format),
+        ("KL(dense ‖ pruned), nats", "kl_nats", number),
+        ("Perplexity", "ppl_pruned", "{:.2f}".format),
+        ("Top-1 agreement", "top1_agreement", "{:.3f}".format),
+    ):  # fmt: skip
+        cells = [HEADER + [f"{ratio:.0%} of neurons" for ratio in model.ratios]]
+        for variant in dict.fromkeys(map(variant_of, model.rows)):
+            values = (
+                [row[field] for row in model.of(variant, ratio)]
+                if field
+                else model.against_paper(variant, ratio)
+                for ratio in model.ratios
+            )
+            cells.append(variant_cells(variant) + [span(each, told) for each in values])
+        lines += ["", f"## {title}", "", *table(cells, len(HEADER))]
+    of_all = {row["prune_ratio"]: row["param_ratio"] for row in model.rows}
+    removed = "; ".join(f"{ratio:.0%}: {of_all[ratio]:.2%}" for ratio in model.ratios)
+    return "\n".join([*lines, "", f"Of all parameters are removed, at {removed}."]) + "\n"
+
+
+def section(found: list[Measured], link: Callable[[Path], str]) -> list[str]:
+    """Return a row a variant, the mean KL against the paper's of each model and ratio."""
+    if not found:
+        return ["Not measured yet."]
+    pairs = [(model, ratio) for model in found for ratio in SHOWN_RATIOS]
+    cells = [HEADER + [f"{model.header['model']}, {ratio:.0%}" for model, ratio in pairs]]
+    for variant in SHOWN:
+        means = [model.against_paper(variant, ratio) for model, ratio in pairs]
+        row = variant_cells(variant) + [f"{mean(values):.2f}" if values else "" for values in means]
+        bold = variant in (UNIFORM, DEFAULT)
+        cells.append([f"**{cell}**" if cell and bold else cell for cell in row])
+    links = ", ".join(f"[{named(m)}]({link(m.path.with_suffix('.md'))})" for m in found)
+    seeds = sorted({len({row["seed"] for row in model.rows}) for model in found})
+    told = (
+        f"KL(dense ‖ pruned) on held-out text, times that of the paper's recipe at the same number "
+        f"of neurons removed; mean over {' or '.join(map(str, seeds))} calibration seeds, "
+        f"{hardware(found[0].header)}, {found[0].header['date'][:10]}. All rows, with the spread, "
+        f"KL in nats, perplexity and agreement: {links}."
+    )
+    return [told, "", *table(cells, len(HEADER))]

@@ -1,0 +1,155 @@
+"""Turn result files (`harness/records.py`) into tables, pictures and docs/benchmarks.md.
+
+    python bench/reporting/report.py FILE.json ...     FILE.md beside each: all of its rows
+    python bench/reporting/report.py                   bench/results/*.md, docs/benchmarks.md and,
+                                                       where matplotlib is installed, the pictures
+    python bench/reporting/report.py --check           exit 1, and say which Markdown disagrees with
+                                                       the result files; nothing is written
+
+docs/benchmarks.md and the pictures are of the newest file of each machine and suffix:
+<machine>-<date>.json, <machine>-<date>-large.json; fidelity's of all of
+bench/results/fidelity/*.jsonl. Only the pictures need more than Python.
+
+The exit status is 2 when a file is no result, with one line that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+import fidelity_tables
+import page
+import pictures
+import report_text as text
+from page import Source
+from records import ROOT, Result, ResultError, read
+
+NOTE = """\
+% of floor compares neighbours in time, so that it holds where the machine's speed does not. \
+Memory is what was taken beside the inputs; what is returned counts. An error is relative to the \
+result's norm and was checked before the timing. Providers marked (cross entropy) compute that of \
+given labels, not the entropy, on the same shapes."""
+HINT = "tables and docs/benchmarks.md are written by: python bench/reporting/report.py"
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    args = parser.parse_args(arguments)
+    if args.check and args.files:
+        parser.error("--check is of all that is committed; give it no files")
+    try:
+        for path in args.files:
+            path.with_suffix(".md").write_text(markdown(read(path)), encoding="utf-8")
+            print(path.with_suffix(".md"))
+        if not args.files and not args.check:
+            write(root)
+            draw(root)
+        wrong = [] if args.files else list(disagreements(root))
+    except ResultError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    print("".join(f"{line}\n" for line in [*wrong, HINT] if wrong), end="")
+    return 1 if wrong else 0
+
+
+def newest(root: Path) -> tuple[list[Source], list[Source]]:
+    """Return all files of bench/results, and the last of each machine and suffix, CPUs first."""
+    found, last = [], {}
+    for path in sorted((root / "bench" / "results").glob("*.json")):
+        result = read(path)
+        start = f"{result['machine']['name']}-{result['date'][:10]}"
+        if not (named := re.fullmatch(rf"{re.escape(start)}(-.+)?", path.stem)):
+            raise ResultError(f"{path}: its name must begin with {start}, its machine and date")
+        found.append(Source(path, result, named[1] or ""))
+    for source in sorted(found, key=lambda source: str(source.result["date"])):
+        last[source.device != "cpu", source.machine, source.suffix] = source
+    return found, [last[key] for key in sorted(last)]
+
+
+def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]:
+    """Return what each table and docs/benchmarks.md should be, and what is to be drawn."""
+    (found, current), fidelity = newest(root), fidelity_tables.all_of(root)
+    texts = {source.path.with_suffix(".md"): markdown(source.result) for source in found}
+    texts |= {model.path.with_suffix(".md"): fidelity_tables.markdown(model) for model in fidelity}
+    drawn = pictures.planned(root, current, fidelity)
+    return texts | {page.path(root): page.markdown(root, current, fidelity, drawn)}, drawn
+
+
+def write(root: Path) -> None:
+    for path, new in expected(root)[0].items():
+        if not path.exists() or path.read_text(encoding="utf-8") != new:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(new, encoding="utf-8")
+            print(path.relative_to(root))
+
+
+def draw(root: Path) -> None:
+    try:
+        for path, picture in expected(root)[1].items():
+            pictures.save(picture, path)
+    except ImportError as error:
+        print(f"the pictures are as they were: {error}; pip install '.[bench]'", file=sys.stderr)
+
+
+def disagreements(root: Path) -> Iterator[str]:
+    """Yield a line for each Markdown file that is not what the result files give, and how.
+
+    Of pictures only which there are: their bytes depend on the version of matplotlib.
+    """
+    texts, drawn = expected(root)
+    for path, want in {**texts, **dict.fromkeys(drawn, "")}.items():
+        now = path.read_text(encoding="utf-8") if path.exists() else None
+        if now is None:
+            yield f"{path.relative_to(root)}: missing"
+        elif want and now != want:
+            lines = zip_longest(now.splitlines(), want.splitlines(), fillvalue="nothing")
+            i, has, gives = next(
+                (i, *both) for i, both in enumerate(lines, 1) if both[0] != both[1]
+            )
+            yield f"{path.relative_to(root)}: line {i} has {has!r}, the results give {gives!r}"
+    patterns = "*.svg", "fidelity/*.svg", "fidelity/*.md", "*-20[0-9][0-9]-*.md"
+    for path in sorted(p for each in patterns for p in (root / "bench" / "results").glob(each)):
+        if path not in texts and path not in drawn:
+            yield f"{path.relative_to(root)}: of no result file that counts; delete it"
+
+
+def markdown(result: Result) -> str:
+    """Return all of a result file."""
+    head = f"{result['date']}, {text.commit(result)}, {result['machine']['device']}"
+    lines = [f"# {text.hardware(result)}", "", head, "", text.software(result), "", NOTE]
+    if result.get("ceilings"):
+        cells = [["ceiling", "copy, GB/s read and written", "large product, GFLOP/s"]]
+        for each in result["ceilings"]:
+            rates = each["copy_gb_per_s"], each["product_gflop_per_s"]
+            cells.append([each["dtype"], *map(text.number, rates)])
+        lines += ["", *text.table(cells)]
+    for op, rows in text.grouped(result["rows"], lambda row: str(row["op"])).items():
+        measured = [row for row in rows if "ms" in row]
+        lines += ["", f"## {op}", "", text.floors(measured) or "No floor.", ""]
+        names = [name for name in text.COLUMNS if name != "op"]
+        lines += text.rows_table(measured, names, 2) if measured else ["Nothing was measured."]
+    for state in ("skipped", "failed"):
+        reasons = text.grouped(
+            (row for row in result["rows"] if state in row),
+            lambda row: f"- {text.provider(row)}: {text.escaped(row[state])}",  # noqa: B023
+        )
+        lines += ["", f"## {state.title()}", ""] if reasons else []
+        for start, rows in reasons.items():
+            shapes = (f" {text.COLUMNS['shape'](row)}" if state == "failed" else "" for row in rows)
+            of = (f"`{row['op']}`{shape}" for row, shape in zip(rows, shapes, strict=True))
+            lines.append(f"{start} ({'; '.join(dict.fromkeys(of))}; {len(rows)} rows)")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""bench/fidelity: what is measured, what a rerun goes on from, and what is shown of it."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import fidelity
+import fidelity_subject
+import pytest
+import report
+import torch
+from fidelity_subject import Seed, Subject
+from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, Variant, variant_of
+
+import hfprune_fast as hf
+from hfprune_fast.pruning import allocation
+from hfprune_fast.pruning import selection
+from hfprune_fast.data.calibration import calibrate
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.pruning.refit import refit
+
+CALIBRATION, HELD_OUT = TINY_MODEL / "calibration.txt", TINY_MODEL / "heldout.txt"
+SEQ_LEN, SAMPLES = 64, 8
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject(TINY_MODEL, HELD_OUT, SEQ_LEN, 4)
+
+
+@pytest.fixture(scope="module")
+def seed(subject: Subject) -> Seed:
+    return Seed(subject, windows_for(TINY_MODEL, CALIBRATION, SEQ_LEN, SAMPLES, 0), 0)
+
+
+@pytest.fixture
+def measure(
+    tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run fidelity.py on the shipped model and few tokens; its exit status and what it said."""
+
+    def run(*options: Any, text: Path = HELD_OUT, calibration: Path = CALIBRATION) -> Any:
+        capsys.readouterr()
+        code = fidelity.main(
+            ["demo", "--calibration", str(calibration), "--text", str(text), "--out", str(tmp_path),
+             "--samples", str(SAMPLES), "--eval-samples", "4", "--seq-len", str(SEQ_LEN),
+             "--rows", "quick", *map(str, options)]
+        )  # fmt: skip
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "demo.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "variant", [Variant("random", "uniform", "global"), Variant("fisher", "l2", refit=True)]
+)
+def test_a_measured_model_is_the_smaller_one(
+    subject: Subject, seed: Seed, variant: Variant
+) -> None:
+    """Zero columns are a cut: the fidelity is that of the model that is really smaller."""
+    keep = seed.keep(variant, 0.4)
+    (row,) = seed.rows(variant, [0.4])
+    smaller = copy.deepcopy(subject.model)
+    batches = seed.ids.split(16)
+    fitted = hf.refit_down_proj(subject.model, batches, keep) if variant.refit else None
+    hf.prune(smaller, keep, down_proj=fitted)
+    want = hf.evaluate(subject.model, smaller, subject.ids.split(16))
+    # Both add the same numbers, and zeros, in another order. That moves logits, which are below 32,
+    # by some units in the last place (a few for each of 4 layers), and a KL by twice as much.
+    ulp = 32 * torch.finfo(torch.float32).eps
+    assert abs(row["kl_nats"] - want.kl_nats) <= 2 * 4 * 4 * ulp
+    assert row["ppl_pruned"] == pytest.approx(want.ppl_pruned, rel=2 * 4 * 4 * ulp)
+    assert row["tokens"] == want.tokens == 4 * SEQ_LEN
+    assert row["widths"] == [mlp.down_proj.in_features for mlp in mlps(smaller)]
+    params = [sum(p.numel() for p in model.parameters()) for model in (smaller, subject.model)]
+    assert row["param_ratio"] == pytest.approx(1 - params[0] / params[1], rel=1e-12)
+
+
+def mlps(model: Any) -> list[Any]:
+    return [layer.mlp for layer in model.model.layers]
+
+
+def test_the_dense_model_is_left_as_it_was(subject: Subject) -> None:
+    everything = {layer: torch.arange(384) for layer in range(4)}
+    assert subject.measure({layer: kept[::2] for layer, kept in everything.items()}).kl_nats > 0
+    with pytest.raises(RuntimeError, match="inside"), subject.pruned(everything):
+        raise RuntimeError("inside")
+    dense = subject.measure(everything)
+    assert (dense.kl_nats, dense.top1_agreement) == (0, 1)
+
+
+def test_each_variant_ranks_by_its_own_scores(seed: Seed) -> None:
+    """No two keep the same, but what `auto` chose from."""
+    ranked = [each for each in fidelity.VARIANTS if not each.refit and each.allocation == "uniform"]
+    kept = {tuple(torch.cat(list(seed.keep(each, 0.3).values())).tolist()) for each in ranked}
+    assert len(kept) == len(ranked) > 10
+
+
+@pytest.mark.parametrize("best", [0, 2])
+def test_auto_keeps_what_is_closest_and_measures_it_once(
+    seed: Seed, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "held_out_kl", lambda *_: [float(i != best) for i in range(3)])
+    fits: list[int] = []
+    monkeypatch.setattr(
+        fidelity_subject, "refit", lambda *args: fits.append(len(args[2])) or refit(*args)
+    )
+    as_itself = Variant("fisher", "obs", {0: "uniform", 2: "global"}[best], refit=True)
+    fresh = Seed(seed.subject, seed.ids, 0)
+    (one,), (other,) = fresh.rows(as_itself, [0.3]), fresh.rows(DEFAULT, [0.3])
+    assert fits == [1]
+    assert {**one, "allocation": "auto"} == other
+    width = selection.target_width(seed.subject.size, prune_ratio=0.3)
+    assert sum(one["widths"]) == width * len(one["widths"])
+
+
+def test_rows_of_a_run_and_what_a_rerun_adds(
+    measure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, said = measure("--seeds", 0, "--ratios", 0.2, 0.5)
+    assert code == 0, said
+    assert said.count(" to go\n") == len(QUICK)
+    header, *rows = found = lines(tmp_path)
+    assert header["model"] == "demo"
+    assert header["params"] == 1_049_728
+    kl = {(variant_of(row), row["prune_ratio"]): row["kl_nats"] for row in rows}
+    assert list(kl) == [(variant, ratio) for variant in QUICK for ratio in (0.2, 0.5)]
+    assert all(kl[variant, 0.5] > kl[variant, 0.2] > 0 for variant in QUICK)
+    assert kl[UNIFORM, 0.5] < kl[PAPER, 0.5] < kl[RANDOM, 0.5]
+
+    assert measure("--seeds", 0, "--ratios", 0.2, 0.5) == (0, "")
+    assert lines(tmp_path) == found, "what is measured is measured again"
+
+    # Interrupted after the fourth row: the others come again, with the same numbers.
+    file = tmp_path / "demo.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    assert measure("--seeds", 0, "--ratios", 0.2, 0.5)[0] == 0
+    again = lines(tmp_path)
+    assert again[:5] == found[:5]
+    assert again[5]["machine"] == header["machine"], "the second run says nothing of itself"
+    assert again[6:] == found[5:]
+
+
+def test_one_text_for_both_is_refused(
+    measure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    copied, part = tmp_path / "copied.txt", tmp_path / "part.txt"
+    copied.write_bytes(CALIBRATION.read_bytes())
+    text = CALIBRATION.read_text(encoding="utf-8")
+    part.write_text(text[: len(text) // 3], encoding="utf-8")
+    for same in (CALIBRATION, copied):
+        code, said = measure(text=same)
+        assert (code, said.count("\n")) == (2, 1)
+        assert said == (
+            f"fidelity.py: text {same} is the calibration text; give one of other documents\n"
+        )
+    code, said = measure("--samples", 500, text=part)
+    assert code == 2
+    assert re.search(r"[1-4] of 4 held-out windows have 48 tokens in a row in common", said)
+    assert not (tmp_path / "demo.jsonl").exists()
+
+
+def test_other_settings_are_refused(
+    measure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    write(tmp_path / "demo.jsonl", invented("demo", {}))
+    code, said = measure("--seeds", 0)
+    assert (code, said.count("\n")) == (2, 1)
+    assert re.search(r"demo\.jsonl has params 1000000, not 1049728; give another --out", said)
+
+
+KL = {
+    PAPER: {0.2: (0.10, 0.12, 0.20), 0.5: (1.0, 1.1, 1.2)},
+    RANDOM: {0.2: (0.3, 0.3, 0.3), 0.5: (3.0, 3.3, 3.6)},
+    UNIFORM: {0.2: (0.05, 0.03, 0.04), 0.5: (0.25, 0.55, 0.6)},
+    DEFAULT: {0.2: (0.02, 0.024, 0.04), 0.5: (0.2, 0.22, 0.24)},
+}
+
+
+def invented(
+    name: str, kl: dict[Variant, dict[float, tuple[float, ...]]], params: int = 1_000_000
+) -> list[dict[str, Any]]:
+    header = {
+        "model": name, "model_type": "llama", "params": params,
+        "calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"samples": 4, "seq_len": 64},
+        "texts": ["one.txt", "other.txt"], "date": "2030-01-02T15:00:00+00:00",
+        "machine": {"name": "inventa-9", "device": "cpu", "processor": "Inventa 9", "cores": 2},
+        "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "uncommitted_changes": False,
+    }  # fmt: skip
+    rows = [
+        {
+            **vars(variant), "prune_ratio": ratio, "seed": seed, "widths": [10, 12],
+            "param_ratio": ratio / 2, "kl_nats": value, "ppl_dense": 30.0,
+            "ppl_pruned": 30 + value, "top1_agreement": 1 - value / 10, "tokens": 256,
+        }
+        for variant, of in kl.items()
+        for ratio, values in of.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    return [header, *rows]
+
+
+def write(path: Path, told: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in told), encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project with the results of two models, of which the smaller sorts last by name."""
+    folder = tmp_path / "bench/results/fidelity"
+    write(folder / "small.jsonl", invented("small", KL))
+    double = {
+        variant: {ratio: tuple(2 * v for v in values) for ratio, values in of.items()}
+        for variant, of in KL.items()
+    }
+    write(folder / "large.jsonl", invented("large", double, 8_000_000))
+    (folder / "fidelity.svg").write_text("<svg/>")
+    report.write(tmp_path)
+    return tmp_path
+
+
+def cells(text: str, *names: str) -> list[str]:
+    """Return what the first line of a table that begins with these cells has after them."""
+    for line in text.splitlines():
+        found = [part.strip().strip("*") for part in line.strip("|").split("|")]
+        if tuple(found[: len(names)]) == names:
+            return found[len(names) :]
+    raise AssertionError(f"no line of {names}")
+
+
+def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:
+    text = (root / "bench/results/fidelity/small.md").read_text(encoding="utf-8")
+    ratio, nats, perplexity, agreement = text.split("\n## ")[1:]
+    # Of each seed first, then their mean: 0.02/0.1, 0.024/0.12, 0.04/0.2 are all 0.2.
+    assert cells(ratio, "fisher", "obs", "auto", "yes") == ["0.200", "0.200"]
+    parts = [0.05 / 0.10, 0.03 / 0.12, 0.04 / 0.20]
+    assert cells(ratio, "fisher", "obs", "uniform", "yes")[0] == (
+        f"{mean(parts):.3f} (0.200–0.500)"
+    )
+    assert cells(nats, "entropy", "l1", "uniform", "")[0] == "0.140 (0.100–0.200)"
+    assert cells(perplexity, "entropy", "l1", "uniform", "")[0] == "30.14 (30.10–30.20)"
+    assert cells(agreement, "entropy", "l1", "uniform", "")[0] == "0.986 (0.980–0.990)"
+    assert "20%: 10.00%; 50%: 25.00%" in text
+    assert "2030-01-02, commit 0123456789" in text
+    assert "8 windows of 64 tokens of one.txt, drawn with seeds 0, 1, 2" in text
+
+
+def test_the_page_has_both_models_the_smallest_first(root: Path) -> None:
+    text = (root / "docs/benchmarks.md").read_text(encoding="utf-8").split("## Fidelity")[1]
+    head = cells(text, "criterion", "statistic", "allocation", "refit")
+    assert head == [f"{name}, {ratio}%" for name in ("small", "large") for ratio in (20, 30, 50)]
+    parts = [0.25 / 1.0, 0.55 / 1.1, 0.6 / 1.2]
+    for start in (0, 3):  # twice the KL of both is the same part
+        row = cells(text, "fisher", "obs", "uniform", "yes")[start : start + 3]
+        assert row == ["0.32", "", f"{mean(parts):.2f}"], "30 % was not measured"
+    assert "mean over 3 calibration seeds" in text
+    links = re.findall(r"\]\((.+?)\)", text)
+    assert len(links) == 3
+    assert all((root / "docs" / link).exists() for link in links)
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("{", "no result of fidelity.py: "),
+        ("[]\n", "no header"),
+        (json.dumps(invented("x", KL)[1]), "no header"),
+        ("\n".join(map(json.dumps, [invented("x", {})[0], {"seed": 0}])), "a row has no criterion"),
+    ],
+)
+def test_no_result_file(
+    root: Path, told: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "bench/results/fidelity/x.jsonl").write_text(told)
+    capsys.readouterr()
+    assert report.main([], root) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+def test_the_picture_has_both_models(root: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert report.main([], root) == 0
+    text = (root / "bench/results/fidelity/fidelity.svg").read_text(encoding="utf-8")
+    assert all(label in text for label in ("small (llama, 1.0 M)", "large (llama, 8.0 M)"))

@@ -1,0 +1,217 @@
+"""bench/gpu without a GPU: every phase at tiny sizes, with what a stock image has."""
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from records import read
+from report import markdown
+from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune_fast.engine import streaming
+
+pytest.importorskip("triton", reason="triton is not installed")
+ROOT = Path(__file__).parents[2]
+NEEDED = {"provider", "error", "error_allowed", "planned_bytes", "verdict", "percent_of_floor"}
+
+
+def gpu_check(*arguments: Any, pythonpath: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(pythonpath or "")}
+    return subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu" / "gpu_check.py", *map(str, arguments)],
+        env=env, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no CUDA device"),
+        (("--rehearse", "--out", ROOT / "bench/results/new"), "outside bench/results"),
+        (("--limit", "timing=40"), "more than 40 seconds"),
+        (("--limit", "lunch=3600"), "expected PHASE=S"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, arguments: tuple[Any, ...], said: str) -> None:
+    done = gpu_check("--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def rehearsed(tmp_path: Path, *phases: str) -> Any:
+    """Return the result of a rehearsal without errors, in an image without what it may lack."""
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    for name in ("hypothesis", "pytest_timeout", "pytest_benchmark", "matplotlib", "datasets"):
+        (absent / f"{name}.py").write_text("raise ImportError('not in a stock image')\n")
+    out = tmp_path / "out"
+    done = gpu_check(
+        "--rehearse", "--commit", "abc123", "--only", *phases, "--out", out, pythonpath=absent
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.json")
+    result = read(path)
+    errors = {name: phase["error"] for name, phase in result["phases"].items()}
+    assert errors == dict.fromkeys(["build", "compile", *phases])
+    assert (result["rehearsal"], result["commit"]) == (True, "abc123")
+    assert f"## {result['rows'][0]['op']}" in markdown(result)
+    (table,) = (check.read_text() for check in out.glob("*.check/check.md"))
+    assert done.stdout.endswith(table)
+    assert "numbers mean nothing" in table
+    return result
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path: Path) -> None:
+    result = rehearsed(tmp_path, "correctness", "timing", "refit", "tune")
+    assert result["correctness"]["failed"] == 0
+    assert result["correctness"]["skipped"] > 70
+    assert all("CUDA device" in text for text in result["correctness"]["skips"])
+
+    rows = result["rows"]
+    kernels = [row for row in rows if row["op"] not in ("refit", "removal_costs")]
+    assert len(rows) - len(kernels) == 2
+    assert {row["op"] for row in kernels} == {
+        "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
+        "linear_entropy", "gated_taylor", "taylor_statistics",
+    }  # fmt: skip
+    for row in kernels:
+        assert "failed" not in row
+        if "ms" in row:
+            assert row["error"] <= row["error_allowed"]
+            assert row["percent_of_floor"] > 0
+        else:
+            assert row["skipped"] in ("needs a GPU", "out of time") or "installed" in row["skipped"]
+    # Ours comes first, and in the interpreter.
+    measured = {row["op"] for row in rows if row["provider"] == "ours, triton" and "ms" in row}
+    assert measured >= {"softmax_entropy_grad", "linear_entropy", "gated_taylor"}
+    assert {row["op"] for row in rows if "verdict" in row} <= measured
+
+    tuned = result["phases"]["tune"]["tuned"]
+    assert set(tuned) == {"softmax_entropy_grad", "gated_taylor"}
+    for candidates in tuned.values():
+        assert sum(candidate["current"] for candidate in candidates) == 1
+        assert all("median_ms" in candidate for candidate in candidates)
+
+
+@pytest.mark.slow
+def test_rehearsal_of_what_scores(tmp_path: Path) -> None:
+    result = rehearsed(tmp_path, "scoring", "streamed")
+    rows = result["rows"]
+    assert [row["provider"] for row in rows] == [
+        "ours", *(f"ours, stored, {n} at once" for n in (1, 4)),
+        *(f"ours, recomputed, {n} at once" for n in (2, 4)), "HFPrune's arithmetic",
+        *(f"ours, offload={offload}" for offload in ("disk", "disk", "cpu", "cpu")),
+    ]  # fmt: skip
+    for row in rows:
+        assert 0 <= row["error"] <= row["error_allowed"] < 0.1
+        assert row.keys() >= NEEDED or row["provider"].startswith("HFPrune")
+        assert row.get("times_reference", 1) < 50, "what is timed does nothing"
+    streamed = rows[6:]
+    assert [row["sizes"]["T"] for row in streamed] == [128, 192, 128, 192]
+    for row in streamed:
+        assert len(row["passes"]) >= 2
+        for a_pass in row["passes"]:
+            parts = a_pass["forward_s"] + a_pass["head_s"] + a_pass["backward_s"]
+            assert 0 < parts <= a_pass["s"]
+        assert row["extrapolated_s"]["6"] > row["ms"] / 1e3
+
+
+def bench(name: str) -> Any:
+    """Return a module of bench/gpu, at its rehearsal's sizes."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the sizes are real")
+    return importlib.import_module(name)
+
+
+def phase(folder: Path) -> Any:
+    made = bench("gpu_phase").Phase(folder / "found.json", 60)
+    made.result["products_tflops"] = 1.0
+    return made
+
+
+def test_what_missed_its_targets_says_so() -> None:
+    judged = bench("gpu_scoring").judged
+    row = {
+        "peak_bytes": 2.5e9,
+        "planned_ratio": 0.5,
+        "times_reference": 1.0,
+        "percent_of_floor": 59,
+    }
+    assert judged(row, False, True) == "0.50 of the peak was planned, not 0.8; 2.50 GB beside the weights, not 2"  # fmt: skip  # noqa: E501
+    assert judged(row | {"planned_ratio": 1}, True, False).startswith(
+        "1.00 x the reference's speed"
+    )
+    row |= {"planned_ratio": 1.9, "times_reference": 1.9, "percent_of_floor": 60}
+    assert judged(row, True, False) == "pass"
+
+
+def test_wrong_scores_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sequence of eight that is lost in one layer is an eighth of its scores."""
+    module = bench("gpu_scoring")
+    subject, right = module.Subject(), module.Subject.ours
+
+    def ours(self: Any, variant: Any) -> Any:
+        l1 = right(self, variant)
+        if variant.batch_size == 4:
+            l1[1] *= 7 / 8
+        return l1
+
+    monkeypatch.setattr(module.Subject, "ours", ours)
+    made, variants = phase(tmp_path), {each.name: each for each in subject.variants()}
+    wrong = {name for name, each in variants.items() if each.batch_size == 4}
+    assert set(module.checked(subject, variants, made)) == {module.REFERENCE, *variants} - wrong
+    assert [error.split(": ")[0] for error in made.result["errors"]] == [
+        name for name in variants if name in wrong
+    ]
+    assert all("layer 1 is off" in error for error in made.result["errors"])
+    with pytest.raises(ValueError, match="layer 1"):
+        bench("gpu_phase").checked("nan", torch.tensor([0.0, torch.nan]), torch.ones(2))
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> Any:
+    """A tiny checkpoint and what its resident model scores."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    module = bench("gpu_streamed")
+    layers = bench("models").write_checkpoint(
+        folder, module.SHAPE, most_layers=3, deadline=time.monotonic() - 1
+    )
+    assert layers == 2  # the least, as there is no time
+    return module.Streamed(folder, layers)
+
+
+def test_a_layer_with_the_weights_of_another_is_seen(
+    streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = phase(tmp_path)
+    streamed.measure("cpu", made, time.monotonic() - 1)
+    assert len(made.rows) == len(made.result["skipped"]) == 1  # out of time
+    fill = streaming._Buffered._fill
+
+    def mistaken(self: Any, slot: Any, layer: int) -> None:
+        fill(self, slot, 0 if layer == 1 else layer)
+
+    monkeypatch.setattr(streaming._Buffered, "_fill", mistaken)
+    with pytest.raises(ValueError, match=r"offload cpu, .*: the l1 of layer 1 is off"):
+        streamed.measure("cpu", made, time.monotonic())
+
+
+def test_flops_executed_are_those_counted(streamed: Any) -> None:
+    module = bench("gpu_streamed")
+    sequences = module.PASS_SEQUENCES[0]
+    with FlopCounterMode(display=False) as counter:
+        streamed.resident_l1(streamed.plan("none", sequences), sequences)
+    counts = counter.get_flop_counts()["Global"]
+    products = ("aten.mm", "aten.addmm", "hfprune_fast.linear_criterion")
+    counted = sum(count for op, count in counts.items() if str(op) in products)
+    assert counted == module.executed_flops(streamed.layers, sequences * module.SEQ_LEN)

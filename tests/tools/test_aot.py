@@ -1,0 +1,191 @@
+"""Every kernel compiles for every architecture without a fault, and the check sees faults.
+
+Compilation needs processes of its own: in this one the kernels may be interpreted.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hfprune_fast.kernels import TRITON_VERSION
+
+pytestmark = pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+AOT = ROOT / "tools" / "aot.py"
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx942"}
+PREAMBLE = f"""
+import json, sys
+from functools import partial
+from unittest import mock
+import torch
+sys.path.insert(0, {str(AOT.parent)!r})
+import aot
+from hfprune_fast import kernels
+from hfprune_fast.kernels import _rows, taylor
+bf16 = torch.bfloat16
+"""
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    return subprocess.run(
+        [sys.executable, "-P", *map(str, command)],
+        env=inherited | environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def run_code(code: str, folder: Path) -> Any:
+    """The JSON that code prints last; `aot` and the kernels are imported."""
+    done = run("-c", PREAMBLE + code, TRITON_CACHE_DIR=str(folder))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def kernels_in_the_sources() -> set[str]:
+    """Functions under @jit that no other function calls: those that are launched."""
+    jitted, called = set(), set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    jitted.add(node.name)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                called.add(node.func.id)
+    return jitted - called
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_everywhere_without_a_fault(tmp_path: Path) -> None:
+    done = run(AOT, "--json", tmp_path / "reports.json", HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    reports = json.loads((tmp_path / "reports.json").read_text())
+    kernels = kernels_in_the_sources()
+    assert {(r["kernel"], r["arch"]) for r in reports} == {
+        (kernel, arch) for kernel in kernels for arch in ARCHITECTURES
+    }
+    assert all(r["spills"] == 0 and r["registers"] > 0 and not r["faults"] for r in reports)
+    assert done.stdout.splitlines()[-1].endswith(f"of {len(kernels)} kernels, 0 faults")
+    assert not (tmp_path / "home").exists()
+
+
+def test_every_shipped_configuration_is_reached(tmp_path: Path) -> None:
+    code = """
+used = []
+for case, arch in aot.product(aot.CASES, aot.TARGETS):
+    for launch in aot.record(case.launch, arch):
+        names = launch.kernel.arg_names
+        constants = {names[i]: value for (i,), value in launch.constants.items()}
+        used.append([launch.kernel.__name__, constants | launch.options.__dict__])
+tables = [
+    value for module in aot.LAUNCHING_MODULES for name, value in vars(module).items()
+    if "CONFIG" in name
+]
+print(json.dumps([tables, used], default=str))
+"""
+
+    def configurations(table: dict[str, Any]) -> list[dict[str, Any]]:
+        if "num_warps" in table:
+            return [table]
+        return [one for inner in table.values() for one in configurations(inner)]
+
+    tables, used = run_code(code, tmp_path)
+    shipped = [one for table in tables for one in configurations(table)]
+    assert len(shipped) >= len(kernels_in_the_sources())
+    for configuration in shipped:
+        assert any(configuration.items() <= constants.items() for _, constants in used), (
+            configuration
+        )
+
+
+def test_what_is_compiled_is_what_real_tensors_launch(tmp_path: Path) -> None:
+    """Argument types and divisibility: of the cases, and of the operations on real tensors."""
+    code = """
+def rows(*shape):
+    return torch.zeros(shape, dtype=bf16)
+
+g, gate, up = (rows(2, 256, 32) for _ in range(3))
+odd = [rows(2, 256, 33) for _ in range(3)]
+mask = torch.ones(2, 256, dtype=torch.bool)
+real = [
+    ("bf16 forward", lambda: kernels.softmax_entropy(rows(4, 96))),
+    ("bf16 gradient in place", lambda: kernels.softmax_entropy_grad_(rows(4, 96), torch.ones(4))),
+    ("bf16 odd V", lambda: kernels.linear_entropy(rows(4, 32), rows(33, 32))),
+    ("bf16 token_mask", lambda: kernels.taylor_statistics(g, gate, token_mask=mask)),
+    ("bf16 gated silu", lambda: kernels.gated_taylor(g, gate, up, overwrite=True)),
+    ("bf16 gated silu fused",
+     lambda: kernels.gated_taylor(g, *rows(2, 256, 64).chunk(2, dim=2), overwrite=True)),
+    ("bf16 gated silu odd F", lambda: kernels.gated_taylor(*odd)),
+]
+
+def known(launch):
+    names = launch.kernel.arg_names
+    divisible = [names[i] for (i,), a in launch.attributes.items() if ["tt.divisibility", 16] in a]
+    return [launch.kernel.__name__, launch.signature, sorted(divisible)]
+
+cases = {case.name: case for case in aot.CASES}
+print(json.dumps([
+    [name, arch, [known(one) for one in aot.record(cases[name].launch, arch)],
+     [known(one) for one in aot.record(operation, arch)]]
+    for name, operation in real for arch in ("sm_90", "gfx942")
+]))
+"""
+    for name, arch, compiled, launched in run_code(code, tmp_path):
+        assert compiled == launched, (name, arch)
+        assert compiled, name
+
+
+def test_narrow_loads_and_stores_are_a_fault(tmp_path: Path) -> None:
+    code = """
+def entropy_rows(stride):
+    rows = torch.empty(64, stride, dtype=bf16, device="meta")[:, :32_000]
+    scale = torch.empty(64, device="meta")
+    _rows.judge_rows(rows, scale, rows, softcap=None, logit_scale=1.0, backend=None)
+
+print(json.dumps([
+    [aot.check(aot.Case("_rows_kernel", "", partial(entropy_rows, stride)), arch)[0].faults
+     for stride in (32_000, 32_001)]
+    for arch in ("sm_90", "gfx942")
+]))
+"""
+    for aligned, (loads, stores) in run_code(code, tmp_path):
+        assert aligned == []
+        assert "loads in loops are narrower" in loads
+        assert "stores in loops are narrower" in stores
+
+
+def test_spills_too_much_shared_memory_and_errors_are_faults(tmp_path: Path) -> None:
+    code = """
+def faults(arch, **configuration):
+    case = next(case for case in aot.CASES if case.name == "bf16 gradient in place")
+    with mock.patch.object(_rows, "_CONFIGS", dict.fromkeys(("sm", "gfx"), configuration)):
+        return [fault for report in aot.check(case, arch) for fault in report.faults]
+
+print(json.dumps([
+    faults("sm_90", BLOCK_V=32_768, STAGES=2, num_warps=32),
+    faults("gfx942", BLOCK_V=32_768, STAGES=1, num_warps=4),
+    faults("sm_80", BLOCK_V=8192, STAGES=12, num_warps=32),
+    faults("sm_90", BLOCK_V=8192, STAGES=12, num_warps=32),
+    faults("sm_90", BLOCK_V=8191, STAGES=2, num_warps=4),
+]))
+"""
+    nvidia, amd, sm_80, sm_90, broken = run_code(code, tmp_path)
+    assert any(fault.startswith("spills") for fault in nvidia)
+    assert any(fault.startswith("spills") for fault in amd)
+    assert any("shared memory, more than 166912" in fault for fault in sm_80)
+    assert sm_90 == []
+    assert len(broken) == 1
+    assert broken[0].startswith("does not compile")
+
+
+def test_refuses_to_run_under_the_interpreter() -> None:
+    done = run(AOT, TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "TRITON_INTERPRET" in done.stderr
