@@ -46,16 +46,19 @@ class _Layers(click.ParamType):
             raise ArgumentError(f"protect must be layers such as 0,1,31, got {value!r}") from None
 
 
-def _flags(group: type[Any], **defaults: Any) -> Callable[[Command], Command]:
+def _flags(
+    group: type[Any], *, without: tuple[str, ...] = (), **defaults: Any
+) -> Callable[[Command], Command]:
     """Return a decorator that adds a flag for each field of a group of options.
 
     Args:
+        without: fields that the command does not use.
         defaults: of fields whose default is another for this command.
     """
     types = field_types(group)
 
     def decorate(command: Command) -> Command:
-        for each in reversed(fields(group)):
+        for each in reversed([each for each in fields(group) if each.name not in without]):
             default = defaults.get(each.name, each.default)
             names = [f"--{each.name.replace('_', '-')}"]
             options: dict[str, Any] = {"default": default, "help": each.metadata["text"]}
@@ -180,8 +183,8 @@ def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **f
 
 @cli.command()
 @click.argument("model")
-@_flags(Budget)
-@_flags(CalibrationOptions)
+@_flags(Budget, without=("min_keep", "protect"))
+@_flags(CalibrationOptions, without=("seed",))
 @_flags(RunOptions)
 @_common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:

@@ -257,21 +257,19 @@ def keyword_options(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function take options flat: `@keyword_options(run=RunOptions)` makes f(device="cpu").
 
-    The function gets each group as an instance in the parameter of that name; its signature and
-    docstring show the fields. A name that is neither a field nor a parameter is a TypeError.
+    The function gets each group in the parameter of that name; its signature and docstring show the
+    fields. A name that is neither a field nor a parameter is a TypeError.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         signature = inspect.signature(function)
         own = [p for name, p in signature.parameters.items() if name not in groups]
+        options = [each for group in groups.values() for each in fields(group)]
+        keyword = inspect.Parameter.KEYWORD_ONLY
         flat = [
-            inspect.Parameter(
-                each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default,
-                annotation=each.type,
-            )
-            for group in groups.values()
-            for each in fields(group)
-        ]  # fmt: skip
+            inspect.Parameter(o.name, keyword, default=o.default, annotation=o.type)
+            for o in options
+        ]
 
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Result:
@@ -279,11 +277,7 @@ def keyword_options(
             return function(*args, **given, **made)
 
         call.__signature__ = signature.replace(parameters=[*own, *flat])  # type: ignore[attr-defined]
-        lines = [
-            f"    {each.name}: {each.metadata['text']}"
-            for group in groups.values()
-            for each in fields(group)
-        ]
+        lines = [f"    {o.name}: {o.metadata['text']}" for o in options]
         call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
         return call
 
@@ -291,7 +285,7 @@ def keyword_options(
 
 
 def take_options(group: type[Options], given: dict[str, Any]) -> Options:
-    """Make a group of options of those keyword arguments that are its fields, and take them out."""
+    """Take the keyword arguments that are fields of a group of options out, and make the group."""
     names = [each.name for each in fields(group) if each.name in given]  # type: ignore[arg-type]
     return group(**{name: given.pop(name) for name in names})
 
@@ -299,10 +293,4 @@ def take_options(group: type[Options], given: dict[str, Any]) -> Options:
 def field_types(group: type[Any]) -> dict[str, Any]:
     """Return the type of each field, `int` for `int | None`."""
     hints = typing.get_type_hints(group)
-    return {
-        each.name: next(
-            (t for t in typing.get_args(hints[each.name]) if t is not type(None)),
-            hints[each.name],
-        )
-        for each in fields(group)
-    }
+    return {name: (*typing.get_args(hint), hint)[0] for name, hint in hints.items()}

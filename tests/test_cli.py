@@ -64,7 +64,7 @@ def test_score_prune_evaluate_in_json(
     assert result["intermediate_size"] % 4 == 0
     assert result["statistic"] == "l2"
     record = json.loads((out / "hfprune.json").read_text())
-    assert record["asked"] == {
+    assert record["requested"] == {
         "param_ratio": 0.05,
         "round_to": 4,
         "protect": [],
@@ -113,7 +113,7 @@ def test_says_how_many_samples_the_text_made(
         "--out", tmp_path / "s", "--json",
     )  # fmt: skip
     made = run.json()["provenance"]["samples"]
-    assert re.search(rf"holds {made} samples of 128 tokens; 1000000 were asked for", run.err)
+    assert re.search(rf"holds {made} samples of 128 tokens; 1000000 were requested", run.err)
 
 
 def test_plan(llama_dir: Path, hfprune: Hfprune) -> None:

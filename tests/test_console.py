@@ -40,7 +40,7 @@ def test_model_card() -> None:
     assert "calibration" not in card
     record |= {
         "base_model": "local",
-        "asked": {**asdict(PRESETS["paper"]), "statistic": "l2"},
+        "requested": {**asdict(PRESETS["paper"]), "statistic": "l2"},
         "provenance": {"samples": 3, "tokens": 96, "calibration": {"source": "a.txt"}},
     }
     card = model_card(record)
@@ -48,7 +48,7 @@ def test_model_card() -> None:
     assert "| ranked by | criterion `entropy`, statistic `l2` |" in card
     assert "| allocation | uniform |" in card
     assert "refitted" not in card
-    default = {**record, "asked": asdict(Recipe()), "chosen": {"allocation": 0.5}}
+    default = {**record, "requested": asdict(Recipe()), "chosen": {"allocation": 0.5}}
     assert "| allocation | halfway between uniform and global |" in model_card(default)
     assert "| down_proj | refitted to the dense model by least squares |" in model_card(default)
     assert "| calibration size | 3 samples, 96 tokens |" in card
