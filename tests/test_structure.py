@@ -121,7 +121,7 @@ import sys
 sys.modules["triton"] = None  # import triton now raises ImportError
 import torch, hfprune_fast as hf
 from hfprune_fast.checkpoint.loading import load_model
-from hfprune_fast.checkpoint.source import TINY_MODEL
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.kernels._triton import TRITON_VERSION
 assert TRITON_VERSION is None
 t = torch.ones(1, 2, 3)

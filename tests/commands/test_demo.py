@@ -57,7 +57,7 @@ def test_a_fifth_of_the_neurons_is_gone(result: dict[str, Any]) -> None:
 
 
 def test_table_has_a_row_for_each_choice(result: dict[str, Any]) -> None:
-    table = demo.table(result)
+    table = demo.text(result)
     for row in ("dense", "pruned by entropy", "pruned by weight magnitude", "pruned at random"):
         assert f"\n{row}" in table
     assert f"{result['fidelity']['entropy']['kl_nats']:.4f}" in table
@@ -79,8 +79,6 @@ def test_existing_output_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    monkeypatch.setattr(
-        "hfprune_fast.commands.pipeline.score", lambda *_, **__: pytest.fail("scored")
-    )
+    monkeypatch.setattr(demo, "score", lambda *_, **__: pytest.fail("scored"))
     with pytest.raises(ValueError, match="--force"):
         demo.run(tmp_path / "out")
