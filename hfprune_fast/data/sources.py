@@ -6,25 +6,16 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.errors import CalibrationError, one_line
 
-if TYPE_CHECKING:
-    pass
-
 DEMO_TEXT = TINY_MODEL / "calibration.txt"
-
-
 # A longer file is read as several documents of about this size, cut at line ends, so that samples
 # of a huge file come from all over it without tokenising it whole.
 _DOCUMENT_CHARS = 1 << 20
-
-
 _HUB_ROWS = 100_000
-
-
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 

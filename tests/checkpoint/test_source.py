@@ -18,6 +18,9 @@ from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, Un
 from hfprune_fast.models.spec import spec_of
 
 
+OLD_BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -65,11 +68,14 @@ def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:
 
 def test_old_rotary_buffers_are_tolerated(llama_dir: Path) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors[OLD_BUFFER] = torch.ones(8)
 
     change_tensors(llama_dir, add)
     loaded = loading.load_model(llama_dir, device="cpu")
     assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
+    change_tensors(llama_dir, lambda t: t.update({OLD_BUFFER: torch.ones(8, dtype=torch.int64)}))
+    with pytest.raises(CheckpointError, match=rf"{OLD_BUFFER} in I64, expected one of F64, F32"):
+        open_source(llama_dir)
 
 
 def test_base_model_names_without_prefix(llama_dir: Path) -> None:
