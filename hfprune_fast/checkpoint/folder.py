@@ -90,11 +90,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     family_of(config)
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
+        if isinstance(quantization, dict):
+            quantization = quantization.get("quant_method")
         raise CheckpointError(
-            f"{folder} is quantised ({method}), so its neurons cannot be cut; "
+            f"{folder} is quantised ({quantization}), so its neurons cannot be cut; "
             "prune the unquantised checkpoint and quantise the result"
         )
     return config

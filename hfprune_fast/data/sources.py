@@ -53,14 +53,15 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    if path.suffix.lower() not in _TEXT_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in _TEXT_SUFFIXES:
         raise CalibrationError(
             f"{path} is not a calibration source; expected {', '.join(_TEXT_SUFFIXES)} or .npy"
         )
     try:
-        if path.suffix.lower() == ".txt":
+        if suffix == ".txt":
             yield path.read_text(encoding="utf-8-sig")
-        elif path.suffix.lower() == ".jsonl":
+        elif suffix == ".jsonl":
             yield from _read_jsonl(path)
         else:
             yield from _read_parquet(path)

@@ -176,9 +176,8 @@ def test_a_new_model_starts_like_the_family() -> None:
     model = nonuniform.HFPruneLlamaForCausalLM(config)
     assert widths_of(model) == (900, 700)
     for layer in model.model.layers:
-        assert (
-            0.48 < float(layer.mlp.up_proj.weight.detach().std()) < 0.52
-        )  # 44,800 draws or more: 0.0017
+        deviation = float(layer.mlp.up_proj.weight.detach().std())
+        assert 0.48 < deviation < 0.52  # 44,800 draws or more: 0.0017
     for wrong in ([900], [900, 901], [0, 900]):
         config.mlp_widths = wrong
         with pytest.raises(ValueError, match=r"a width in 1\.\.900 for each of the 2 layers"):
@@ -285,14 +284,10 @@ def test_classes_are_made_once_and_copied_like_any(family: str) -> None:
     name = f"HFPrune{FAMILIES[family].class_name}"
     config_class = getattr(nonuniform, f"{name}Config")
     model_class = getattr(nonuniform, f"{name}ForCausalLM")
-    assert (config_class.model_type, model_class.config_class) == (
-        f"hfprune_{family}",
-        config_class,
-    )
-    assert (config_class._auto_class, model_class._auto_class) == (
-        "AutoConfig",
-        "AutoModelForCausalLM",
-    )
+    assert config_class.model_type == f"hfprune_{family}"
+    assert model_class.config_class is config_class
+    autos = config_class._auto_class, model_class._auto_class
+    assert autos == ("AutoConfig", "AutoModelForCausalLM")
     model = tiny_model(family)
     hf.prune(model, keep_of())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
