@@ -48,10 +48,7 @@ class MicroBatch:
 
     @property
     def row_ids(self) -> Tensor:
-        """(B, T) a number for each position of each sequence, of which no other in the run has it.
-
-        Whatever the micro-batches, since what is drawn from it must not depend on them.
-        """
+        """(B, T) int64, unique within the run, the same however it is cut into micro-batches."""
         rows, positions = (torch.arange(n) for n in self.ids.shape)
         return ((self.first + rows)[:, None] << _POSITION_BITS) + positions
 

@@ -207,9 +207,8 @@ def test_lora_by_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = random_llama()
     hf.prune(model, keep_of())
-    targets = ["gate_proj", "up_proj", "down_proj"]
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
-    tuned.save_pretrained(tmp_path / "adapter")
+    lora = peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert sum("mlp" in name for name in tensors) == 18
 
@@ -230,10 +229,9 @@ def test_scores_are_those_of_the_padded_model(llama_dir: Path, tmp_path: Path) -
     table.save(tmp_path / "scores.safetensors")
     loaded = hf.ImportanceTable.load(tmp_path / "scores.safetensors")
     assert loaded.model == table.model
-    check_table(loaded, open_source(tmp_path / "custom"))
-    check_table(
-        hf.score(loading.load_model(tmp_path / "custom"), ids), open_source(tmp_path / "custom")
-    )
+    custom = open_source(tmp_path / "custom")
+    check_table(loaded, custom)
+    check_table(hf.score(loading.load_model(custom), ids), custom)
     with pytest.raises(ArgumentError, match=r"30 to 96 \(mean 62.3\) MLP neurons, and neurons are"):
         hf.select(table, prune_ratio=0.5)
     for offload in ("disk", "cpu"):
