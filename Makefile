@@ -19,7 +19,7 @@ test-all: $(VENV)/.dev install lint types
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --style=file:csrc/.clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/csrc/*.cpp
+	$(BIN)/clang-format --style=file:csrc/.clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/csrc/*.h
 
 # From tests/, so that mypy sees the installed package and not the source tree, where kernels/ is not
 # yet hfprune_fast.kernels.

@@ -47,12 +47,6 @@ def leftovers(out: Path) -> list[str]:
     ]
 
 
-def _sync_folders(top: Path) -> None:
-    for path in [top, *top.rglob("*")]:
-        if path.is_dir():
-            _sync_folder(path)
-
-
 def _sync_folder(folder: Path) -> None:
     """Put a folder's names on the disk, to outlast a power cut; Windows has no such call."""
     if os.name == "posix":
@@ -97,7 +91,9 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb+") as file:  # Windows syncs no read-only handle
                     os.fsync(file.fileno())
-        _sync_folders(partial)
+        for path in (partial, *partial.rglob("*")):
+            if path.is_dir():
+                _sync_folder(path)
         if force and out.exists():
             out.rename(replaced)
         elif out.exists():

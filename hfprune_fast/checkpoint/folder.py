@@ -90,11 +90,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     family_of(config)
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
+        if isinstance(quantization, dict):
+            quantization = quantization.get("quant_method")
         raise CheckpointError(
-            f"{folder} is quantised ({method}), so its neurons cannot be cut; "
+            f"{folder} is quantised ({quantization}), so its neurons cannot be cut; "
             "prune the unquantised checkpoint and quantise the result"
         )
     return config
@@ -143,17 +142,20 @@ def weight_map_of(folder: Path) -> Mapping[str, str]:
 def check_tensors_are(
     folder: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError unless the tensors are floats of the expected names and shapes."""
-    stored = {name: info for name, info in tensors.items() if not name.endswith(IGNORED_SUFFIX)}
+    """Raise CheckpointError unless the tensors are floats of the expected names and shapes.
+
+    Ignored buffers may be there too, but only as floats: pruning copies them.
+    """
+    stored = {name for name in tensors if not name.endswith(IGNORED_SUFFIX)}
     for problem, names in (
-        ("lacks the tensor", expected.keys() - stored.keys()),
-        ("has a tensor that its architecture does not know:", stored.keys() - expected.keys()),
+        ("lacks the tensor", expected.keys() - stored),
+        ("has a tensor that its architecture does not know:", stored - expected.keys()),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{folder} {problem} {min(names)}{more}")
-    for name, info in stored.items():
-        if info.shape != expected[name]:
+    for name, info in tensors.items():
+        if info.shape != expected.get(name, info.shape):
             raise CheckpointError(
                 f"{folder} has a tensor whose shape is not its config's: {name} is {info.shape}, "
                 f"expected {expected[name]}"

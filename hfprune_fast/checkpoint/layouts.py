@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfprune_fast.checkpoint.loading import skeleton
 from hfprune_fast.errors import ArgumentError, one_line
 from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
 from hfprune_fast.models.sites import parts_of
 
 CODE = Path(__file__).parents[1] / "models" / "nonuniform.py"
-
-
 CODE_FILE = "modeling_hfprune.py"
 
 
@@ -61,15 +60,12 @@ def code_files(config: Mapping[str, Any]) -> set[str]:
 
 def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
     """Refuse a native layout that the installed transformers does not build."""
-    import torch
     import transformers
 
     wanted = config_of(config, widths, "native")
     why = "its MLPs are all of one width"
     try:
-        with torch.device("meta"):
-            made = transformers.AutoConfig.for_model(**wanted)
-            model = transformers.AutoModelForCausalLM.from_config(made)
+        model = skeleton(transformers.AutoConfig.for_model(**wanted))
         if [mlp.gate.out_features for mlp in parts_of(model).mlps] == list(widths):
             return
     except Exception as error:  # whatever a version that does not know it raises

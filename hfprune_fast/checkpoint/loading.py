@@ -12,7 +12,6 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hfprune_fast.checkpoint.folder import (
-    TORCH_DTYPES,
-    TensorInfo,
-    check_tensors_are,
-    read_config,
-)
+from hfprune_fast.checkpoint.folder import TORCH_DTYPES, check_tensors_are, read_config
 from hfprune_fast.checkpoint.pretrained import load_config, one_line_errors
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.errors import ArgumentError, one_line
@@ -42,10 +36,11 @@ def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
     """Return the spec and the transformers config of a folder, from its config.json alone."""
     read_config(folder)  # which refuses what cannot be pruned
     config = load_config(folder)
-    return spec_of(_skeleton(folder, config)), config
+    with one_line_errors(f"{folder}/config.json does not make a model"):
+        return spec_of(skeleton(config)), config
 
 
-def _skeleton(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the model without weights: parameters on meta, buffers (rotary tables) computed.
 
     Other threads may run models meanwhile, so nothing that they see is changed: the meta device
@@ -56,11 +51,7 @@ def _skeleton(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> 
 
     config = copy.deepcopy(config)
     config.dtype = None
-    with (
-        one_line_errors(f"{folder}/config.json does not make a model"),
-        _META_CONTEXT,
-        torch.device("meta"),
-    ):
+    with _META_CONTEXT, torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     config.dtype = dtype
     for parameter in model.parameters():
@@ -103,9 +94,14 @@ def blueprint(
     """
     source = open_source(model_or_path)
     target, family = torch_device(device), source.family
-    stored = _most_common_dtype(source.tensors)
+    elements = Counter[str]()
+    for info in source.tensors.values():
+        elements[info.dtype] += math.prod(info.shape)
+    stored = TORCH_DTYPES[elements.most_common(1)[0][0]]
     to_run_in = dtype_to_run_in(dtype, stored, target)
-    model = _skeleton(source.folder, source.transformers_config, to_run_in)
+    config = source.transformers_config
+    with one_line_errors(f"{source.folder}/config.json does not make a model"):
+        model = skeleton(config, to_run_in)
     decoder, head = f"{family.decoder}.", f"{family.head}.weight"
     state = model.state_dict()
     names = {name: name for name in state}
@@ -173,13 +169,6 @@ def dtype_to_run_in(dtype: str, stored: torch.dtype, device: torch.device) -> to
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
-
-
-def _most_common_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
-    elements = Counter[str]()
-    for info in headers.values():
-        elements[info.dtype] += math.prod(info.shape)
-    return TORCH_DTYPES[elements.most_common(1)[0][0]]
 
 
 def torch_device(device: str) -> torch.device:

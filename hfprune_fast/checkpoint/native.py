@@ -107,12 +107,8 @@ def _compact(
     row_bytes = max(1, source.shape[1] * source.element_size())
     step = max(1, _CHUNK_BYTES // row_bytes)
     for rows in range(0, shape[0], step):  # what is written lies before all that is still to read
-        part = (
-            source.index_select(0, kept[rows : rows + step])
-            if axis == 0
-            else source[rows : rows + step].index_select(1, kept)
-        )
-        result[rows : rows + step] = part
+        part = slice(rows, rows + step)
+        result[part] = source[kept[part]] if axis == 0 else source[part].index_select(1, kept)
     return result
 
 
@@ -145,18 +141,10 @@ def write_tensor(
     """
     rows, columns = (*source.shape, 1, 1)[:2]
     if _C is not None:
-        written: bool = _C.write(
-            file,
-            offset,
-            source,
-            rows=rows,
-            columns=columns,
-            item_bytes=source.itemsize,
-            exponent=exponent,
-            axis=axis,
-            keep=keep,
+        sizes = {"rows": rows, "columns": columns, "item_bytes": source.itemsize}
+        return bool(
+            _C.write(file, offset, source, exponent=exponent, axis=axis, keep=keep, **sizes)
         )
-        return written
     kept = source if keep is None else source.take(keep, axis=axis)
     view = memoryview(kept.reshape(-1).view(np.uint8))
     while len(view):

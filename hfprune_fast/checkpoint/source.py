@@ -28,13 +28,7 @@ from hfprune_fast.checkpoint.folder import (
 from hfprune_fast.checkpoint.pretrained import load_config, load_tokenizer
 from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 from hfprune_fast.errors import CheckpointError
-from hfprune_fast.models.families import (
-    NON_UNIFORM,
-    Family,
-    family_of,
-    family_type,
-    neuron_axis,
-)
+from hfprune_fast.models.families import NON_UNIFORM, Family, family_of, family_type, neuron_axis
 from hfprune_fast.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -195,16 +189,10 @@ def _layer_tensors(
     }
 
     def mlp(width: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part, shape in (
-            (family.gate, (width, hidden)),
-            (family.up, (width, hidden)),
-            (family.down, (hidden, width)),
-        ):
-            shapes[f"{part}.weight"] = shape
-            if biased:
-                shapes[f"{part}.bias"] = shape[:1]
-        return shapes
+        wide, narrow = (width, hidden), (hidden, width)
+        shapes = {family.gate: wide, family.up: wide, family.down: narrow}
+        biases = {f"{part}.bias": shape[:1] for part, shape in shapes.items() if biased}
+        return {f"{part}.weight": shape for part, shape in shapes.items()} | biases
 
     return {
         f"{decoder}{family.layers}.{i}.{name}": shape

@@ -163,10 +163,8 @@ class Writing:
         if "total_parameters" in metadata:
             metadata["total_parameters"] = sum(math.prod(shape) for shape in self.shapes.values())
         weight_map = {name: file for file, names in self.shards.items() for name in names}
-        write_json(
-            partial / INDEX,
-            {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))},
-        )
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(partial / INDEX, index)
 
     def verify(self, partial: Path, progress: bool) -> None:
         """Read back what was written, from the disk where the system allows, and compare it.

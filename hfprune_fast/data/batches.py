@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,8 @@ from torch import Tensor
 
 from hfprune_fast.errors import CalibrationError
 
-if TYPE_CHECKING:
-    pass
-
 _POSITION_BITS = 24  # of a row's number; the rest is its sequence's
-
-
 _IDS_MUST_BE = "token batches must be (B, T) integers, or mappings with such input_ids"
-
-
 _MASK_MUST_BE = "attention_mask must be (B, T) integers"
 
 
@@ -55,10 +48,7 @@ class MicroBatch:
 
     @property
     def row_ids(self) -> Tensor:
-        """(B, T) a number for each position of each sequence, of which no other in the run has it.
-
-        Whatever the micro-batches, since what is drawn from it must not depend on them.
-        """
+        """(B, T) int64, unique within the run, the same however it is cut into micro-batches."""
         rows, positions = (torch.arange(n) for n in self.ids.shape)
         return ((self.first + rows)[:, None] << _POSITION_BITS) + positions
 

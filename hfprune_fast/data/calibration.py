@@ -28,7 +28,6 @@ from hfprune_fast.errors import ArgumentError, CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 # Windows to choose from, per window asked for.
 _CANDIDATES = 8
 
@@ -68,11 +67,7 @@ def calibrate(text: str | Path, source: ModelSource, options: CalibrationOptions
             f"{text} holds {len(ids)} samples of {ids.shape[1]} tokens; "
             f"{options.samples} were requested"
         )
-    description = {
-        "source": display_name(text),
-        "seed": options.seed,
-        "seq_len": ids.shape[1],
-    }
+    description = {"source": display_name(text), "seed": options.seed, "seq_len": ids.shape[1]}
     return token_data(ids, source.spec.vocab_size, description)
 
 

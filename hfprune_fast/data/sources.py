@@ -6,25 +6,16 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.errors import CalibrationError, one_line
 
-if TYPE_CHECKING:
-    pass
-
 DEMO_TEXT = TINY_MODEL / "calibration.txt"
-
-
 # A longer file is read as several documents of about this size, cut at line ends, so that samples
 # of a huge file come from all over it without tokenising it whole.
 _DOCUMENT_CHARS = 1 << 20
-
-
 _HUB_ROWS = 100_000
-
-
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -62,14 +53,15 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    if path.suffix.lower() not in _TEXT_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in _TEXT_SUFFIXES:
         raise CalibrationError(
             f"{path} is not a calibration source; expected {', '.join(_TEXT_SUFFIXES)} or .npy"
         )
     try:
-        if path.suffix.lower() == ".txt":
+        if suffix == ".txt":
             yield path.read_text(encoding="utf-8-sig")
-        elif path.suffix.lower() == ".jsonl":
+        elif suffix == ".jsonl":
             yield from _read_jsonl(path)
         else:
             yield from _read_parquet(path)

@@ -1,5 +1,4 @@
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import TINY_MODEL, find_model, read_config, weight_files
 from hfprune_fast.checkpoint.loading import blueprint, spec_from_config
 from hfprune_fast.checkpoint.source import open_source
-from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError, UnsupportedModelError
+from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError
 from hfprune_fast.models.spec import spec_of
+
+OLD_BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -31,19 +32,11 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_loads_what_save_pretrained_wrote(
+def test_spec_from_config_is_the_models(
     save_checkpoint: Callable[..., Path], family: str, tied: bool
 ) -> None:
     model = tiny_model(family, dtype=torch.bfloat16, tied=tied)
-    folder = save_checkpoint(model, max_shard_size="30KB")
-    assert len(weight_files(folder)) > 2
-    loaded = loading.load_model(folder, device="cpu")
-    assert loaded.dtype == torch.bfloat16
-    assert not any(p.requires_grad for p in loaded.parameters())
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert spec_from_config(folder)[0] == spec_of(model)
-    assert loading.load_model(folder, device="cpu", dtype="float32").dtype == torch.float32
+    assert spec_from_config(save_checkpoint(model))[0] == spec_of(model)
 
 
 def test_float16_runs_in_float32_on_a_cpu(save_checkpoint: Callable[..., Path]) -> None:
@@ -65,11 +58,14 @@ def test_parameters_of_a_neuron(save_checkpoint: Callable[..., Path]) -> None:
 
 def test_old_rotary_buffers_are_tolerated(llama_dir: Path) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors[OLD_BUFFER] = torch.ones(8)
 
     change_tensors(llama_dir, add)
     loaded = loading.load_model(llama_dir, device="cpu")
     assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
+    change_tensors(llama_dir, lambda t: t.update({OLD_BUFFER: torch.ones(8, dtype=torch.int64)}))
+    with pytest.raises(CheckpointError, match=rf"{OLD_BUFFER} in I64, expected one of F64, F32"):
+        open_source(llama_dir)
 
 
 def test_base_model_names_without_prefix(llama_dir: Path) -> None:
@@ -110,19 +106,11 @@ def test_tensors_that_do_not_fit(
         loading.load_model(llama_dir, device="cpu")
 
 
-@pytest.mark.parametrize("size", [0, 5, 200, -1])
-def test_truncated_file(llama_dir: Path, size: int) -> None:
+def test_truncated_file(llama_dir: Path) -> None:
     path = llama_dir / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
+    path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or not"):
         open_source(llama_dir)
-
-
-def test_hostile_header(llama_dir: Path) -> None:
-    path = llama_dir / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
-    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
-        loading.load_model(llama_dir)
 
 
 def test_missing_shard(save_checkpoint: Callable[..., Path]) -> None:
@@ -150,26 +138,10 @@ def test_index_that_is_wrong(save_checkpoint: Callable[..., Path]) -> None:
 
 def test_pickled_weights_are_not_opened(llama_dir: Path) -> None:
     (llama_dir / "model.safetensors").unlink()
-    (llama_dir / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    with pytest.raises(CheckpointError, match=r"only pickled weights .*save_pretrained"):
-        loading.load_model(llama_dir)
-
-
-def test_no_weights(llama_dir: Path) -> None:
-    (llama_dir / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has neither"):
         loading.load_model(llama_dir)
-
-
-def test_quantised(llama_dir: Path) -> None:
-    change_config(llama_dir, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"quantised \(gptq\).*quantise the result"):
-        loading.load_model(llama_dir)
-
-
-def test_unsupported_architecture_is_named(llama_dir: Path) -> None:
-    change_config(llama_dir, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is not supported.*mistral"):
+    (llama_dir / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(CheckpointError, match=r"only pickled weights .*save_pretrained"):
         loading.load_model(llama_dir)
 
 
@@ -183,7 +155,13 @@ def test_remote_code_is_never_run(llama_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read as JSON"), ("[1]", "holds a list"), ("\x00", "cannot be read as JSON")],
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds a list"),
+        ("\x00", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+    ],
+    ids=["open", "list", "NUL", "deep"],
 )
 def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
     (llama_dir / "config.json").write_text(content)
@@ -191,37 +169,31 @@ def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
         read_config(llama_dir)
 
 
-def test_config_with_nonsense_values(llama_dir: Path) -> None:
-    change_config(llama_dir, num_hidden_layers="three")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        spec_from_config(llama_dir)
-
-
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"model_type": ["llama"]},
-        {"architectures": 5, "model_type": "gpt2"},
-        {"architectures": "G", "model_type": None},
-        {"quantization_config": "gptq"},
-        {"hidden_act": "nope"},
-        {"intermediate_size": "96"},
-        {"num_attention_heads": 0},
-        {"rope_parameters": {"rope_type": "zzz"}},
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\).*quantise the re"),
+        ({"quantization_config": "gptq"}, r"quantised \(gptq\)"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM.* is not .*mistral"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"architectures": 5, "model_type": "gpt2"}, "this model is not supported"),
+        ({"architectures": "G", "model_type": None}, "this model is not supported"),
+        ({"num_hidden_layers": "three"}, r"config\.json"),
+        ({"hidden_act": "nope"}, r"config\.json"),
+        ({"intermediate_size": "96"}, r"config\.json"),
+        ({"num_attention_heads": 0}, r"config\.json"),
+        ({"rope_parameters": {"rope_type": "zzz"}}, r"config\.json"),
     ],
 )
-def test_config_values_of_the_wrong_kind(llama_dir: Path, changes: dict[str, Any]) -> None:
+def test_config_values_that_are_refused(
+    llama_dir: Path, changes: dict[str, Any], message: str
+) -> None:
     change_config(llama_dir, **changes)
-    with pytest.raises(HFPruneError) as raised:
-        spec_from_config(llama_dir)
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 500
-
-
-def test_config_that_is_deeper_than_a_parser(llama_dir: Path) -> None:
-    (llama_dir / "config.json").write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
-        read_config(llama_dir)
+    for refusing in (spec_from_config, loading.load_model):
+        with pytest.raises(HFPruneError, match=message) as raised:
+            refusing(llama_dir)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
 
 
 def test_quantization_config_of_null_is_none(llama_dir: Path) -> None:

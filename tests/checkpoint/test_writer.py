@@ -12,6 +12,7 @@ import torch
 from checkpoints import random_llama, synthetic_checkpoint
 from processes import in_another_process
 from safetensors.torch import load_file
+from uneven import keep_of
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading, native, writer
@@ -29,15 +30,7 @@ def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 both_paths = pytest.mark.parametrize("path", ["plain", "extension"])
 
 
-def keep_of(layers: int, dense: int, width: int) -> dict[int, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return {
-        layer: torch.randperm(dense, generator=generator)[:width].sort().values
-        for layer in range(layers)
-    }
-
-
-KEEP = keep_of(4, 4096, 3001)
+KEEP = keep_of((3001,) * 4, 4096)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -88,13 +81,13 @@ def test_every_byte_in_shards_of_any_size(
 @pytest.mark.parametrize("size", ["", "five", "0", "-1GB", "5XB", "1e9", 0, -5, "0.1B"])
 def test_bad_shard_size(llama_dir: Path, tmp_path: Path, size: Any) -> None:
     with pytest.raises(ArgumentError, match="max_shard_size must be"):
-        hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(3, 96, 9), max_shard_size=size)
+        hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of((9, 9, 9)), max_shard_size=size)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @both_paths
 def test_replaced_and_padded_tensors(llama_dir: Path, tmp_path: Path, path: str) -> None:
-    keep = keep_of(3, 96, 40) | {2: torch.arange(30)}
+    keep = keep_of((40, 40, 30)) | {2: torch.arange(30)}
     name = "model.layers.{}.mlp.down_proj.weight"
     refitted, norm = torch.randn(64, 40), torch.randn(128)[::2]  # the norm is not contiguous
     replace = {name.format(1): refitted, "model.norm.weight": norm}
@@ -124,7 +117,7 @@ def test_bad_replacements(
     llama_dir: Path, tmp_path: Path, path: str, replace: Any, error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(3, 96, 9), replace=replace)
+        hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of((9, 9, 9)), replace=replace)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -144,7 +137,7 @@ def test_verify_sees_one_flipped_bit(
 
     monkeypatch.setattr(writer, "_forget_cached", flip)
     with pytest.raises(OutputError, match=r"tensor model.norm.weight .*not read back"):
-        hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(3, 96, 9), verify=True)
+        hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of((9, 9, 9)), verify=True)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -154,8 +147,7 @@ def test_sizes_are_those_of_transformers_model(
     for i, overrides in enumerate(({}, {"mlp_bias": True, "attention_bias": True}, {"tied": True})):
         folder = save_checkpoint(random_llama(**overrides), str(i), max_shard_size="200KB")
         assert open_source(folder).spec == loading.spec_from_config(folder)[0]
-    demo = TINY_MODEL
-    assert open_source(demo).spec == loading.spec_from_config(demo)[0]
+    assert open_source(TINY_MODEL).spec == loading.spec_from_config(TINY_MODEL)[0]
 
 
 MEMORY = """

@@ -1,23 +1,6 @@
 // Selection, compact() and write() against a byte-by-byte reference. Built by csrc/CMakeLists.txt
 // and run under sanitizers by test_csrc.py: check FOLDER. Exits with 1 at the first difference.
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <system_error>
-#include <thread>
-#include <vector>
-
-#include "compact.h"
-#include "write.h"
+#include "check.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -34,147 +17,13 @@ constexpr bool kThreadSanitizer = false;
 
 namespace {
 
-using hfprune::Selection;
-using Bytes = std::vector<std::uint8_t>;
-using Keep = std::vector<std::int64_t>;
-
-constexpr std::uint8_t kGuardByte = 0xA5;
-std::size_t cases = 0;
-std::mt19937_64 rng(20240607);
-
-std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("FAILED: %s\n", what.c_str());
-  std::exit(1);
-}
-
-template <typename Error, typename Call>
-void must_throw(const std::string& what, const Call& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    if (*error.what() == '\0') fail(what + ": an empty message");
-    ++cases;
-    return;
-  } catch (const std::exception& error) {
-    fail(what + ": another exception: " + error.what());
-  }
-  fail(what + " was accepted");
-}
-
-struct Case {
-  int axis;
-  std::size_t rows, columns, item;
-  Keep keep;
-  std::size_t piece_bytes;
-  bool portable;
-
-  std::string text(const std::string& problem) const {
-    std::string kept;
-    for (std::size_t i = 0; i < std::min<std::size_t>(keep.size(), 12); ++i) {
-      kept += ' ' + std::to_string(keep[i]);
-    }
-    return problem + ", axis " + std::to_string(axis) + " of " + std::to_string(rows) + " x " +
-           std::to_string(columns) + " x " + std::to_string(item) + " bytes, keep " +
-           std::to_string(keep.size()) + " [" + kept + " ], piece_bytes " +
-           std::to_string(piece_bytes) + (portable ? ", portable" : "");
-  }
-  Selection selection() const {
-    return {axis, rows, columns, item, keep.data(), keep.size(), piece_bytes, portable};
-  }
-  // The offset in the source of each kept byte, in order.
-  std::vector<std::size_t> kept_offsets() const {
-    std::vector<std::size_t> result;
-    const std::size_t index_bytes = axis == 0 ? columns * item : item;
-    for (std::size_t outer = 0; outer < (axis == 0 ? 1 : rows); ++outer) {
-      for (const std::int64_t index : keep) {
-        const std::size_t at =
-            outer * columns * item + static_cast<std::size_t>(index) * index_bytes;
-        for (std::size_t i = 0; i < index_bytes; ++i) result.push_back(at + i);
-      }
-    }
-    return result;
-  }
-};
-
-// Where a buffer ends: at its heap block's end, which ASan watches; before guard bytes; or before a
-// page that cannot be touched, which stops the masked vector loads and stores that ASan cannot see.
-enum class Edge { kHeap, kGuard, kPage };
-Edge any_edge() { return static_cast<Edge>(below(3)); }
-
-class Buffer {
- public:
-  Buffer(std::size_t bytes, std::size_t offset, Edge edge) : bytes_(bytes) {
-    if (edge == Edge::kPage) {
-      const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-      const std::size_t inside = std::max(page, (bytes + page - 1) / page * page);
-      mapped_bytes_ = inside + 2 * page;
-      void* mapped = ::mmap(nullptr, mapped_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (mapped == MAP_FAILED) fail("no memory for a buffer");
-      mapped_ = static_cast<std::uint8_t*>(mapped);
-      if (::mprotect(mapped_ + page, inside, PROT_READ | PROT_WRITE) != 0) fail("mprotect");
-      data_ = mapped_ + page + inside - bytes;
-      before_ = inside - bytes;
-    } else {
-      before_ = offset;
-      after_ = edge == Edge::kGuard ? 80 : 0;
-      block_.reset(new std::uint8_t[before_ + bytes + after_]);
-      data_ = block_.get() + before_;
-    }
-    std::memset(data_ - before_, kGuardByte, before_ + bytes + after_);
-  }
-  Buffer(const Bytes& content, std::size_t offset, Edge edge)
-      : Buffer(content.size(), offset, edge) {
-    std::copy(content.begin(), content.end(), data_);
-  }
-  ~Buffer() {
-    if (mapped_ != nullptr) ::munmap(mapped_, mapped_bytes_);
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  std::uint8_t* data() { return data_; }
-  bool starts_with(const Bytes& expected) const {
-    return expected.empty() || std::memcmp(expected.data(), data_, expected.size()) == 0;
-  }
-  bool guards_intact() const {
-    const auto guard = [](std::uint8_t byte) { return byte == kGuardByte; };
-    return std::all_of(data_ - before_, data_, guard) &&
-           std::all_of(data_ + bytes_, data_ + bytes_ + after_, guard);
-  }
-
- private:
-  std::size_t bytes_, before_ = 0, after_ = 0, mapped_bytes_ = 0;
-  std::unique_ptr<std::uint8_t[]> block_;
-  std::uint8_t* mapped_ = nullptr;
-  std::uint8_t* data_ = nullptr;
-};
-
-Bytes random_bytes(std::size_t count) {
-  Bytes result((count + 7) / 8 * 8);
-  for (std::size_t at = 0; at < result.size(); at += 8) {
-    const std::uint64_t word = rng();
-    std::memcpy(result.data() + at, &word, 8);
-  }
-  result.resize(count);
-  return result;
-}
-
-Bytes taken(const Bytes& source, const std::vector<std::size_t>& offsets) {
-  Bytes result;
-  result.reserve(offsets.size());
-  for (const std::size_t offset : offsets) result.push_back(source[offset]);
-  return result;
-}
-
 // The pieces are what the header promises: they tile the kept bytes, obey the limit, and are
 // gathered from their own part of the source into staging_bytes().
 void check_pieces(const Case& c, const Bytes& source, const std::vector<std::size_t>& offsets) {
   const Selection selection = c.selection();
   const Bytes expected = taken(source, offsets);
-  Buffer from(source, below(9), below(2) == 0 ? Edge::kHeap : Edge::kPage);
-  Buffer staged(selection.staging_bytes(), below(9), below(2) == 0 ? Edge::kHeap : Edge::kPage);
+  Buffer from(source, below(9), any_edge());
+  Buffer staged(selection.staging_bytes(), below(9), any_edge());
   const std::size_t index_bytes = c.axis == 0 ? c.columns * c.item : c.item;
   const std::size_t granule = c.axis == 1 || index_bytes <= 8 ? index_bytes : 1;
   std::size_t begin = 0;
@@ -333,102 +182,6 @@ void check_bad_selections() {
     if (c.selection().kept_bytes() != 0) fail(c.text("an empty selection keeps bytes"));
     hfprune::compact(c.selection(), nullptr, nullptr, 4);
   }
-}
-
-// One file that several threads write, each its own tensors side by side, 3 bytes behind the start.
-void check_write(const std::string& path) {
-  struct Kind {
-    std::size_t item;
-    std::uint64_t exponent, good;  // the largest value that is finite
-    std::vector<std::uint64_t> bad;
-  };
-  constexpr std::uint64_t k64 = 0x7FF0000000000000;
-  const Kind kinds[] = {{8, k64, k64 - 1, {k64, ~0ull}},
-                        {4, 0x7F800000, 0xFF7FFFFF, {0x7F800000, 0xFFC00000}},
-                        {2, 0x7F80, 0x7F7F, {0x7F80, 0xFFC1}},
-                        {2, 0x7C00, 0x7BFF, {0x7C00, 0xFE00}},
-                        {2, 0, 0xFFFF, {}},
-                        {1, 0, 0xFF, {}}};
-  struct Part {
-    Case c;
-    bool whole;
-    const Kind& kind;
-    hfprune::Destination to;
-    Bytes source, written;
-  };
-  const int file = ::open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
-  if (file < 0 || ::pwrite(file, "abc", 3, 0) != 3) fail("cannot write " + path);
-  std::vector<Part> parts;
-  std::uint64_t offset = 3;
-  for (const Kind& kind : kinds) {
-    for (const int axis : {-1, 0, 1}) {  // -1: whole
-      Case c{axis < 0 ? 0 : axis, 201, 1301, kind.item, {}, hfprune::kWriteBytes, false};
-      const std::size_t indices = c.axis == 0 ? c.rows : c.columns;
-      for (std::size_t i = 0; i < indices; ++i) {  // 0 is kept, 1 is dropped
-        if (axis < 0 || i == 0 || (i > 1 && below(5) != 0)) {
-          c.keep.push_back(static_cast<std::int64_t>(i));
-        }
-      }
-      Bytes source = random_bytes(c.rows * c.columns * c.item);
-      for (std::uint8_t& byte : source) byte &= 0x3B;  // finite in every kind
-      parts.push_back({c, axis < 0, kind, {file, offset, c.item, kind.exponent}, source, {}});
-      offset += c.selection().kept_bytes();
-    }
-  }
-  const auto matches = [&](const Part& p) {
-    Bytes found(p.written.size());
-    const auto at = static_cast<off_t>(p.to.offset);
-    return ::pread(file, found.data(), found.size(), at) == static_cast<ssize_t>(found.size()) &&
-           found == p.written;
-  };
-  const auto check = [&](Part* p) {
-    const std::vector<std::size_t> kept = p->c.kept_offsets();
-    const Bytes expected = taken(p->source, kept);
-    const std::size_t item = p->c.item;
-    const std::size_t dropped = p->c.axis == 0 ? p->c.columns * item : item;
-    // The first and the last that are kept, the first of the second block, and one that is dropped.
-    const std::size_t last = kept.size() - item, none = kept.size();
-    for (const std::size_t place :
-         {std::size_t{0}, std::min(last, hfprune::kWriteBytes), last, none}) {
-      if (place == none && p->whole) continue;
-      std::vector<std::uint64_t> values = p->kind.bad;
-      values.push_back(p->kind.good);
-      for (const std::uint64_t value : values) {
-        Bytes source = p->source;
-        std::memcpy(source.data() + (place == none ? dropped : kept[place]), &value, item);
-        p->written = expected;
-        if (place != none) std::memcpy(p->written.data() + place, &value, item);
-        const bool finite = value == p->kind.good || place == none;
-        const bool found = p->whole ? hfprune::write(p->to, source.data(), source.size())
-                                    : hfprune::write(p->to, source.data(), p->c.selection());
-        if (found != finite) fail(p->c.text(finite ? "not finite" : "finite"));
-        if (!matches(*p)) fail(p->c.text("written bytes"));
-      }
-    }
-  };
-  std::vector<std::thread> threads;
-  for (std::size_t first = 0; first < 3; ++first) {
-    threads.emplace_back([&, first] {
-      for (std::size_t i = first; i < parts.size(); i += 3) check(&parts[i]);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  for (const Part& p : parts) {
-    if (!matches(p)) fail(p.c.text("bytes written by another tensor"));
-    ++cases;
-  }
-  char front[3];
-  if (::pread(file, front, 3, 0) != 3 || std::memcmp(front, "abc", 3) != 0) fail("bytes in front");
-  if (::lseek(file, 0, SEEK_END) != static_cast<off_t>(offset)) fail("the size of the file");
-  ::close(file);
-  const Bytes some(64);
-  const auto write = [&](const hfprune::Destination& to) {
-    return [&some, to] { return hfprune::write(to, some.data(), some.size()); };
-  };
-  must_throw<std::system_error>("a closed file", write({file, 0, 2, 0}));
-  must_throw<std::invalid_argument>("values of 3 bytes", write({file, 0, 3, 0x7F80}));
-  must_throw<std::invalid_argument>("beyond all files", write({file, INT64_MAX - 63, 2, 0}));
-  must_throw<std::invalid_argument>("an offset that wraps", write({file, ~0ull, 2, 0}));
 }
 
 }  // namespace

@@ -176,9 +176,8 @@ def test_a_new_model_starts_like_the_family() -> None:
     model = nonuniform.HFPruneLlamaForCausalLM(config)
     assert widths_of(model) == (900, 700)
     for layer in model.model.layers:
-        assert (
-            0.48 < float(layer.mlp.up_proj.weight.detach().std()) < 0.52
-        )  # 44,800 draws or more: 0.0017
+        deviation = float(layer.mlp.up_proj.weight.detach().std())
+        assert 0.48 < deviation < 0.52  # 44,800 draws or more: 0.0017
     for wrong in ([900], [900, 901], [0, 900]):
         config.mlp_widths = wrong
         with pytest.raises(ValueError, match=r"a width in 1\.\.900 for each of the 2 layers"):
@@ -208,9 +207,8 @@ def test_lora_by_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = random_llama()
     hf.prune(model, keep_of())
-    targets = ["gate_proj", "up_proj", "down_proj"]
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
-    tuned.save_pretrained(tmp_path / "adapter")
+    lora = peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert sum("mlp" in name for name in tensors) == 18
 
@@ -231,10 +229,9 @@ def test_scores_are_those_of_the_padded_model(llama_dir: Path, tmp_path: Path) -
     table.save(tmp_path / "scores.safetensors")
     loaded = hf.ImportanceTable.load(tmp_path / "scores.safetensors")
     assert loaded.model == table.model
-    check_table(loaded, open_source(tmp_path / "custom"))
-    check_table(
-        hf.score(loading.load_model(tmp_path / "custom"), ids), open_source(tmp_path / "custom")
-    )
+    custom = open_source(tmp_path / "custom")
+    check_table(loaded, custom)
+    check_table(hf.score(loading.load_model(custom), ids), custom)
     with pytest.raises(ArgumentError, match=r"30 to 96 \(mean 62.3\) MLP neurons, and neurons are"):
         hf.select(table, prune_ratio=0.5)
     for offload in ("disk", "cpu"):
@@ -285,14 +282,10 @@ def test_classes_are_made_once_and_copied_like_any(family: str) -> None:
     name = f"HFPrune{FAMILIES[family].class_name}"
     config_class = getattr(nonuniform, f"{name}Config")
     model_class = getattr(nonuniform, f"{name}ForCausalLM")
-    assert (config_class.model_type, model_class.config_class) == (
-        f"hfprune_{family}",
-        config_class,
-    )
-    assert (config_class._auto_class, model_class._auto_class) == (
-        "AutoConfig",
-        "AutoModelForCausalLM",
-    )
+    assert config_class.model_type == f"hfprune_{family}"
+    assert model_class.config_class is config_class
+    autos = config_class._auto_class, model_class._auto_class
+    assert autos == ("AutoConfig", "AutoModelForCausalLM")
     model = tiny_model(family)
     hf.prune(model, keep_of())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
