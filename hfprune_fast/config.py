@@ -12,6 +12,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hfprune_fast.errors import ArgumentError
@@ -27,6 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("auto", "custom", "native", "padded")
 
 DEFAULT_SEQ_LEN = 1024
+TINY_MODEL = Path(__file__).parent / "tiny"  # the model that ships with the package
 Result = TypeVar("Result")
 Options = TypeVar("Options")
 

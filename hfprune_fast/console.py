@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,3 +127,9 @@ def parse_bytes(size: int | str, argument: str) -> int:
     if count < 1:
         raise ArgumentError(f"{argument} must be bytes or like 5GB or 512MiB, got {size!r}")
     return count
+
+
+def display_name(model: str | Path) -> str:
+    """A model's or text's name as others know it: hub names stay, paths give their last part."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else str(model)

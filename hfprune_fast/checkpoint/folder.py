@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
+from hfprune_fast.config import TINY_MODEL
 from hfprune_fast.errors import CheckpointError, one_line
 from hfprune_fast.models.families import family_of
-
-TINY_MODEL = Path(__file__).parents[1] / "tiny"
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -72,12 +71,6 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         raise CheckpointError(
             f"no model folder {name}, and the hub says: {one_line(error)}"
         ) from None
-
-
-def display_name(model: str | Path) -> str:
-    """A model's or text's name as others know it: hub names stay, paths give their last part."""
-    path = Path(model)
-    return path.resolve().name if path.exists() else str(model)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

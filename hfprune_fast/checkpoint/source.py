@@ -19,7 +19,6 @@ from hfprune_fast.checkpoint.folder import (
     WEIGHTS,
     TensorInfo,
     check_tensors_are,
-    display_name,
     find_model,
     read_config,
     weight_files,
@@ -27,6 +26,7 @@ from hfprune_fast.checkpoint.folder import (
 )
 from hfprune_fast.checkpoint.pretrained import load_config, load_tokenizer
 from hfprune_fast.checkpoint.safetensors import SafetensorsFile
+from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.models.families import NON_UNIFORM, Family, family_of, family_type, neuron_axis
 from hfprune_fast.models.spec import ModelSpec

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.checkpoint.source import open_source
-from hfprune_fast.config import Budget, CalibrationOptions, OutputOptions
+from hfprune_fast.config import TINY_MODEL, Budget, CalibrationOptions, OutputOptions
 from hfprune_fast.console import say, text_table
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.evaluation.fidelity import evaluate

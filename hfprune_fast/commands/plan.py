@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint.folder import display_name, find_model
+from hfprune_fast.checkpoint.folder import find_model
 from hfprune_fast.config import (
     DEFAULT_SEQ_LEN,
     Budget,
@@ -18,7 +18,7 @@ from hfprune_fast.config import (
     RunOptions,
     keyword_options,
 )
-from hfprune_fast.console import human_bytes, human_seconds, text_table
+from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
 from hfprune_fast.pruning.selection import target_width
 

@@ -11,19 +11,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hfprune_fast.checkpoint.folder import display_name
-from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import DEFAULT_SEQ_LEN, CalibrationOptions
-from hfprune_fast.console import say
+from hfprune_fast.console import display_name, say
 from hfprune_fast.data.batches import TokenData, token_data
 from hfprune_fast.data.sources import documents_of
 from hfprune_fast.errors import ArgumentError, CalibrationError
+from hfprune_fast.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +31,18 @@ if TYPE_CHECKING:
 _CANDIDATES = 8
 
 
-def calibrate(text: str | Path, source: ModelSource, options: CalibrationOptions) -> TokenData:
+class TextModel(Protocol):
+    """The part of `checkpoint.source.ModelSource` that text is read for."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def transformers_config(self) -> Any: ...
+    @property
+    def spec(self) -> ModelSpec: ...
+
+
+def calibrate(text: str | Path, source: TextModel, options: CalibrationOptions) -> TokenData:
     """Return token windows of a text for a model, as `token_windows` makes them.
 
     Says on stderr when the text holds fewer samples than requested.

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.config import TINY_MODEL
 from hfprune_fast.errors import CalibrationError, one_line
 
 DEMO_TEXT = TINY_MODEL / "calibration.txt"
