@@ -16,12 +16,6 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 EXACT_GATES = {-1024.0: (0.0, 0.0), 0.0: (0.0, 0.5), 64.0: (64.0, 1.0)}
 
 
-def integers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Whole numbers of size 3 at most: sums of their products and squares are exact in fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
-
-
 def sums(x: Tensor, a: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """(4, F) float64 of the terms x = g a and a, both (B, S, F), over the tokens that count."""
     if token_mask is not None:
@@ -63,6 +57,13 @@ def sums_bound(x: Tensor, x_error: Tensor, a: Tensor, a_error: Tensor, backend: 
             (a_squares + (rounding + u) * a**2 + tiny).sum((0, 1)),
         ]
     )
+
+
+def statistics_bound(grad: Tensor, act: Tensor, backend: str) -> Tensor:
+    """(4, F): how far rounding may move the statistics of grad and act, both (B, S, F)."""
+    a, x = act.double(), grad.double() * act.double()
+    u = 2.0**-24 if backend == "triton" else 2.0**-53
+    return sums_bound(x, u * x.abs(), a, torch.zeros_like(a), backend)
 
 
 def activation_truth(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
