@@ -48,13 +48,13 @@ def rows_truth(
     p = log_p.exp()
     # How far rounding moves z_i - max, with what may be read as such a move. The scale: u L; the
     # difference, at most 2 L: 2 u L; the steps by which a running maximum rises, 2 L in all: 2 u L.
-    # exp is right to 3 ulp = 6 u; each block of 8192 logits rescales the sums before it by another
-    # exp and two products. softcap · tanh(x) is off by 22 u of itself: where it is worst, x = 1/4,
-    # e = exp(-2x) = 0.61 is off by 8 u, 1 - e by 14 u, 1 + e by 4 u, and x, the quotient and the
-    # product by one or two.
+    # A GPU's exp first multiplies by log2 e: 2 u L. exp is right to 3 ulp = 6 u; each block of 8192
+    # logits rescales the sums before it by another exp and two products. softcap · tanh(x) is off
+    # by 22 u of itself: where it is worst, x = 1/4, e = exp(-2x) = 0.61 is off by 8 u, 1 - e by
+    # 14 u, 1 + e by 4 u, and x, the quotient and the product by one or two.
     largest = z.masked_fill(z == -torch.inf, 0).abs().amax(dim=1)
     blocks = -(-vocab // 8192)
-    move = eps * (3 * largest + (11 * largest if softcap else 0) + 3 + 4 * blocks)
+    move = eps * (4 * largest + (11 * largest if softcap else 0) + 3 + 4 * blocks)
     # Sums of V terms, in any order: λ √V u, λ = 4 for all practical purposes (Higham, Mary 2019).
     sums = 2 * eps * vocab**0.5
     # p: its own move, that of s, the sum s and four roundings.
@@ -101,17 +101,21 @@ def stored(exact: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 
 
 def assert_rows(
-    values: Tensor, grad: Tensor, truth: Rows, backend: str, row_scale: Tensor | None = None
-) -> None:
-    """Values and gradients, these times row_scale, are within the bounds; inf where truth is."""
+    values: Tensor, grad: Tensor, truth: Rows, backend: str, row_scale: Tensor | None = None,
+    flushed: float = 0.0,
+) -> None:  # fmt: skip
+    """Values and gradients, these times row_scale, are within the bounds; inf where truth is.
+
+    flushed: the least number that is not taken for 0.
+    """
     share = 2 if grad.dtype == torch.float64 else 1  # the truth is rounded as well
     infinite = truth.value == torch.inf
     assert (values[infinite] == torch.inf).all()
     assert ((values - truth.value)[~infinite].abs() <= share * truth.value_bound[~infinite]).all()
-    scale = torch.ones(len(grad)) if row_scale is None else row_scale
+    scale = torch.ones_like(truth.value) if row_scale is None else row_scale
     exact = scale.double()[:, None] * truth.grad
     bound = scale.double().abs()[:, None] * truth.grad_bound + truth.underflow
-    bound = bound + stored(exact.abs() + bound, grad.dtype, backend)
+    bound = bound + stored(exact.abs() + bound, grad.dtype, backend) + flushed
     assert ((grad - exact).abs() <= share * bound).all()
 
 

@@ -29,7 +29,7 @@ def sums(x: Tensor, a: Tensor, token_mask: Tensor | None = None) -> Tensor:
 
 def eager_sums(grad: Tensor, act: Tensor) -> Tensor:
     """(4, F): the reference implementation's arithmetic, all in the dtype of the model."""
-    total = torch.zeros(4, grad.shape[2], dtype=grad.dtype)
+    total = torch.zeros(4, grad.shape[2], dtype=grad.dtype, device=grad.device)
     for b in range(len(grad)):
         a = act[b : b + 1]
         x = a * grad[b : b + 1]

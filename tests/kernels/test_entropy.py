@@ -66,7 +66,7 @@ def test_maximum_anywhere_among_steps(backend: str, where: str) -> None:
 
 
 @every_path
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 300), st.integers(0, 3)),
     kind=st.sampled_from(["normal", "constant", "one-hot"]),
@@ -89,10 +89,12 @@ def test_extreme_logits(
         logits.fill_(spread if kind == "constant" else -spread)
     if kind == "one-hot":
         logits[:, vocab // 2] = spread
-    logits[torch.rand(rows, vocab, generator=generator) < masked] = -INF
+    is_masked = torch.rand(rows, vocab, generator=generator) < masked
+    logits[is_masked] = -INF
     row_scale = 2 * torch.rand(rows, generator=generator, dtype=torch.float64) - 1
     row_scale[0] *= seed % 2
     assert_right(logits, row_scale, backend, **transform)
+    assert (logits[is_masked] == 0).all()
     assert memory[:, vocab:].isnan().all()  # what lies between the rows was not touched
 
 
@@ -107,43 +109,27 @@ def test_known_rows(backend: str) -> None:
     assert entropy[3] == 0
 
 
-@each_transform
-def test_masked_entries_have_no_gradient(backend: str, transform: dict[str, Any]) -> None:
-    logits = normal(3, 50)
-    truth = rows_truth(logits[:2, ::5].clone(), **transform)  # as if the others were not there
-    masked = torch.arange(50) % 5 > 0
-    logits[:, masked] = -INF
-    logits[2] = -INF
-    entropy = softmax_entropy_grad_(logits, torch.ones(3), backend=backend, **transform)
-    assert (logits[:, masked] == 0).all()
-    assert (logits[2] == 0).all()
-    assert entropy[2] == 0
-    assert ((entropy[:2] - truth.value).abs() <= truth.value_bound).all()
-
-
-@pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("vocab", [2, 9000])
-def test_nan_and_inf_are_not_hidden(backend: str, value: float, vocab: int) -> None:
-    logits = torch.zeros(2, vocab)
-    logits[0, 1] = value
-    logits[1, :] = value
+def test_nan_and_inf_are_not_hidden(backend: str, vocab: int) -> None:
+    logits = torch.zeros(4, vocab)
+    logits[0, 1] = logits[1] = NAN
+    logits[2, 1] = logits[3] = INF
     assert softmax_entropy(logits, backend=backend).isnan().all()
-    softmax_entropy_grad_(logits, torch.ones(2), backend=backend)
+    softmax_entropy_grad_(logits, torch.ones(4), backend=backend)
     assert logits.isnan().any(dim=1).all()
 
 
 @every_path
 def test_row_scale_zero_makes_exact_zeros(backend: str, dtype: torch.dtype) -> None:
-    for transform in TRANSFORMS[::3]:
-        logits = normal(4, 9000, dtype)
-        logits[1], logits[2, 5], logits[3] = NAN, INF, 6e4
-        softmax_entropy_grad_(logits, torch.tensor([1.0, 0, 0, 0]), backend=backend, **transform)
-        assert (logits[1:] == 0).all()
-        assert (logits[0] != 0).any()
+    logits = normal(4, 9000, dtype)
+    logits[1], logits[2, 5], logits[3] = NAN, INF, 6e4
+    softmax_entropy_grad_(logits, torch.tensor([1.0, 0, 0, 0]), softcap=5.0, backend=backend)
+    assert (logits[1:] == 0).all()
+    assert (logits[0] != 0).any()
 
 
 @every_path
-@each_transform
+@pytest.mark.parametrize("transform", TRANSFORMS[::3])
 def test_forward_and_backward_equal_the_pass_in_place(
     backend: str, dtype: torch.dtype, transform: dict[str, Any]
 ) -> None:

@@ -1,10 +1,8 @@
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import LAYOUTS, batches, integers, random, sparse_memory, token_mask
+from kernel_inputs import LAYOUTS, batches, integers, random, token_mask
 from paths import every_path
 from taylor_truth import eager_sums, statistics_bound, sums
 from torch import Tensor
@@ -107,24 +105,3 @@ def test_parity_saturates_in_bfloat16() -> None:
     ones = torch.ones(1000, 1, 1, dtype=torch.bfloat16)
     assert taylor_statistics(ones, ones, parity=True).l1.item() == 256  # 256 + 1 rounds to 256
     assert taylor_statistics(ones, ones).l1.item() == 1000
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 5), (3, 1, 5)])
-def test_tokens_beyond_2_to_the_31_elements(
-    backend: str, shape: tuple[int, int, int], tmp_path: Path
-) -> None:
-    # The third token starts 2^31 elements after the first: if the offset wraps, as far before it.
-    memory, strides = sparse_memory(tmp_path), (shape[1] * 2**30, 2**30, 1)
-    grad, act = (memory.as_strided(shape, strides, 2**31 + 8 * i) for i in range(2))
-    for seed, tensor in enumerate((grad, act)):
-        tensor.copy_(integers(*shape, dtype=torch.bfloat16, seed=seed))
-    got = taylor_statistics(grad, act, backend=backend)
-    assert torch.equal(torch.stack(got), sums(grad * act, act))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-@pytest.mark.parametrize("parity", [False, True])
-def test_empty(shape: tuple[int, int, int], parity: bool) -> None:
-    got = taylor_statistics(torch.empty(shape), torch.empty(shape), parity=parity)
-    assert torch.equal(torch.stack(got), torch.zeros(4, shape[2], dtype=got.l1.dtype))
-    assert got.l1.dtype == (torch.float32 if parity else torch.float64)
