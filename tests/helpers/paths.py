@@ -13,4 +13,13 @@ PATHS = [
     *(pytest.param("torch", dtype) for dtype in [torch.float64, *_TRITON_DTYPES]),
     *(pytest.param("triton", dtype, marks=needs_triton) for dtype in _TRITON_DTYPES),
 ]
-every_path = pytest.mark.parametrize(("backend", "dtype"), PATHS)
+# The interpreter takes long: half precision, whose maths is that of fp32, runs with what is slow.
+every_path = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        path
+        if path.values[0] == "torch" or path.values[1] == torch.float32
+        else pytest.param(*path.values, marks=[needs_triton, pytest.mark.slow])
+        for path in PATHS
+    ],
+)

@@ -74,9 +74,16 @@ def test_default_on_a_gpu() -> None:
 
 
 @each_operation
-def test_a_wrong_name_is_refused(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_backend_or_not_installed_is_refused(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"^backend must be one of torch, triton, got 'cuda'$"):
         OPERATIONS[operation](backend="cuda")
+    monkeypatch.setattr(_dispatch, "TRITON_VERSION", None)
+    with pytest.raises(ValueError, match=r"triton is not installed; backend='torch' runs every"):
+        OPERATIONS[operation](backend="triton")
+    with pytest.raises(ValueError, match=r"^the default for a GPU tensor is triton, but triton is"):
+        resolve_backend(None, gpu_tensor(torch.float32))  # no silent torch
     monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"^HFPRUNE_BACKEND must be one of .*, got 'cuda'$"):
         OPERATIONS[operation]()
@@ -90,17 +97,6 @@ def test_float64_is_refused_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFPRUNE_BACKEND", "triton")
     with pytest.raises(ValueError, match="^HFPRUNE_BACKEND " + message):
         resolve_backend(None, ROWS.double())
-
-
-@each_operation
-def test_triton_that_is_not_installed_is_refused(
-    operation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_dispatch, "TRITON_VERSION", None)
-    with pytest.raises(ValueError, match=r"triton is not installed; backend='torch' runs every"):
-        OPERATIONS[operation](backend="triton")
-    with pytest.raises(ValueError, match=r"^the default for a GPU tensor is triton, but triton is"):
-        resolve_backend(None, gpu_tensor(torch.float32))  # no silent torch
 
 
 @needs_triton

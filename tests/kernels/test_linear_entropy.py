@@ -20,9 +20,9 @@ each_precision = pytest.mark.parametrize("fp32_logits", [False, True])
 
 
 @every_path
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
-    sizes=st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 80)),
+    sizes=st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(1, 80)),
     has_bias=st.booleans(),
     transform=st.sampled_from(
         [{}, {"softcap": 8.0}, {"logit_scale": 0.25}, {"softcap": 5.0, "logit_scale": 2.0}]
@@ -46,7 +46,7 @@ def test_equals_float64(
 
 @every_path
 @each_precision
-@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (40, 1000)])
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (12, 1000)])
 def test_no_worse_than_autograd(
     backend: str, dtype: torch.dtype, fp32_logits: bool, tokens: int, vocab: int
 ) -> None:
@@ -129,8 +129,8 @@ def watched(
 # tokens, width, vocab, whether there is a bias, and the budget, which chunks just fill: they would
 # pass it if a tile or a chunk of hidden that is upcast were left out of the estimate.
 SIZES = {
-    "torch": [(300, 64, 16001, True, 4 << 20)],
-    "triton": [(45, 64, 4001, False, 1 << 18), (96, 512, 1536, True, 1 << 18)],
+    "torch": [(150, 64, 16001, True, 2 << 20)],
+    "triton": [(12, 64, 4001, False, 1 << 16), (24, 512, 1536, True, 1 << 16)],
 }
 
 
@@ -152,13 +152,13 @@ def test_memory_stays_within_the_budget(
 def test_flops_and_no_wait_for_the_device(
     backend: str, dtype: torch.dtype, fp32_logits: bool
 ) -> None:
-    hidden, weight, bias = dyadic(20, 12, 333, dtype)
-    watch = watched(hidden, weight, bias, 5000, backend, fp32_logits)
+    hidden, weight, bias = dyadic(9, 12, 333, dtype)
+    watch = watched(hidden, weight, bias, 2500, backend, fp32_logits)
     waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
     assert not {name.removeprefix("aten::").split(".")[0] for name in watch.names} & waits
     with FlopCounterMode(display=False) as flops:
         linear_entropy(hidden, weight, fp32_logits=fp32_logits, backend=backend)
-    assert watch.flops == flops.get_total_flops() == 4 * 20 * 12 * 333
+    assert watch.flops == flops.get_total_flops() == 4 * 9 * 12 * 333
 
 
 @pytest.mark.parametrize("vocab", [1, 127, 1001])
