@@ -118,14 +118,3 @@ def test_flops(backend: str, function: Any) -> None:
     with Watch(hidden, weight) as watch, FlopCounterMode(display=False) as flops:
         function(hidden, weight, torch.arange(4), backend=backend)
     assert watch.flops == flops.get_total_flops() == 4 * 4 * 12 * 333
-
-
-@pytest.mark.parametrize("function", [linear_cross_entropy, linear_fisher])
-@pytest.mark.parametrize(("tokens", "vocab"), [(0, 7), (3, 0)])
-def test_empty(backend: str, function: Any, tokens: int, vocab: int) -> None:
-    labels = torch.full((tokens,), -100)
-    loss, d_hidden = function(
-        torch.zeros(tokens, 4), torch.zeros(vocab, 4), labels, backend=backend
-    )
-    assert loss == 0
-    assert torch.equal(d_hidden, torch.zeros(tokens, 4))

@@ -211,15 +211,6 @@ def test_loss_is_summed_in_fp64(backend: str) -> None:
     assert loss == (coin * (2**24 + 2)).float()  # in fp32 each 0.69 would be rounded to 1
 
 
-@pytest.mark.parametrize(("tokens", "vocab"), [(0, 7), (3, 0), (0, 0)])
-@each_precision
-def test_empty(backend: str, tokens: int, vocab: int, fp32_logits: bool) -> None:
-    hidden, weight, _ = dyadic(tokens, 4, vocab, torch.bfloat16)
-    loss, d_hidden = linear_entropy(hidden, weight, fp32_logits=fp32_logits, backend=backend)
-    assert loss == 0
-    assert torch.equal(d_hidden, torch.zeros_like(hidden))
-
-
 def test_fp16_does_not_overflow_where_the_docstring_says() -> None:
     """The steepest dH/dz: one peak of p near 1/2 among many; 2.4 at this V and 3.2 at 300k."""
     hidden = torch.full((1, 1), 10.7, dtype=torch.float16)

@@ -67,5 +67,24 @@ def test_bad_arguments_are_refused(
             operation(**arguments, backend="triton")
 
 
+@pytest.mark.parametrize(("tokens", "vocab"), [(0, 7), (3, 0), (0, 0)])
+def test_no_rows_and_no_vocabulary(backend: str, tokens: int, vocab: int) -> None:
+    logits = torch.empty(tokens, vocab, requires_grad=True)
+    entropy = kernels.softmax_entropy(logits, backend=backend)
+    assert torch.equal(entropy, torch.zeros(tokens))
+    assert torch.autograd.grad(entropy.sum(), logits)[0].shape == logits.shape
+    hidden, weight = torch.zeros(tokens, 4), torch.zeros(vocab, 4)
+    keys = torch.full((tokens,), -100)
+    options: dict[str, Any] = {"backend": backend}
+    for loss, d_hidden in (
+        kernels.linear_entropy(hidden, weight, **options),
+        kernels.linear_entropy(hidden, weight, fp32_logits=True, **options),
+        kernels.linear_cross_entropy(hidden, weight, keys, **options),
+        kernels.linear_fisher(hidden, weight, keys, **options),
+    ):
+        assert loss == 0
+        assert torch.equal(d_hidden, torch.zeros(tokens, 4))
+
+
 def test_the_alias_is_the_same_function() -> None:
     assert kernels.linear_sampled_cross_entropy is kernels.linear_fisher
