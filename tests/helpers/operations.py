@@ -81,6 +81,7 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
     mask = torch.arange(9, device=x.up.device) < torch.tensor([[9], [3]], device=x.up.device)
     head = x.hidden, x.weight, torch.ones_like(x.hidden[:, 0]), x.weight[:, 0].clone()
     mlp, capped = (x.grad, x.gate, x.up), (8.0, 0.5, True, 2.0, 100)
+    low = [tensor.bfloat16() for tensor in mlp]
     return [
         (ops.softmax_entropy, (x.logits.clone().requires_grad_(), 30.0, 1.0)),
         (ops.softmax_entropy_backward, (x.logits, x.scale, None, 1.0)),
@@ -91,6 +92,8 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.taylor_statistics, (x.grad, x.up, mask, False, 2.0)),
         (ops.gated_taylor_, (*mlp, "silu", mask, False, 2.0)),
         (ops.gated_taylor_out, (*mlp, x.gate + 1, x.up + 1, "gelu", mask, False, 2.0)),
+        (ops.taylor_statistics, (*low[:2], None, True, 1.0)),  # parity
+        (ops.gated_taylor_, (*low, "gelu", None, True, 1.0)),
     ]  # fmt: skip
 
 

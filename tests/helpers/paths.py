@@ -13,6 +13,10 @@ PATHS = [
     *(pytest.param("torch", dtype) for dtype in [torch.float64, *_TRITON_DTYPES]),
     *(pytest.param("triton", dtype, marks=needs_triton) for dtype in _TRITON_DTYPES),
 ]
+# For what takes the interpreter long and is held by quicker tests as well.
+slow_in_triton = pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("triton", marks=[needs_triton, pytest.mark.slow])]
+)
 # The interpreter takes long: half precision, whose maths is that of fp32, runs with what is slow.
 every_path = pytest.mark.parametrize(
     ("backend", "dtype"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import normal, sparse_memory
-from paths import every_path
+from paths import every_path, slow_in_triton
 from rows_truth import assert_rows, rows_truth
 from torch import Tensor
 
@@ -186,6 +186,7 @@ def test_rows_beyond_2_to_the_31_elements(backend: str, tmp_path: Any) -> None:
     assert (memory[:5] == 0).all()
 
 
+@slow_in_triton
 def test_compiles_whole_with_its_gradient(backend: str) -> None:
     def run(logits: Tensor, row_scale: Tensor) -> Tensor:
         return softmax_entropy(logits, softcap=30.0, backend=backend) * row_scale
