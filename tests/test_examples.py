@@ -136,6 +136,7 @@ def test_own_loop_learns_and_its_scores_are_of_use(tmp_path: Path) -> None:
     assert 0 < lowest - none < 0.8 * (random - none)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_own_loop_scores_are_those_of_whole_fp64_logits() -> None:
     names = runpy.run_path(str(EXAMPLES / "own_loop.py"))

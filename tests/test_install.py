@@ -58,6 +58,7 @@ def test_installs_without_a_compiler_unless_the_extension_is_required(
     assert "/nowhere/c++" in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_without_the_extension_all_works_and_says_so(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "hfprune_fast", "prune", "demo", "--calibration", "demo"),
