@@ -91,9 +91,8 @@ def test_samples_do_not_depend_on_chunks_or_on_the_order_of_rows(
     ones = torch.ones(12)
     loss, d_logits = linear_fisher(hidden, weight, ids, ones, **options)
     y = d_logits.argmin(dim=1)
-    for budget in (1, 3000):
-        some = linear_fisher(hidden, weight, ids, ones, logits_budget_bytes=budget, **options)
-        assert torch.equal(some[1].argmin(dim=1), y)
+    some = linear_fisher(hidden, weight, ids, ones, logits_budget_bytes=3000, **options)
+    assert torch.equal(some[1].argmin(dim=1), y)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     mixed = linear_fisher(hidden[order], weight, ids[order], ones, **options)
     assert torch.equal(mixed[1].argmin(dim=1), y[order])

@@ -106,11 +106,8 @@ def test_sequences_of_unequal_length_weigh_the_same(
 
 each_head = pytest.mark.parametrize(
     ("dtype", "fp32_logits"),
-    [
-        (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True),
-        (torch.float16, True),
-    ],
-)  # fmt: skip
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
 
 
 def watched(
