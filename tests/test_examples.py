@@ -87,6 +87,7 @@ def test_torch_pruning_refuses_a_second_round(torch_pruning: ModuleType) -> None
         torch_pruning.prune_mlps(model, ids, table, 0.5)
 
 
+@pytest.mark.slow
 def test_torch_pruning_runs(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
     out = output_of("torch_pruning.py", tmp_path)
@@ -115,6 +116,7 @@ def test_modelopt_scores_are_what_puzzletron_reads(tmp_path: Path) -> None:
         assert torch.equal(kept.sort().values, keep[layer])
 
 
+@pytest.mark.slow
 def test_modelopt_scores_of_the_model_that_ships(tmp_path: Path) -> None:
     output_of("modelopt_scores.py", tmp_path)
     log = torch.load(tmp_path / "puzzletron_scores" / "rank_0.pth", weights_only=True)
@@ -124,6 +126,7 @@ def test_modelopt_scores_of_the_model_that_ships(tmp_path: Path) -> None:
     assert "--out must be a folder that does not exist yet" in again.stderr
 
 
+@pytest.mark.slow
 def test_own_loop_learns_and_its_scores_are_of_use(tmp_path: Path) -> None:
     out = output_of("own_loop.py", tmp_path)
     losses = re.findall(r"removed: (\w+).*cross entropy ([\d.]+) nats\n", out)
@@ -133,6 +136,7 @@ def test_own_loop_learns_and_its_scores_are_of_use(tmp_path: Path) -> None:
     assert 0 < lowest - none < 0.8 * (random - none)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_own_loop_scores_are_those_of_whole_fp64_logits() -> None:
     names = runpy.run_path(str(EXAMPLES / "own_loop.py"))

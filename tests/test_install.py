@@ -34,10 +34,8 @@ def build_wheel(folder: Path, **environment: str) -> set[str]:
 @pytest.mark.slow
 def test_wheel_holds_kernels_the_tiny_model_types_and_the_extension(tmp_path: Path) -> None:
     names = build_wheel(tmp_path)
-    for path in [
-        *(ROOT / "hfprune_fast").glob("*.py"),
-        *(ROOT / "hfprune_fast" / "tiny").iterdir(),
-    ]:
+    package = ROOT / "hfprune_fast"
+    for path in (*package.rglob("*.py"), *(package / "tiny").iterdir()):
         assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "kernels").glob("*.py"):
         assert f"hfprune_fast/kernels/{path.name}" in names
@@ -52,7 +50,7 @@ def test_installs_without_a_compiler_unless_the_extension_is_required(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = build_wheel(tmp_path, CXX="/nowhere/c++")
-    assert "hfprune_fast/native.py" in names
+    assert "hfprune_fast/checkpoint/native.py" in names
     assert not any(name.endswith(".so") for name in names)
     (tmp_path / "again").mkdir()
     with pytest.raises(subprocess.CalledProcessError):
@@ -60,6 +58,7 @@ def test_installs_without_a_compiler_unless_the_extension_is_required(
     assert "/nowhere/c++" in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_without_the_extension_all_works_and_says_so(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "hfprune_fast", "prune", "demo", "--calibration", "demo"),

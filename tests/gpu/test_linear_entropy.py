@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from on_gpu import BF16, DEVICE, EPS_32, FP16, FP32, blocks, definition, need_gib, poisoned, randn
+from on_gpu import BF16, DEVICE, EPS_32, FP16, FP32, blocks, need_gib, poisoned, randn
 from tolerances import assert_no_worse
-from torch import Tensor
 
-from hfprune_fast.kernels import linear_entropy
+from hfprune_fast.kernels import linear_entropy, linear_entropy_reference
 
 
 @pytest.mark.parametrize(
@@ -40,29 +39,26 @@ def test_linear_entropy(
         loss, d_hidden = linear_entropy(hidden, weight, row_weight, **{**options, "bias": bias})
     transform = {k: v for k, v in options.items() if k in ("softcap", "logit_scale")}
     logits_dtype = FP32 if options.get("fp32_logits") else dtype
-
-    def head(h: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(Σ scale · H, its gradient at h) of logits in the dtype of h and w, as float64."""
-        z = torch.nn.functional.linear(h, w, None if bias is None else bias.to(h.dtype))
-        maths = z if z.dtype == torch.float64 else z.float()
-        entropy, grad, _ = definition(maths, scale, **transform)
-        back = w if w.dtype == torch.float64 else weight
-        return (entropy.double() * scale).sum(), (grad.to(back.dtype) @ back).double()
-
-    true_weight, eager_weight = weight.double(), weight.to(logits_dtype)
-    true_loss, eager_loss = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
+    heads = [
+        (wide, weight.to(wide), None if bias is None else bias.to(wide))
+        for wide in (torch.float64, logits_dtype)
+    ]
+    losses = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
     exponents = EPS_32 * 64  # they are at most 32 here, and are rounded before each exp
     for rows in blocks(tokens, 512):
-        true, true_grad = head(clean[rows].double(), true_weight, row_weight[rows])
-        eager, eager_grad = head(clean[rows].to(logits_dtype), eager_weight, row_weight[rows])
-        true_loss += true
-        eager_loss += eager
+        grads = []
+        for i, (wide, w, b) in enumerate(heads):
+            block_loss, grad = linear_entropy_reference(
+                clean[rows].to(wide), w, row_weight[rows].double(), bias=b, **transform
+            )
+            losses[i] += block_loss
+            grads.append(grad)
         got = d_hidden[rows].double() / float(options.get("grad_scale", 1))
         rounding = torch.finfo(dtype).eps
-        assert_no_worse(got, eager_grad, true_grad, floor=rounding + exponents)
+        assert_no_worse(got, grads[1].to(dtype), grads[0], floor=rounding + exponents)
     # The rounding of logits moves each row's H by less than eps of it, in either direction.
     floor = 4 * torch.finfo(logits_dtype).eps / tokens**0.5 + exponents
-    assert_no_worse(loss[None], eager_loss, true_loss, floor=floor)
+    assert_no_worse(loss[None], losses[1], losses[0], floor=floor)
     assert (d_hidden[-3:] == 0).all()
 
 
@@ -81,9 +77,6 @@ def test_linear_entropy_memory(fp32_logits: bool, measured: Callable[[str], None
     row_bytes = 128_256 * (6 if fp32_logits else 2)
     budget = max(256 << 20, 512 * row_bytes)
     rest = extra - d_hidden.nbytes - min(budget, 8192 * row_bytes)
-    name = "linear_entropy, fp32 logits" if fp32_logits else "linear_entropy"
-    measured(
-        f"{name}: {extra / 2**20:.1f} MiB beside its input, {rest / 2**20:+.1f} on its promise"
-    )
+    measured(f"linear_entropy, {fp32_logits=}: {rest / 2**20:+.1f} MiB on its promise")
     # A workspace of cuBLAS that is taken anew in each call, and 64 bytes a token.
     assert rest <= (64 << 20) + 64 * 8192

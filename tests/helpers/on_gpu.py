@@ -43,23 +43,6 @@ def smallest_step(dtype: torch.dtype) -> float:
     return max(info.smallest_normal * info.eps, torch.finfo(FP32).smallest_normal)
 
 
-def definition(
-    logits: Tensor, row_scale: Tensor, softcap: float | None = None, logit_scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(H, row_scale · dH/dlogits, p), in the dtype of logits; 0 · log 0 = 0."""
-    z, slope = logits * logit_scale, torch.tensor(logit_scale, device=logits.device)
-    if softcap is not None:
-        tanh = torch.tanh(z / softcap)
-        z = (softcap * tanh).masked_fill(logits == -torch.inf, -torch.inf)
-        slope = logit_scale * (1 - tanh.square())
-    log_p = torch.log_softmax(z, dim=1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-    p = log_p.exp()
-    log_p.masked_fill_(p == 0, 0)
-    entropy = -(p * log_p).sum(dim=1)
-    scale = row_scale[:, None].to(z.dtype)
-    return entropy, -p * (log_p + entropy[:, None]) * slope * scale, p
-
-
 def gated_inputs(
     shape: tuple[int, int, int], dtype: torch.dtype = BF16, *, fused: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Every operation on small fixed inputs, and what each refuses."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from taylor_cases import random
+from kernel_inputs import random
 from torch import Tensor
 
 from hfprune_fast.kernels import (
@@ -17,135 +18,161 @@ from hfprune_fast.kernels import (
     taylor_statistics,
 )
 
-# Rows of more than one step of the kernel, with a rest.
-LOGITS, SCALE = random(2, 8200), torch.tensor([0.5, 2.0])
-HIDDEN, WEIGHT, KEYS = random(3, 4), random(33, 4, seed=1), torch.tensor([2, 0, 32])
-GRAD, GATE, UP = (random(2, 9, 5, seed=i) for i in range(3))
-NAN = float("nan")
+
+@dataclass(frozen=True)
+class Inputs:
+    logits: Tensor  # (T, V)
+    scale: Tensor  # (T,)
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    keys: Tensor  # (T,) labels of hidden's rows, or their ids
+    grad: Tensor  # (B, S, F), as are gate and up
+    gate: Tensor
+    up: Tensor
+
+    def to(self, device: str) -> "Inputs":
+        return Inputs(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def overwrite_logits(**options: Any) -> list[Tensor]:
-    logits = LOGITS.clone()
-    return [softmax_entropy_grad_(logits, SCALE, **options), logits]
+SMALL = Inputs(
+    # Rows of more than one step of the kernel, with a rest.
+    random(2, 8200), torch.tensor([0.5, 2.0]),
+    random(3, 4), random(33, 4, seed=1), torch.tensor([2, 0, 32]),
+    *(random(2, 9, 5, seed=i) for i in range(3)),
+)  # fmt: skip
 
 
-def gated(mode: str) -> Callable[..., list[Tensor]]:
-    def call(**options: Any) -> list[Tensor]:
-        gate, up = GATE.clone(), UP.clone()
-        if mode == "overwrite":
-            options["overwrite"] = True
-        elif mode == "out":
-            options["out"] = torch.empty_like(gate), torch.empty_like(up)
-        sums, d_gate, d_up = gated_taylor(GRAD, gate, up, **options)
-        return [*sums, d_gate, d_up]
+def _overwrite_logits(x: Inputs, **options: Any) -> list[Tensor]:
+    logits = x.logits.clone()
+    return [softmax_entropy_grad_(logits, x.scale, **options), logits]
 
-    return call
+
+def _gated(x: Inputs, mode: str, **options: Any) -> list[Tensor]:
+    gate, up = x.gate.clone(), x.up.clone()
+    if mode == "overwrite":
+        options["overwrite"] = True
+    elif mode == "out":
+        options["out"] = torch.empty_like(gate), torch.empty_like(up)
+    sums, d_gate, d_up = gated_taylor(x.grad, gate, up, **options)
+    return [*sums, d_gate, d_up]
 
 
 # By name: a call that returns what the operation makes, in new tensors.
 OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
-    "softmax_entropy": lambda **kw: [softmax_entropy(LOGITS, **kw)],
-    "softmax_entropy_grad_": overwrite_logits,
-    "linear_entropy": lambda **kw: [*linear_entropy(HIDDEN, WEIGHT, **kw)],
-    "linear_cross_entropy": lambda **kw: [*linear_cross_entropy(HIDDEN, WEIGHT, KEYS, **kw)],
-    "linear_fisher": lambda **kw: [*linear_fisher(HIDDEN, WEIGHT, KEYS, seed=2, **kw)],
-    "taylor_statistics": lambda **kw: [*taylor_statistics(GRAD, UP, **kw)],
-    "gated_taylor": gated("new"),
-    "gated_taylor out": gated("out"),
-    "gated_taylor overwrite": gated("overwrite"),
+    "softmax_entropy": lambda x=SMALL, **kw: [softmax_entropy(x.logits, **kw)],
+    "softmax_entropy_grad_": lambda x=SMALL, **kw: _overwrite_logits(x, **kw),
+    "linear_entropy": lambda x=SMALL, **kw: [*linear_entropy(x.hidden, x.weight, **kw)],
+    "linear_cross_entropy": lambda x=SMALL, **kw: [
+        *linear_cross_entropy(x.hidden, x.weight, x.keys, **kw)
+    ],
+    "linear_fisher": lambda x=SMALL, **kw: [
+        *linear_fisher(x.hidden, x.weight, x.keys, seed=2, fp32_logits=True, **kw)
+    ],
+    "taylor_statistics": lambda x=SMALL, **kw: [*taylor_statistics(x.grad, x.up, **kw)],
+    "gated_taylor": lambda x=SMALL, **kw: _gated(x, "new", **kw),
+    "gated_taylor out": lambda x=SMALL, **kw: _gated(x, "out", **kw),
+    "gated_taylor overwrite": lambda x=SMALL, **kw: _gated(x, "overwrite", **kw),
 }
 
-_ROWS = {"logits": torch.zeros(3, 2), "row_scale": torch.zeros(3)}
-_HEAD = {"hidden": torch.zeros(3, 5), "weight": torch.zeros(7, 5)}
-_LABELS = _HEAD | {"labels": torch.arange(3)}
-_IDS = _HEAD | {"row_id": torch.arange(3)}
-_ACT = {"grad": torch.zeros(2, 3, 4), "act": torch.zeros(2, 3, 4)}
-_MLP = {name: torch.zeros(2, 3, 4) for name in ("grad", "gate", "up")}
-_MASK = torch.ones(2, 3, dtype=torch.bool)
 
-# (operation, its good arguments, what is changed, the message)
-REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any], str]] = [
-    *(
-        (softmax_entropy_grad_, _ROWS, change, message)
-        for change, message in [
-            ({"row_scale": torch.zeros(2)}, r"row_scale must be \(3,\)"),
-            ({"logits": torch.zeros(2).expand(3, 2)}, "rows of logits must not overlap"),
-        ]
-    ),
-    *(
-        (operation, arguments, change, message)
-        for operation, arguments in [
-            (softmax_entropy, {"logits": _ROWS["logits"]}), (softmax_entropy_grad_, _ROWS),
-        ]
-        for change, message in [
-            ({"logits": torch.zeros(3)}, r"logits must be a \(T, V\)"),
-            ({"logits": torch.zeros(3, 2, dtype=torch.int64)}, "logits must be .* float"),
-            ({"logits": torch.zeros(3, 4)[:, ::2]}, r"unit stride along V, got .*\(4, 2\)"),
-            ({"softcap": 0.0}, "softcap must be .* got 0.0"),
-            ({"softcap": NAN}, "softcap must be"),
-            ({"logit_scale": -1.0}, "logit_scale must be"),
-        ]
-    ),
-    *(
-        (linear_entropy, _HEAD, change, message)
-        for change, message in [
-            ({"hidden": torch.zeros(3, 4)}, r"hidden must be \(T, D\).*got \(3, 4\) and \(7, 5\)"),
-            ({"weight": torch.zeros(5)}, r"weight \(V, D\), got \(3, 5\) and \(5,\)"),
-            ({"hidden": torch.zeros(3, 5).double()}, "dtype, got torch.float64 and torch.float32"),
-            ({"hidden": torch.zeros(3, 5).int(), "weight": torch.zeros(7, 5).int()}, "floating"),
-            ({"row_weight": torch.zeros(4)}, r"row_weight must be \(3,\), got \(4,\)"),
-            ({"bias": torch.zeros(5)}, r"bias must be \(7,\)"),
-            ({"bias": torch.zeros(7).double()}, "bias must be .* got .*float64"),
-            ({"softcap": -1.0}, "softcap must be"),
-            ({"grad_scale": 3.0}, "grad_scale must be a power of two in .*, got 3.0"),
-            ({"grad_scale": torch.inf}, "grad_scale must be"),
-            ({"logits_budget_bytes": 0}, "logits_budget_bytes must be at least 1, got 0"),
-        ]
-    ),
-    *(
-        (linear_cross_entropy, _LABELS, {"labels": labels}, r"labels must be " + message)
-        for labels, message in [
-            (torch.arange(2), r"\(3,\) torch.int64, got \(2,\)"),
-            (torch.arange(3).int(), r".* got \(3,\) torch.int32"),
-            (torch.arange(3) + 5, r"-100 or in 0 \.\. 6, got 7"),
-            (torch.arange(3) - 1, r"-100 or in 0 \.\. 6, got -1"),
-        ]
-    ),
-    *(
-        (linear_fisher, _IDS, change, message)
-        for change, message in [
-            ({"row_id": torch.zeros(3).double()}, r"row_id must be \(3,\) torch.int64, .*float64"),
-            ({"seed": -1}, r"seed must be in 0 \.\. 2\^63 - 1, got -1"),
-            ({"softcap": 0.0}, "softcap must be"),
-        ]
-    ),
-    *(
-        (taylor_statistics, _ACT, change, message)
-        for change, message in [
-            ({"act": torch.zeros(2, 3, 5)}, r"act must be \(2, 3, 4\) .*got \(2, 3, 5\)"),
-            ({"grad": torch.zeros(3, 4), "act": torch.zeros(3, 4)}, r"\(B, S, F\)"),
-            ({"act": torch.zeros(2, 3, 4).double()}, "act must be .*float32 .*got .*float64"),
-            ({"grad": torch.ones(2, 3, 4, dtype=torch.int64)}, "grad must be .*float tensor"),
-            ({"token_mask": torch.ones(2, 3)}, r"token_mask must be \(2, 3\) bool, got .*float32"),
-            ({"token_mask": _MASK.T}, r"token_mask must be \(2, 3\) bool"),
-            ({"grad_scale": 0.0}, "grad_scale must be a power of two in .*, got 0.0"),
-            ({"parity": True, "grad_scale": 2.0}, "no triton, token_mask or grad_scale"),
-            ({"parity": True, "token_mask": _MASK}, "no triton, token_mask or grad_scale"),
-            ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
-            ({"parity": True, "backend": "cuda"}, "backend must be one of torch, triton"),
-        ]
-    ),
-    *(
-        (gated_taylor, _MLP, change, message)
-        for change, message in [
-            ({"gate": torch.zeros(2, 3, 5)}, r"gate must be \(2, 3, 4\) .*got \(2, 3, 5\)"),
-            ({"up": torch.zeros(2, 3, 4).double()}, "up must be .*float32 .*got .*float64"),
-            ({"out": (torch.zeros(2, 3, 4), torch.zeros(3, 4))}, "d_up must be"),
-            ({"out": (torch.zeros(2, 3, 4),) * 2, "overwrite": True}, "exclude each other"),
-            ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
-            ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
-            ({"up": _MLP["gate"], "overwrite": True}, "the same tensor"),
-            ({"out": (torch.zeros(2, 3, 4),) * 2}, "the same tensor"),
-        ]
-    ),
+def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Each operation as torch knows it, and its arguments but the backend."""
+    ops = torch.ops.hfprune_fast
+    mask = torch.arange(9, device=x.up.device) < torch.tensor([[9], [3]], device=x.up.device)
+    head = x.hidden, x.weight, torch.ones_like(x.hidden[:, 0]), x.weight[:, 0].clone()
+    mlp, capped = (x.grad, x.gate, x.up), (8.0, 0.5, True, 2.0, 100)
+    low = [tensor.bfloat16() for tensor in mlp]
+    return [
+        (ops.softmax_entropy, (x.logits.clone().requires_grad_(), 30.0, 1.0)),
+        (ops.softmax_entropy_backward, (x.logits, x.scale, None, 1.0)),
+        (ops.softmax_entropy_grad_, (x.logits, x.scale, None, 1.0)),
+        (ops.linear_criterion, (*head, "entropy", None, 0, None, 1.0, False, 1.0, None)),
+        (ops.linear_criterion, (*head, "cross_entropy", x.keys, 0, *capped)),
+        (ops.linear_criterion, (*head, "fisher", x.keys, 9, *capped)),
+        (ops.taylor_statistics, (x.grad, x.up, mask, False, 2.0)),
+        (ops.gated_taylor_, (*mlp, "silu", mask, False, 2.0)),
+        (ops.gated_taylor_out, (*mlp, x.gate + 1, x.up + 1, "gelu", mask, False, 2.0)),
+        (ops.taylor_statistics, (*low[:2], None, True, 1.0)),  # parity
+        (ops.gated_taylor_, (*low, "gelu", None, True, 1.0)),
+    ]  # fmt: skip
+
+
+NAN = float("nan")
+_LOGITS = {"logits": torch.zeros(3, 2)}
+_HEAD = {"hidden": torch.zeros(3, 5), "weight": torch.zeros(7, 5)}
+_THREE = torch.zeros(2, 3, 4)
+_MASK = torch.ones(2, 3, dtype=torch.bool)
+_BAD_LOGITS: list[tuple[dict[str, Any], str]] = [
+    ({"logits": torch.zeros(3)}, r"logits must be a \(T, V\)"),
+    ({"logits": torch.zeros(3, 2, dtype=torch.int64)}, "logits must be .* float"),
+    ({"logits": torch.zeros(3, 4)[:, ::2]}, r"unit stride along V, got .*\(4, 2\)"),
+    ({"softcap": 0.0}, "softcap must be .* got 0.0"),
+    ({"softcap": NAN}, "softcap must be"),
+    ({"logit_scale": -1.0}, "logit_scale must be"),
+]
+# (operation, its good arguments, what is changed and the message)
+_REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], list[tuple[dict[str, Any], str]]]] = [
+    (softmax_entropy, _LOGITS, _BAD_LOGITS),
+    (softmax_entropy_grad_, _LOGITS | {"row_scale": torch.zeros(3)}, [
+        *_BAD_LOGITS,
+        ({"row_scale": torch.zeros(2)}, r"row_scale must be \(3,\)"),
+        ({"logits": torch.zeros(2).expand(3, 2)}, "rows of logits must not overlap"),
+    ]),
+    (linear_entropy, _HEAD, [
+        ({"hidden": torch.zeros(3, 4)}, r"hidden must be \(T, D\).*got \(3, 4\) and \(7, 5\)"),
+        ({"weight": torch.zeros(5)}, r"weight \(V, D\), got \(3, 5\) and \(5,\)"),
+        ({"hidden": torch.zeros(3, 5).double()}, "dtype, got torch.float64 and torch.float32"),
+        ({"hidden": torch.zeros(3, 5).int(), "weight": torch.zeros(7, 5).int()}, "floating"),
+        ({"row_weight": torch.zeros(4)}, r"row_weight must be \(3,\), got \(4,\)"),
+        ({"bias": torch.zeros(5)}, r"bias must be \(7,\)"),
+        ({"bias": torch.zeros(7).double()}, "bias must be .* got .*float64"),
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"grad_scale": 3.0}, "grad_scale must be a power of two in .*, got 3.0"),
+        ({"grad_scale": torch.inf}, "grad_scale must be"),
+        ({"logits_budget_bytes": 0}, "logits_budget_bytes must be at least 1, got 0"),
+    ]),
+    (linear_cross_entropy, _HEAD, [
+        ({"labels": torch.arange(2)}, r"labels must be \(3,\) torch.int64, got \(2,\)"),
+        ({"labels": torch.arange(3).int()}, r"labels must be .* got \(3,\) torch.int32"),
+        ({"labels": torch.arange(3) + 5}, r"labels must be -100 or in 0 \.\. 6, got 7"),
+        ({"labels": torch.arange(3) - 1}, r"labels must be -100 or in 0 \.\. 6, got -1"),
+    ]),
+    (linear_fisher, _HEAD | {"row_id": torch.arange(3)}, [
+        ({"row_id": torch.zeros(3).double()}, r"row_id must be \(3,\) torch.int64, .*float64"),
+        ({"seed": -1}, r"seed must be in 0 \.\. 2\^63 - 1, got -1"),
+        ({"softcap": 0.0}, "softcap must be"),
+    ]),
+    (taylor_statistics, {"grad": _THREE, "act": _THREE}, [
+        ({"act": torch.zeros(2, 3, 5)}, r"act must be \(2, 3, 4\) .*got \(2, 3, 5\)"),
+        ({"grad": torch.zeros(3, 4), "act": torch.zeros(3, 4)}, r"\(B, S, F\)"),
+        ({"act": _THREE.double()}, "act must be .*float32 .*got .*float64"),
+        ({"grad": _THREE.long()}, "grad must be .*float tensor"),
+        ({"token_mask": torch.ones(2, 3)}, r"token_mask must be \(2, 3\) bool, got .*float32"),
+        ({"token_mask": _MASK.T}, r"token_mask must be \(2, 3\) bool"),
+        ({"grad_scale": 0.0}, "grad_scale must be a power of two in .*, got 0.0"),
+        ({"parity": True, "grad_scale": 2.0}, "no triton, token_mask or grad_scale"),
+        ({"parity": True, "token_mask": _MASK}, "no triton, token_mask or grad_scale"),
+        ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
+        ({"parity": True, "backend": "cuda"}, "backend must be one of torch, triton"),
+    ]),
+    (gated_taylor, dict.fromkeys(("grad", "gate"), _THREE) | {"up": torch.zeros(2, 3, 4)}, [
+        ({"gate": torch.zeros(2, 3, 5)}, r"gate must be \(2, 3, 4\) .*got \(2, 3, 5\)"),
+        ({"up": _THREE.double()}, "up must be .*float32 .*got .*float64"),
+        ({"out": (torch.zeros(2, 3, 4), torch.zeros(3, 4))}, "d_up must be"),
+        ({"out": (_THREE, _THREE), "overwrite": True}, "exclude each other"),
+        ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
+        ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
+        ({"up": _THREE, "overwrite": True}, "the same tensor"),
+        ({"out": (_THREE, _THREE)}, "the same tensor"),
+        ({"gate": torch.zeros(4).expand(2, 3, 4), "overwrite": True}, "one stride over B and S"),
+        (
+            {"gate": torch.zeros(20).as_strided((2, 3, 4), (6, 2, 1)), "overwrite": True},
+            "one stride over B and S",
+        ),
+    ]),
 ]  # fmt: skip
+REFUSED = [
+    (operation, good | change, message)
+    for operation, good, cases in _REFUSED
+    for change, message in cases
+]

@@ -5,16 +5,25 @@ import torch
 
 from hfprune_fast.kernels import TRITON_VERSION
 
-_triton = pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed")
 _TRITON_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-BACKENDS = ["torch", pytest.param("triton", marks=_triton)]
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 PATHS = [
     *(pytest.param("torch", dtype) for dtype in [torch.float64, *_TRITON_DTYPES]),
-    *(pytest.param("triton", dtype, marks=_triton) for dtype in _TRITON_DTYPES),
+    *(pytest.param("triton", dtype, marks=needs_triton) for dtype in _TRITON_DTYPES),
 ]
 # For what takes the interpreter long and is held by quicker tests as well.
 slow_in_triton = pytest.mark.parametrize(
-    "backend", ["torch", pytest.param("triton", marks=[_triton, pytest.mark.slow])]
+    "backend", ["torch", pytest.param("triton", marks=[needs_triton, pytest.mark.slow])]
 )
-every_path = pytest.mark.parametrize(("backend", "dtype"), PATHS)
+# The interpreter takes long: half precision, whose maths is that of fp32, runs with what is slow.
+every_path = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        path
+        if path.values[0] == "torch" or path.values[1] == torch.float32
+        else pytest.param(*path.values, marks=[needs_triton, pytest.mark.slow])
+        for path in PATHS
+    ],
+)

@@ -14,22 +14,18 @@ def relative_error(got: Tensor, truth: Tensor) -> Tensor:
 
 
 def assert_no_worse(ours: Tensor, eager: Tensor, truth: Tensor, *, floor: float) -> None:
-    """Raises unless, in every layer, error(ours) <= 2 * error(eager torch, same dtype) + floor.
+    """Raise unless, in every layer, error(ours) <= 2 * error(eager torch, same dtype) + floor.
 
-    The error is relative_error, norm-wise and per layer. Why norm-wise: an act or a gradient is a
-    sum over all of D or F, so rounding leaves an error in proportion to the vector's norm, not to
-    the one entry; a neuron whose terms cancel may keep no correct digit in any implementation. Why
-    per layer: neurons compete within a layer, and a small layer must not hide behind a large one.
-    Why 2: both errors are sums of roundings of the same kind in another order, two draws from one
-    distribution, not one number. floor covers an eager error that happens to be near 0: state it
-    in units of rounding, say 4 * torch.finfo(dtype).eps. One lost neuron is an error of about
-    1 / sqrt(F), so choose F such that this stands well above the bound.
+    The error is relative_error. Norm-wise, because rounding of a sum over all of D or F leaves an
+    error in proportion to the vector's norm: a neuron whose terms cancel may keep no correct digit.
+    Per layer, because neurons compete within a layer. Twice, because both errors are sums of the
+    same roundings in another order, two draws from one distribution. floor covers an eager error
+    near 0: state it in units of rounding. One lost neuron is an error of about 1 / sqrt(F), so
+    choose F such that this stands well above the bound.
     """
     if not ours.shape == eager.shape == truth.shape:
-        raise AssertionError(
-            f"shapes differ: ours {tuple(ours.shape)}, eager {tuple(eager.shape)}, "
-            f"truth {tuple(truth.shape)}"
-        )
+        shapes = [tuple(tensor.shape) for tensor in (ours, eager, truth)]
+        raise AssertionError(f"shapes differ: ours, eager and truth are {shapes}")
     ours_error, eager_error = relative_error(ours, truth), relative_error(eager, truth)
     bound = 2 * eager_error + floor
     # Comparisons with NaN are false, so a NaN anywhere fails; an infinite bound would pass all.
@@ -46,18 +42,14 @@ def assert_no_worse(ours: Tensor, eager: Tensor, truth: Tensor, *, floor: float)
 def keep_differences_inside_band(
     scores_ours: Tensor, scores_truth: Tensor, keep_ours: Tensor, keep_truth: Tensor
 ) -> int:
-    """Number of neurons in exactly one of two keep sets; raises unless rounding explains them all.
+    """Return the number of neurons in exactly one keep set; raise unless rounding explains them.
 
     Scores (F,) of one ranking: a layer, or all layers flattened if they share a cut. keep (K,)
     int64 indices into it. Let i be kept by ours only, j by the truth only, and
-    err = |scores_ours - scores_truth|. Each side kept its own best: truth_j >= truth_i and
-    ours_i >= ours_j. Hence, for every such pair,
+    err = |scores_ours - scores_truth|. Each side kept its own best, so for every such pair
         0 <= truth_j - truth_i <= (truth_j - ours_j) + (ours_i - truth_i) <= err_j + err_i,
-    that is max_j (truth_j - err_j) <= min_i (truth_i + err_i). The cut lies between truth_i and
-    truth_j, so each differing neuron is within err_i + err_j of it.
-
-    The band is measured from scores_ours: this judges the selection. Whether scores_ours are good
-    enough is for assert_no_worse to say first; wrong scores make their own wide band.
+    that is max_j (truth_j - err_j) <= min_i (truth_i + err_i). This judges the selection; whether
+    scores_ours are good enough is for assert_no_worse to say first.
     """
     ours, truth = scores_ours.double(), scores_truth.double()
     if ours.shape != truth.shape or truth.ndim != 1:

@@ -35,7 +35,6 @@ def kernel_traffic(**tensors: Tensor) -> Iterator[Traffic]:
     traffic = Traffic()
     starts = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
     ends = {name: starts[name] + t.untyped_storage().nbytes() for name, t in tensors.items()}
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def count(into: Counter[str], pointers: Any, mask: Any) -> None:
         at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -43,17 +42,18 @@ def kernel_traffic(**tensors: Tensor) -> Iterator[Traffic]:
         names = (n for n in tensors if at.size and starts[n] <= at.flat[0] < ends[n])
         into[next(names, str(dtype))] += at.size * dtype.primitive_bitwidth // 8
 
-    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        count(traffic.read, pointers, mask)
-        return load(self, pointers, mask, *rest)
+    def counted(name: str, into: Counter[str], mask_at: int) -> None:
+        run = getattr(InterpreterBuilder, name)
 
-    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        count(traffic.written, pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        def call(self: Any, pointers: Any, *rest: Any) -> Any:
+            count(into, pointers, rest[mask_at])
+            return run(self, pointers, *rest)
+
+        patch.setattr(InterpreterBuilder, name, call)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
-        patch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+        counted("create_masked_load", traffic.read, 0)
+        counted("create_masked_store", traffic.written, 1)
         yield traffic
 
 

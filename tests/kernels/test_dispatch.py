@@ -4,14 +4,18 @@ from typing import Any
 import pytest
 import torch
 from operations import OPERATIONS
+from paths import needs_triton
 
-from hfprune_fast.kernels import TRITON_VERSION, _dispatch, _rows, _statistics
+from hfprune_fast.kernels import _dispatch, _rows, _statistics
 from hfprune_fast.kernels._arguments import check_devices
 from hfprune_fast.kernels._dispatch import architecture, resolve_backend
 
-needs_triton = pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed")
 ROWS = torch.ones(2, 3)
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def gpu_tensor(dtype: torch.dtype) -> Any:
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +39,22 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @each_operation
-def test_the_requested_implementation_runs(
-    operation: str, backend: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_requested_implementation_runs(operation: str, backend: str, ran: list[str]) -> None:
     OPERATIONS[operation](backend=backend)
     assert set(ran) == {backend}
     ran.clear()
     OPERATIONS[operation]()
     assert set(ran) == {"torch"}  # the default on a CPU
-    ran.clear()
+
+
+def test_the_environment_chooses(
+    backend: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HFPRUNE_BACKEND", backend)
-    OPERATIONS[operation]()
-    assert set(ran) == {backend}
+    for operation in ("softmax_entropy_grad_", "taylor_statistics"):
+        ran.clear()
+        OPERATIONS[operation]()
+        assert set(ran) == {backend}
 
 
 @needs_triton
@@ -58,25 +66,24 @@ def test_a_name_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert resolve_backend(None, ROWS) == "torch"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [
-        (torch.float32, "triton"),
-        (torch.bfloat16, "triton"),
-        (torch.float16, "triton"),
-        (torch.float64, "torch"),
-    ],
-)
 @needs_triton
-def test_default_on_a_gpu(dtype: torch.dtype, expected: str) -> None:
-    gpu_tensor: Any = SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
-    assert resolve_backend(None, gpu_tensor) == expected
+def test_default_on_a_gpu() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert resolve_backend(None, gpu_tensor(dtype)) == "triton"
+    assert resolve_backend(None, gpu_tensor(torch.float64)) == "torch"
 
 
 @each_operation
-def test_a_wrong_name_is_refused(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_backend_or_not_installed_is_refused(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"^backend must be one of torch, triton, got 'cuda'$"):
         OPERATIONS[operation](backend="cuda")
+    monkeypatch.setattr(_dispatch, "TRITON_VERSION", None)
+    with pytest.raises(ValueError, match=r"triton is not installed; backend='torch' runs every"):
+        OPERATIONS[operation](backend="triton")
+    with pytest.raises(ValueError, match=r"^the default for a GPU tensor is triton, but triton is"):
+        resolve_backend(None, gpu_tensor(torch.float32))  # no silent torch
     monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"^HFPRUNE_BACKEND must be one of .*, got 'cuda'$"):
         OPERATIONS[operation]()
@@ -90,18 +97,6 @@ def test_float64_is_refused_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFPRUNE_BACKEND", "triton")
     with pytest.raises(ValueError, match="^HFPRUNE_BACKEND " + message):
         resolve_backend(None, ROWS.double())
-
-
-@each_operation
-def test_triton_that_is_not_installed_is_refused(
-    operation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_dispatch, "TRITON_VERSION", None)
-    with pytest.raises(ValueError, match=r"triton is not installed; backend='torch' runs every"):
-        OPERATIONS[operation](backend="triton")
-    gpu_tensor: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
-    with pytest.raises(ValueError, match=r"^the default for a GPU tensor is triton, but triton is"):
-        resolve_backend(None, gpu_tensor)  # no silent torch
 
 
 @needs_triton

@@ -1,12 +1,10 @@
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import LAYOUTS, batches, integers, random, token_mask
 from paths import every_path
-from taylor_cases import LAYOUTS, batches, random, sparse_memory, token_mask
-from taylor_truth import eager_sums, integers, sums, sums_bound
+from taylor_truth import eager_sums, statistics_bound, sums
 from torch import Tensor
 
 from hfprune_fast.kernels import taylor_statistics, taylor_statistics_reference
@@ -23,12 +21,9 @@ NAN = float("nan")
     seed=st.integers(0, 2**31),
 )
 def test_whole_numbers_give_exact_sums(
-    backend: str,
-    dtype: torch.dtype,
-    batch: tuple[tuple[int, int, int], Tensor | None],
-    layouts: tuple[str, str],
-    seed: int,
-) -> None:
+    backend: str, dtype: torch.dtype, batch: tuple[tuple[int, int, int], Tensor | None],
+    layouts: tuple[str, str], seed: int,
+) -> None:  # fmt: skip
     shape, mask = batch
     tensors = [integers(*shape, dtype=dtype, seed=seed + i) for i in range(2)]
     expected = sums(tensors[0] * tensors[1], tensors[1], mask)
@@ -42,25 +37,24 @@ def test_whole_numbers_give_exact_sums(
 
 
 @every_path
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 130, 5), (1, 257, 3)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 130, 5)])
 def test_rounding_is_bounded(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    grad, act = 1e-3 * random(*shape), random(*shape, seed=1)
-    grad, act = grad.to(dtype), act.to(dtype)
-    a, x = act.double(), grad.double() * act.double()
-    u = 2.0**-24 if backend == "triton" else 2.0**-53
-    bound = sums_bound(x, u * x.abs(), a, torch.zeros_like(a), backend)
+    grad, act = random(*shape, dtype=dtype, scale=1e-3), random(*shape, dtype=dtype, seed=1)
     got = torch.stack(taylor_statistics(grad, act, backend=backend))
     reference = torch.stack(taylor_statistics_reference(grad, act))
     # Truth and reference are fp64 as well, and round as the torch path does.
-    share = 2.0**-53 / u
-    truth = sums(x, a)
-    assert ((got - truth).abs() <= (1 + share) * bound).all()
-    assert ((reference - truth).abs() <= 2 * share * bound).all()
+    truth = sums(grad.double() * act.double(), act)
+    bound, bound_64 = (statistics_bound(grad, act, path) for path in (backend, "torch"))
+    assert ((got - truth).abs() <= bound + bound_64).all()
+    assert ((reference - truth).abs() <= 2 * bound_64).all()
 
 
 # Chunks of 128 tokens, and more of them than one step of the second stage reads.
-@pytest.mark.parametrize("seq_len", [130, 128 * _SUM_CONFIG["BLOCK_C"] + 4])
-def test_fisher_mask_squares_the_sum_of_a_whole_sequence(backend: str, seq_len: int) -> None:
+@pytest.mark.parametrize("seq_len", [130, 3 * 128 + 4])
+def test_fisher_mask_squares_the_sum_of_a_whole_sequence(
+    backend: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_SUM_CONFIG, "BLOCK_C", 2)
     # One sequence cancels only from one chunk of 128 tokens to the next, the other adds up.
     grad = torch.ones(2, seq_len, 3)
     grad[0, : seq_len // 2] = -1
@@ -78,21 +72,17 @@ def test_sums_over_sequences_are_fp64(backend: str) -> None:
 
 @every_path
 def test_a_padded_batch_equals_one_sequence_at_a_time(backend: str, dtype: torch.dtype) -> None:
-    lengths = [129, 1, 140, 128]
     grad, act = random(4, 140, 5, dtype=dtype), random(4, 140, 5, dtype=dtype, seed=1)
     for side in ("right", "left"):
-        mask = token_mask(lengths, 140, side)
+        mask = token_mask([129, 1, 140, 128], 140, side)
         got = torch.stack(taylor_statistics(grad, act, token_mask=mask, backend=backend))
         one_at_a_time = torch.zeros_like(got)
-        for b in range(4):
-            single = grad[b][mask[b]][None], act[b][mask[b]][None]
-            one_at_a_time += torch.stack(taylor_statistics(*single, backend=backend))
+        for g, a, tokens in zip(grad, act, mask, strict=True):
+            single = taylor_statistics(g[tokens][None], a[tokens][None], backend=backend)
+            one_at_a_time += torch.stack(single)
         if side == "right" and backend == "triton":  # the same sums in the same order
             assert torch.equal(got, one_at_a_time)
-        a = act.double().masked_fill(~mask[:, :, None], 0)
-        x = grad.double() * a
-        u = 2.0**-24 if backend == "triton" else 2.0**-53
-        bound = sums_bound(x, u * x.abs(), a, torch.zeros_like(a), backend)
+        bound = statistics_bound(grad, act.masked_fill(~mask[:, :, None], 0), backend)
         assert ((got - one_at_a_time).abs() <= 2 * bound).all()
 
 
@@ -109,8 +99,7 @@ def test_grad_scale_is_taken_out_exactly(backend: str, dtype: torch.dtype) -> No
 def test_parity_rounds_as_the_reference_implementation(dtype: torch.dtype) -> None:
     grad, act = random(40, 20, 30, dtype=dtype), random(40, 20, 30, dtype=dtype, seed=1)
     got = taylor_statistics(grad, act, parity=True)
-    for name, tensor in zip(got._fields, eager_sums(grad, act), strict=True):
-        assert torch.equal(getattr(got, name), tensor), name
+    assert torch.equal(torch.stack(got), eager_sums(grad, act))
     assert got.l1.dtype == dtype
     assert not torch.equal(got.l1.double(), taylor_statistics(grad, act).l1)
 
@@ -119,26 +108,3 @@ def test_parity_saturates_in_bfloat16() -> None:
     ones = torch.ones(1000, 1, 1, dtype=torch.bfloat16)
     assert taylor_statistics(ones, ones, parity=True).l1.item() == 256  # 256 + 1 rounds to 256
     assert taylor_statistics(ones, ones).l1.item() == 1000
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 5), (3, 1, 5)])
-def test_tokens_beyond_2_to_the_31_elements(
-    backend: str, shape: tuple[int, int, int], tmp_path: Path
-) -> None:
-    # The third token starts 2^31 elements after the first: if the offset wraps, as far before it.
-    memory, stride = sparse_memory(tmp_path / "sparse"), 2**30
-    grad, act = (
-        memory.as_strided(shape, (shape[1] * stride, stride, 1), 2**31 + 8 * i) for i in range(2)
-    )
-    grad.copy_(integers(*shape, dtype=torch.bfloat16, seed=0))
-    act.copy_(integers(*shape, dtype=torch.bfloat16, seed=1))
-    got = taylor_statistics(grad, act, backend=backend)
-    assert torch.equal(torch.stack(got), sums(grad * act, act))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-@pytest.mark.parametrize("parity", [False, True])
-def test_empty(shape: tuple[int, int, int], parity: bool) -> None:
-    got = taylor_statistics(torch.empty(shape), torch.empty(shape), parity=parity)
-    assert torch.equal(torch.stack(got), torch.zeros(4, shape[2], dtype=got.l1.dtype))
-    assert got.l1.dtype == (torch.float32 if parity else torch.float64)

@@ -1,0 +1,151 @@
+"""Criteria of rows of logits and their gradients in float64, and how far rounding may move them.
+
+The bounds follow the equations of kernels/entropy.py and hold for any order of summation; eps is
+that of the dtype computed in, u = eps / 2 the error of one rounding. design.md, section 8, also
+allows twice the error of plain torch, which nothing here needs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FP16_SCALE = 4096  # what an fp16 head's dz carries at least, by the docs
+
+
+@dataclass(frozen=True)
+class Rows:
+    value: Tensor  # (T,) in nats
+    grad: Tensor  # (T, V) dvalue/dlogits
+    value_bound: Tensor  # (T,) on the error of the value
+    grad_bound: Tensor  # (T, V) on that of the gradient, before it is rounded to be stored
+    underflow: float  # comes to that whatever the gradient is multiplied by
+    cdf: Tensor  # (T, V) Σ_{k <= i} p_k
+    cdf_bound: Tensor  # (T, 1)
+
+
+def rows_truth(
+    logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Rows:
+    """Truth of the entropy, or of -log p of labels that are entries or -100, for logits (T, V).
+
+    -inf is a masked entry, and may fill a row.
+    """
+    info = torch.finfo(torch.promote_types(logits.dtype, torch.float32))
+    eps, vocab = info.eps, logits.shape[1]
+    z = logits.double() * logit_scale
+    slope, slope_error = torch.ones_like(z), 0.0
+    if softcap is not None:
+        tanh = torch.tanh(z / softcap)
+        z, slope = torch.where(z == -torch.inf, z, softcap * tanh), 1 - tanh**2
+        slope_error = 12 * eps  # of 1 - (z / softcap)²
+    log_p = torch.log_softmax(z, dim=-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    p = log_p.exp()
+    # How far rounding moves z_i - max, with what may be read as such a move. The scale: u L; the
+    # difference, at most 2 L: 2 u L; the steps by which a running maximum rises, 2 L in all: 2 u L.
+    # A GPU's exp first multiplies by log2 e: 2 u L. exp is right to 3 ulp = 6 u; each block of 8192
+    # logits rescales the sums before it by another exp and two products. softcap · tanh(x) is off
+    # by 22 u of itself: where it is worst, x = 1/4, e = exp(-2x) = 0.61 is off by 8 u, 1 - e by
+    # 14 u, 1 + e by 4 u, and x, the quotient and the product by one or two.
+    largest = z.masked_fill(z == -torch.inf, 0).abs().amax(dim=1)
+    blocks = -(-vocab // 8192)
+    move = eps * (4 * largest + (11 * largest if softcap else 0) + 3 + 4 * blocks)
+    # Sums of V terms, in any order: λ √V u, λ = 4 for all practical purposes (Higham, Mary 2019).
+    sums = 2 * eps * vocab**0.5
+    # p: its own move, that of s, the sum s and four roundings.
+    share = 2 * move[:, None] + sums + 4 * eps
+    if labels is None:
+        surprise = torch.where(p > 0, -log_p, 0.0)
+        value = (p * surprise).sum(dim=-1)
+        w = torch.where(p > 0, surprise - value[:, None], 0.0)  # dH/dz = p w
+        dz = p * w
+        # H = log s - u/s. Moves of z: Σ p |w| move <= 2 H move. Sums: s to `sums`, u to `sums` of
+        # Σ p |z - max| <= H, twice. A log, a quotient, a difference. A tenth for second order.
+        bound = 1.1 * (2 * value * move + sums * (1 + 2 * value) + eps * (1 + value))
+        # w = u/s - d: moves of d and of log s, and the errors of s and H.
+        dz_bound = dz.abs() * (share + slope_error)
+        dz_bound = dz_bound + p * (2 * move + sums + bound)[:, None]
+    else:
+        is_label = torch.arange(vocab, device=z.device) == labels[:, None]
+        counts = labels != -100
+        value = torch.where(counts, -log_p.masked_fill(~is_label, 0).sum(1), 0.0)
+        dz = (p - is_label.double()) * (counts[:, None] & (z > -torch.inf))
+        # log s moves as a mean of the z do, and by the sum's own error; a log and a difference.
+        bound = 1.1 * (2 * move + sums + 2 * eps * (1 + value.nan_to_num(posinf=0.0)))
+        dz_bound = p * share + 4 * eps * is_label  # and p_y - 1 by four roundings
+    grad_bound = 1.1 * ((slope + slope_error) * dz_bound + slope_error * dz.abs())
+    # exp, and its product with a factor, underflow to a multiple of the least positive number, and
+    # are then multiplied by |w| < 1024.
+    underflow = 1024 * info.smallest_normal * info.eps
+    return Rows(
+        value, logit_scale * slope * dz, bound, logit_scale * (grad_bound + underflow), underflow,
+        p.cumsum(dim=1), 2.2 * share,
+    )  # fmt: skip
+
+
+def stored(exact: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """Bound on the error of rounding `exact` to dtype: half an ulp, also among the subnormals.
+
+    Triton's interpreter truncates where it stores bfloat16, and garbles the subnormals: an ulp, or
+    the smallest normal number.
+    """
+    info = torch.finfo(dtype)
+    if backend == "triton" and dtype == torch.bfloat16:
+        return info.eps * exact.abs() + info.smallest_normal
+    return 0.5 * info.eps * (exact.abs() + info.smallest_normal)
+
+
+def assert_rows(
+    values: Tensor, grad: Tensor, truth: Rows, backend: str, row_scale: Tensor | None = None,
+    flushed: float = 0.0,
+) -> None:  # fmt: skip
+    """Values and gradients, these times row_scale, are within the bounds; inf where truth is.
+
+    flushed: the least number that is not taken for 0.
+    """
+    share = 2 if grad.dtype == torch.float64 else 1  # the truth is rounded as well
+    infinite = truth.value == torch.inf
+    assert (values[infinite] == torch.inf).all()
+    assert ((values - truth.value)[~infinite].abs() <= share * truth.value_bound[~infinite]).all()
+    scale = torch.ones_like(truth.value) if row_scale is None else row_scale
+    exact = scale.double()[:, None] * truth.grad
+    bound = scale.double().abs()[:, None] * truth.grad_bound + truth.underflow
+    bound = bound + stored(exact.abs() + bound, grad.dtype, backend) + flushed
+    assert ((grad - exact).abs() <= share * bound).all()
+
+
+def assert_head(
+    operation: Any, hidden: Tensor, weight: Tensor, row_weight: Tensor, backend: str, *,
+    labels: Tensor | None = None, bias: Tensor | None = None, fp32_logits: bool = False,
+    grad_scale: float = 1.0, logits_budget_bytes: int | None = None, **transform: Any,
+) -> None:  # fmt: skip
+    """For dyadic inputs: the errors of loss and d_hidden stay within the bounds on rounding."""
+    loss, d_hidden = operation(
+        hidden, weight, *([] if labels is None else [labels]), row_weight, bias=bias,
+        fp32_logits=fp32_logits, grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes,
+        backend=backend, **transform,
+    )  # fmt: skip
+    dtype, wide = hidden.dtype, weight.double()
+    logits = hidden.double() @ wide.T + (0 if bias is None else bias.double())
+    rows = rows_truth(logits.to(dtype), labels, **transform)
+    share = 2 if dtype == torch.float64 else 1  # the truth is rounded as well
+    # The weights, the sum of the terms and the loss are each rounded once.
+    eps = torch.finfo(loss.dtype).eps
+    bound = (row_weight * (rows.value_bound + 2 * eps * rows.value)).sum()
+    assert (loss - (row_weight * rows.value).sum()).abs() <= share * bound
+    # dz is rounded to the dtype of the head unless the logits are fp32, in fp16 after it is scaled;
+    # then V products are added in fp32, in any order, and the sum is rounded.
+    scale = max(grad_scale, FP16_SCALE) if dtype == torch.float16 and not fp32_logits else 1
+    kept = torch.promote_types(dtype, torch.float32) if fp32_logits else dtype
+    dz = row_weight[:, None] * rows.grad
+    dz_bound = row_weight[:, None] * rows.grad_bound + rows.underflow
+    dz_bound += stored(scale * (dz.abs() + dz_bound), kept, backend) / scale
+    truth = dz @ wide
+    bound = (dz_bound + 2 * eps * len(weight) ** 0.5 * dz.abs()) @ wide.abs()
+    bound += stored(grad_scale * (truth.abs() + bound), dtype, "torch") / grad_scale
+    assert ((d_hidden.double() / grad_scale - truth).abs() <= share * bound).all()
