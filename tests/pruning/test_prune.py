@@ -86,7 +86,7 @@ def test_everything_else_is_byte_identical(
 ) -> None:
     folder = save_checkpoint(random_llama().to(dtype), max_shard_size="100KB")
     before = snapshot(folder)
-    hf.prune_checkpoint(folder, tmp_path / "out", some_keep(), record={"asked": {}})
+    hf.prune_checkpoint(folder, tmp_path / "out", some_keep(), record={"requested": {}})
     assert snapshot(folder) == before
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == sorted(
@@ -111,7 +111,7 @@ def test_everything_else_is_byte_identical(
     config = json.loads((out / "config.json").read_text())
     assert config == {**json.loads((folder / "config.json").read_text()), "intermediate_size": 61}
     record = json.loads((out / "hfprune.json").read_text())
-    assert record["asked"] == {}
+    assert record["requested"] == {}
     assert record["files"] == sorted(p.name for p in out.iterdir())
     assert record["keep"]["2"] == some_keep()[2].tolist()
     assert "61 of 96" in (out / "README.md").read_text()
