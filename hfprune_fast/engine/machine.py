@@ -30,13 +30,12 @@ def available_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         capped = total * torch.cuda.get_per_process_memory_fraction(device)
         return int(min(free + cached, capped - torch.cuda.memory_allocated(device)))
-    limits = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        limits = [int(fields["MemAvailable"].split()[0]) * 1024]
     except OSError:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:  # a container's own limit, which counts the files that were read as well
         most, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
         lines = (_CGROUP / "memory.stat").read_text().splitlines()

@@ -43,6 +43,11 @@ class TaylorOptions:
     parity: bool
     backend: str
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """The options that both kernels take."""
+        return {name: value for name, value in vars(self).items() if name != "parity"}
+
 
 class ScoredGraph:
     """The autograd graph of one layer for one micro-batch, from the layer's input to its output.
@@ -72,10 +77,8 @@ class ScoredGraph:
         self._target = _Target()
         self._input = hidden.detach().requires_grad_(needs_grad)
         self._overwritten = False
-        with (
-            torch.enable_grad(),
-            _scored(mlp, self._target, options, needs_grad, only_backward),
-        ):
+        scored = _scored(mlp, self._target, options, needs_grad, only_backward)
+        with torch.enable_grad(), scored:
             self.output = run(self._input)
 
     def backward(
@@ -89,10 +92,7 @@ class ScoredGraph:
             last: no other backward follows, so what the graph holds may be overwritten.
         """
         if self._overwritten:
-            raise RuntimeError(
-                "the last backward of this graph has overwritten its gate and up; "
-                "run the forward again"
-            )
+            raise RuntimeError("the graph's last backward has been run; run the forward again")
         self._overwritten = last
         self._target.take, self._target.last = take, last
         self.output.backward(d_output, retain_graph=not last)
@@ -198,16 +198,7 @@ def _at_down_proj(
         detached = act.detach()
 
         def at_gradient(grad: Tensor) -> None:
-            target.take(
-                taylor_statistics(
-                    grad,
-                    detached,
-                    token_mask=options.token_mask,
-                    parity=options.parity,
-                    grad_scale=options.grad_scale,
-                    backend=options.backend,
-                )
-            )
+            target.take(taylor_statistics(grad, detached, parity=options.parity, **options.common))
 
         act.register_hook(at_gradient)
         return (act, *args[1:])
@@ -244,11 +235,7 @@ class _ScoredMLP(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         mlp: GatedMLP = ctx.mlp
         target: _Target = ctx.target
-        options: dict[str, Any] = {
-            "token_mask": ctx.options.token_mask,
-            "grad_scale": ctx.options.grad_scale,
-            "backend": ctx.options.backend,
-        }
+        options: dict[str, Any] = ctx.options.common
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         rows = d_out.flatten(0, 1)
         grad = (rows @ mlp.down.weight).view(*d_out.shape[:2], -1)

@@ -43,17 +43,14 @@ def choose(
         return budget.keep(importance, recipe.allocation), {"allocation": recipe.allocation}
     if model is None:
         raise ArgumentError("allocation auto needs --calibration; choose uniform or global")
-    keeps = [budget.keep(importance, number) for number in ALLOCATIONS_TRIED.values()]
+    numbers = list(ALLOCATIONS_TRIED.values())
+    keeps = [budget.keep(importance, number) for number in numbers]
     tried = trial(batches)
     with token_bar("allocating", sum(batch.tokens for batch in tried), progress) as on_progress:
         kl_nats = held_out_kl(model, tried, keeps, on_progress)
     best = min(range(len(keeps)), key=kl_nats.__getitem__)
-    each = zip(ALLOCATIONS_TRIED, kl_nats, strict=True)
-    say(
-        "allocation: KL on held-out calibration is "
-        + ", ".join(f"{nats:.4f} {name}" for name, nats in each)
-    )
-    numbers = list(ALLOCATIONS_TRIED.values())
+    each = [f"{nats:.4f} {name}" for name, nats in zip(ALLOCATIONS_TRIED, kl_nats, strict=True)]
+    say(f"allocation: KL on held-out calibration is {', '.join(each)}")
     measured = dict(zip(map(str, numbers), kl_nats, strict=True))
     return keeps[best], {"allocation": numbers[best], "allocations_kl_nats": measured}
 

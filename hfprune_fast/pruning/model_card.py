@@ -69,6 +69,7 @@ def model_card(record: dict[str, Any]) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     layout = achieved.get("layout", "uniform")
     by = f"hfprune_fast {__version__}, after HFPrune ({PAPER})"
+    loading = f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
     on_hub = f"base_model: {base_model}\n" if "/" in base_model else ""
     return f"""---
 library_name: transformers
@@ -84,6 +85,6 @@ No training followed.
 |---|---|
 {table}
 
-Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, "")}. Which neurons were kept, and by what they were
+{loading} Which neurons were kept, and by what they were
 chosen, is in `hfprune.json`.
 """

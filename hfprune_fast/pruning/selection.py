@@ -90,14 +90,8 @@ def keep_top(
     layers, dense = importance.shape
     protected = _check_layers(protect, layers)
     pruned = [layer for layer in range(layers) if layer not in protected]
-    widths = dict.fromkeys(protected, dense)
-    widths |= dict(
-        zip(
-            pruned,
-            _widths(importance[pruned], width, _as_number(allocation), min_keep, round_to),
-            strict=True,
-        )
-    )
+    allocated = _widths(importance[pruned], width, _as_number(allocation), min_keep, round_to)
+    widths = dict.fromkeys(protected, dense) | dict(zip(pruned, allocated, strict=True))
     order = importance.sort(dim=1, descending=True, stable=True).indices.cpu()
     return {layer: order[layer, : widths[layer]].sort().values for layer in range(layers)}
 
