@@ -107,7 +107,8 @@ def oneshot(
     if given is None or chosen_recipe.refit:
         job = _job(source, calibration, chosen_recipe, sampling, run, scoring, processes)
     with ExitStack() as stack:
-        table, dense, batches = given, None, list[MicroBatch]()
+        table, batches = given, list[MicroBatch]()
+        dense: ResidentModel | None = None
         if job is not None:
             dense, batches, table = _open_and_score(
                 stack, job, given, run, state_of(out), chosen_recipe.refit, progress

@@ -55,7 +55,7 @@ def test_shapes_are_those_models() -> None:
     assert LLAMA_70B.total_params == 70_553_706_496
 
 
-def test_a_large_device_holds_all_and_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_device_holds_all_and_stores() -> None:
     chosen = plan(LLAMA_8B, "80GiB")
     assert (chosen.offload, chosen.recompute, chosen.batch_size) == ("none", False, 4)
     assert chosen.weights_bytes == 2 * LLAMA_8B.total_params
@@ -257,9 +257,9 @@ def test_estimates_are_true_or_on_the_safe_side(
     measured: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Of anonymous memory: weights that stay in the file's pages are not in it."""
-    asked = {"dtype": dtype, "samples": 16, "batch_size": 4, **options}
+    given = {"dtype": dtype, "samples": 16, "batch_size": 4, **options}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(checkpoint), str(TINY_MODEL), json.dumps(asked)],
+        [sys.executable, "-c", MEASURE, str(checkpoint), str(TINY_MODEL), json.dumps(given)],
         capture_output=True, text=True, timeout=200, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

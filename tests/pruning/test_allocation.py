@@ -172,18 +172,21 @@ def test_the_default_recipe_on_the_command_line(
 ) -> None:
     """Chosen, refitted and written; and the same from scores that were made before."""
     running = ["--calibration", "demo", "--samples", 60, "--seq-len", 64, "--device", "cpu"]
-    asked = ["--prune-ratio", 0.3, "--json"]
-    once = hfprune("prune", llama_dir, *running, *asked, "--out", tmp_path / "once", "--verify")
+    budget = ["--prune-ratio", 0.3, "--json"]
+    once = hfprune("prune", llama_dir, *running, *budget, "--out", tmp_path / "once", "--verify")
     assert once.code == 0, once.err
     result = once.json()
     assert (result["criterion"], result["select"], result["refit"]) == ("fisher", "obs", True)
     assert result["allocation"] in (0.0, 0.5, 1.0)
     record = json.loads((tmp_path / "once" / "hfprune.json").read_text())
     assert record["chosen"]["allocations_kl_nats"].keys() == {"0.0", "0.5", "1.0"}
+    card = (tmp_path / "once" / "README.md").read_text()
+    assert "| ranked by | what a removal costs when the others are refitted" in card
+    assert "| down_proj | refitted to the dense model by least squares |" in card
     scores = ["score", llama_dir, *running, "--criterion", "fisher", "--obs"]
     assert hfprune(*scores, "--out", tmp_path / "scores").code == 0
     again = hfprune(
-        "prune", llama_dir, *running, *asked, "--out", tmp_path / "again", "--scores",
+        "prune", llama_dir, *running, *budget, "--out", tmp_path / "again", "--scores",
         tmp_path / "scores",
     )  # fmt: skip
     assert again.code == 0, again.err
@@ -191,7 +194,7 @@ def test_the_default_recipe_on_the_command_line(
         first, second = (tmp_path / run / name for run in ("once", "again"))
         assert first.read_bytes() == second.read_bytes()
     plain = hfprune(
-        "prune", llama_dir, *asked, "--out", tmp_path / "plain", "--scores", tmp_path / "scores",
+        "prune", llama_dir, *budget, "--out", tmp_path / "plain", "--scores", tmp_path / "scores",
         "--allocation", "global",
     )  # fmt: skip
     assert plain.code == 0, plain.err
@@ -245,16 +248,9 @@ def test_what_scores_alone_cannot_do(
     scores = tmp_path / "scores"
     hf.score(llama_dir, text_file, samples=2, seq_len=32).save(scores)
     run = hfprune(
-        "prune",
-        llama_dir,
-        "--scores",
-        scores,
-        "--prune-ratio",
-        0.5,
-        "--out",
-        tmp_path / "o",
+        "prune", llama_dir, "--scores", scores, "--prune-ratio", 0.5, "--out", tmp_path / "o",
         *flags,
-    )
+    )  # fmt: skip
     assert run.code == 2
     assert message in run.err
     assert run.err.count("\n") == 1
