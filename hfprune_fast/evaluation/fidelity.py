@@ -32,7 +32,7 @@ _MOST_NATS = 700.0
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fidelity of a pruned model to its dense one on a text."""
+    """The head of this file defines the values."""
 
     kl_nats: float
     ppl_dense: float

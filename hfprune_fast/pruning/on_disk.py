@@ -53,8 +53,7 @@ def prune_checkpoint(
         out: the folder to make. It appears under this name only when whole.
         keep: {layer: sorted int64 indices}, every layer.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
-            padding) and dtype: a refitted down_proj, for instance. Each is read in its turn, and
-            again to verify.
+            padding) and dtype, such as a refitted down_proj; read in its turn, again to verify.
         record: added to hfprune.json: "requested" and "provenance", which the card shows too.
         progress: show a bar on stderr.
 
