@@ -168,6 +168,14 @@ def test_bad_keep(
     assert not (tmp_path / "out").exists()
 
 
+def test_keep_may_be_lists() -> None:
+    model: Any = random_llama()
+    hf.prune(model, {layer: kept.tolist() for layer, kept in some_keep().items()})
+    assert model.config.intermediate_size == 61
+    with pytest.raises(ArgumentError, match="got a list"):
+        hf.prune(model, [[1, 2]])  # type: ignore[arg-type]
+
+
 def test_output_that_exists(llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -271,7 +279,6 @@ def test_the_shipped_model_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict.copy, "truncated"),
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "lacks the tensor .*up_proj"),
         (
             lambda t: t.update({"model.layers.3.x": torch.zeros(2)}),
@@ -291,8 +298,6 @@ def test_source_that_is_not_what_its_config_says(
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
-    if message == "truncated":
-        path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises((CheckpointError, NumericsError), match=message):
         hf.prune_checkpoint(llama_dir, tmp_path / "out", some_keep())
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -310,16 +315,6 @@ def test_tied_head_that_is_stored_stays_stored(llama_dir: Path, tmp_path: Path) 
     assert sum(p.numel() for p in loaded.parameters()) == result["params"]  # counted once
 
 
-def test_keep_may_be_lists(llama_dir: Path, tmp_path: Path) -> None:
-    keep = {layer: indices.tolist() for layer, indices in some_keep().items()}
-    hf.prune_checkpoint(llama_dir, tmp_path / "out", keep)  # type: ignore[arg-type]
-    model = random_llama()
-    hf.prune(model, keep)  # type: ignore[arg-type]
-    assert model.config.intermediate_size == 61
-    with pytest.raises(ArgumentError, match="got a list"):
-        hf.prune(model, [[1, 2]])  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("place", [".", "..", "inside", "inside/deeper", "../model", "../link"])
 @pytest.mark.parametrize("force", [False, True])
 def test_output_that_overlaps_the_source(llama_dir: Path, place: str, force: bool) -> None:
@@ -332,10 +327,9 @@ def test_output_that_overlaps_the_source(llama_dir: Path, place: str, force: boo
 
 def test_output_that_is_a_file_or_below_one(llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="is a file"):
-        hf.prune_checkpoint(llama_dir, tmp_path / "file", some_keep())
-    with pytest.raises(OutputError, match="is a file"):
-        hf.prune_checkpoint(llama_dir, tmp_path / "file" / "out", some_keep())
+    for out in ("file", "file/out"):
+        with pytest.raises(OutputError, match="is a file"):
+            hf.prune_checkpoint(llama_dir, tmp_path / out, some_keep())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
