@@ -9,7 +9,6 @@ from exact import make_float64_exact
 from taylor_truth import sums
 from tolerances import assert_no_worse, relative_error
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from truth import tiny_model
@@ -154,27 +153,18 @@ def test_only_gate_and_up_are_kept_and_only_act_in_the_first_layer(
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_only_backward_poisons_the_output_and_saves_the_product_with_w_down(
-    needs_grad: bool,
-) -> None:
+def test_only_backward_poisons_the_output(needs_grad: bool) -> None:
     mlp, (x, d_out) = llama_mlp(torch.float32, bias=True), inputs(torch.float32)
-    flops, results = [], []
-    for only_backward in (False, True):
-        with FlopCounterMode(display=False) as counter:
-            results.append(
-                scored_run(mlp, x, d_out, needs_grad=needs_grad, only_backward=only_backward)
-            )
-        flops.append(counter.get_total_flops())
-    whole, poisoned = results
+    whole, poisoned = (
+        scored_run(mlp, x, d_out, needs_grad=needs_grad, only_backward=only)
+        for only in (False, True)
+    )
     assert poisoned.out.shape == whole.out.shape
     assert poisoned.out.isnan().all()
     assert torch.equal(poisoned.statistics, whole.statistics)
     assert (whole.d_x is not None) == needs_grad
     if whole.d_x is not None:
         assert torch.equal(poisoned.d_x, whole.d_x)
-    product = 2 * B * S * D * F
-    # Forward gate, up and down; backward d_act and, above the first layer, those of gate and up.
-    assert flops == [(6 if needs_grad else 4) * product, (5 if needs_grad else 3) * product]
 
 
 @pytest.mark.parametrize("hooked", [False, True])
