@@ -39,7 +39,7 @@ _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and
 
 @dataclass(frozen=True)
 class Plan:
-    """How scoring is going to run, and the most memory that it is estimated to take."""
+    """How scoring is going to run, and the memory that it is estimated to take at most."""
 
     offload: str  # "none" (resident), "cpu" or "disk"
     recompute: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from hfprune_fast.config import Recipe
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.refit import refit
@@ -73,7 +73,7 @@ def held_out_kl(
     model: ResidentModel,
     batches: Sequence[MicroBatch],
     keeps: Sequence[Keep],
-    on_progress: Callable[[float], object] = lambda tokens: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[float]:
     """Return KL(dense || pruned) in nats of each keep over the last quarter of the batches.
 

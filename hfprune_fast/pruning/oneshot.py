@@ -105,6 +105,7 @@ def oneshot(
         return {}
     job = None
     if given is None or chosen_recipe.refit:
+        assert calibration is not None, "which _recipe has checked"
         job = _job(source, calibration, chosen_recipe, sampling, run, scoring, processes)
     with ExitStack() as stack:
         table, batches = given, list[MicroBatch]()
@@ -156,7 +157,7 @@ def _open_and_score(
 
 def _job(
     source: ModelSource,
-    calibration: str | Path | None,
+    calibration: str | Path,
     recipe: Recipe,
     sampling: CalibrationOptions,
     run: RunOptions,
@@ -164,8 +165,6 @@ def _job(
     processes: Processes,
 ) -> ScoringJob:
     """Read the calibration and prepare the model to run."""
-    if calibration is None:
-        raise ArgumentError("refit needs --calibration, the text to fit to; or --no-refit")
     source, data = open_inputs(source, calibration, sampling, run, scoring, processes)
     neurons = source.spec.intermediate_size
     needed = _TOKENS_A_NEURON * neurons
