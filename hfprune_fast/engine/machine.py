@@ -14,7 +14,7 @@ _CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 
 def product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Return the speed of a matrix product here, timed in a moment."""
-    # Small on a CPU, where torch may have no fast product in bfloat16 and a large one takes seconds.
+    # Small on a CPU, where torch may lack a fast bfloat16 product and a large one takes seconds.
     n = 1024 if device.type == "cuda" else 256
     a = torch.ones(n, n, dtype=dtype, device=device)
     best = math.inf
