@@ -73,7 +73,7 @@ def own_device(device: str, processes: Processes) -> str:
 
 @contextmanager
 def joined(device: torch.device, processes: Processes) -> Iterator[None]:
-    """The processes can add up inside: with gloo on CPUs, nccl on GPUs."""
+    """Let the processes add up inside: with gloo on CPUs, nccl on GPUs."""
     if processes.count == 1 or dist.is_initialized():
         yield
         return

@@ -2,9 +2,8 @@
 
 A family's own forward does the set-up (embedding, masks, position embeddings): it runs once per
 micro-batch with stubs in place of the layers, which record how each layer is called. Then
-`for_each_layer` runs the layers one by one, each called as recorded, so a layer's weights need to
-be in memory only while it runs. `ResidentModel` keeps all weights in memory;
-`streaming.StreamedModel` fetches them.
+`for_each_layer` runs the layers one by one, each called as recorded, so that only the layer that
+runs needs its weights in memory. `ResidentModel` keeps all there; `StreamedModel` fetches them.
 
 Sequences of a micro-batch are padded on the right. Under causal attention no token sees a later
 one, so padding needs no attention mask; it only must not be counted.
@@ -60,9 +59,7 @@ class ResidentModel:
     """A loaded model that runs one layer at a time.
 
     Use as a context manager: inside, the model is in evaluation mode and its parameters are frozen;
-    both are restored on exit.
-
-    Weights are numbered by layer; `head_unit` is the number of the final norm and the head.
+    both are restored on exit. `head_unit` numbers the weights of the final norm and the head.
 
     Raises:
         ArgumentError: the model is spread over several devices.
@@ -116,12 +113,7 @@ class ResidentModel:
 
     @contextmanager
     def weights_of(self, unit: int, then: int) -> Iterator[None]:
-        """Keep the weights of a layer, or of `head_unit`, in place inside the context.
-
-        Args:
-            unit: the layer.
-            then: the unit that is requested next, which may be read ahead.
-        """
+        """Keep a layer's or `head_unit`'s weights in place inside; those of `then` come next."""
         yield
 
     def begin(self, batch: MicroBatch) -> Tensor:
@@ -182,13 +174,10 @@ def for_each_layer(
 ) -> None:
     """Call `visit(layer)` for every layer, with that layer's weights in place.
 
-    This is a function with a callback and not a generator: an error raised in a `for` body does not
-    reach a generator, which would hold the layer's weights for as long as the error's traceback
-    lives. Here it leaves the weights' context at once.
+    A callback and not a generator, which an error in a `for` body does not reach: it would hold the
+    layer's weights for as long as the error's traceback lives.
 
     Args:
-        model: the entered model.
-        visit: what to do with each layer.
         then: the unit (see `ResidentModel.weights_of`) that is requested after the last call.
         backward: visit the last layer first.
     """
@@ -203,11 +192,7 @@ def for_each_layer(
 def each_batch(
     batches: Sequence[MicroBatch], on_progress: OnProgress, steps: float
 ) -> Iterator[tuple[int, MicroBatch]]:
-    """Yield each micro-batch with its index, and report its tokens / steps when it is processed.
-
-    Args:
-        steps: how often each micro-batch is processed in the whole job.
-    """
+    """Yield each micro-batch with its index, then report its tokens as 1/steps of the whole job."""
     for i, batch in enumerate(batches):
         yield i, batch
         on_progress(batch.tokens / steps)
@@ -216,20 +201,17 @@ def each_batch(
 @contextmanager
 def _stubs(model: ResidentModel, calls: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
     """Replace the layers by stubs that record their call, and the final norm by nothing."""
-    parts = model.parts
-    stubs = nn.ModuleList(_Stub(layer, calls) for layer in parts.layers)
-    places = [(parts.family.layers, stubs), (parts.family.norm, nn.Identity())]
-    found = []
+    family, decoder = model.parts.family, model.parts.decoder
+    found = {path: decoder.get_submodule(path) for path in (family.layers, family.norm)}
     try:
-        for path, instead in places:
-            parent, _, name = path.rpartition(".")
-            owner = parts.decoder.get_submodule(parent)
-            found.append((owner, name, owner._modules[name]))
-            owner._modules[name] = instead
+        decoder.set_submodule(
+            family.layers, nn.ModuleList(_Stub(layer, calls) for layer in model.parts.layers)
+        )
+        decoder.set_submodule(family.norm, nn.Identity())
         yield
     finally:
-        for owner, name, module in found:
-            owner._modules[name] = module
+        for path, module in found.items():
+            decoder.set_submodule(path, module)
 
 
 class _Stub(nn.Module):

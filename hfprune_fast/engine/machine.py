@@ -14,13 +14,15 @@ _CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 
 def product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Return the speed of a matrix product here, timed in a moment."""
-    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    # Small on a CPU, where torch may lack a fast bfloat16 product and a large one takes seconds.
+    n = 1024 if device.type == "cuda" else 256
+    a = torch.ones(n, n, dtype=dtype, device=device)
     best = math.inf
     for _ in range(5):
         begun = time.perf_counter()
         float((a @ a)[0, 0])  # which waits for the device
         best = min(best, time.perf_counter() - begun)
-    return 2 * 1024**3 / best
+    return 2 * n**3 / best
 
 
 def available_bytes(device: torch.device) -> int:
@@ -30,13 +32,12 @@ def available_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         capped = total * torch.cuda.get_per_process_memory_fraction(device)
         return int(min(free + cached, capped - torch.cuda.memory_allocated(device)))
-    limits = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        limits = [int(fields["MemAvailable"].split()[0]) * 1024]
     except OSError:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:  # a container's own limit, which counts the files that were read as well
         most, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
         lines = (_CGROUP / "memory.stat").read_text().splitlines()

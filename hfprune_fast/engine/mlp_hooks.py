@@ -16,7 +16,7 @@ hooked at the input of down_proj.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,18 @@ class TaylorOptions:
     parity: bool
     backend: str
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """The options that both kernels take."""
+        return {name: value for name, value in vars(self).items() if name != "parity"}
+
 
 class ScoredGraph:
     """The autograd graph of one layer for one micro-batch, from the layer's input to its output.
 
     Args:
-        run: the layer; inside, it runs `mlp`.
+        run: the layer; inside, it runs `mlp`, whose statistics are made as `options` say.
         hidden: the layer's input.
-        mlp: the MLP to score.
-        options: how its statistics are made.
         needs_grad: whether the backward must give the input a gradient; not so in the first layer.
         only_backward: the output's values are not needed, so a known MLP skips the product with
             W_down and returns NaN, which shows if the values are used all the same.
@@ -72,10 +75,8 @@ class ScoredGraph:
         self._target = _Target()
         self._input = hidden.detach().requires_grad_(needs_grad)
         self._overwritten = False
-        with (
-            torch.enable_grad(),
-            _scored(mlp, self._target, options, needs_grad, only_backward),
-        ):
+        scored = _scored(mlp, self._target, options, needs_grad, only_backward)
+        with torch.enable_grad(), scored:
             self.output = run(self._input)
 
     def backward(
@@ -89,10 +90,7 @@ class ScoredGraph:
             last: no other backward follows, so what the graph holds may be overwritten.
         """
         if self._overwritten:
-            raise RuntimeError(
-                "the last backward of this graph has overwritten its gate and up; "
-                "run the forward again"
-            )
+            raise RuntimeError("the graph's last backward has been run; run the forward again")
         self._overwritten = last
         self._target.take, self._target.last = take, last
         self.output.backward(d_output, retain_graph=not last)
@@ -104,14 +102,13 @@ class ScoredGraph:
 def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
     """Collect the inputs of down_proj; a silent MLP's output is 0."""
     seen: list[Tensor] = []
-    handles = [mlp.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
-    if silent:
-        handles.append(mlp.module.register_forward_hook(lambda *args: torch.zeros_like(args[2])))
-    try:
+    with ExitStack() as hooks:
+        note = mlp.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        hooks.enter_context(note)
+        if silent:
+            zero = mlp.module.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
+            hooks.enter_context(zero)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -121,11 +118,8 @@ def pruned_down_proj(mlp: GatedMLP, kept: Tensor, weight: Tensor) -> Iterator[No
     def instead(down: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
         return nn.functional.linear(args[0][..., kept], weight, mlp.down.bias)
 
-    handle = mlp.down.register_forward_hook(instead)
-    try:
+    with mlp.down.register_forward_hook(instead):
         yield
-    finally:
-        handle.remove()
 
 
 def known_activation(mlp: GatedMLP) -> str | None:
@@ -168,12 +162,8 @@ def _scored(
     """Inside, the MLP's forward is one whose backward makes the statistics."""
     activation = None if options.parity else known_activation(mlp)
     if activation is None:
-        hook = _at_down_proj(target, options, needs_grad)
-        handle = mlp.down.register_forward_pre_hook(hook)
-        try:
+        with mlp.down.register_forward_pre_hook(_at_down_proj(target, options, needs_grad)):
             yield
-        finally:
-            handle.remove()
         return
     anchor = torch.empty(0, requires_grad=True)  # so that there is a backward, whatever x needs
 
@@ -198,16 +188,7 @@ def _at_down_proj(
         detached = act.detach()
 
         def at_gradient(grad: Tensor) -> None:
-            target.take(
-                taylor_statistics(
-                    grad,
-                    detached,
-                    token_mask=options.token_mask,
-                    parity=options.parity,
-                    grad_scale=options.grad_scale,
-                    backend=options.backend,
-                )
-            )
+            target.take(taylor_statistics(grad, detached, parity=options.parity, **options.common))
 
         act.register_hook(at_gradient)
         return (act, *args[1:])
@@ -244,11 +225,7 @@ class _ScoredMLP(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         mlp: GatedMLP = ctx.mlp
         target: _Target = ctx.target
-        options: dict[str, Any] = {
-            "token_mask": ctx.options.token_mask,
-            "grad_scale": ctx.options.grad_scale,
-            "backend": ctx.options.backend,
-        }
+        options: dict[str, Any] = ctx.options.common
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         rows = d_out.flatten(0, 1)
         grad = (rows @ mlp.down.weight).view(*d_out.shape[:2], -1)

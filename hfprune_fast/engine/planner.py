@@ -39,7 +39,7 @@ _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and
 
 @dataclass(frozen=True)
 class Plan:
-    """How scoring is going to run, and the most memory that it is estimated to take."""
+    """How scoring is going to run, and the memory that it is estimated to take at most."""
 
     offload: str  # "none" (resident), "cpu" or "disk"
     recompute: bool
@@ -96,12 +96,10 @@ def plan_run(
         spec: the model.
         run: batch_size, offload and memory_budget; what they leave open is chosen here.
         device, dtype: where and in what it will run.
-        seq_len: tokens of the longest sequence.
-        sequences: how many there are.
+        seq_len, sequences: tokens of the longest sequence, and how many there are.
         largest: the batches are given, and this is the largest of them; it is halved to fit.
         loaded: the weights are in memory already, and not to be moved.
-        parity: one sequence at a time.
-        criteria: how many criteria share the forward.
+        parity, criteria: one sequence at a time; how many criteria share the forward.
         refit: removal costs or a refit follow, with the weights still in memory.
 
     Raises:
@@ -110,10 +108,8 @@ def plan_run(
     """
     if loaded and run.offload in ("cpu", "disk"):
         raise ArgumentError(f"offload {run.offload} needs the model by path; this one is in memory")
-    if run.memory_budget is None:
-        free = available_bytes(device)
-    else:
-        free = parse_bytes(run.memory_budget, "memory_budget")
+    budget = run.memory_budget
+    free = available_bytes(device) if budget is None else parse_bytes(budget, "memory_budget")
     estimator = MemoryEstimator(
         spec, device, dtype, seq_len, sequences, free, loaded, criteria, refit
     )
@@ -123,49 +119,47 @@ def plan_run(
     plans = list(estimator.plans(max_batch_size, exact=exact, offload=run.offload))
     fit = (plan for plan in plans if plan.total_bytes <= free)
     smallest = min(plans, key=lambda plan: plan.total_bytes)
-    chosen = next(fit, None if run.memory_budget else smallest)
+    chosen = next(fit, None if budget else smallest)
     if chosen is None:
         needed = f"about {human_bytes(smallest.total_bytes)} ({smallest})"
         raise MemoryShortageError(
-            f"memory budget {run.memory_budget} is too small: scoring needs at least {needed} "
+            f"memory budget {budget} is too small: scoring needs at least {needed} "
             "here; give more, or a smaller --seq-len"
         )
     return chosen
 
 
+@dataclass
 class MemoryEstimator:
-    """The bytes of each way to run, see the head of this file."""
+    """The bytes of each way to run, see the head of this file; arguments as of `plan_run`."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        device: torch.device,
-        dtype: torch.dtype,
-        seq_len: int,
-        sequences: int,
-        free: int,
-        loaded: bool,
-        criteria: int,
-        refit: bool,
-    ) -> None:
-        self.spec, self.device, self.s = spec, device, dtype.itemsize
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    seq_len: int
+    sequences: int
+    free: int
+    loaded: bool
+    criteria: int
+    refit: bool
+
+    def __post_init__(self) -> None:
+        spec, self.s = self.spec, self.dtype.itemsize
         self.w = max(4, self.s)
-        self.seq_len, self.sequences, self.free = seq_len, sequences, free
-        self.layers, self.hidden, self.width = (
-            spec.num_layers, spec.hidden_size, spec.intermediate_size,
-        )  # fmt: skip
-        self.weights = 0 if loaded else spec.total_params * self.s
+        self.layers, self.hidden = spec.num_layers, spec.hidden_size
+        self.width = spec.intermediate_size
+        self.weights = 0 if self.loaded else spec.total_params * self.s
         # Sums, the copy that a pass adds to, and column norms.
-        self.tables = 2 * (4 * criteria + 1) * self.layers * self.width * 8
-        self.criteria, self.refit = criteria, 0
-        if refit:
+        self.tables = 2 * (4 * self.criteria + 1) * self.layers * self.width * 8
+        self.refit_bytes = 0
+        if self.refit:
             # The covariances of the gradients at the MLPs' outputs, twice, and one on the device.
-            covariances = 2 * self.layers if device.type == "cpu" else 1
+            covariances = 2 * self.layers if self.device.type == "cpu" else 1
             self.tables += covariances * self.hidden**2 * 4
             # Second moments and what `obs` makes of them, in fp64; the dense and pruned streams.
-            self.refit = 4 * self.width**2 * 8 + self.width * self.hidden * 8
-            if device.type == "cpu":
-                self.refit += 2 * seq_len * sequences * self.hidden * self.s
+            self.refit_bytes = 4 * self.width**2 * 8 + self.width * self.hidden * 8
+            if self.device.type == "cpu":
+                self.refit_bytes += 2 * self.seq_len * self.sequences * self.hidden * self.s
 
     def plans(self, max_batch_size: int, exact: bool, offload: str) -> Iterator[Plan]:
         """Yield every way that the options allow, the best first."""
@@ -216,8 +210,8 @@ class MemoryEstimator:
         rows, attention = batch_size * self.seq_len, self.spec.attention_width
         on_host = pass_tokens > 0 and self.device.type != "cpu"
         qk_norm = 2 * w * attention if FAMILIES[self.spec.model_type].qk_norm else 0
-        graph = rows * (2 * w * hidden + 2 * s * hidden + 4 * s * attention + 2 * s * width)
-        graph += rows * qk_norm
+        per_token = 2 * (w + s) * hidden + 4 * s * attention + 2 * s * width + qk_norm
+        graph = rows * per_token
         # Beside the graph, in the layer that is being gone through: forward, two of the MLP's
         # width and the norm's; backward, the gradient at act, and those around attention.
         passing = rows * max(
@@ -251,7 +245,7 @@ class MemoryEstimator:
             activations_bytes=_LIBRARIES_BYTES
             + int(activations * (_RECOMPUTE_SLACK if recompute else _STORE_SLACK)),
             tables_bytes=self.tables,
-            refit_bytes=self.refit,
+            refit_bytes=self.refit_bytes,
             free_bytes=self.free,
         )
 
@@ -268,8 +262,7 @@ def pruning_flops(spec: ModelSpec, tokens: int) -> int:
     many as 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
     greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
     """
-    size = spec
-    width, forward = size.intermediate_size, 2 * size.linear_params * tokens
-    moments = size.num_layers * 2 * tokens * width**2
-    removal = size.num_layers * (4 * width**3 + 2 * width**2 * size.hidden_size)
+    width, forward = spec.intermediate_size, 2 * spec.linear_params * tokens
+    moments = spec.num_layers * 2 * tokens * width**2
+    removal = spec.num_layers * (4 * width**3 + 2 * width**2 * spec.hidden_size)
     return 13 * forward + 5 * moments + removal

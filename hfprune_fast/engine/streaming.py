@@ -31,10 +31,7 @@ from hfprune_fast.engine.weights import (
 
 
 def open_model(subject: Blueprint | ResidentModel, offload: str) -> ResidentModel:
-    """Return a blueprint's model, its weights resident ("none") or streamed ("cpu", "disk").
-
-    A model that is loaded already stays what it is.
-    """
+    """Return a blueprint's model, resident ("none") or streamed; a loaded one stays what it is."""
     if isinstance(subject, ResidentModel):
         return subject
     if offload == "none":
@@ -46,7 +43,6 @@ class StreamedModel(ResidentModel):
     """The model of a blueprint, with one or two layers in memory at a time.
 
     Args:
-        blueprint: the checkpoint, dtype and device.
         offload: "disk" reads a layer's weights from the checkpoint each time; "cpu" keeps all of
             them in host memory, pinned if the device is a GPU, which reads them faster.
 

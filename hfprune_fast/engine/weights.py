@@ -25,12 +25,7 @@ ALIGN_BYTES = 64  # a cache line
 
 
 class CheckpointTensors:
-    """The tensors of a checkpoint, mapped into memory.
-
-    Args:
-        source: the checkpoint.
-        dtype: what `tensor` returns.
-    """
+    """The tensors of a checkpoint, mapped into memory; `tensor` returns them in `dtype`."""
 
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
         self._source, self.dtype = source, dtype
@@ -111,18 +106,12 @@ class BufferedWeights:
     """Weights in two buffers on the device, filled in turns by a thread.
 
     Args:
-        tensors: the checkpoint's.
         units: the names of each unit's tensors.
-        device: where the buffers are.
         keep: keep every unit in host memory after its first read.
     """
 
     def __init__(
-        self,
-        tensors: CheckpointTensors,
-        units: list[list[str]],
-        device: torch.device,
-        keep: bool,
+        self, tensors: CheckpointTensors, units: list[list[str]], device: torch.device, keep: bool
     ) -> None:
         self._tensors, self._device, self._keep = tensors, device, keep
         self._cuda = device.type == "cuda"

@@ -32,7 +32,7 @@ _MOST_NATS = 700.0
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fidelity of a pruned model to its dense one on a text."""
+    """The head of this file defines the values."""
 
     kl_nats: float
     ppl_dense: float
@@ -42,13 +42,11 @@ class Fidelity:
 
 
 def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Any]) -> Fidelity:
-    """Compare two loaded models over token batches, as `hfprune_fast.score` takes them.
-
-    Sequences must hold 2 tokens or more. Both models are left as they were found.
+    """Compare two loaded models, left as they are, over the batches that `hf.score` takes.
 
     Raises:
         ArgumentError: the models have different vocabularies, or one is spread over devices.
-        CalibrationError: no batch, or ids that the models do not have.
+        CalibrationError: no batch, a sequence of one token, or ids that the models do not have.
         NumericsError: NaN or inf in a weight, named, or in the logits.
     """
     with ResidentModel(dense) as p, ResidentModel(pruned) as q:
@@ -80,11 +78,7 @@ def compare(
     dense_head: Linear,
     pruned_head: Linear,
 ) -> Fidelity:
-    """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time.
-
-    Raises:
-        NumericsError: NaN or inf in the logits.
-    """
+    """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time."""
     rows = max(1, _CHUNK_ELEMENTS // len(dense_head.weight))
     sums = torch.zeros(4, dtype=torch.float64)  # kl, cross entropy dense and pruned, agreements
     positions = predicted = 0

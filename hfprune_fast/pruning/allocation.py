@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from hfprune_fast.config import Recipe
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.refit import refit
@@ -43,17 +43,14 @@ def choose(
         return budget.keep(importance, recipe.allocation), {"allocation": recipe.allocation}
     if model is None:
         raise ArgumentError("allocation auto needs --calibration; choose uniform or global")
-    keeps = [budget.keep(importance, number) for number in ALLOCATIONS_TRIED.values()]
+    numbers = list(ALLOCATIONS_TRIED.values())
+    keeps = [budget.keep(importance, number) for number in numbers]
     tried = trial(batches)
     with token_bar("allocating", sum(batch.tokens for batch in tried), progress) as on_progress:
         kl_nats = held_out_kl(model, tried, keeps, on_progress)
     best = min(range(len(keeps)), key=kl_nats.__getitem__)
-    each = zip(ALLOCATIONS_TRIED, kl_nats, strict=True)
-    say(
-        "allocation: KL on held-out calibration is "
-        + ", ".join(f"{nats:.4f} {name}" for name, nats in each)
-    )
-    numbers = list(ALLOCATIONS_TRIED.values())
+    each = [f"{nats:.4f} {name}" for name, nats in zip(ALLOCATIONS_TRIED, kl_nats, strict=True)]
+    say(f"allocation: KL on held-out calibration is {', '.join(each)}")
     measured = dict(zip(map(str, numbers), kl_nats, strict=True))
     return keeps[best], {"allocation": numbers[best], "allocations_kl_nats": measured}
 
@@ -76,7 +73,7 @@ def held_out_kl(
     model: ResidentModel,
     batches: Sequence[MicroBatch],
     keeps: Sequence[Keep],
-    on_progress: Callable[[float], object] = lambda tokens: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[float]:
     """Return KL(dense || pruned) in nats of each keep over the last quarter of the batches.
 

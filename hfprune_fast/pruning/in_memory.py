@@ -72,6 +72,5 @@ def _cut_parameter(parameter: Tensor, axis: int, kept: Tensor) -> nn.Parameter:
     cut = torch.empty(shape, dtype=whole.dtype, device=whole.device)
     compact = native.compact_rows if axis == 0 else native.compact_columns
     compact(matrix, kept, out=cut)
-    return nn.Parameter(
-        cut if whole.dim() == 2 else cut[:, 0], requires_grad=parameter.requires_grad
-    )
+    cut = cut if whole.dim() == 2 else cut[:, 0]
+    return nn.Parameter(cut, requires_grad=parameter.requires_grad)

@@ -9,7 +9,7 @@ from hfprune_fast.models.spec import widths_text
 
 PAPER = "arXiv 2603.08083"
 
-
+# What each layout changes in the architecture, and what loading it takes beyond transformers.
 _CHANGED = {
     "uniform": "The\narchitecture is unchanged; only `intermediate_size` is smaller.",
     "custom": "Layers have\ndifferent widths, `mlp_widths` in config.json.",
@@ -18,17 +18,9 @@ _CHANGED = {
     "but take time and memory\nlike any others: the model is as large as if all layers were as "
     "wide as the widest.",
 }
-
-
-_PLAINLY = "Load it with `AutoModelForCausalLM.from_pretrained`."
-
-
 _LOADING = {
-    "uniform": _PLAINLY,
-    "custom": "Load it with `AutoModelForCausalLM.from_pretrained` after `import hfprune_fast`, or "
-    "with\n`trust_remote_code=True`, which runs this folder's `modeling_hfprune.py`.",
-    "native": _PLAINLY,
-    "padded": _PLAINLY,
+    "custom": " after `import hfprune_fast`, or with\n`trust_remote_code=True`, which runs this "
+    "folder's `modeling_hfprune.py`",
 }
 
 
@@ -40,17 +32,17 @@ def neurons_text(achieved: dict[str, Any]) -> str:
     return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
 
 
-def _recipe_rows(asked: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
+def _recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
     """Say how the neurons were chosen, and what became of the others."""
-    if asked["select"] == "obs":
+    if requested["select"] == "obs":
         ranked = "what a removal costs when the others are refitted (criterion `fisher`)"
     else:
-        ranked = f"criterion `{asked['criterion']}`"
-        ranked += f", statistic `{asked['statistic']}`" if asked["statistic"] else ""
-    allocation = chosen.get("allocation", asked["allocation"])
+        ranked = f"criterion `{requested['criterion']}`"
+        ranked += f", statistic `{requested['statistic']}`" if requested["statistic"] else ""
+    allocation = chosen.get("allocation", requested["allocation"])
     shares = {0.0: "uniform", 0.5: "halfway between uniform and global", 1.0: "global"}
     rows = [("ranked by", ranked), ("allocation", shares.get(allocation, str(allocation)))]
-    if asked["refit"]:
+    if requested["refit"]:
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
 
@@ -66,8 +58,8 @@ def model_card(record: dict[str, Any]) -> str:
         ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]
-    if "criterion" in record.get("asked", {}):
-        rows += _recipe_rows(record["asked"], record.get("chosen", {}))
+    if "criterion" in record.get("requested", {}):
+        rows += _recipe_rows(record["requested"], record.get("chosen", {}))
     calibration = provenance.get("calibration")
     if isinstance(calibration, dict) and "source" in calibration:
         rows.append(("calibration", str(calibration["source"])))
@@ -77,6 +69,7 @@ def model_card(record: dict[str, Any]) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     layout = achieved.get("layout", "uniform")
     by = f"hfprune_fast {__version__}, after HFPrune ({PAPER})"
+    loading = f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
     on_hub = f"base_model: {base_model}\n" if "/" in base_model else ""
     return f"""---
 library_name: transformers
@@ -92,6 +85,6 @@ No training followed.
 |---|---|
 {table}
 
-{_LOADING[layout]} Which neurons were kept, and by what they were
+{loading} Which neurons were kept, and by what they were
 chosen, is in `hfprune.json`.
 """

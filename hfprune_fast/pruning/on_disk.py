@@ -1,7 +1,6 @@
-"""keep -> a smaller checkpoint, from disk to disk; no model is built.
+"""keep -> a smaller checkpoint, from disk to disk; `checkpoint/layouts.py` has its layouts.
 
-Layers may keep different numbers of neurons; `checkpoint/layouts.py` has the ways to write that
-down. gate_proj and up_proj lose rows (and bias entries), down_proj loses columns. Every other
+gate_proj and up_proj lose rows (and bias entries), down_proj loses columns. Every other
 tensor is copied byte for byte, so the dtype and all that is not MLP stay what they were.
 """
 
@@ -17,13 +16,7 @@ from torch import Tensor
 from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint.atomic import check_writable, whole_folder
 from hfprune_fast.checkpoint.folder import read_json_object
-from hfprune_fast.checkpoint.layouts import (
-    CODE,
-    CODE_FILE,
-    check_native,
-    code_files,
-    config_of,
-)
+from hfprune_fast.checkpoint.layouts import CODE, CODE_FILE, check_native, code_files, config_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.checkpoint.writer import Writing, write_json
 from hfprune_fast.config import OutputOptions, keyword_options
@@ -60,8 +53,7 @@ def prune_checkpoint(
         out: the folder to make. It appears under this name only when whole.
         keep: {layer: sorted int64 indices}, every layer.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
-            padding) and dtype: a refitted down_proj, for instance. Each is read in its turn, and
-            again to verify.
+            padding) and dtype, such as a refitted down_proj; read in its turn, again to verify.
         record: added to hfprune.json: "requested" and "provenance", which the card shows too.
         progress: show a bar on stderr.
 
@@ -84,9 +76,8 @@ def prune_checkpoint(
     layout = "uniform" if len(set(widths)) == 1 else output.layout.replace("auto", "custom")
     if layout == "native":
         check_native(source.config, widths)
-    shard_bytes = None
-    if output.max_shard_size is not None:
-        shard_bytes = parse_bytes(output.max_shard_size, "max_shard_size")
+    size = output.max_shard_size
+    shard_bytes = None if size is None else parse_bytes(size, "max_shard_size")
     pad_to = max(widths) if layout == "padded" else 0
     writing = Writing(source, keep, replace or {}, shard_bytes, pad_to=pad_to)
     achieved = source.spec.pruned_to(max(widths) if pad_to else widths)

@@ -7,7 +7,7 @@ scored is the one that allocations are tried on and that down_proj is refitted t
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hfprune_fast.config import (
     resolve_recipe,
 )
 from hfprune_fast.console import say, token_bar
-from hfprune_fast.data.batches import MicroBatch, TokenData
+from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.distributed import Processes, joined, launched, own_device
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import open_model
@@ -105,11 +105,13 @@ def oneshot(
         return {}
     job = None
     if given is None or chosen_recipe.refit:
+        assert calibration is not None, "which _recipe has checked"
         job = _job(source, calibration, chosen_recipe, sampling, run, scoring, processes)
     with ExitStack() as stack:
-        table, opened = given, None
+        table, batches = given, list[MicroBatch]()
+        dense: ResidentModel | None = None
         if job is not None:
-            opened, table = _open_and_score(
+            dense, batches, table = _open_and_score(
                 stack, job, given, run, state_of(out), chosen_recipe.refit, progress
             )
         assert table is not None
@@ -118,8 +120,7 @@ def oneshot(
         if given is None:
             stack.enter_context(saved_on_failure(table))
         importance = table.importance(chosen_recipe.ranks_by, chosen_recipe.criterion)
-        batches = opened.batches if opened else []
-        dense = opened.model if opened and chosen_recipe.refit else None
+        dense = dense if chosen_recipe.refit else None
         keep, chosen = allocation.choose(dense, batches, importance, width, chosen_recipe, progress)
         replace = refit_stored(dense, batches, source, keep, progress) if dense else None
         requested = {**budget.size, **asdict(chosen_recipe)}
@@ -136,14 +137,6 @@ def oneshot(
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Dense:
-    """The dense model, entered, and the micro-batches that it runs on."""
-
-    model: ResidentModel
-    batches: list[MicroBatch]
-
-
 def _open_and_score(
     stack: ExitStack,
     job: ScoringJob,
@@ -152,19 +145,19 @@ def _open_and_score(
     state_file: Path,
     needs_refit: bool,
     progress: bool,
-) -> tuple[_Dense, ImportanceTable]:
+) -> tuple[ResidentModel, list[MicroBatch], ImportanceTable]:
     """Load the weights and score, unless a table is given; the model stays open in `stack`."""
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file if given is None else None, refit=needs_refit)
         model = stack.enter_context(open_model(job.subject, plan.offload))
         table = given or job.run(model, plan, resume_file, progress)
-    return _Dense(model, job.data.split(plan.batch_size)), table
+    return model, job.data.split(plan.batch_size), table
 
 
 def _job(
     source: ModelSource,
-    calibration: str | Path | None,
+    calibration: str | Path,
     recipe: Recipe,
     sampling: CalibrationOptions,
     run: RunOptions,
@@ -172,11 +165,14 @@ def _job(
     processes: Processes,
 ) -> ScoringJob:
     """Read the calibration and prepare the model to run."""
-    if calibration is None:
-        raise ArgumentError("refit needs --calibration, the text to fit to; or --no-refit")
     source, data = open_inputs(source, calibration, sampling, run, scoring, processes)
-    if recipe.refit:
-        _warn_of_few_tokens(data, source.spec.intermediate_size)
+    neurons = source.spec.intermediate_size
+    needed = _TOKENS_A_NEURON * neurons
+    if recipe.refit and data.tokens < needed:
+        say(
+            f"{data.tokens} calibration tokens are few to refit {neurons} neurons a layer; "
+            f"{needed} or more generalise better"
+        )
     device = own_device(run.device, processes)
     subject = loading.blueprint(source, dtype=run.dtype, device=device)
     criteria = () if recipe.criterion in DATA_FREE else (recipe.criterion,)
@@ -224,15 +220,6 @@ def check_output(
         say(f"weights are moved by {native.description()}")
 
 
-def _warn_of_few_tokens(data: TokenData, neurons: int) -> None:
-    needed = _TOKENS_A_NEURON * neurons
-    if data.tokens < needed:
-        say(
-            f"{data.tokens} calibration tokens are few to refit {neurons} neurons a layer; "
-            f"{needed} or more generalise better"
-        )
-
-
 def refit_stored(
     model: ResidentModel,
     batches: list[MicroBatch],
@@ -244,8 +231,7 @@ def refit_stored(
     tokens = sum(batch.tokens for batch in batches)
     with token_bar("refitting", tokens, progress) as on_progress:
         (result,), _ = refit(model, batches, [keep], on_progress=on_progress)
-    stored = {}
-    for layer, weight in result.weights.items():
-        name = source.down_proj(layer)
-        stored[name] = weight.to(TORCH_DTYPES[source.tensors[name].dtype])
-    return stored
+    named = {source.down_proj(layer): weight for layer, weight in result.weights.items()}
+    return {
+        name: weight.to(TORCH_DTYPES[source.tensors[name].dtype]) for name, weight in named.items()
+    }

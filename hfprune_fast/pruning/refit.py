@@ -63,10 +63,8 @@ def refit(
 
     Args:
         model: the dense model, entered.
-        batches: the calibration.
+        batches: the calibration, of which the last `held_out` are not fitted to, only run.
         keeps: {layer: kept neurons} of each pruned model.
-        held_out: how many of the batches, the last ones, only run through the models and are not
-            fitted to.
         on_progress: called with the tokens processed, a layer at a time.
 
     Returns:
@@ -100,13 +98,12 @@ def refit(
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):
 
-        def final(hidden: Tensor) -> Tensor:
-            normed: Tensor = model.parts.norm(hidden.to(model.device))
-            return normed.cpu()
+        def finals(stream: list[Tensor]) -> list[Tensor]:
+            return [model.parts.norm(hidden.to(model.device)).cpu() for hidden in stream[fitted:]]
 
         for stream, result in zip(streams, results, strict=True):
-            result.hidden.extend(map(final, stream[fitted:]))
-        return results, list(map(final, dense[fitted:]))
+            result.hidden = finals(stream)
+        return results, finals(dense)
 
 
 def refit_down_proj(

@@ -1,8 +1,6 @@
 """Importance and a budget -> the neurons to keep.
 
-A budget is one of: the fraction of MLP neurons to remove (prune_ratio), the fraction of all the
-model's parameters to remove (param_ratio), or the width itself (intermediate_size), which is the
-mean width where layers differ. An allocation says which layer gets how many:
+An allocation says how many neurons of a budget each layer gets:
 
     uniform    all the same
     global     one ranking across layers
@@ -41,7 +39,6 @@ def select(
     """Return the neurons to keep: {layer: sorted (width,) int64 indices}.
 
     Args:
-        table: the scores.
         criterion: which of the table's; by default the first.
         statistic: "l1" (the paper's), "l2", "fisher_mask", "act" or "obs"; by default the
             criterion's own.
@@ -73,9 +70,7 @@ class WidthBudget:
 
     def keep(self, importance: Tensor, allocation: str | float) -> dict[int, Tensor]:
         """Return each layer's most important neurons, see `keep_top`."""
-        return keep_top(
-            importance, self.width, allocation, self.min_keep, self.protect, self.round_to
-        )
+        return keep_top(importance, allocation=allocation, **vars(self))
 
 
 def keep_top(
@@ -90,14 +85,8 @@ def keep_top(
     layers, dense = importance.shape
     protected = _check_layers(protect, layers)
     pruned = [layer for layer in range(layers) if layer not in protected]
-    widths = dict.fromkeys(protected, dense)
-    widths |= dict(
-        zip(
-            pruned,
-            _widths(importance[pruned], width, _as_number(allocation), min_keep, round_to),
-            strict=True,
-        )
-    )
+    allocated = _widths(importance[pruned], width, _as_number(allocation), min_keep, round_to)
+    widths = dict.fromkeys(protected, dense) | dict(zip(pruned, allocated, strict=True))
     order = importance.sort(dim=1, descending=True, stable=True).indices.cpu()
     return {layer: order[layer, : widths[layer]].sort().values for layer in range(layers)}
 

@@ -112,14 +112,6 @@ def test_removal_costs_are_of_the_gradients_of_all(hfprune: Hfprune, number: int
         assert table.provenance[name] == pytest.approx(expected.provenance[name], rel=1e-12)
 
 
-def test_processes_without_a_sequence_add_nothing(hfprune: Hfprune) -> None:
-    args = score_args("--samples", 2)
-    assert hfprune(*args, "--out", "one").code == 0
-    codes, logs = run_together(3, *args)
-    assert codes == [0, 0, 0], logs
-    assert_equals_one()
-
-
 def test_all_take_the_size_that_the_first_plans(hfprune: Hfprune) -> None:
     """Memory that is free differs between them, and so may the plans; shares must not overlap."""
     assert hfprune(*score_args(batch_size=3, out="one")).code == 0

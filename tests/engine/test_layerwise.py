@@ -213,34 +213,25 @@ def innards(model: PreTrainedModel) -> Iterator[tuple[tuple[str, ...], object]]:
             yield from (((name, key, str(entry)), held) for entry, held in entries)
 
 
-def break_in(where: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    if where == "set-up":
-        model.model.rotary_emb.register_forward_pre_hook(stop)
-    elif where == "forward":
-        model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(stop)
-    elif where == "forward inside the MLP":
-        model.model.layers[1].mlp.act_fn = Broken()
-    elif where == "norm":
-        model.model.norm.register_forward_pre_hook(stop)
-    elif where == "head":
-        monkeypatch.setattr("hfprune_fast.scoring.criteria.linear_entropy", stop)
-    elif where == "backward":
-        monkeypatch.setattr("hfprune_fast.engine.mlp_hooks.gated_taylor", stop)
-    elif where == "backward of a hooked MLP":
-        monkeypatch.setattr("hfprune_fast.engine.mlp_hooks.taylor_statistics", stop)
-
-
 class Broken(torch.nn.SiLU):
     def forward(self, _: torch.Tensor) -> torch.Tensor:
         raise StopError
 
 
-PLACES = ["set-up", "forward", "forward inside the MLP", "norm", "head", "backward",
-          "backward of a hooked MLP"]  # fmt: skip
+HOOKED = {
+    "set-up": "model.rotary_emb",
+    "forward": "model.layers.1.post_attention_layernorm",
+    "norm": "model.norm",
+}
+PATCHED = {
+    "head": "hfprune_fast.scoring.criteria.linear_entropy",
+    "backward": "hfprune_fast.engine.mlp_hooks.gated_taylor",
+    "backward of a hooked MLP": "hfprune_fast.engine.mlp_hooks.taylor_statistics",
+}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("where", ["nowhere", *PLACES])
+@pytest.mark.parametrize("where", ["nowhere", "inside the MLP", *HOOKED, *PATCHED])
 def test_model_is_left_exactly_as_found(
     where: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +240,12 @@ def test_model_is_left_exactly_as_found(
     model.lm_head.weight.requires_grad_(True)
     model.model.layers[1].self_attn.q_proj.weight.requires_grad_(True)
     model.model.layers[2].mlp.register_forward_hook(lambda *_: None)  # so it is hooked, not known
-    break_in(where, model, monkeypatch)
+    if where in HOOKED:
+        model.get_submodule(HOOKED[where]).register_forward_pre_hook(stop)
+    elif where in PATCHED:
+        monkeypatch.setattr(PATCHED[where], stop)
+    elif where != "nowhere":
+        model.model.layers[1].mlp.act_fn = Broken()
     before = dict(innards(model))
     tensors = [*model.parameters(), *model.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]

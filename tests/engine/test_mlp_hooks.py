@@ -9,7 +9,6 @@ from exact import make_float64_exact
 from taylor_truth import sums
 from tolerances import assert_no_worse, relative_error
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from truth import tiny_model
@@ -154,27 +153,18 @@ def test_only_gate_and_up_are_kept_and_only_act_in_the_first_layer(
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_only_backward_poisons_the_output_and_saves_the_product_with_w_down(
-    needs_grad: bool,
-) -> None:
+def test_only_backward_poisons_the_output(needs_grad: bool) -> None:
     mlp, (x, d_out) = llama_mlp(torch.float32, bias=True), inputs(torch.float32)
-    flops, results = [], []
-    for only_backward in (False, True):
-        with FlopCounterMode(display=False) as counter:
-            results.append(
-                scored_run(mlp, x, d_out, needs_grad=needs_grad, only_backward=only_backward)
-            )
-        flops.append(counter.get_total_flops())
-    whole, poisoned = results
+    whole, poisoned = (
+        scored_run(mlp, x, d_out, needs_grad=needs_grad, only_backward=only)
+        for only in (False, True)
+    )
     assert poisoned.out.shape == whole.out.shape
     assert poisoned.out.isnan().all()
     assert torch.equal(poisoned.statistics, whole.statistics)
     assert (whole.d_x is not None) == needs_grad
     if whole.d_x is not None:
         assert torch.equal(poisoned.d_x, whole.d_x)
-    product = 2 * B * S * D * F
-    # Forward gate, up and down; backward d_act and, above the first layer, those of gate and up.
-    assert flops == [(6 if needs_grad else 4) * product, (5 if needs_grad else 3) * product]
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -243,52 +233,48 @@ class SiLU(nn.Module):
         return z * torch.sigmoid(1.7 * z)
 
 
-def change(layer: Any, how: str) -> None:
-    mlp = layer.mlp
-    if how == "class of somebody's own":
-        layer.mlp = Clamped(mlp)
-    elif how.startswith("adapted"):
-        name = f"{how.removeprefix('adapted ')}_proj"
-        setattr(mlp, name, Adapted(getattr(mlp, name)))
-    elif how == "hook on the MLP":
-        mlp.register_forward_hook(lambda _, args, out: 0.5 * out)
-    elif how == "hook before the MLP":
-        mlp.register_forward_pre_hook(lambda _, args: (0.5 * args[0],))
-    elif how == "hook on up":
-        mlp.up_proj.register_forward_hook(lambda _, args, out: out.clamp(-1))
-    elif how == "hook on the activation":
-        mlp.act_fn.register_forward_hook(lambda _, args, out: out.clamp(max=0.5))
-    elif how == "forward of its own":
-        mlp.forward = Clamped(mlp).forward
-    elif how == "activation's forward of its own":
-        mlp.act_fn.forward = torch.tanh
-    elif how == "linear's forward of its own":
-        gate = mlp.gate_proj.weight
-        mlp.gate_proj.forward = lambda h: nn.functional.linear(h, gate).clamp(-1)
-    elif how == "activation of a known one's name":
-        mlp.act_fn = SiLU()
-    else:
-        assert how == "relu"
-        mlp.act_fn = nn.ReLU()
+def adapt(name: str) -> Callable[[Any], object]:
+    return lambda mlp: setattr(mlp, name, Adapted(getattr(mlp, name)))
 
 
-CHANGES = [
-    "adapted gate", "adapted up", "adapted down", "hook on the MLP", "hook before the MLP",
-    "hook on up", "hook on the activation", "forward of its own",
-    "activation's forward of its own", "linear's forward of its own",
-    "activation of a known one's name", "relu", "class of somebody's own",
-]  # fmt: skip
+def own_linear(mlp: Any) -> None:
+    gate = mlp.gate_proj.weight
+    mlp.gate_proj.forward = lambda h: nn.functional.linear(h, gate).clamp(-1)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "adapted gate": adapt("gate_proj"),
+    "adapted up": adapt("up_proj"),
+    "adapted down": adapt("down_proj"),
+    "hook on the MLP": lambda mlp: mlp.register_forward_hook(lambda _, args, out: 0.5 * out),
+    "hook before the MLP": lambda mlp: mlp.register_forward_pre_hook(
+        lambda _, args: (0.5 * args[0],)
+    ),
+    "hook on up": lambda mlp: mlp.up_proj.register_forward_hook(lambda _, args, z: z.clamp(-1)),
+    "hook on the activation": lambda mlp: mlp.act_fn.register_forward_hook(
+        lambda _, args, out: out.clamp(max=0.5)
+    ),
+    "forward of its own": lambda mlp: setattr(mlp, "forward", Clamped(mlp).forward),
+    "activation's forward of its own": lambda mlp: setattr(mlp.act_fn, "forward", torch.tanh),
+    "linear's forward of its own": own_linear,
+    "activation of a known one's name": lambda mlp: setattr(mlp, "act_fn", SiLU()),
+    "relu": lambda mlp: setattr(mlp, "act_fn", nn.ReLU()),
+}
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("how", [*CHANGES, "class of somebody's own"])
 def test_an_mlp_that_is_not_known_is_hooked_and_scored_right(
     how: str, layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=2, intermediate_size=F, hidden_size=D)
     make_float64_exact(model, monkeypatch)
     # A model's activations are one object a layer, so a change is to one layer.
-    change(model.model.layers[layer], how)
+    changed = model.model.layers[layer]
+    if how in CHANGES:
+        CHANGES[how](changed.mlp)
+    else:
+        changed.mlp = Clamped(changed.mlp)
     mlps = parts_of(model).mlps
     assert [known_activation(mlp) is None for mlp in mlps] == [n == layer for n in range(2)]
     ids = torch.randint(127, (3, 12), generator=torch.Generator().manual_seed(1))

@@ -55,7 +55,7 @@ def test_shapes_are_those_models() -> None:
     assert LLAMA_70B.total_params == 70_553_706_496
 
 
-def test_a_large_device_holds_all_and_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_device_holds_all_and_stores() -> None:
     chosen = plan(LLAMA_8B, "80GiB")
     assert (chosen.offload, chosen.recompute, chosen.batch_size) == ("none", False, 4)
     assert chosen.weights_bytes == 2 * LLAMA_8B.total_params
@@ -76,7 +76,8 @@ def test_less_memory_takes_fewer_at_once_then_recomputes_then_streams() -> None:
 
 
 def test_70b_streams_on_a_24_gb_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    for host_gib, offload in ((256, "cpu"), (64, "disk")):
+    # Pinned memory is a power of two: a layer takes 2 GiB, not 1.6, so 190 GiB are too few.
+    for host_gib, offload in ((256, "cpu"), (190, "disk"), (64, "disk")):
         monkeypatch.setattr(
             "hfprune_fast.engine.planner.available_bytes", lambda _, g=host_gib: g * GIB
         )
@@ -177,11 +178,6 @@ def test_plan_says_what_score_does(tmp_path: Path, hfprune: Callable[..., Any]) 
         assert {f.name for f in dataclasses.fields(Plan)} <= as_json.keys()
 
 
-def test_available_memory_is_that_of_the_machine_or_container() -> None:
-    free = available_bytes(torch.device("cpu"))
-    assert 1 << 20 < free < 1 << 50
-
-
 def test_files_that_a_container_has_read_take_none_of_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,13 +189,7 @@ def test_files_that_a_container_has_read_take_none_of_its_memory(
     monkeypatch.setattr("hfprune_fast.engine.machine._CGROUP", tmp_path)
     assert available_bytes(torch.device("cpu")) == (100 - 95 + 30 + 40) << 20
     (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(torch.device("cpu")) > 75 << 20
-
-
-def test_pinned_memory_is_counted_as_torch_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer of the 70B takes 2 GiB where its weights take 1.6: 162 GiB in all, not 132."""
-    monkeypatch.setattr("hfprune_fast.engine.planner.available_bytes", lambda _: 190 * GIB)
-    assert plan(LLAMA_70B, "23GiB").offload == "disk"
+    assert 75 << 20 < available_bytes(torch.device("cpu")) < 1 << 50
 
 
 MEASURE = """
@@ -257,9 +247,9 @@ def test_estimates_are_true_or_on_the_safe_side(
     measured: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Of anonymous memory: weights that stay in the file's pages are not in it."""
-    asked = {"dtype": dtype, "samples": 16, "batch_size": 4, **options}
+    given = {"dtype": dtype, "samples": 16, "batch_size": 4, **options}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(checkpoint), str(TINY_MODEL), json.dumps(asked)],
+        [sys.executable, "-c", MEASURE, str(checkpoint), str(TINY_MODEL), json.dumps(given)],
         capture_output=True, text=True, timeout=200, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

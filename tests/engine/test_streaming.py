@@ -42,13 +42,9 @@ DTYPES = {  # stored, run in
 }
 
 LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 
 
 def random_ids(*shape: int, seed: int = 1) -> Tensor:
@@ -225,12 +221,7 @@ def test_evaluation_by_path_is_that_of_loaded_models(
     assert expected.kl_nats > 0.01
     for offload in ("none", *STREAMED):
         got = evaluate.run(
-            *folders,
-            tmp_path / "ids.npy",
-            samples=None,
-            batch_size=2,
-            device="cpu",
-            dtype=dtype,
+            *folders, tmp_path / "ids.npy", samples=None, batch_size=2, device="cpu", dtype=dtype,
             offload=offload,
-        )
+        )  # fmt: skip
         assert got == expected

@@ -1,4 +1,4 @@
-"""PassOptions a streamed model's weights come and go; what comes of it is test_streaming.py's."""
+"""How a streamed model's weights come and go; what comes of it is test_streaming.py's."""
 
 import threading
 import time
@@ -156,7 +156,7 @@ def test_given_back_pages_leave_the_memory(tmp_path: Path) -> None:
 def test_offload_cpu_reads_the_file_once(
     save_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of a layer is asked for before the first tensor is through, and nothing comes again."""
+    """All of a layer is requested before the first tensor is through, and nothing comes again."""
     folder = save_checkpoint(tiny_model("llama", dtype=torch.float32))
     plan = blueprint(folder, device="cpu")
     events: list[Event] = []

@@ -148,22 +148,8 @@ def test_a_loaded_model_is_refitted_and_cut_in_three_lines() -> None:
     assert kl[0] < 0.7 * kl[1]
     with pytest.raises(CalibrationError, match="no token batches to refit on"):
         hf.refit_down_proj(dense, [], keep)
-
-
-@pytest.mark.parametrize(
-    ("kept", "message"),
-    [
-        ({0: [0], 1: [0]}, r"keep must have an entry for each layer 0\.\.2, got \[0, 1\]"),
-        ({0: [0], 1: [0, 96], 2: [0]}, r"keep\[1\] must be sorted, distinct int64 .* in 0\.\.95"),
-        ({0: [0], 1: [2, 1], 2: [0]}, r"keep\[1\] must be sorted"),
-        ({0: [0], 1: [0], 2: []}, r"keep\[2\] must be sorted, .* one or more"),
-    ],
-)
-def test_what_is_no_keep_is_refused(kept: dict[int, list[int]], message: str) -> None:
-    model = tiny_model("llama")
-    keep = {layer: torch.tensor(indices) for layer, indices in kept.items()}
-    with pytest.raises(ArgumentError, match=message):
-        hf.refit_down_proj(model, [batches_of(model)[0].ids], keep)
+    with pytest.raises(ArgumentError, match=r"keep must have an entry for each layer 0\.\.2"):
+        hf.refit_down_proj(dense, batches, {0: keep[0]})
 
 
 @pytest.mark.parametrize("layer", [-1, 3])

@@ -6,12 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hfprune_fast as hf
+from hfprune_fast.config import Budget
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.pruning.selection import keep_top, target_width
 
 # meta-llama/Llama-2-7b: 20 % and 30 % of all parameters are the paper's widths.
 LLAMA_2_7B = ModelSpec("llama", 32, 4096, 11008, 6_738_415_616, 6_607_077_376, 3 * 4096)
+
+
+def width_of(spec: ModelSpec = LLAMA_2_7B, **budget: Any) -> int:
+    return target_width(spec, Budget(**budget))
 
 
 def size_of_width(width: int) -> ModelSpec:
@@ -32,10 +37,10 @@ def table_of(l1: torch.Tensor) -> hf.ImportanceTable:
 
 
 def test_the_papers_widths() -> None:
-    assert target_width(LLAMA_2_7B, param_ratio=0.2) == 7581
-    assert target_width(LLAMA_2_7B, param_ratio=0.3) == 5867
-    assert target_width(LLAMA_2_7B, param_ratio=0.2, round_to=128) == 7552
-    assert target_width(LLAMA_2_7B, prune_ratio=0.2) == 8806
+    assert width_of(param_ratio=0.2) == 7581
+    assert width_of(param_ratio=0.3) == 5867
+    assert width_of(param_ratio=0.2, round_to=128) == 7552
+    assert width_of(prune_ratio=0.2) == 8806
 
 
 def test_the_most_important_are_kept_sorted_by_index() -> None:
@@ -64,18 +69,18 @@ def test_rounding_stays_within_one_step(width: int, ratio: float, step: int) -> 
     exact = width * (1 - ratio)
     if step > width and exact != width:
         with pytest.raises(ArgumentError, match="round_to"):
-            target_width(size, prune_ratio=ratio, round_to=step)
+            width_of(size, prune_ratio=ratio, round_to=step)
         return
-    got = target_width(size, prune_ratio=ratio, round_to=step)
+    got = width_of(size, prune_ratio=ratio, round_to=step)
     assert 1 <= got <= width
     assert got % step == 0 or exact == width
-    # A width below half a step is asked up to one step: no layer is left without neurons.
+    # A width below half a step is raised to one step: no layer is left without neurons.
     assert abs(got - exact) < step or got == step
 
 
-def test_nothing_asked_nothing_cut() -> None:
-    assert target_width(size_of_width(172), prune_ratio=0.0, round_to=128) == 172
-    assert target_width(size_of_width(172), intermediate_size=172) == 172
+def test_nothing_requested_nothing_cut() -> None:
+    assert width_of(size_of_width(172), prune_ratio=0.0, round_to=128) == 172
+    assert width_of(size_of_width(172), intermediate_size=172) == 172
 
 
 @pytest.mark.parametrize(
@@ -95,11 +100,11 @@ def test_nothing_asked_nothing_cut() -> None:
 )
 def test_bad_budgets(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        target_width(LLAMA_2_7B, **arguments)
+        width_of(**arguments)
 
 
 def test_unknown_statistic() -> None:
-    with pytest.raises(ArgumentError, match="statistic must be one of l1, l2, mask, act"):
+    with pytest.raises(ArgumentError, match="statistic must be one of l1, l2, fisher_mask, act"):
         hf.select(table_of(torch.ones(2, 4).double()), prune_ratio=0.5, statistic="l3")
 
 
