@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.errors import ResumeError, ScoresFileError
+from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.passes import column_norms
 from hfprune_fast.scoring.table import ImportanceTable
 
-_COMPARED = (
-    *("model_type", "num_layers", "hidden_size", "intermediate_size", "total_params"),
-    *("linear_params", "params_per_neuron", "mlp_widths"),
-)
+# A table read from a file of version 2 does not know the others.
+_COMPARED = [f.name for f in fields(ModelSpec) if f.name not in ("vocab_size", "attention_width")]
 
 
 def state_of(out: Path) -> Path:
@@ -25,9 +25,9 @@ def state_of(out: Path) -> Path:
 def check_state(out: Path, *, resume: bool, force: bool) -> None:
     """Refuse to run over what an interrupted run has left; `force` deletes it."""
     left = state_of(out)
-    if left.exists() and force and not resume:
+    if not resume and force:
         left.unlink(missing_ok=True)
-    if left.exists() and not resume:
+    elif not resume and left.exists():
         raise ResumeError(
             f"an interrupted run has left {left}; --resume continues it, --force discards it"
         )
@@ -45,9 +45,8 @@ def check_table(table: ImportanceTable, source: ModelSource) -> None:
             f"the scores are of another model than {source.name}: {'; '.join(differing)}"
         )
     scored = table.provenance.get("model_fingerprint")
-    if scored is not None:
-        same = scored == source.fingerprint
-    else:
+    same = scored == source.fingerprint
+    if scored is None:
         # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
         norms = column_norms(source.read(source.down_proj(source.spec.num_layers - 1)))
         same = torch.allclose(norms, table.down_norm[-1, : len(norms)], rtol=2**-8)

@@ -100,27 +100,22 @@ class ImportanceTable:
                 f"these scores are by {', '.join(self.criteria)}, not by {criterion}; score again"
             )
         statistic = statistic or DEFAULT_STATISTIC[criterion]
+        if statistic == "act" and "act" in self.statistics:
+            return self.act.sqrt() * self.down_norm
         name = f"{criterion}.{statistic}" if statistic in _OF_A_CRITERION else statistic
         if name not in self.statistics:
+            names = [name.removeprefix(f"{criterion}.") for name in self.statistics]
+            known = [name for name in names if "." not in name and name != "down_norm"]
             raise ArgumentError(
-                f"statistic must be one of {', '.join(self._statistics_of(criterion))} "
+                f"statistic must be one of {', '.join(known)} "
                 f"(what these scores have by {criterion}), got {statistic!r}"
             )
-        if statistic == "act":
-            return self.act.sqrt() * self.down_norm
         return self.statistics[name]
-
-    def _statistics_of(self, criterion: str) -> list[str]:
-        names = [name.removeprefix(f"{criterion}.") for name in self.statistics]
-        return [name for name in names if "." not in name and name != "down_norm"]
 
     def save(self, file: str | Path) -> None:
         """Write the scores file; it appears under its name only when whole."""
-        header = {
-            "format_version": _VERSION,
-            "model": asdict(self.model),
-            "provenance": self.provenance,
-        }
+        model, provenance = asdict(self.model), self.provenance
+        header = {"format_version": _VERSION, "model": model, "provenance": provenance}
         # One key, because safetensors writes several in an order that changes from run to run.
         metadata = {_FORMAT: json.dumps(header)}
         tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
@@ -132,38 +127,33 @@ class ImportanceTable:
         path = Path(file)
         if not path.is_file():
             raise ScoresFileError(f"no scores file {path}; make one with `hfprune score`")
+        expected = "expected one written by `hfprune score`"
         try:
-            with safe_open(path, framework="pt") as tensors:
-                metadata = tensors.metadata() or {}
+            with safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
                 if _FORMAT not in metadata:
                     raise ScoresFileError(
-                        f"{path} is a safetensors file but holds no scores; "
-                        "expected one written by `hfprune score`"
+                        f"{path} is a safetensors file but holds no scores; {expected}"
                     )
-                header = json.loads(metadata[_FORMAT])
-                version = header["format_version"]
-                if version not in (2, _VERSION):
-                    raise ScoresFileError(
-                        f"{path} has scores of format version {version}; "
-                        f"this release reads versions 2 and {_VERSION}"
-                    )
-                statistics = {
-                    name.replace(".mask", ".fisher_mask"): tensors.get_tensor(name)
-                    for name in tensors.keys()  # noqa: SIM118
-                }
-            spec = _spec(header["model"])
-            table = cls(statistics, spec, dict(header["provenance"]))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            header = json.loads(metadata[_FORMAT])
+            if header["format_version"] not in (2, _VERSION):
+                raise ScoresFileError(
+                    f"{path} has scores of format version {header['format_version']}; "
+                    f"this release reads versions 2 and {_VERSION}"
+                )
+            statistics = {n.replace(".mask", ".fisher_mask"): t for n, t in tensors.items()}
+            table = cls(statistics, _spec(header["model"]), dict(header["provenance"]))
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
         except ScoresFileError:
             raise
         except (
             *(SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError),
-            *(AttributeError, ArgumentError),
+            AttributeError,
         ) as error:
             raise ScoresFileError(
-                f"{path} is not a scores file, or is damaged ({one_line(error)}); "
-                "expected one written by `hfprune score`"
+                f"{path} is not a scores file, or is damaged ({one_line(error)}); {expected}"
             ) from None
         return table
 

@@ -22,7 +22,7 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError, ResumeError
 from hfprune_fast.kernels._philox import uniform
 from hfprune_fast.scoring import job, obs, passes
-from hfprune_fast.scoring.passes import PassOptions, empty_accumulator
+from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
 
 ALL = ("entropy", "cross_entropy", "fisher")
@@ -129,7 +129,7 @@ def test_what_is_drawn_stays_when_memory_runs_out(monkeypatch: pytest.MonkeyPatc
     """In the middle of a backward, so that micro-batches are halved: each sequence counts once."""
     model = tiny_model("llama")
     batches = numbered(MicroBatch(part, (24,) * len(part)) for part in ids_of(model, 7).split(4))
-    how = PassOptions(criteria=("entropy", "fisher"), seed=SEED)
+    how = PassOptions(criteria=("entropy", "fisher"), output_fisher=True, seed=SEED)
     gated_taylor = mlp_hooks.gated_taylor
 
     def short(grad: Tensor, *rest: Any, **options: Any) -> Any:
@@ -138,9 +138,9 @@ def test_what_is_drawn_stays_when_memory_runs_out(monkeypatch: pytest.MonkeyPatc
         return gated_taylor(grad, *rest, **options)
 
     with ResidentModel(model) as entered:
-        whole = score_batches(entered, batches, how, empty_accumulator(entered, how, True))
+        whole = score_batches(entered, batches, how)
         monkeypatch.setattr(mlp_hooks, "gated_taylor", short)
-        halved = score_batches(entered, batches, how, empty_accumulator(entered, how, True))
+        halved = score_batches(entered, batches, how)
     assert halved.samples == 7
     assert torch.allclose(halved.statistics, whole.statistics, rtol=1e-12)
     assert halved.loss_nats == pytest.approx(whole.loss_nats, rel=1e-12)
@@ -154,11 +154,11 @@ def test_a_gradient_scale_is_taken_out_again(monkeypatch: pytest.MonkeyPatch) ->
     """It is a power of two, so to the last bit."""
     model = tiny_model("llama")
     batches = numbered(MicroBatch(part, (24,) * len(part)) for part in ids_of(model).split(2))
-    how = PassOptions(criteria=ALL, seed=SEED)
+    how = PassOptions(criteria=ALL, output_fisher=True, seed=SEED)
     with ResidentModel(model) as entered:
-        plain = score_batches(entered, batches, how, empty_accumulator(entered, how, True))
+        plain = score_batches(entered, batches, how)
         monkeypatch.setattr(passes, "gradient_scale", lambda *_: 2.0**9)
-        scaled = score_batches(entered, batches, how, empty_accumulator(entered, how, True))
+        scaled = score_batches(entered, batches, how)
     assert torch.equal(scaled.statistics, plain.statistics)
     assert scaled.loss_nats == plain.loss_nats
     assert plain.output_fisher is not None
@@ -217,11 +217,11 @@ def test_covariance_of_the_gradients_at_the_outputs(recompute: bool) -> None:
     model = tiny_model("llama")
     ids, lengths = ids_of(model, samples=3), (24, 9, 17)
     batches = numbered([MicroBatch(ids[:2], lengths[:2]), MicroBatch(ids[2:, :17], lengths[2:])])
-    how = PassOptions(criteria=("entropy", "fisher"), seed=SEED, recompute=recompute)
+    how = PassOptions(
+        criteria=("entropy", "fisher"), output_fisher=True, seed=SEED, recompute=recompute
+    )
     with ResidentModel(model) as entered:
-        got = score_batches(
-            entered, batches, how, empty_accumulator(entered, how, True)
-        ).output_fisher
+        got = score_batches(entered, batches, how).output_fisher
     assert got is not None
     expected = torch.zeros_like(got, dtype=torch.float64)
     for number, (row, length) in enumerate(zip(ids, lengths, strict=True)):
@@ -244,11 +244,9 @@ def test_covariance_in_bfloat16_is_of_float32_products(monkeypatch: pytest.Monke
         return backward(self, d_output, *rest, **options)
 
     monkeypatch.setattr(passes.ScoredGraph, "backward", noting)
-    how = PassOptions(criteria=("fisher",), seed=SEED)
+    how = PassOptions(criteria=("fisher",), output_fisher=True, seed=SEED)
     with ResidentModel(model) as entered:
-        got = score_batches(
-            entered, batches, how, empty_accumulator(entered, how, True)
-        ).output_fisher
+        got = score_batches(entered, batches, how).output_fisher
     assert got is not None
     for layer, rows in enumerate(map(torch.cat, grads)):
         # A rounding each of a row and its length, and of each of 96 products and sums.

@@ -52,7 +52,7 @@ def test_a_state_left_over_is_gone_on_from_or_discarded_but_never_run_over(
     interrupted(*score_args())
     left = state_of().read_bytes()
     refused = hfprune(*score_args("--seed", 1))
-    assert_refused(refused, r"has left scores\.state; --resume goes on from it, --force discards")
+    assert_refused(refused, r"has left scores\.state; --resume continues it, --force discards")
     assert len(refused.err.splitlines()) == 1
     assert state_of().read_bytes() == left
     interrupted(*score_args("--seed", 1, "--force"), at_pass=0)
@@ -174,7 +174,7 @@ def test_resuming_needs_something_to_resume(hfprune: Hfprune) -> None:
     run = hfprune(
         "prune", "model", "--scores", "x", "--prune-ratio", 0.2, "--out", "pruned", "--resume"
     )
-    assert_refused(run, "--resume goes on with scoring, so with --calibration, not --scores")
+    assert_refused(run, "--resume continues scoring, so with --calibration, not --scores")
 
 
 def test_a_state_that_cannot_be_written_ends_nothing(
