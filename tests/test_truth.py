@@ -66,20 +66,15 @@ def test_logits_match_transformers_with_options(
     make_float64_exact(model, monkeypatch)
     assert_logits_match(model, ids)
     if "sliding_window" in overrides:  # which must be felt
-        narrow, wide = (
-            forward(m.state_dict(), m.config, ids).logits.detach()
-            for m in (model, tiny_model(family))
-        )
+        both = (model, tiny_model(family))
+        narrow, wide = (forward(m.state_dict(), m.config, ids).logits.detach() for m in both)
         torch.testing.assert_close(narrow[:7], wide[:7])
         assert relative_error(narrow[7:].flatten(), wide[7:].flatten()) > 0.01
 
 
 def test_refuses_what_it_does_not_know() -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    refused: dict[str, dict[str, Any]] = {
-        "rope": {"rope_parameters": rope},
-        "gelu": {"hidden_act": "gelu"},
-    }
+    refused: dict[str, Any] = {"rope": {"rope_parameters": rope}, "gelu": {"hidden_act": "gelu"}}
     for message, overrides in refused.items():
         model = tiny_model("llama", **overrides)
         with pytest.raises(ValueError, match=message):

@@ -92,9 +92,9 @@ def test_a_state_of_another_run_is_refused_by_what_differs(
 ) -> None:
     interrupted(*score_args("--samples", 20))
     left = state_of().read_bytes()
-    model = "other_model" if change == "model" else "model"
-    flags = [] if change == "model" else change.split()
-    run = hfprune(*score_args("--samples", 20, "--resume", *flags, model=model))
+    args = {"model": "other_model"} if change == "model" else {}
+    flags = [] if args else change.split()
+    run = hfprune(*score_args("--samples", 20, "--resume", *flags, **args))
     assert_refused(run, rf"scores\.state is of another run: ([^;]+; )*{difference}.*; --force")
     assert "kept in" not in run.err
     assert state_of().read_bytes() == left
@@ -102,7 +102,7 @@ def test_a_state_of_another_run_is_refused_by_what_differs(
 
 
 def rewritten(change: Callable[[Any, Any], object]) -> Callable[[Path], None]:
-    """Change the header and tensors of a state."""
+    """Change the header and tensors of a state; a string that is returned replaces the header."""
 
     def rewrite(file: Path) -> None:
         with safe_open(file, framework="pt") as opened:
