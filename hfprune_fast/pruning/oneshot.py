@@ -38,11 +38,11 @@ from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
-from hfprune_fast.scoring.checks import check_state, check_table, state_of
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
+from hfprune_fast.scoring.resume import check_state, state_of
 from hfprune_fast.scoring.score import open_inputs
-from hfprune_fast.scoring.table import ImportanceTable, saved_on_failure
+from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_failure
 
 # With fewer, a refit follows the calibration text more than the model.
 _TOKENS_A_NEURON = 8

@@ -133,6 +133,22 @@ class ResumeFile:
         return ScoreAccumulator(**values), header["most"]
 
 
+def state_of(out: Path) -> Path:
+    """Return the file that saves the state of scoring for an output."""
+    return out.with_name(f"{out.name}.state")
+
+
+def check_state(out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to run over what an interrupted run has left; `force` deletes it."""
+    left = state_of(out)
+    if not resume and force:
+        left.unlink(missing_ok=True)
+    elif not resume and left.exists():
+        raise ResumeError(
+            f"an interrupted run has left {left}; --resume continues it, --force discards it"
+        )
+
+
 def _short(value: Any) -> str:
     """Return a value as a message shows it; of a hash, the first digits."""
     text = str(value)

@@ -1,15 +1,8 @@
 """ImportanceTable: every statistic of every neuron, with where it came from; save and load.
 
-The scores file is a safetensors file, so any tool can read it. Layout, version 3:
-
-    tensors   statistics, (L, F) float64 each
-    metadata  hfprune_scores: JSON with
-              format_version  3
-              model           the fields of ModelSpec
-              provenance      criteria, model fingerprint, data hash, samples, tokens, seed, ...
-
-Row l, column j of a tensor is neuron j of layer l; F is the widest layer's, and where a layer has
-fewer neurons (`mlp_widths` in the fields of ModelSpec) its row ends in zeros. Statistics:
+The scores file is a safetensors file of the statistics, (L, F) float64 each, with a JSON header;
+docs/scores-file.md describes it. Row l, column j is neuron j of layer l; F is the widest layer's,
+and the row of a narrower layer ends in zeros.
 
     CRITERION.l1, .l2,     sums over the calibration of x = gradient times act (kernels/taylor),
       .fisher_mask         the gradient being that of the criterion (scoring/passes)
@@ -17,8 +10,7 @@ fewer neurons (`mlp_widths` in the fields of ModelSpec) its row ends in zeros. S
     obs                    the cost of removing it when the others are refitted (scoring/obs), nats
     weight_norm, uniform   2-norm of its weights; a random number
 
-Version 2, which is still read, called fisher_mask mask, and knew neither vocab_size nor
-attention_width.
+Version 2, which is still read, called fisher_mask mask, and had no vocab_size or attention_width.
 """
 
 from __future__ import annotations
@@ -37,10 +29,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.criteria import CRITERIA
+from hfprune_fast.scoring.passes import column_norms
 
 DEFAULT_STATISTIC = {name: criterion.default_statistic for name, criterion in CRITERIA.items()}
 DEFAULT_STATISTIC |= {"magnitude": "weight_norm", "random": "uniform"}
@@ -48,6 +42,8 @@ _OF_A_CRITERION = ("l1", "l2", "fisher_mask")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _FORMAT = "hfprune_scores"
 _VERSION = 3
+# A table read from a file of version 2 does not know the others.
+_COMPARED = [f.name for f in fields(ModelSpec) if f.name not in ("vocab_size", "attention_width")]
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth of equality
@@ -162,6 +158,31 @@ def _spec(header: dict[str, Any]) -> ModelSpec:
     """Return the model's spec; what a field's default stands for, older versions leave out."""
     names = [f.name for f in fields(ModelSpec) if f.name in header or f.default is MISSING]
     return ModelSpec(**{name: header[name] for name in names})
+
+
+def check_table(table: ImportanceTable, source: ModelSource) -> None:
+    """Refuse a table that was scored on another model."""
+    differing = [
+        f"{key} {theirs}, not {ours}"
+        for key in _COMPARED
+        if (theirs := getattr(table.model, key)) != (ours := getattr(source.spec, key))
+    ]
+    if differing:
+        raise ScoresFileError(
+            f"the scores are of another model than {source.name}: {'; '.join(differing)}"
+        )
+    scored = table.provenance.get("model_fingerprint")
+    if scored is not None:
+        same = scored == source.fingerprint
+    else:
+        # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
+        norms = column_norms(source.read(source.down_proj(source.spec.num_layers - 1)))
+        same = torch.allclose(norms, table.down_norm[-1, : len(norms)], rtol=2**-8)
+    if not same:
+        raise ScoresFileError(
+            f"the scores are of another model than {source.name}: same shape, other weights "
+            f"(they are of {table.provenance.get('model', 'a model in memory')})"
+        )
 
 
 @contextmanager
