@@ -78,19 +78,14 @@ class ScoringJob:
         saved = resume_file.saved_identity() if self.options.resume else {}
 
         def plan_for(batch_size: int | None) -> Plan:
+            data, subject = self.data, self.subject
             return plan_run(
-                self.spec,
-                replace(run, batch_size=batch_size),
-                device=self.subject.device,
-                dtype=self.subject.dtype,
-                seq_len=self.data.longest,
-                sequences=self.data.sequences,
-                largest=self.data.largest,
-                loaded=isinstance(self.subject, ResidentModel),
-                parity=self.options.parity,
-                criteria=max(1, len(self._gradients)),
+                self.spec, replace(run, batch_size=batch_size),
+                device=subject.device, dtype=subject.dtype, loaded=self._source is None,
+                seq_len=data.longest, sequences=data.sequences, largest=data.largest,
+                parity=self.options.parity, criteria=max(1, len(self._gradients)),
                 refit=self.obs or refit,
-            )
+            )  # fmt: skip
 
         plan = plan_for(run.batch_size or saved.get("batch_size"))
         agreed = self.processes.as_the_first(plan.batch_size)  # with less memory free, perhaps
@@ -129,16 +124,11 @@ class ScoringJob:
             say(f"scoring with {plan}")
         batches = self.data.split(plan.batch_size)
         options = PassOptions(
-            backend=self._backend,
-            criteria=self._gradients,
-            output_fisher=self.obs,
-            seed=self.seed,
-            parity=self.options.parity,
-            recompute=plan.recompute,
-            inputs_on_host=plan.inputs_on_host,
-            pass_tokens=plan.pass_tokens,
-            logits_budget_bytes=plan.logits_budget_bytes,
-        )
+            backend=self._backend, criteria=self._gradients, output_fisher=self.obs,
+            seed=self.seed, parity=self.options.parity,
+            recompute=plan.recompute, inputs_on_host=plan.inputs_on_host,
+            pass_tokens=plan.pass_tokens, logits_budget_bytes=plan.logits_budget_bytes,
+        )  # fmt: skip
         with resume_file.saved_if_interrupted(self.data.sequences):
             total, max_batch_size = empty_accumulator(model, options), plan.batch_size
             if self.options.resume:
@@ -147,14 +137,9 @@ class ScoringJob:
             remaining = sum(batch.tokens for batch in share) - total.tokens
             with token_bar("scoring", remaining, progress, self.spec.flops_per_token) as report:
                 total = score_batches(
-                    model,
-                    share,
-                    options,
-                    total,
-                    max_batch_size=max_batch_size,
-                    on_commit=resume_file.on_commit,
-                    on_progress=report,
-                )
+                    model, share, options, total, max_batch_size=max_batch_size,
+                    on_commit=resume_file.on_commit, on_progress=report,
+                )  # fmt: skip
         total = _sum(total, self.processes)
         if (total.samples, total.tokens) != (self.data.sequences, self.data.tokens):
             raise RuntimeError("the processes scored another number of sequences than there are")

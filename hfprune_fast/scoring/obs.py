@@ -6,14 +6,14 @@ the columns of removed neurons are zero, the error is
     E(V) = tr((V - W) A (V - W)ᵀ C)      A = mean(a aᵀ) + λ·mean(diag)·I      C (D, D)
 
 with C the metric in which outputs are compared: the identity, or the covariance of the gradient of
-log p(y) there, y drawn from the model (K-FAC's output factor); ½E is then the second-order estimate
-of KL(dense || pruned) a token. This is the optimal brain surgeon's problem (Hassibi and Stork,
-1993) for whole columns. Of the remaining neurons, removing j adds
+log p(y) there, y drawn from the model (K-FAC's output factor), which makes ½E the second-order
+estimate of KL(dense || pruned) a token. This is the optimal brain surgeon's problem (Hassibi and
+Stork, 1993) for whole columns. Of the remaining neurons, removing j adds
 
     ‖C^½ v_j‖² / [H]_jj                  H = A⁻¹ of those remaining, v_j column j as refitted so far
 
 and leaves v_k ← v_k - v_j r_k and H ← H - h_j h_jᵀ / H_jj, where h_j = H e_j and r = h_j / H_jj.
-With M = Vᵀ C V only inner products of columns are needed: M ← M - r qᵀ - q rᵀ, where
+Only inner products of columns, M = Vᵀ C V, are needed: M ← M - r qᵀ - q rᵀ, where
 q = M e_j - ½ M_jj r. The updates of a block of removals are applied to the F × F matrices as one
 product.
 """
@@ -48,15 +48,14 @@ def greedy_removal_costs(
         block: removals between two updates of the F × F matrices; changes only rounding.
 
     Returns:
-        (F,) float64, not falling in the order of removal: where a later removal costs less than an
-        earlier one, it is given the earlier one's cost. The last neuron has its own cost too.
+        (F,) float64, not falling in the order of removal: a removal that costs less than an
+        earlier one is given the earlier one's cost. The last neuron has its own cost too.
 
     Raises:
         NumericsError: gram holds NaN, or is no matrix of second moments.
 
     O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
     """
-    # In the caller's memory, which the caller holds anyway.
     inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)
     wide = weight.to(gram.dtype)
     through = wide if metric is None else metric.to(gram.dtype) @ wide

@@ -2,14 +2,13 @@
 
 Micro-batches run in passes, layer by layer: forward through all layers, the head, which never
 holds all logits (`linear_entropy`), and back, where `mlp_hooks` makes the statistics of each layer.
-Each layer has a small autograd graph of its own, kept from the forward or made again in the
-backward (`recompute`); several criteria share it. No parameter ever requires grad, and nothing
-below the first layer's MLP is differentiated.
+Each layer has an autograd graph of its own, kept from the forward or made again in the backward
+(`recompute`); all criteria share it. No parameter requires grad, and nothing below the first
+layer's MLP is differentiated.
 
-A pass adds to a copy of the accumulator, layer by layer in the order of its micro-batches, and the
-copy takes the accumulator's place when the pass is complete and finite. So a pass that ran out of
-memory, or was interrupted, counts nothing, and the sums do not depend on how micro-batches are
-grouped into passes.
+A pass adds to a copy of the accumulator, layer by layer in the order of its micro-batches. So a
+pass that ran out of memory, or was interrupted, counts nothing, and the sums do not depend on how
+micro-batches are grouped into passes.
 
 In float16 the gradients carry a power of two, which the statistics take out again, exactly; where
 it overflows, the pass is run again with a smaller one.

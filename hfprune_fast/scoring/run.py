@@ -36,12 +36,10 @@ def score_batches(
     Args:
         model: the entered model.
         batches: all micro-batches, including those already in `total`.
-        options: what is added up, and how.
         total: the sums over the first sequences, if these have been scored; default: of none.
         max_batch_size: sequences in a micro-batch at most, if fewer than the batches have.
         on_commit: called after each pass with the new sums and the current max_batch_size.
-        on_progress: called with the tokens processed, a layer at a time; their sum is the tokens
-            that remained to be scored.
+        on_progress: called with the tokens processed, a layer at a time.
 
     Raises:
         MemoryShortageError: not even one sequence fits, with layers recomputed.
