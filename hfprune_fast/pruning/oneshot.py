@@ -91,6 +91,8 @@ def oneshot(
     Raises:
         HFPruneError: bad input, one line, before any work where that is possible.
     """
+    if scores is not None and scoring.resume:
+        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
     out, processes = Path(out), launched() if distributed else Processes()
     given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
     chosen_recipe = _recipe(recipe, asdict(changes), given, calibration, scoring)
@@ -192,8 +194,6 @@ def _recipe(
     scoring: ScoringOptions,
 ) -> Recipe:
     """Return the recipe with its changes, if there is all that it needs."""
-    if scores is not None and scoring.resume:
-        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
     scored = None if scores is None else (scores.criteria, "obs" in scores.statistics)
     resolved = resolve_recipe(recipe, changes, scored, has_text=calibration is not None)
     data_free = resolved.criterion in DATA_FREE
