@@ -92,9 +92,8 @@ def test_a_state_of_another_run_is_refused_by_what_differs(
 ) -> None:
     interrupted(*score_args("--samples", 20))
     left = state_of().read_bytes()
-    args = {"model": "other_model"} if change == "model" else {}
-    flags = [] if args else change.split()
-    run = hfprune(*score_args("--samples", 20, "--resume", *flags, **args))
+    model, flags = ("other_model", []) if change == "model" else ("model", change.split())
+    run = hfprune(*score_args("--samples", 20, "--resume", *flags, model=model))
     assert_refused(run, rf"scores\.state is of another run: ([^;]+; )*{difference}.*; --force")
     assert "kept in" not in run.err
     assert state_of().read_bytes() == left
