@@ -38,11 +38,11 @@ from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
-from hfprune_fast.scoring.checks import check_state, check_table, state_of
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
+from hfprune_fast.scoring.resume import check_state, state_of
 from hfprune_fast.scoring.score import open_inputs
-from hfprune_fast.scoring.table import ImportanceTable, saved_on_failure
+from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_failure
 
 # With fewer, a refit follows the calibration text more than the model.
 _TOKENS_A_NEURON = 8
@@ -91,6 +91,8 @@ def oneshot(
     Raises:
         HFPruneError: bad input, one line, before any work where that is possible.
     """
+    if scores is not None and scoring.resume:
+        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
     out, processes = Path(out), launched() if distributed else Processes()
     given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
     chosen_recipe = _recipe(recipe, asdict(changes), given, calibration, scoring)
@@ -188,8 +190,6 @@ def _recipe(
     scoring: ScoringOptions,
 ) -> Recipe:
     """Return the recipe with its changes, if there is all that it needs."""
-    if scores is not None and scoring.resume:
-        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
     scored = None if scores is None else (scores.criteria, "obs" in scores.statistics)
     resolved = resolve_recipe(recipe, changes, scored, has_text=calibration is not None)
     data_free = resolved.criterion in DATA_FREE

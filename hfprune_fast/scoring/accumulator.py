@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hfprune_fast.errors import NumericsError
@@ -35,17 +34,15 @@ class ScoreAccumulator:
 
         A pass runs forward through the layers, then the head, then back.
         """
-        finite = TaylorStatistics(*self.statistics.isfinite().all(dim=3).all(dim=0).unbind())
-        if not bool(finite.act.all()):
-            layer = int((~finite.act).nonzero()[0])
-            raise NumericsError(f"NaN or inf in the MLP activations of layer {layer}; try float32")
-        if not all(map(math.isfinite, self.loss_nats)):
-            raise NumericsError(
-                "NaN or inf in the logits, after finite MLP activations; try float32"
-            )
-        of_layer = torch.stack(finite).all(dim=0)
-        if not bool(of_layer.all()):
-            layer = int((~of_layer).nonzero()[-1])  # the backward visits the last layer first
-            raise NumericsError(
-                f"NaN or inf in the gradient at the MLP of layer {layer}; try float32"
-            )
+        finite = self.statistics.isfinite().all(dim=3).all(dim=0)  # (4, L)
+        bad_acts = (~TaylorStatistics(*finite).act).nonzero()
+        bad_layers = (~finite.all(dim=0)).nonzero()
+        if len(bad_acts):
+            where = f"MLP activations of layer {int(bad_acts[0])}"
+        elif not all(map(math.isfinite, self.loss_nats)):
+            where = "logits, after finite MLP activations"
+        elif len(bad_layers):  # the backward visits the last layer first
+            where = f"gradient at the MLP of layer {int(bad_layers[-1])}"
+        else:
+            return
+        raise NumericsError(f"NaN or inf in the {where}; try float32")

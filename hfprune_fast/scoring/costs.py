@@ -32,8 +32,8 @@ def removal_costs(
     Args:
         model: the entered model.
         batches: the calibration.
-        output_fisher: (L, D, D) C of each layer, the mean of what `scoring` adds up; None is the
-            identity, whose costs are not comparable between layers.
+        output_fisher: (L, D, D) C of each layer, a mean over tokens; None is the identity, whose
+            costs are not comparable between layers.
         on_progress: called with the tokens processed, a layer at a time.
 
     Raises:
@@ -42,8 +42,7 @@ def removal_costs(
     tokens = sum(batch.tokens for batch in batches)
     hidden = [model.begin(batch).cpu() for batch in batches]
     mlps = model.parts.mlps
-    widest = max(mlp.down.in_features for mlp in mlps)
-    costs = torch.zeros(len(mlps), widest, dtype=torch.float64)
+    costs = torch.zeros(len(mlps), max(mlp.down.in_features for mlp in mlps)).double()
 
     def visit(layer: int) -> None:
         mlp = mlps[layer]
@@ -56,8 +55,7 @@ def removal_costs(
             gram += act.t() @ act
         check_moments(gram, layer)
         metric = None if output_fisher is None else output_fisher[layer].to(model.device)
-        of_layer = greedy_removal_costs(gram.div_(tokens), mlp.down.weight, metric)
-        costs[layer, :width] = of_layer.cpu()
+        costs[layer, :width] = greedy_removal_costs(gram.div_(tokens), mlp.down.weight, metric)
 
     for_each_layer(model, visit, then=0)
     return costs

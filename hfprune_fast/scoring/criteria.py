@@ -9,12 +9,15 @@ output distribution p there:
                     Fisher information, so half of them is the second-order KL(dense || pruned)
     activation      none: only act is added up, and nothing is differentiated
 
-To add a criterion, write its head loss and add an entry to CRITERIA.
+To add a criterion, write its head loss and add an entry to CRITERIA. A head loss is given h (R, D)
+after the final norm, R = B·T rows with the padding; the head's weight (V, D); row_weights (R,)
+fp64; the batch, for its labels; the seed; and the kernels' other options. It returns the weighted
+sum of the rows' losses, and its gradient (R, D) at h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,41 +27,27 @@ from torch import Tensor
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.kernels import linear_cross_entropy, linear_entropy, linear_fisher
 
-
-@dataclass(frozen=True)
-class HeadRows:
-    """What a head loss is made of: the R = B·T rows of a micro-batch, padding included."""
-
-    hidden: Tensor  # (R, D), after the final norm
-    weight: Tensor  # (V, D), the head's
-    row_weights: Tensor  # (R,) fp64
-    batch: MicroBatch  # for its labels or row ids
-    seed: int
-    options: Mapping[str, Any]  # bias, grad_scale, logits_budget_bytes, backend
-
-    def on_device(self, positions: Tensor) -> Tensor:
-        """Return (B, T) values as (R,) on the device of the rows."""
-        return positions.flatten().to(self.hidden.device)
+Loss = tuple[Tensor, Tensor]
 
 
-# Returns the weighted sum of the rows' losses, and its gradient (R, D) at `hidden`.
-HeadLoss = Callable[[HeadRows], tuple[Tensor, Tensor]]
+def _entropy(
+    h: Tensor, weight: Tensor, row_weights: Tensor, batch: MicroBatch, seed: int, **options: Any
+) -> Loss:
+    return linear_entropy(h, weight, row_weights, **options)
 
 
-def _entropy(rows: HeadRows) -> tuple[Tensor, Tensor]:
-    return linear_entropy(rows.hidden, rows.weight, rows.row_weights, **rows.options)
+def _cross_entropy(
+    h: Tensor, weight: Tensor, row_weights: Tensor, batch: MicroBatch, seed: int, **options: Any
+) -> Loss:
+    labels = batch.labels.flatten().to(h.device)
+    return linear_cross_entropy(h, weight, labels, row_weights, **options)
 
 
-def _cross_entropy(rows: HeadRows) -> tuple[Tensor, Tensor]:
-    labels = rows.on_device(rows.batch.labels)
-    return linear_cross_entropy(rows.hidden, rows.weight, labels, rows.row_weights, **rows.options)
-
-
-def _fisher(rows: HeadRows) -> tuple[Tensor, Tensor]:
-    row_ids = rows.on_device(rows.batch.row_ids)
-    return linear_fisher(
-        rows.hidden, rows.weight, row_ids, rows.row_weights, seed=rows.seed, **rows.options
-    )
+def _fisher(
+    h: Tensor, weight: Tensor, row_weights: Tensor, batch: MicroBatch, seed: int, **options: Any
+) -> Loss:
+    row_ids = batch.row_ids.flatten().to(h.device)
+    return linear_fisher(h, weight, row_ids, row_weights, seed=seed, **options)
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ class Criterion:
     """
 
     default_statistic: str
-    head_loss: HeadLoss | None = None
+    head_loss: Callable[..., Loss] | None = None
     loss_name: str = ""
     unlabelled: int = 0
     draws: bool = False
@@ -84,10 +73,9 @@ class Criterion:
         self, batch: MicroBatch, token_mask: Tensor | None, device: torch.device
     ) -> Tensor:
         """Return (B, T) fp64 weights that make a row's loss its share of its sequence's mean."""
-        weights = torch.tensor(
-            [1 / max(1, length - self.unlabelled) for length in batch.lengths], dtype=torch.float64
-        )
-        weights = weights[:, None].expand(batch.ids.shape).to(device)
+        shares = [1 / max(1, length - self.unlabelled) for length in batch.lengths]
+        weights = torch.tensor(shares, dtype=torch.float64)[:, None]
+        weights = weights.expand(batch.ids.shape).to(device)
         return weights if token_mask is None else weights * token_mask
 
 

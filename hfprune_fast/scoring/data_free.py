@@ -16,11 +16,8 @@ from hfprune_fast.scoring.table import ImportanceTable
 def data_free_table(source: ModelSource, criterion: str, seed: int = 0) -> ImportanceTable:
     """Return a table of criterion "magnitude" or "random"; only the latter uses the seed."""
     spec = source.spec
-    provenance: dict[str, Any] = {
-        "criteria": [criterion],
-        "model": source.name,
-        "model_fingerprint": source.fingerprint,
-    }
+    provenance: dict[str, Any] = {"criteria": [criterion], "model": source.name}
+    provenance["model_fingerprint"] = source.fingerprint
     if criterion == "magnitude":
         return ImportanceTable({"weight_norm": weight_norms(source)}, spec, provenance)
     generator = torch.Generator().manual_seed(seed)

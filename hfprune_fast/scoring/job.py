@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint.loading import Blueprint
+from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import RunOptions, ScoringOptions
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import TokenData
@@ -46,17 +47,21 @@ class ScoringJob:
     processes: Processes
 
     @property
-    def gradients(self) -> tuple[str, ...]:
+    def _gradients(self) -> tuple[str, ...]:
         """The criteria that need a gradient."""
         return tuple(name for name in self.criteria if CRITERIA[name].head_loss is not None)
 
     @property
-    def draws(self) -> bool:
+    def _draws(self) -> bool:
         """Whether the scores depend on the seed."""
         return any(CRITERIA[name].draws for name in self.criteria)
 
     @property
-    def backend(self) -> str:
+    def _source(self) -> ModelSource | None:
+        return None if isinstance(self.subject, ResidentModel) else self.subject.source
+
+    @property
+    def _backend(self) -> str:
         like = torch.empty(0, device=self.subject.device, dtype=self.subject.dtype)
         return backend_for(like, self.options.backend, self.options.parity)
 
@@ -65,57 +70,48 @@ class ScoringJob:
     ) -> tuple[Plan, ResumeFile]:
         """Plan the run, as an interrupted one was planned, and prepare the file that saves it.
 
-        Args:
-            refit: the same model is refitted afterwards.
+        With `refit` the same model is refitted afterwards.
         """
         file = None if state_file is None or self.processes.count > 1 else Path(state_file)
         resume_file = ResumeFile(file, self.options.save_seconds)
         # What a run began with in the memory that was free then is what it goes on with.
         saved = resume_file.saved_identity() if self.options.resume else {}
-        if run.batch_size is None and "batch_size" in saved:
-            run = replace(run, batch_size=saved["batch_size"])
-        plan = self._plan(run, refit)
+
+        def plan_for(batch_size: int | None) -> Plan:
+            data, subject = self.data, self.subject
+            return plan_run(
+                self.spec, replace(run, batch_size=batch_size),
+                device=subject.device, dtype=subject.dtype, loaded=self._source is None,
+                seq_len=data.longest, sequences=data.sequences, largest=data.largest,
+                parity=self.options.parity, criteria=max(1, len(self._gradients)),
+                refit=self.obs or refit,
+            )  # fmt: skip
+
+        plan = plan_for(run.batch_size or saved.get("batch_size"))
         agreed = self.processes.as_the_first(plan.batch_size)  # with less memory free, perhaps
         if agreed != plan.batch_size:
-            plan = self._plan(replace(run, batch_size=agreed), refit)
+            plan = plan_for(agreed)
         logits = saved.get("logits_budget_bytes", plan.logits_budget_bytes)
         plan = replace(plan, logits_budget_bytes=logits)
         resume_file.identity = self._identity(plan)
         return plan, resume_file
 
-    def _plan(self, run: RunOptions, refit: bool) -> Plan:
-        return plan_run(
-            self.spec,
-            run,
-            device=self.subject.device,
-            dtype=self.subject.dtype,
-            seq_len=self.data.longest,
-            sequences=self.data.sequences,
-            largest=self.data.largest,
-            loaded=isinstance(self.subject, ResidentModel),
-            parity=self.options.parity,
-            criteria=max(1, len(self.gradients)),
-            refit=self.obs or refit,
-        )
-
     def _identity(self, plan: Plan) -> dict[str, Any]:
         """Return what tells this run from others."""
-        batches = self.data.split(plan.batch_size)
-        source = None if isinstance(self.subject, ResidentModel) else self.subject.source
-        versions = _versions()
+        batches, versions = self.data.split(plan.batch_size), _versions()
         return {
-            "model_fingerprint": None if source is None else source.fingerprint,
+            "model_fingerprint": self._source.fingerprint if self._source else None,
             "samples": self.data.sequences,
             "seq_len": max(batch.ids.shape[1] for batch in batches),
-            "criteria": list(self.gradients),
+            "criteria": list(self._gradients),
             "obs": self.obs,
-            "seed": self.seed if self.draws else self.data.description.get("seed"),
+            "seed": self.seed if self._draws else self.data.description.get("seed"),
             "data_sha256": self.data.sha256,
             "batch_size": plan.batch_size,
             "logits_budget_bytes": plan.logits_budget_bytes,
             "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],
             "dtype": str(self.subject.dtype).removeprefix("torch."),
-            "backend": self.backend,
+            "backend": self._backend,
             "parity": self.options.parity,
             **{name: versions[name] for name in ("torch", "hfprune_fast")},
         }
@@ -128,68 +124,54 @@ class ScoringJob:
             say(f"scoring with {plan}")
         batches = self.data.split(plan.batch_size)
         options = PassOptions(
-            backend=self.backend,
-            criteria=self.gradients,
-            seed=self.seed,
-            parity=self.options.parity,
-            recompute=plan.recompute,
-            inputs_on_host=plan.inputs_on_host,
-            pass_tokens=plan.pass_tokens,
-            logits_budget_bytes=plan.logits_budget_bytes,
-        )
+            backend=self._backend, criteria=self._gradients, output_fisher=self.obs,
+            seed=self.seed, parity=self.options.parity,
+            recompute=plan.recompute, inputs_on_host=plan.inputs_on_host,
+            pass_tokens=plan.pass_tokens, logits_budget_bytes=plan.logits_budget_bytes,
+        )  # fmt: skip
         with resume_file.saved_if_interrupted(self.data.sequences):
-            total, max_batch_size = empty_accumulator(model, options, self.obs), plan.batch_size
+            total, max_batch_size = empty_accumulator(model, options), plan.batch_size
             if self.options.resume:
                 total, max_batch_size = resume_file.resume(total) or (total, max_batch_size)
             share = self.processes.deal(batches)
             remaining = sum(batch.tokens for batch in share) - total.tokens
-            flops = self.spec.flops_per_token
-            with token_bar("scoring", remaining, progress, flops) as on_progress:
+            with token_bar("scoring", remaining, progress, self.spec.flops_per_token) as report:
                 total = score_batches(
-                    model,
-                    share,
-                    options,
-                    total,
-                    max_batch_size=max_batch_size,
-                    on_commit=resume_file.on_commit,
-                    on_progress=on_progress,
-                )
+                    model, share, options, total, max_batch_size=max_batch_size,
+                    on_commit=resume_file.on_commit, on_progress=report,
+                )  # fmt: skip
         total = _sum(total, self.processes)
         if (total.samples, total.tokens) != (self.data.sequences, self.data.tokens):
             raise RuntimeError("the processes scored another number of sequences than there are")
-        costs = None
-        if self.obs and self.processes.rank == 0 and total.output_fisher is not None:
+        table = self._table(total, resume_file.identity)
+        if self.processes.rank == 0 and total.output_fisher is not None:
             fisher = total.output_fisher / self.data.tokens
-            with token_bar("removal costs", self.data.tokens, progress) as on_progress:
-                costs = removal_costs(model, batches, fisher, on_progress)
-        return self._table(total, costs, resume_file.identity)
+            with token_bar("removal costs", self.data.tokens, progress) as report:
+                costs = removal_costs(model, batches, fisher, report)
+            table = replace(table, statistics={**table.statistics, "obs": costs})
+        return table
 
-    def _table(
-        self, total: ScoreAccumulator, costs: Tensor | None, identity: Mapping[str, Any]
-    ) -> ImportanceTable:
+    def _table(self, total: ScoreAccumulator, identity: Mapping[str, Any]) -> ImportanceTable:
         copied = ("dtype", "backend", "parity", "batch_size", "samples")
         provenance: dict[str, Any] = {
             "criteria": list(self.criteria),
             "versions": _versions(),
-            **({"seed": self.seed} if self.draws else {}),
+            **({"seed": self.seed} if self._draws else {}),
             "calibration": {**self.data.description, "data_sha256": self.data.sha256},
             **{key: identity[key] for key in copied},
             "tokens": self.data.tokens,
         }
-        if not isinstance(self.subject, ResidentModel):
-            provenance["model"] = self.subject.source.name
-            provenance["model_fingerprint"] = self.subject.source.fingerprint
+        if self._source is not None:
+            provenance["model"] = self._source.name
+            provenance["model_fingerprint"] = self._source.fingerprint
         statistics: dict[str, Tensor] = {}
-        of_criteria = total.statistics.double().cpu()
-        for c, name in enumerate(self.gradients):
-            # In the order of TaylorStatistics, of which act is the same for all criteria.
-            own = zip(("l1", "l2", "fisher_mask"), of_criteria[c])  # noqa: B905
-            statistics |= {f"{name}.{statistic}": values for statistic, values in own}
+        of_criteria = [TaylorStatistics(*each) for each in total.statistics.double().cpu()]
+        for c, name in enumerate(self._gradients):
+            own = of_criteria[c]._asdict()
+            del own["act"]  # the same for all criteria
+            statistics |= {f"{name}.{statistic}": values for statistic, values in own.items()}
             provenance[CRITERIA[name].loss_name] = total.loss_nats[c] / self.data.sequences
-        statistics["act"] = TaylorStatistics(*of_criteria[0].unbind()).act
-        statistics["down_norm"] = total.down_norm.cpu()
-        if costs is not None:
-            statistics["obs"] = costs
+        statistics |= {"act": of_criteria[0].act, "down_norm": total.down_norm.cpu()}
         return ImportanceTable(statistics, self.spec, provenance)
 
 
@@ -201,20 +183,18 @@ def check_criteria(
     state_file: str | Path | None,
 ) -> None:
     """Refuse criteria and options that do not go together."""
+    several, got = processes.count > 1, f"got {', '.join(criteria) or 'none'}"
     if not criteria or len(set(criteria)) != len(criteria) or not set(criteria) <= set(CRITERIA):
-        raise ArgumentError(
-            f"criterion must be one of {', '.join(CRITERIA)}, got {', '.join(criteria) or 'none'}"
-        )
+        raise ArgumentError(f"criterion must be one of {', '.join(CRITERIA)}, {got}")
     if obs and "fisher" not in criteria:
-        raise ArgumentError(f"obs needs criterion fisher, got {', '.join(criteria)}")
+        raise ArgumentError(f"obs needs criterion fisher, {got}")
     if scoring.parity and list(criteria) != ["entropy"]:
         raise ArgumentError(
-            f"parity rounds as the paper's code does, which knows criterion entropy alone, "
-            f"got {', '.join(criteria)}"
+            f"parity rounds as the paper's code does, which knows criterion entropy alone, {got}"
         )
-    if scoring.resume and processes.count > 1:
+    if scoring.resume and several:
         raise ArgumentError("--resume is for one process; several keep no state to go on from")
-    if scoring.parity and processes.count > 1:
+    if scoring.parity and several:
         raise ArgumentError("--parity is for one process, in which the paper's code adds up")
     if scoring.resume and state_file is None:
         raise ArgumentError("resume needs the state_file to go on from, got none")
@@ -226,17 +206,12 @@ def _sum(total: ScoreAccumulator, processes: Processes) -> ScoreAccumulator:
         return total
     norms = total.down_norm if processes.rank == 0 else torch.zeros_like(total.down_norm)
     numbers = [total.samples, total.tokens, *total.loss_nats]
-    parts = [
-        total.statistics.double(),
-        norms,
-        torch.tensor(numbers, dtype=torch.float64, device=norms.device),
-    ]
+    counted = torch.tensor(numbers, dtype=torch.float64, device=norms.device)
+    parts = [total.statistics.double(), norms, counted]
     flat = torch.cat([part.flatten() for part in parts])
     processes.add(flat)
-    statistics, norms, counted = (
-        piece.view(part.shape)
-        for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
-    )
+    pieces = flat.split([part.numel() for part in parts])
+    statistics, norms, counted = map(Tensor.view_as, pieces, parts)
     if total.output_fisher is not None:
         for layer in total.output_fisher:  # which is on the CPU
             on_device = layer.to(norms.device)

@@ -6,16 +6,16 @@ the columns of removed neurons are zero, the error is
     E(V) = tr((V - W) A (V - W)ᵀ C)      A = mean(a aᵀ) + λ·mean(diag)·I      C (D, D)
 
 with C the metric in which outputs are compared: the identity, or the covariance of the gradient of
-log p(y) there, y drawn from the model (K-FAC's output factor); ½E is then the second-order estimate
-of KL(dense || pruned) a token. This is the optimal brain surgeon's problem (Hassibi and Stork,
-1993) for whole columns. Of the remaining neurons, removing j adds
+log p(y) there, y drawn from the model (K-FAC's output factor), which makes ½E the second-order
+estimate of KL(dense || pruned) a token. This is the optimal brain surgeon's problem (Hassibi and
+Stork, 1993) for whole columns. Of the remaining neurons, removing j adds
 
     ‖C^½ v_j‖² / [H]_jj                  H = A⁻¹ of those remaining, v_j column j as refitted so far
 
 and leaves v_k ← v_k - v_j r_k and H ← H - h_j h_jᵀ / H_jj, where h_j = H e_j and r = h_j / H_jj.
-With M = Vᵀ C V only inner products of columns are needed: M ← M - r qᵀ - q rᵀ, where
-q = M e_j - ½ M_jj r. The updates of a block of removals are kept apart, in a few rows, and applied
-to the F × F matrices as one product.
+Only inner products of columns, M = Vᵀ C V, are needed: M ← M - r qᵀ - q rᵀ, where
+q = M e_j - ½ M_jj r. The updates of a block of removals are applied to the F × F matrices as one
+product.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from torch import Tensor
 from hfprune_fast.checkpoint import native
 from hfprune_fast.errors import NumericsError
 
-OBS_RIDGE = 0.01
 REFIT_RIDGE = 0.1
-_BLOCK = 128
 _COMPACT_BELOW = 0.8  # of the rows; compacting the matrices after each block costs more
 
 
@@ -37,8 +35,8 @@ def greedy_removal_costs(
     weight: Tensor,
     metric: Tensor | None = None,
     *,
-    ridge: float = OBS_RIDGE,
-    block: int = _BLOCK,
+    ridge: float = 0.01,
+    block: int = 128,
 ) -> Tensor:
     """Return ½ of what each neuron's removal adds to E, always removing the lowest cost first.
 
@@ -50,8 +48,8 @@ def greedy_removal_costs(
         block: removals between two updates of the F × F matrices; changes only rounding.
 
     Returns:
-        (F,) float64, not falling in the order of removal: where a later removal costs less than an
-        earlier one, it is given the earlier one's cost. The last neuron has its own cost too.
+        (F,) float64, not falling in the order of removal: a removal that costs less than an
+        earlier one is given the earlier one's cost. The last neuron has its own cost too.
 
     Raises:
         NumericsError: gram holds NaN, or is no matrix of second moments.
@@ -78,14 +76,11 @@ def greedy_removal_costs(
         count -= removals
         if count < _COMPACT_BELOW * len(remaining):
             stay = (~removed).nonzero().squeeze(1)
-            inverse, products = _compact(inverse, stay), _compact(products, stay)
+            inverse, products = (
+                native.compact_columns(matrix[stay], stay) for matrix in (inverse, products)
+            )
             remaining, removed = remaining[stay], removed[stay]
     return costs
-
-
-def _compact(matrix: Tensor, stay: Tensor) -> Tensor:
-    """Return the rows and columns that stay."""
-    return native.compact_columns(matrix[stay], stay)
 
 
 def _remove(
@@ -134,22 +129,19 @@ def least_squares(
         NumericsError: gram holds NaN, or is no matrix of second moments.
     """
     right = cross + _shift(gram, ridge) * weight.to(gram.dtype)
-    factor = _cholesky(gram, ridge)
-    solved: Tensor = torch.cholesky_solve(right.t(), factor)
+    solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, ridge))
     return solved.t()
 
 
 def _shift(gram: Tensor, ridge: float) -> Tensor:
     """Return λ·mean(diag), or λ for acts that are all 0."""
     mean = gram.diagonal().mean()
-    shift: Tensor = ridge * torch.where(mean > 0, mean, torch.ones_like(mean))
-    return shift
+    return ridge * torch.where(mean > 0, mean, 1)
 
 
 def _cholesky(gram: Tensor, ridge: float) -> Tensor:
     gram.diagonal().add_(_shift(gram, ridge))
-    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
         raise NumericsError("the activations' second moments are not positive; try float32")
-    return factor
+    return torch.as_tensor(factor)

@@ -1,18 +1,14 @@
 """Run the model over token batches and add up every neuron's statistics.
 
-A micro-batch's loss is the sum over its sequences (`criteria.py`), so each sequence's gradient is
-its own. Several criteria share the forward.
-
 Micro-batches run in passes, layer by layer: forward through all layers, the head, which never
 holds all logits (`linear_entropy`), and back, where `mlp_hooks` makes the statistics of each layer.
-Each layer has a small autograd graph of its own, from its input to its output, kept from the
-forward or made again in the backward (`recompute`). No parameter ever requires grad, and nothing
-below the first layer's MLP is differentiated.
+Each layer has an autograd graph of its own, kept from the forward or made again in the backward
+(`recompute`); all criteria share it. No parameter requires grad, and nothing below the first
+layer's MLP is differentiated.
 
-A pass adds to a copy of the accumulator, layer by layer in the order of its micro-batches, and the
-copy takes the accumulator's place when the pass is complete and finite. So a pass that ran out of
-memory, or was interrupted, counts nothing, and the sums do not depend on how micro-batches are
-grouped into passes.
+A pass adds to a copy of the accumulator, layer by layer in the order of its micro-batches. So a
+pass that ran out of memory, or was interrupted, counts nothing, and the sums do not depend on how
+micro-batches are grouped into passes.
 
 In float16 the gradients carry a power of two, which the statistics take out again, exactly; where
 it overflows, the pass is run again with a smaller one.
@@ -21,6 +17,7 @@ it overflows, the pass is run again with a smaller one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,9 +35,10 @@ from hfprune_fast.engine.layerwise import (
 from hfprune_fast.engine.mlp_hooks import ScoredGraph, TaylorOptions, acts_of
 from hfprune_fast.kernels import TaylorStatistics, taylor_statistics
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
-from hfprune_fast.scoring.criteria import CRITERIA, HeadRows
+from hfprune_fast.scoring.criteria import CRITERIA
 
 _SCALES_TRIED = 5  # in float16
+_ACT = TaylorStatistics._fields.index("act")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class PassOptions:
 
     backend: str = "torch"
     criteria: tuple[str, ...] = ("entropy",)  # of CRITERIA, those with a loss; none: only act
+    output_fisher: bool = False  # needs criterion fisher
     seed: int = 0  # of the tokens that fisher draws
     parity: bool = False  # round as the paper's code does; micro-batches must be one sequence
     recompute: bool = False  # keep a layer's input instead of its graph
@@ -57,19 +56,19 @@ class PassOptions:
     logits_budget_bytes: int | None = None
 
 
-def empty_accumulator(
-    model: ResidentModel, options: PassOptions, output_fisher: bool = False
-) -> ScoreAccumulator:
+def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumulator:
     """Return the accumulator of no sequence, on the model's device."""
     mlps, device = model.parts.mlps, model.device
-    width, hidden = max(mlp.gate.weight.shape[0] for mlp in mlps), mlps[0].down.weight.shape[0]
-    shape = len(mlps), width
+    hidden, shape = (
+        mlps[0].down.weight.shape[0],
+        (len(mlps), max(mlp.gate.weight.shape[0] for mlp in mlps)),
+    )
     criteria = max(1, len(options.criteria)), len(TaylorStatistics._fields)
     dtype = model.dtype if options.parity else torch.float64
     return ScoreAccumulator(
         torch.zeros(*criteria, *shape, dtype=dtype, device=device),
         torch.zeros(shape, dtype=torch.float64, device=device),
-        torch.zeros(len(mlps), hidden, hidden) if output_fisher else None,
+        torch.zeros(len(mlps), hidden, hidden) if options.output_fisher else None,
         loss_nats=(0.0,) * len(options.criteria),
     )
 
@@ -85,13 +84,13 @@ class Pass:
         on_progress: OnProgress = no_progress,
     ) -> None:
         self.model, self.batches, self.options = model, batches, options
-        self.counted = 0.0  # tokens reported as processed
+        self._reported = 0.0  # tokens
         self._on_progress = on_progress
         layers = len(model.parts.layers)
         self._steps = 2 * layers + 1 if options.criteria else layers
-        # Of each micro-batch, the layers' graphs or, if they are recomputed, the layers' inputs.
-        self._graphs: list[list[ScoredGraph]] = []
-        self._inputs: list[list[Tensor]] = []
+        self._scales = [1.0] * len(batches)  # of the gradients
+        # Of each micro-batch, what returns the graph of each layer.
+        self._graphs: list[list[Callable[[], ScoredGraph]]] = []
         self._masks = [
             None if batch.token_mask is None else batch.token_mask.to(model.device)
             for batch in batches
@@ -102,8 +101,9 @@ class Pass:
         scaled = self.model.dtype == torch.float16 and not self.options.parity
         for attempt in range(_SCALES_TRIED if scaled else 1):
             self.clear()
-            seq_lens = (batch.ids.shape[1] for batch in self.batches)
-            new = self._run(total, [gradient_scale(scaled, n, attempt) for n in seq_lens])
+            lengths = (batch.ids.shape[1] for batch in self.batches)
+            self._scales = [gradient_scale(scaled, length, attempt) for length in lengths]
+            new = self._run(total)
             if not new.gradient_overflowed():
                 break
         new.check_finite()
@@ -116,11 +116,10 @@ class Pass:
     def clear(self) -> None:
         """Free what the pass holds, and take back the progress that it has reported."""
         self._graphs = [[] for _ in self.batches]
-        self._inputs = [[] for _ in self.batches]
-        self._on_progress(-self.counted)
-        self.counted = 0.0
+        self._on_progress(-self._reported)
+        self._reported = 0.0
 
-    def _run(self, total: ScoreAccumulator, scales: list[float]) -> ScoreAccumulator:
+    def _run(self, total: ScoreAccumulator) -> ScoreAccumulator:
         model, names = self.model, self.options.criteria
         statistics, down_norm = total.statistics.clone(), total.down_norm.clone()
         hidden = [self._offload(model.begin(batch)) for batch in self.batches]
@@ -129,12 +128,11 @@ class Pass:
             if total.samples == 0:
                 norms = column_norms(model.parts.mlps[layer].down.weight)
                 down_norm[layer, : len(norms)] = norms
-            for i, _ in each_batch(self.batches, self._count, self._steps):
+            for i, _ in each_batch(self.batches, self._report, self._steps):
                 if names:
-                    hidden[i] = self._forward(layer, i, hidden[i], scales[i])
+                    hidden[i] = self._forward(layer, i, hidden[i])
                 else:
-                    act_sums = statistics[0, TaylorStatistics._fields.index("act"), layer]
-                    hidden[i] = self._add_acts(layer, i, hidden[i], act_sums)
+                    hidden[i] = self._add_acts(layer, i, hidden[i], statistics[0, _ACT, layer])
 
         for_each_layer(model, forward, then=model.head_unit if names else 0)
         if not names:
@@ -142,39 +140,40 @@ class Pass:
         losses: list[list[Tensor]] = [[] for _ in names]
         grads: list[list[Tensor]] = [[] for _ in self.batches]  # one a criterion
         with model.weights_of(model.head_unit, then=model.head_unit - 1):
-            for i, _ in each_batch(self.batches, self._count, self._steps):
+            for i, _ in each_batch(self.batches, self._report, self._steps):
                 for of_criterion, name in zip(losses, names, strict=True):
-                    loss, grad = self._head(i, name, hidden[i], scales[i])
+                    loss, grad = self._head(i, name, hidden[i])
                     of_criterion.append(loss)
                     grads[i].append(grad)
         output_fisher = None if total.output_fisher is None else total.output_fisher.clone()
 
         def backward(layer: int) -> None:
             if output_fisher is not None:
-                output_fisher[layer] += self._output_fisher(grads, scales).cpu()
-            for i, _ in each_batch(self.batches, self._count, self._steps):
-                grads[i] = self._backward(layer, i, grads[i], statistics[:, :, layer], scales[i])
+                output_fisher[layer] += self._output_fisher(grads).cpu()
+            for i, _ in each_batch(self.batches, self._report, self._steps):
+                grads[i] = self._backward(layer, i, grads[i], statistics[:, :, layer])
 
         for_each_layer(model, backward, then=0, backward=True)
         # Read here, where the device is waited for anyway.
-        summed = [
+        summed = (
             sum(map(float, of_criterion), before)
             for of_criterion, before in zip(losses, total.loss_nats, strict=True)
-        ]
+        )
         return ScoreAccumulator(statistics, down_norm, output_fisher, loss_nats=tuple(summed))
 
-    def _count(self, tokens: float) -> None:
-        self.counted += tokens
+    def _report(self, tokens: float) -> None:
+        self._reported += tokens
         self._on_progress(tokens)
 
-    def _forward(self, layer: int, i: int, hidden: Tensor, scale: float) -> Tensor:
+    def _forward(self, layer: int, i: int, hidden: Tensor) -> Tensor:
         """Return a layer's output, and keep what its backward needs."""
         if self.options.recompute:
-            self._inputs[i].append(hidden)
+            again = partial(self._graph, layer, i, hidden, only_backward=True)
+            self._graphs[i].append(again)
             with torch.no_grad():
                 return self._offload(self.model.run(layer, self._onload(hidden), self.batches[i]))
-        graph = self._graph(layer, i, self._onload(hidden), scale, only_backward=False)
-        self._graphs[i].append(graph)
+        graph = self._graph(layer, i, hidden, only_backward=False)
+        self._graphs[i].append(lambda: graph)
         return graph.output.detach()
 
     @torch.no_grad()
@@ -182,82 +181,66 @@ class Pass:
         """Return a layer's output, and add its act to the sums, without any gradient."""
         with acts_of(self.model.parts.mlps[layer]) as acts:
             output = self.model.run(layer, self._onload(hidden), self.batches[i])
-        (act,) = acts
-        sums = taylor_statistics(
-            act, act, token_mask=self._masks[i], backend=self.options.backend
-        ).act
+        mask, backend, act = self._masks[i], self.options.backend, acts[0]
+        sums = taylor_statistics(act, act, token_mask=mask, backend=backend).act
         act_sums[: len(sums)] += sums
         return self._offload(output)
 
-    def _graph(
-        self, layer: int, i: int, hidden: Tensor, scale: float, *, only_backward: bool
-    ) -> ScoredGraph:
+    def _graph(self, layer: int, i: int, hidden: Tensor, *, only_backward: bool) -> ScoredGraph:
         options = self.options
         return ScoredGraph(
             lambda h: self.model.run(layer, h, self.batches[i]),
-            hidden,
+            self._onload(hidden),
             self.model.parts.mlps[layer],
-            TaylorOptions(self._masks[i], scale, options.parity, options.backend),
+            TaylorOptions(self._masks[i], self._scales[i], options.parity, options.backend),
             needs_grad=layer > 0,
             only_backward=only_backward,
         )
 
-    def _head(self, i: int, name: str, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _head(self, i: int, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of the sequences' losses and the gradient at the last layer's output."""
         batch, head, criterion = self.batches[i], self.model.parts.head, CRITERIA[name]
         assert criterion.head_loss is not None
         hidden = self._onload(hidden).detach().requires_grad_()
         with torch.enable_grad():
             normed = self.model.parts.norm(hidden)
-        row_weights = criterion.row_weights(batch, self._masks[i], self.model.device)
         loss, d_normed = criterion.head_loss(
-            HeadRows(
-                normed.flatten(0, 1),
-                head.weight,
-                row_weights.flatten(),
-                batch,
-                self.options.seed,
-                {
-                    "bias": head.bias,
-                    "grad_scale": scale,
-                    "logits_budget_bytes": self.options.logits_budget_bytes,
-                    "backend": self.options.backend,
-                },
-            )
+            normed.flatten(0, 1),
+            head.weight,
+            criterion.row_weights(batch, self._masks[i], self.model.device).flatten(),
+            batch,
+            self.options.seed,
+            bias=head.bias,
+            grad_scale=self._scales[i],
+            logits_budget_bytes=self.options.logits_budget_bytes,
+            backend=self.options.backend,
         )
         normed.backward(d_normed.view_as(normed))
         assert hidden.grad is not None
         return loss, self._offload(hidden.grad)
 
     def _backward(
-        self, layer: int, i: int, d_outputs: list[Tensor], statistics: Tensor, scale: float
+        self, layer: int, i: int, d_outputs: list[Tensor], statistics: Tensor
     ) -> list[Tensor]:
-        """Return the gradients at a layer's input, one a criterion; unused at the first layer.
+        """Return the gradients at a layer's input, and add to its statistics (C, 4, F).
 
-        Args:
-            d_outputs: the gradients at the layer's output.
-            statistics: (C, 4, F), to which those of each criterion's backward are added.
+        The gradients are one a criterion; those at the first layer's input are unused.
         """
-        if self.options.recompute:
-            hidden = self._onload(self._inputs[i].pop())
-            graph = self._graph(layer, i, hidden, scale, only_backward=True)
-        else:
-            graph = self._graphs[i].pop()
-        d_inputs = []
+        graph, d_inputs = self._graphs[i].pop()(), []
         for c, d_output in enumerate(d_outputs):
             add, last = partial(_add, statistics[c]), c == len(d_outputs) - 1
             d_input = graph.backward(self._onload(d_output), add, last=last)
             d_inputs.append(d_output if d_input is None else self._offload(d_input))
         return d_inputs
 
-    def _output_fisher(self, grads: list[list[Tensor]], scales: list[float]) -> Tensor:
+    def _output_fisher(self, grads: list[list[Tensor]]) -> Tensor:
         """Return Σ g gᵀ over the tokens, g of log p(y) at a layer's output, which its MLP adds to.
 
         (D, D), at least fp32. The loss of a sequence is a mean, so g is its length times more.
         """
         fisher, dtype = self.options.criteria.index("fisher"), self.model.dtype
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32))
-        for batch, of_batch, scale in zip(self.batches, grads, scales, strict=True):
+        for batch, of_batch, scale in zip(self.batches, grads, self._scales, strict=True):
             grad = self._onload(of_batch[fisher]).to(total.dtype)
             lengths = torch.tensor(batch.lengths, dtype=grad.dtype, device=grad.device)
             rows = (grad * (lengths / scale)[:, None, None]).flatten(0, 1)

@@ -58,8 +58,16 @@ class ResumeFile:
             return
         self._written_at = time.monotonic()
         total, max_batch_size = self._unwritten
+        header = {
+            "format_version": _VERSION,
+            "identity": self.identity,
+            "most": max_batch_size,  # the key of the first release's files
+            **{name: getattr(total, name) for name in _NUMBERS},
+        }
+        fields = {name: getattr(total, name) for name in _TENSORS}
+        tensors = {name: t.cpu().contiguous() for name, t in fields.items() if t is not None}
         try:
-            _save(self._file, self.identity, total, max_batch_size)
+            write_whole(self._file, save(tensors, {_FORMAT: json.dumps(header)}))
         except OutputError as error:
             if not self._warned:
                 say(f"what is scored so far is only in memory, not kept for --resume: {error}")
@@ -104,45 +112,47 @@ class ResumeFile:
         wanted, found = json.loads(json.dumps(self.identity)), header["identity"]
         differing = [
             f"{key} {_short(found.get(key))}, not {_short(wanted.get(key))}"
-            for key in [*wanted, *(found.keys() - wanted.keys())]
+            for key in dict.fromkeys([*wanted, *found])
             if found.get(key) != wanted.get(key)
         ]
+        values: dict[str, Any] = {name: header[name] for name in _NUMBERS}
         for name, tensor in tensors.items():
             ours = getattr(like, name)
             if ours is None or (tensor.shape, tensor.dtype) != (ours.shape, ours.dtype):
                 differing.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
+            else:
+                values[name] = tensor.to(ours.device)
         if differing:
             raise ResumeError(
                 f"{self._file} is of another run: {'; '.join(differing)}; "
                 "--force discards it and starts anew"
             )
-        moved = {name: tensor.to(getattr(like, name).device) for name, tensor in tensors.items()}
         self._saved_samples = header["samples"]
         say(f"going on after {self._saved_samples} sequences, from {self._file}")
-        fields: dict[str, Any] = {**moved, **{name: header[name] for name in _NUMBERS}}
-        fields["loss_nats"] = tuple(fields["loss_nats"])
-        return ScoreAccumulator(**fields), header["most"]
+        values["loss_nats"] = tuple(values["loss_nats"])
+        return ScoreAccumulator(**values), header["most"]
+
+
+def state_of(out: Path) -> Path:
+    """Return the file that saves the state of scoring for an output."""
+    return out.with_name(f"{out.name}.state")
+
+
+def check_state(out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to run over what an interrupted run has left; `force` deletes it."""
+    left = state_of(out)
+    if not resume and force:
+        left.unlink(missing_ok=True)
+    elif not resume and left.exists():
+        raise ResumeError(
+            f"an interrupted run has left {left}; --resume continues it, --force discards it"
+        )
 
 
 def _short(value: Any) -> str:
     """Return a value as a message shows it; of a hash, the first digits."""
     text = str(value)
     return text if len(text) <= 20 else f"{text[:12]}…"
-
-
-def _save(
-    file: Path, identity: Mapping[str, Any], total: ScoreAccumulator, max_batch_size: int
-) -> None:
-    numbers = {name: getattr(total, name) for name in _NUMBERS}
-    header = {
-        "format_version": _VERSION,
-        "identity": identity,
-        "most": max_batch_size,  # the key of the first release's files
-        **numbers,
-    }
-    fields = {name: getattr(total, name) for name in _TENSORS}
-    tensors = {name: t.cpu().contiguous() for name, t in fields.items() if t is not None}
-    write_whole(file, save(tensors, {_FORMAT: json.dumps(header)}))
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

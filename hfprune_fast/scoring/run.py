@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
@@ -16,12 +17,6 @@ from hfprune_fast.kernels import resolve_backend
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.passes import Pass, PassOptions, empty_accumulator
 
-OnCommit = Callable[[ScoreAccumulator, int], object]
-
-
-def no_commit(total: ScoreAccumulator, max_batch_size: int) -> None:
-    """Default commit callback: does nothing."""
-
 
 def score_batches(
     model: ResidentModel,
@@ -30,7 +25,7 @@ def score_batches(
     total: ScoreAccumulator | None = None,
     *,
     max_batch_size: int | None = None,
-    on_commit: OnCommit = no_commit,
+    on_commit: Callable[[ScoreAccumulator, int], object] = lambda *_: None,
     on_progress: OnProgress = no_progress,
 ) -> ScoreAccumulator:
     """Score every MLP neuron over micro-batches, in their order.
@@ -41,12 +36,10 @@ def score_batches(
     Args:
         model: the entered model.
         batches: all micro-batches, including those already in `total`.
-        options: what is added up, and how.
         total: the sums over the first sequences, if these have been scored; default: of none.
         max_batch_size: sequences in a micro-batch at most, if fewer than the batches have.
         on_commit: called after each pass with the new sums and the current max_batch_size.
-        on_progress: called with the tokens processed, a layer at a time; their sum is the tokens
-            that remained to be scored.
+        on_progress: called with the tokens processed, a layer at a time.
 
     Raises:
         MemoryShortageError: not even one sequence fits, with layers recomputed.
@@ -56,8 +49,8 @@ def score_batches(
     max_batch_size = max_batch_size or max((len(batch.ids) for batch in batches), default=0)
     remaining = _remaining(batches, total.samples, max_batch_size)
     while remaining:
-        batches_of_pass = _next_pass(remaining, options.pass_tokens)
-        a_pass = Pass(model, batches_of_pass, options, on_progress)
+        chosen = _next_pass(remaining, options.pass_tokens)
+        a_pass = Pass(model, chosen, options, on_progress)
         try:
             total = a_pass.add_to(total)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -66,16 +59,15 @@ def score_batches(
             reason = one_line(error)
             error.__traceback__ = None  # its frames hold the tensors of the pass
         else:
-            remaining = remaining[len(batches_of_pass) :]
+            remaining = remaining[len(chosen) :]
             on_commit(total, max_batch_size)
             continue
         a_pass.clear()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-        largest = max(len(batch.ids) for batch in batches_of_pass)
-        limit = ""
-        if len(batches_of_pass) > 1:  # the inputs of the layers may be what did not fit
-            pass_tokens = sum(batch.ids.numel() for batch in batches_of_pass) // 2
+        largest, limit = max(len(batch.ids) for batch in chosen), ""
+        if len(chosen) > 1:  # the inputs of the layers may be what did not fit
+            pass_tokens = sum(batch.ids.numel() for batch in chosen) // 2
             options = replace(options, pass_tokens=pass_tokens)
             limit = f", at most {pass_tokens} tokens a pass"
         if largest > 1 or limit:
@@ -123,14 +115,8 @@ def _remaining(
 
 def _next_pass(remaining: list[MicroBatch], tokens: int) -> list[MicroBatch]:
     """Return the first micro-batches that hold at most `tokens`, padding included; at least 1."""
-    chosen = remaining[:1]
-    held = remaining[0].ids.numel()
-    for batch in remaining[1:]:
-        held += batch.ids.numel()
-        if held > tokens:
-            break
-        chosen.append(batch)
-    return chosen
+    held = accumulate(batch.ids.numel() for batch in remaining)
+    return remaining[: max(1, sum(1 for _ in takewhile(lambda n: n <= tokens, held)))]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -49,14 +49,11 @@ def score(
         batches_or_source: token batches: (B, T) integers each, or mappings with such `input_ids`
             and an `attention_mask` of padding on one side; or one (N, T) tensor or array; or, for a
             model given by path, a text as `data.calibration.token_windows` takes it.
-        criterion: one or several of CRITERIA, which share the forward: "entropy" of the model's
-            output (arXiv 2603.08083), "cross_entropy" of the next token, "fisher" (of a token drawn
-            from the output), or "activation", forward only; see `scoring.passes`.
+        criterion: one or several of `scoring.criteria`, which share the forward.
         obs: also the cost of removing each neuron when the others are refitted (`scoring.obs`);
             needs criterion "fisher", another forward and O(F³) a layer.
         state_file: save the sums so far in this file, every `save_seconds` (after each pass if 0)
-            and when interrupted; `resume` continues from it. The caller deletes it when the table
-            is safe.
+            and when interrupted, for `resume`. The caller deletes it when the table is safe.
         distributed: torchrun started this program, and every process calls this function with the
             same arguments: each scores its share, and all return the table of the whole.
         progress: show a bar on stderr.

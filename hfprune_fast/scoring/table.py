@@ -1,15 +1,8 @@
 """ImportanceTable: every statistic of every neuron, with where it came from; save and load.
 
-The scores file is a safetensors file, so any tool can read it. Layout, version 3:
-
-    tensors   statistics, (L, F) float64 each
-    metadata  hfprune_scores: JSON with
-              format_version  3
-              model           the fields of ModelSpec
-              provenance      criteria, model fingerprint, data hash, samples, tokens, seed, ...
-
-Row l, column j of a tensor is neuron j of layer l; F is the widest layer's, and where a layer has
-fewer neurons (`mlp_widths` in the fields of ModelSpec) its row ends in zeros. Statistics:
+The scores file is a safetensors file of the statistics, (L, F) float64 each, with a JSON header;
+docs/scores-file.md describes it. Row l, column j is neuron j of layer l; F is the widest layer's,
+and the row of a narrower layer ends in zeros.
 
     CRITERION.l1, .l2,     sums over the calibration of x = gradient times act (kernels/taylor),
       .fisher_mask         the gradient being that of the criterion (scoring/passes)
@@ -17,8 +10,7 @@ fewer neurons (`mlp_widths` in the fields of ModelSpec) its row ends in zeros. S
     obs                    the cost of removing it when the others are refitted (scoring/obs), nats
     weight_norm, uniform   2-norm of its weights; a random number
 
-Version 2, which is still read, called fisher_mask mask, and knew neither vocab_size nor
-attention_width.
+Version 2, which is still read, called fisher_mask mask, and had no vocab_size or attention_width.
 """
 
 from __future__ import annotations
@@ -37,10 +29,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.criteria import CRITERIA
+from hfprune_fast.scoring.passes import column_norms
 
 DEFAULT_STATISTIC = {name: criterion.default_statistic for name, criterion in CRITERIA.items()}
 DEFAULT_STATISTIC |= {"magnitude": "weight_norm", "random": "uniform"}
@@ -48,6 +42,8 @@ _OF_A_CRITERION = ("l1", "l2", "fisher_mask")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _FORMAT = "hfprune_scores"
 _VERSION = 3
+# A table read from a file of version 2 does not know the others.
+_COMPARED = [f.name for f in fields(ModelSpec) if f.name not in ("vocab_size", "attention_width")]
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth of equality
@@ -100,27 +96,22 @@ class ImportanceTable:
                 f"these scores are by {', '.join(self.criteria)}, not by {criterion}; score again"
             )
         statistic = statistic or DEFAULT_STATISTIC[criterion]
+        if statistic == "act" and "act" in self.statistics:
+            return self.act.sqrt() * self.down_norm
         name = f"{criterion}.{statistic}" if statistic in _OF_A_CRITERION else statistic
         if name not in self.statistics:
+            names = [name.removeprefix(f"{criterion}.") for name in self.statistics]
+            known = [name for name in names if "." not in name and name != "down_norm"]
             raise ArgumentError(
-                f"statistic must be one of {', '.join(self._statistics_of(criterion))} "
+                f"statistic must be one of {', '.join(known)} "
                 f"(what these scores have by {criterion}), got {statistic!r}"
             )
-        if statistic == "act":
-            return self.act.sqrt() * self.down_norm
         return self.statistics[name]
-
-    def _statistics_of(self, criterion: str) -> list[str]:
-        names = [name.removeprefix(f"{criterion}.") for name in self.statistics]
-        return [name for name in names if "." not in name and name != "down_norm"]
 
     def save(self, file: str | Path) -> None:
         """Write the scores file; it appears under its name only when whole."""
-        header = {
-            "format_version": _VERSION,
-            "model": asdict(self.model),
-            "provenance": self.provenance,
-        }
+        model, provenance = asdict(self.model), self.provenance
+        header = {"format_version": _VERSION, "model": model, "provenance": provenance}
         # One key, because safetensors writes several in an order that changes from run to run.
         metadata = {_FORMAT: json.dumps(header)}
         tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
@@ -132,38 +123,33 @@ class ImportanceTable:
         path = Path(file)
         if not path.is_file():
             raise ScoresFileError(f"no scores file {path}; make one with `hfprune score`")
+        expected = "expected one written by `hfprune score`"
         try:
-            with safe_open(path, framework="pt") as tensors:
-                metadata = tensors.metadata() or {}
+            with safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
                 if _FORMAT not in metadata:
                     raise ScoresFileError(
-                        f"{path} is a safetensors file but holds no scores; "
-                        "expected one written by `hfprune score`"
+                        f"{path} is a safetensors file but holds no scores; {expected}"
                     )
-                header = json.loads(metadata[_FORMAT])
-                version = header["format_version"]
-                if version not in (2, _VERSION):
-                    raise ScoresFileError(
-                        f"{path} has scores of format version {version}; "
-                        f"this release reads versions 2 and {_VERSION}"
-                    )
-                statistics = {
-                    name.replace(".mask", ".fisher_mask"): tensors.get_tensor(name)
-                    for name in tensors.keys()  # noqa: SIM118
-                }
-            spec = _spec(header["model"])
-            table = cls(statistics, spec, dict(header["provenance"]))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            header = json.loads(metadata[_FORMAT])
+            if header["format_version"] not in (2, _VERSION):
+                raise ScoresFileError(
+                    f"{path} has scores of format version {header['format_version']}; "
+                    f"this release reads versions 2 and {_VERSION}"
+                )
+            statistics = {n.replace(".mask", ".fisher_mask"): t for n, t in tensors.items()}
+            table = cls(statistics, _spec(header["model"]), dict(header["provenance"]))
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
         except ScoresFileError:
             raise
         except (
             *(SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError),
-            *(AttributeError, ArgumentError),
+            AttributeError,
         ) as error:
             raise ScoresFileError(
-                f"{path} is not a scores file, or is damaged ({one_line(error)}); "
-                "expected one written by `hfprune score`"
+                f"{path} is not a scores file, or is damaged ({one_line(error)}); {expected}"
             ) from None
         return table
 
@@ -172,6 +158,31 @@ def _spec(header: dict[str, Any]) -> ModelSpec:
     """Return the model's spec; what a field's default stands for, older versions leave out."""
     names = [f.name for f in fields(ModelSpec) if f.name in header or f.default is MISSING]
     return ModelSpec(**{name: header[name] for name in names})
+
+
+def check_table(table: ImportanceTable, source: ModelSource) -> None:
+    """Refuse a table that was scored on another model."""
+    differing = [
+        f"{key} {theirs}, not {ours}"
+        for key in _COMPARED
+        if (theirs := getattr(table.model, key)) != (ours := getattr(source.spec, key))
+    ]
+    if differing:
+        raise ScoresFileError(
+            f"the scores are of another model than {source.name}: {'; '.join(differing)}"
+        )
+    scored = table.provenance.get("model_fingerprint")
+    if scored is not None:
+        same = scored == source.fingerprint
+    else:
+        # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
+        norms = column_norms(source.read(source.down_proj(source.spec.num_layers - 1)))
+        same = torch.allclose(norms, table.down_norm[-1, : len(norms)], rtol=2**-8)
+    if not same:
+        raise ScoresFileError(
+            f"the scores are of another model than {source.name}: same shape, other weights "
+            f"(they are of {table.provenance.get('model', 'a model in memory')})"
+        )
 
 
 @contextmanager

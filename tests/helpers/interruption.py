@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +51,21 @@ def kept_samples(file: Path) -> int:
 
 def interrupt(patch: pytest.MonkeyPatch, at_pass: int, how: int = signal.SIGINT) -> None:
     """Send this process a signal in the middle of a pass, counted from 0."""
-    add_to, head_loss = passes.Pass.add_to, criteria.linear_entropy
+    add_to = passes.Pass.add_to
     finished: list[Any] = []
 
     def counted(self: Any, total: Any) -> Any:
         finished.append(add_to(self, total))
         return finished[-1]
 
-    def signalling(*args: Any, **options: Any) -> Any:
+    def signalling(head_loss: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if len(finished) == at_pass:
             os.kill(os.getpid(), how)
         return head_loss(*args, **options)
 
     patch.setattr(passes.Pass, "add_to", counted)
-    patch.setattr(criteria, "linear_entropy", signalling)
+    for name in ("linear_entropy", "linear_fisher"):
+        patch.setattr(criteria, name, partial(signalling, getattr(criteria, name)))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 
 

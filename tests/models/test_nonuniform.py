@@ -25,7 +25,7 @@ from hfprune_fast.errors import ArgumentError, CheckpointError
 from hfprune_fast.models import nonuniform
 from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.pruning import selection
-from hfprune_fast.scoring.checks import check_table
+from hfprune_fast.scoring.table import check_table
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -85,10 +85,6 @@ def nth(number: int) -> Callable[..., bool]:
     return lambda *_, **__: next(calls) == number
 
 
-def always(*_: Any, **__: Any) -> bool:
-    return True
-
-
 def fail_at(patch: pytest.MonkeyPatch, where: Any, how: PassOptions, error: Exception) -> None:
     """Raise once, in the last micro-batch of the second pass."""
     in_a_pass = 2 if how.pass_tokens else 1
@@ -131,12 +127,10 @@ def test_the_pass_is_run_again_in_halves_and_nothing_counts_twice(
         expected = score_batches(scored, sequences(*halved), how)
         fail_at(monkeypatch, where, how, allocation_error())
         totals = score_batches(
-            scored,
-            sequences(4, 4, 4, 4),
-            how,
+            scored, sequences(4, 4, 4, 4), how,
             on_commit=lambda totals, most: commits.append((totals.samples, most)),
             on_progress=lambda tokens: counts.append(counts[-1] + tokens),
-        )
+        )  # fmt: skip
     assert_same(totals, expected)
     assert (totals.samples, totals.tokens) == (SEQUENCES, sum(LENGTHS))
     assert commits[0] == (4 * whole, 4)
@@ -167,6 +161,15 @@ def test_every_class_of_out_of_memory_is_known(
         assert_same(score_batches(scored, sequences(4, 4, 4, 4), STORED), expected)
 
 
+def test_another_runtime_error_is_not_swallowed(
+    model: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fail_at(monkeypatch, ("backward", MIDDLE), STORED, RuntimeError("shapes do not match"))
+    with model(STORED) as scored, pytest.raises(RuntimeError, match="shapes do not match"):
+        score_batches(scored, sequences(4, 4, 4, 4), STORED)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("name", "number"), [("_new_slot", 1), ("_on_host", 0), ("_on_host", 1), ("_on_host", 9)]
 )
@@ -183,15 +186,6 @@ def test_weights_on_their_way_may_run_out_of_memory_too(
         assert_same(score_batches(scored, sequences(4, 4, 4, 4), STREAMED), expected)
 
 
-def test_another_runtime_error_is_not_swallowed(
-    model: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    fail_at(monkeypatch, ("backward", MIDDLE), STORED, RuntimeError("shapes do not match"))
-    with model(STORED) as scored, pytest.raises(RuntimeError, match="shapes do not match"):
-        score_batches(scored, sequences(4, 4, 4, 4), STORED)
-    assert capfd.readouterr().err == ""
-
-
 def test_odd_sizes_are_halved_again_and_again(model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 -> 3, 2 -> of what is left of the 5, again from its front: 2, 1 of 3 left, 1s at last."""
     sizes: list[int] = []
@@ -204,11 +198,9 @@ def test_odd_sizes_are_halved_again_and_again(model: Make, monkeypatch: pytest.M
     with model(STORED) as scored:
         fail(monkeypatch, criteria, "linear_entropy", too_much, allocation_error())
         totals = score_batches(
-            scored,
-            sequences(5, 5, 6),
-            STORED,
+            scored, sequences(5, 5, 6), STORED,
             on_commit=lambda totals, _: sizes.append(totals.samples - sum(sizes)),
-        )
+        )  # fmt: skip
         monkeypatch.undo()
         assert sizes == [3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]
         assert_same(totals, score_batches(scored, sequences(*sizes), STORED))
@@ -233,24 +225,20 @@ def test_at_one_sequence_layers_are_recomputed(
 
 @WAYS
 def test_what_never_fits_ends_with_one_line_and_nothing_counted(
-    model: Make,
-    how: PassOptions,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    fail(monkeypatch, criteria, "linear_entropy", always, allocation_error())
+    model: Make, how: PassOptions,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    fail(monkeypatch, criteria, "linear_entropy", lambda *_, **__: True, allocation_error())
     commits, counts = [], [0.0]
     with (
         model(how) as scored,
         pytest.raises(MemoryShortageError, match="try a smaller --seq-len") as raised,
     ):
         score_batches(
-            scored,
-            sequences(4, 4, 4, 4),
-            how,
+            scored, sequences(4, 4, 4, 4), how,
             on_commit=lambda *commit: commits.append(commit),
             on_progress=lambda tokens: counts.append(counts[-1] + tokens),
-        )
+        )  # fmt: skip
     assert "\n" not in str(raised.value)
     assert "can't allocate memory" in str(raised.value)
     assert not commits
@@ -275,11 +263,9 @@ def test_a_pass_whose_inputs_do_not_fit_is_made_shorter(
             lambda a_pass, *_: sum(len(b.ids) for b in a_pass.batches) > 3, allocation_error(),
         )  # fmt: skip
         totals = score_batches(
-            scored,
-            sequences(4, 4, 4, 4),
-            how,
+            scored, sequences(4, 4, 4, 4), how,
             on_commit=lambda totals, _: held.append(totals.samples - sum(held)),
-        )
+        )  # fmt: skip
     assert sum(held) == SEQUENCES
     assert 1 < max(held) <= 3
     assert_same(totals, expected)

@@ -3,14 +3,13 @@
 import random
 import signal
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from forked import Prepare, hfprune_process, kill_at, kill_between
+from forked import Prepare, fail_in_pass, hfprune_process, kill_at, kill_between
 from interruption import (
     SEQUENCES,
     TOKENS,
@@ -63,21 +62,20 @@ def test_killed_again_and_again_the_scores_are_those_of_one_run(
     assert f" {left_tokens}/{left_tokens} " in run.err, (seed, run.err)  # the bar
 
 
-@pytest.mark.parametrize("moment", ["os:fsync", "pathlib:Path.replace"])
-def test_killed_while_the_state_is_written_the_earlier_one_is_whole(
-    hfprune: Hfprune, moment: str
+@pytest.mark.parametrize(
+    ("moment", "number", "kept"),
+    [
+        ("os:fsync", 3, 6),  # while the state is written, the earlier one is whole
+        ("pathlib:Path.replace", 3, 6),
+        ("hfprune_fast:ImportanceTable.save", 0, SEQUENCES),  # all is scored but not written
+    ],
+)
+def test_killed_at_a_moment_the_state_is_whole(
+    hfprune: Hfprune, moment: str, number: int, kept: int
 ) -> None:
     assert hfprune(*score_args(out="whole")).code == 0
-    kill(*score_args("--save-seconds", 0), prepare=kill_at(moment, 3))
-    assert kept_samples(state_of()) == 6
-    assert_whole(hfprune(*score_args("--resume")))
-
-
-def test_killed_when_all_is_scored_but_not_written(hfprune: Hfprune) -> None:
-    assert hfprune(*score_args(out="whole")).code == 0
-    before_writing = kill_at("hfprune_fast:ImportanceTable.save", 0)
-    kill(*score_args("--save-seconds", 0), prepare=before_writing)
-    assert kept_samples(state_of()) == SEQUENCES
+    kill(*score_args("--save-seconds", 0), prepare=kill_at(moment, number))
+    assert kept_samples(state_of()) == kept
     assert_whole(hfprune(*score_args("--resume")))
 
 
@@ -100,14 +98,8 @@ def test_an_error_keeps_what_is_scored_too(
 ) -> None:
     assert hfprune(*score_args(out="whole")).code == 0
     with monkeypatch.context() as patch:
-        calls, add_to = count(), passes.Pass.add_to
-
-        def failing(self: Any, total: ScoreAccumulator) -> ScoreAccumulator:
-            if next(calls) == 5:
-                raise RuntimeError("the device fell off the bus")
-            return add_to(self, total)
-
-        patch.setattr(passes.Pass, "add_to", failing)
+        patch.setattr(passes.Pass, "add_to", passes.Pass.add_to)  # is undone
+        fail_in_pass(5)()
         done = hfprune(*score_args())
     assert done.code == 1
     assert "the device fell off the bus" in done.err.splitlines()[-1]
@@ -177,9 +169,8 @@ def too_little_memory(patch: pytest.MonkeyPatch, *fits: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("at_pass", range(1, 9))
 def test_after_halving_the_halved_size_is_kept(
-    hfprune: Hfprune, interrupted: Hfprune, monkeypatch: pytest.MonkeyPatch,
-    at_pass: int,
-) -> None:  # fmt: skip
+    hfprune: Hfprune, interrupted: Hfprune, monkeypatch: pytest.MonkeyPatch, at_pass: int
+) -> None:
     """Fives are halved twice, to 2, 2, 1, and when ten are done to ones; interrupted anywhere."""
     fives = score_args(batch_size=5)
     with monkeypatch.context() as patch:
@@ -219,6 +210,6 @@ def test_batches_from_python_go_on_and_others_are_refused(monkeypatch: pytest.Mo
     with pytest.raises(ResumeError, match=r"another run: batches [^;]*; --force"):
         hf.score("model", [*batches[:3], ids[16:20], ids[20:]], **how, resume=True)
     table = hf.score("model", batches, **how, resume=True)
-    for name in (*table.STATISTICS, "down_norm"):
-        assert torch.equal(getattr(table, name), getattr(whole, name))
+    for name, tensor in whole.statistics.items():
+        assert torch.equal(table.statistics[name], tensor), name
     assert table.provenance == whole.provenance

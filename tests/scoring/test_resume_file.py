@@ -52,7 +52,7 @@ def test_a_state_left_over_is_gone_on_from_or_discarded_but_never_run_over(
     interrupted(*score_args())
     left = state_of().read_bytes()
     refused = hfprune(*score_args("--seed", 1))
-    assert_refused(refused, r"has left scores\.state; --resume goes on from it, --force discards")
+    assert_refused(refused, r"has left scores\.state; --resume continues it, --force discards")
     assert len(refused.err.splitlines()) == 1
     assert state_of().read_bytes() == left
     interrupted(*score_args("--seed", 1, "--force"), at_pass=0)
@@ -92,8 +92,7 @@ def test_a_state_of_another_run_is_refused_by_what_differs(
 ) -> None:
     interrupted(*score_args("--samples", 20))
     left = state_of().read_bytes()
-    model = "other_model" if change == "model" else "model"
-    flags = [] if change == "model" else change.split()
+    model, flags = ("other_model", []) if change == "model" else ("model", change.split())
     run = hfprune(*score_args("--samples", 20, "--resume", *flags, model=model))
     assert_refused(run, rf"scores\.state is of another run: ([^;]+; )*{difference}.*; --force")
     assert "kept in" not in run.err
@@ -102,7 +101,7 @@ def test_a_state_of_another_run_is_refused_by_what_differs(
 
 
 def rewritten(change: Callable[[Any, Any], object]) -> Callable[[Path], None]:
-    """Change the header and tensors of a state."""
+    """Change the header and tensors of a state; a string that is returned replaces the header."""
 
     def rewrite(file: Path) -> None:
         with safe_open(file, framework="pt") as opened:
@@ -174,7 +173,7 @@ def test_resuming_needs_something_to_resume(hfprune: Hfprune) -> None:
     run = hfprune(
         "prune", "model", "--scores", "x", "--prune-ratio", 0.2, "--out", "pruned", "--resume"
     )
-    assert_refused(run, "--resume goes on with scoring, so with --calibration, not --scores")
+    assert_refused(run, "--resume continues scoring, so with --calibration, not --scores")
 
 
 def test_a_state_that_cannot_be_written_ends_nothing(

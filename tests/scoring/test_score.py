@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ from checkpoints import random_llama
 from eager import eager_scores
 from exact import make_float64_exact
 from tolerances import assert_no_worse, keep_differences_inside_band, relative_error
-from transformers import PreTrainedModel
+from torch.nn import DataParallel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from truth import scores as true_scores
 from truth import tiny_model
 
@@ -64,13 +65,7 @@ def test_float64_is_the_truth(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     record = table.provenance
     assert record["entropy_nats"] == pytest.approx(float(truth["loss"].mean()), rel=1e-12)
     assert (record["samples"], record["tokens"]) == (len(ids), ids.numel())
-    assert_same_neurons_kept(table, truth, STATISTICS)
-
-
-def assert_same_neurons_kept(
-    table: hf.ImportanceTable, truth: dict[str, torch.Tensor], statistics: Sequence[str]
-) -> None:
-    for statistic in statistics:
+    for statistic in STATISTICS:
         importance = truth[statistic]
         if statistic == "act":
             importance = importance.sqrt() * table.down_norm  # whose own truth is tested below
@@ -109,7 +104,7 @@ def test_error_is_at_most_twice_eager_torch(
                 ours[layer], truth[name][layer], kept, expected
             )
     by_statistic = {
-        name: sum(count for (statistic, _), count in differing.items() if statistic == name)
+        name: sum(n for (statistic, _), n in differing.items() if statistic == name)
         for name in STATISTICS
     }
     measured(f"{family} {dtype}: neurons kept by ours or the truth alone at 80 %: {by_statistic}")
@@ -157,27 +152,39 @@ def test_arrays_and_lists_are_token_batches_too() -> None:
     model = random_llama()
     ids = random_ids(model)
     expected = hf.score(model, ids, batch_size=2)
-    for batches in (
-        ids.numpy(),
-        [b.tolist() for b in ids.split(2)],
-        (b.int() for b in ids.split(2)),
-    ):
+    parts = ids.split(2)
+    for batches in (ids.numpy(), [b.tolist() for b in parts], (b.int() for b in parts)):
         assert torch.equal(hf.score(model, batches, batch_size=2).l1, expected.l1)
-        assert expected.provenance["calibration"]["data_sha256"]
-    other = hf.score(model, ids.flip(0))
-    record = other.provenance["calibration"]
-    assert record["data_sha256"] != expected.provenance["calibration"]["data_sha256"]
+    flipped = hf.score(model, ids.flip(0))
+    records = [table.provenance["calibration"] for table in (expected, flipped)]
+    assert len({record["data_sha256"] for record in records}) == 2
 
 
-def test_device_of_a_loaded_model_is_its_own() -> None:
-    with pytest.raises(ArgumentError, match="move or cast it first"):
-        hf.score(random_llama(), torch.zeros(1, 4, dtype=torch.int64), dtype="float64")
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
 
 
-def test_what_is_no_causal_model_is_refused() -> None:
-    for model in (torch.nn.Linear(2, 2), torch.nn.DataParallel(random_llama())):
-        with pytest.raises(UnsupportedModelError, match="expected a causal language model"):
-            hf.score(model, torch.zeros(1, 4, dtype=torch.int64))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (random_llama, {"dtype": "float64"}, ArgumentError, "move or cast it first"),
+        (random_llama, {"parity": True, "backend": "triton"}, ArgumentError, "must be torch"),
+        (lambda: random_llama().double(), {"backend": "triton"}, ArgumentError, "float64"),
+        (lambda: torch.nn.Linear(2, 2), {}, UnsupportedModelError, "a causal language model"),
+        (lambda: DataParallel(random_llama()), {}, UnsupportedModelError, "a causal language"),
+        (gpt2, {}, UnsupportedModelError, r"gpt2.*supported are llama"),
+    ],
+)
+def test_what_is_refused(
+    model: Callable[[], Any], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        hf.score(model(), torch.zeros(1, 4, dtype=torch.int64), **options)
+
+
+def test_no_batches() -> None:
+    with pytest.raises(CalibrationError, match="no token batches"):
+        hf.score(random_llama(), [])
 
 
 @pytest.mark.parametrize("family", ["llama", "shipped"])
@@ -185,11 +192,8 @@ def test_float16_rounds_less_than_bfloat16(family: str) -> None:
     """With 3 more bits, and a gradient scale, an eighth of what bfloat16 loses in eager torch."""
     model, ids = models_and_ids(family, torch.bfloat16)
     truth = true_scores(true_state(family, model), model.config, ids)
-    bf16_error = {
-        name: relative_error(value, truth[name])
-        for name, value in eager_scores(model, ids).items()
-        if name in STATISTICS
-    }
+    eager = eager_scores(model, ids)
+    bf16_error = {name: relative_error(eager[name], truth[name]) for name in STATISTICS}
     model, ids = models_and_ids(family, torch.float16)
     table = hf.score(model, ids)
     for name in STATISTICS:
@@ -236,23 +240,13 @@ def test_triton_kernels_score_within_the_error_rule(dtype: torch.dtype) -> None:
         assert_no_worse(getattr(table, name), eager[name], truth[name], floor=floor)
 
 
-def test_backend_is_asked_for_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_is_chosen_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = random_llama(), torch.zeros(1, 4, dtype=torch.int64)
     monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
     with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
         hf.score(model, ids)
     assert hf.score(model, ids, backend="torch").provenance["backend"] == "torch"
-    with pytest.raises(ArgumentError, match="backend must be torch"):
-        hf.score(model, ids, backend="triton", parity=True)
-    with pytest.raises(ArgumentError, match="float64"):
-        hf.score(model.double(), ids, backend="triton")
-
-
-def test_a_bad_backend_is_refused_before_the_model_is_loaded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
-    monkeypatch.setattr("hfprune_fast.checkpoint.loading.blueprint", None)
+    monkeypatch.setattr("hfprune_fast.checkpoint.loading.blueprint", None)  # is refused before it
     with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
         hf.score("demo", TINY_MODEL / "calibration.txt", samples=1)
 
@@ -279,31 +273,17 @@ def test_parity_adds_up_in_bfloat16_as_the_reference_does(monkeypatch: pytest.Mo
     assert not torch.equal(table.l1, hf.score(model, ids).l1)
 
 
-def test_no_batches() -> None:
-    with pytest.raises(CalibrationError, match="no token batches"):
-        hf.score(random_llama(), [])
-
-
-def test_unknown_architecture_is_named() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(UnsupportedModelError, match=r"gpt2.*supported are llama"):
-        hf.score(model, torch.zeros(1, 4, dtype=torch.int64))
-
-
 def test_score_by_path_records_where_it_came_from(
     save_checkpoint: Callable[..., Path], text_file: Path
 ) -> None:
     folder = save_checkpoint(random_llama())
     table = hf.score(folder, text_file, samples=3, seq_len=32, seed=7)
     record = table.provenance
-    assert record["model"] == "model"
-    assert record["calibration"]["seq_len"] == 32
-    assert record["calibration"]["seed"] == 7
-    assert len(record["model_fingerprint"]) == len(record["calibration"]["data_sha256"]) == 64
-    assert record["samples"] == 3
-    assert record["dtype"] == "float32"
+    wanted = {"model": "model", "samples": 3, "dtype": "float32"}
+    assert record | wanted == record
+    calibration = record["calibration"]
+    assert (calibration["seq_len"], calibration["seed"]) == (32, 7)
+    assert len(record["model_fingerprint"]) == len(calibration["data_sha256"]) == 64
     assert set(record["versions"]) >= {"torch", "transformers", "hfprune_fast", "python", "triton"}
 
 

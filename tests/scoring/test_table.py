@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,20 @@ def test_layout_is_the_documented_one(tmp_path: Path) -> None:
     header = json.loads(metadata.pop("hfprune_scores"))
     assert metadata == {}
     assert sorted(header) == ["format_version", "model", "provenance"]
-    assert header["format_version"] == 2
+    assert header["format_version"] == 3
+
+
+def test_a_file_of_version_2_is_read_too(tmp_path: Path) -> None:
+    """It has .mask for .fisher_mask, and neither vocab_size nor attention_width."""
+    table = a_table()
+    model = asdict(table.model)
+    del model["vocab_size"], model["attention_width"]
+    header = {"format_version": 2, "model": model, "provenance": table.provenance}
+    old = {name.replace("fisher_mask", "mask"): t for name, t in table.statistics.items()}
+    save_file(old, tmp_path / "s", {"hfprune_scores": json.dumps(header)})
+    loaded = hf.ImportanceTable.load(tmp_path / "s")
+    assert torch.equal(loaded.importance("fisher_mask"), table.fisher_mask)
+    assert (loaded.statistics.keys(), loaded.model) == (table.statistics.keys(), table.model)
 
 
 def test_not_a_scores_file(tmp_path: Path) -> None:
