@@ -194,7 +194,7 @@ def test_torchrun_starts_them(hfprune: Hfprune) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["scoring.passes:Pass.add_to", "scoring.score:windows_for"])
+@pytest.mark.parametrize("place", ["scoring.passes:Pass.add_to", "scoring.score:calibrate"])
 def test_torchrun_ends_all_when_one_is_killed(place: str) -> None:
     """In the middle, and before they have joined."""
     Path("driver.py").write_text(
