@@ -34,7 +34,7 @@ from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
 Command = Callable[..., Any]
 
 
-class _Layers(click.ParamType):
+class _Layers(click.ParamType[tuple[int, ...]]):
     name = "layers"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:

@@ -189,8 +189,10 @@ def _layer_tensors(
     }
 
     def mlp(width: int) -> dict[str, tuple[int, ...]]:
-        wide, narrow = (width, hidden), (hidden, width)
-        shapes = {family.gate: wide, family.up: wide, family.down: narrow}
+        wide = (width, hidden)
+        shapes: dict[str, tuple[int, ...]] = {
+            family.gate: wide, family.up: wide, family.down: wide[::-1],
+        }  # fmt: skip
         biases = {f"{part}.bias": shape[:1] for part, shape in shapes.items() if biased}
         return {f"{part}.weight": shape for part, shape in shapes.items()} | biases
 

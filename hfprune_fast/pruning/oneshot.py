@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune_fast.checkpoint import atomic, loading, native
+from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
@@ -30,7 +30,7 @@ from hfprune_fast.config import (
 )
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.distributed import Processes, joined, launched, own_device
+from hfprune_fast.engine.distributed import Processes, joined, launched
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError
@@ -41,7 +41,7 @@ from hfprune_fast.pruning.selection import Keep, WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
 from hfprune_fast.scoring.resume import check_state, state_of
-from hfprune_fast.scoring.score import open_inputs
+from hfprune_fast.scoring.score import open_job
 from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_failure
 
 # With fewer, a refit follows the calibration text more than the model.
@@ -95,37 +95,38 @@ def oneshot(
         raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
     out, processes = Path(out), launched() if distributed else Processes()
     given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
-    chosen_recipe = _recipe(recipe, asdict(changes), given, calibration, scoring)
+    resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     width = WidthBudget.of(source.spec, budget)
     check_output(source, out, width.width, output, resume=scoring.resume)
     if given is not None:
         check_table(given, source)
-    elif chosen_recipe.criterion in DATA_FREE:
-        given = data_free_table(source, chosen_recipe.criterion, sampling.seed)
+    elif resolved.criterion in DATA_FREE:
+        given = data_free_table(source, resolved.criterion, sampling.seed)
     if given is not None and processes.rank > 0:
         return {}
     job = None
-    if given is None or chosen_recipe.refit:
-        assert calibration is not None, "which _recipe has checked"
-        job = _job(source, calibration, chosen_recipe, sampling, run, scoring, processes)
+    if given is None or resolved.refit:
+        criteria = () if resolved.criterion in DATA_FREE else (resolved.criterion,)
+        obs = resolved.select == "obs"
+        job = open_job(source, calibration, criteria, obs, sampling, run, scoring, processes)
     with ExitStack() as stack:
         table, batches = given, list[MicroBatch]()
         dense: ResidentModel | None = None
         if job is not None:
             dense, batches, table = _open_and_score(
-                stack, job, given, run, state_of(out), chosen_recipe.refit, progress
+                stack, job, given, run, state_of(out), resolved.refit, progress
             )
         assert table is not None
         if processes.rank > 0:
             return {}
         if given is None:
             stack.enter_context(saved_on_failure(table))
-        importance = table.importance(chosen_recipe.ranks_by, chosen_recipe.criterion)
-        dense = dense if chosen_recipe.refit else None
-        keep, chosen = allocation.choose(dense, batches, importance, width, chosen_recipe, progress)
+        importance = table.importance(resolved.ranks_by, resolved.criterion)
+        dense = dense if resolved.refit else None
+        keep, chosen = allocation.choose(dense, batches, importance, width, resolved, progress)
         replace = refit_stored(dense, batches, source, keep, progress) if dense else None
-        requested = {**budget.size, **asdict(chosen_recipe)}
+        requested = {**budget.size, **asdict(resolved)}
         requested |= {"round_to": budget.round_to, "protect": sorted(budget.protect)}
         record = {"requested": requested, "chosen": chosen, "provenance": table.provenance}
         achieved = prune_checkpoint(
@@ -135,7 +136,7 @@ def oneshot(
     if recipe == "default" and calibration is None:
         say("nothing was refitted; with --calibration as well it stays closer to the dense model")
     return {
-        "out": str(out), **achieved, **asdict(chosen_recipe), **chosen, "verified": output.verify,
+        "out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify,
     }  # fmt: skip
 
 
@@ -149,6 +150,8 @@ def _open_and_score(
     progress: bool,
 ) -> tuple[ResidentModel, list[MicroBatch], ImportanceTable]:
     """Load the weights and score, unless a table is given; the model stays open in `stack`."""
+    if needs_refit:
+        _warn_of_few_tokens(job)
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file if given is None else None, refit=needs_refit)
@@ -157,37 +160,13 @@ def _open_and_score(
     return model, job.data.split(plan.batch_size), table
 
 
-def _job(
-    source: ModelSource,
-    calibration: str | Path,
-    recipe: Recipe,
-    sampling: CalibrationOptions,
-    run: RunOptions,
-    scoring: ScoringOptions,
-    processes: Processes,
-) -> ScoringJob:
-    """Read the calibration and prepare the model to run."""
-    source, data = open_inputs(source, calibration, sampling, run, scoring, processes)
-    neurons = source.spec.intermediate_size
-    needed = _TOKENS_A_NEURON * neurons
-    if recipe.refit and data.tokens < needed:
-        say(
-            f"{data.tokens} calibration tokens are few to refit {neurons} neurons a layer; "
-            f"{needed} or more generalise better"
-        )
-    device = own_device(run.device, processes)
-    subject = loading.blueprint(source, dtype=run.dtype, device=device)
-    criteria = () if recipe.criterion in DATA_FREE else (recipe.criterion,)
-    obs = recipe.select == "obs"
-    return ScoringJob(subject, source.spec, data, criteria, obs, scoring, sampling.seed, processes)
-
-
 def _recipe(
     recipe: str | Recipe,
     changes: dict[str, Any],
     scores: ImportanceTable | None,
     calibration: str | Path | None,
     scoring: ScoringOptions,
+    processes: Processes,
 ) -> Recipe:
     """Return the recipe with its changes, if there is all that it needs."""
     scored = None if scores is None else (scores.criteria, "obs" in scores.statistics)
@@ -200,10 +179,17 @@ def _recipe(
     if resolved.refit and calibration is None:
         raise ArgumentError("--refit needs --calibration, the text to fit to")
     if scores is None and not data_free:
-        check_criteria(
-            (resolved.criterion,), resolved.select == "obs", scoring, launched(), "state"
-        )
+        check_criteria((resolved.criterion,), resolved.select == "obs", scoring, processes, "state")
     return resolved
+
+
+def _warn_of_few_tokens(job: ScoringJob) -> None:
+    tokens, neurons = job.data.tokens, job.spec.intermediate_size
+    if tokens < _TOKENS_A_NEURON * neurons:
+        say(
+            f"{tokens} calibration tokens are few to refit {neurons} neurons a layer; "
+            f"{_TOKENS_A_NEURON * neurons} or more generalise better"
+        )
 
 
 def check_output(

@@ -13,7 +13,7 @@ from torch import Tensor
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions, ScoringOptions, keyword_options
-from hfprune_fast.data.batches import TokenData, token_data
+from hfprune_fast.data.batches import token_data
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.engine.distributed import Processes, joined, launched, own_device
 from hfprune_fast.engine.layerwise import ResidentModel
@@ -68,41 +68,45 @@ def score(
     processes = launched() if distributed else Processes()
     criteria = (criterion,) if isinstance(criterion, str) else tuple(criterion)
     check_criteria(criteria, obs, scoring, processes, state_file)
-    subject: loading.Blueprint | ResidentModel
     if isinstance(model_or_path, str | Path | ModelSource):
-        source, data = open_inputs(
-            model_or_path, batches_or_source, calibration, run, scoring, processes
+        job = open_job(
+            model_or_path, batches_or_source, criteria, obs, calibration, run, scoring, processes
         )
-        device = own_device(run.device, processes)
-        subject = loading.blueprint(source, dtype=run.dtype, device=device)
-        spec = source.spec
     else:
         _check_loaded(run, batches_or_source, state_file)
-        subject, spec = ResidentModel(model_or_path), spec_of(model_or_path)
+        loaded, spec = ResidentModel(model_or_path), spec_of(model_or_path)
         data = token_data(batches_or_source, spec.vocab_size)
-    job = ScoringJob(subject, spec, data, criteria, obs, scoring, calibration.seed, processes)
-    with joined(subject.device, processes):
+        job = ScoringJob(loaded, spec, data, criteria, obs, scoring, calibration.seed, processes)
+    with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file)
-        with open_model(subject, plan.offload) as model:
+        with open_model(job.subject, plan.offload) as model:
             return job.run(model, plan, resume_file, progress)
 
 
-def open_inputs(
+def open_job(
     model: str | Path | ModelSource,
     batches_or_text: Any,
+    criteria: tuple[str, ...],
+    obs: bool,
     calibration: CalibrationOptions,
     run: RunOptions,
     scoring: ScoringOptions,
     processes: Processes,
-) -> tuple[ModelSource, TokenData]:
-    """Open a model by path and read its calibration; what can be refused is refused first."""
-    device = loading.torch_device(own_device(run.device, processes))
+) -> ScoringJob:
+    """Open a model by path and read its calibration; no weights are loaded yet."""
+    device = own_device(run.device, processes)
     # Refused now rather than after minutes of reading; float32 stands for what will be loaded.
-    backend_for(torch.empty(0, device=device), scoring.backend, scoring.parity)
+    like = torch.empty(0, device=loading.torch_device(device))
+    backend_for(like, scoring.backend, scoring.parity)
     source = open_source(model)
     if isinstance(batches_or_text, str | Path):
-        return source, calibrate(batches_or_text, source, calibration)
-    return source, token_data(batches_or_text, source.spec.vocab_size)
+        data = calibrate(batches_or_text, source, calibration)
+    else:
+        data = token_data(batches_or_text, source.spec.vocab_size)
+    blueprint = loading.blueprint(source, dtype=run.dtype, device=device)
+    return ScoringJob(
+        blueprint, source.spec, data, criteria, obs, scoring, calibration.seed, processes
+    )
 
 
 def _check_loaded(run: RunOptions, batches: Any, state_file: str | Path | None) -> None:
