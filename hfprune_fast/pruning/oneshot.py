@@ -135,9 +135,7 @@ def oneshot(
     state_of(out).unlink(missing_ok=True)
     if recipe == "default" and calibration is None:
         say("nothing was refitted; with --calibration as well it stays closer to the dense model")
-    return {
-        "out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify,
-    }  # fmt: skip
+    return {"out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify}
 
 
 def _open_and_score(
