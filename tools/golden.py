@@ -3,9 +3,8 @@
     python tools/golden.py --out before.json demo path/to/model:path/to/text.txt
     python tools/golden.py --compare before.json after.json --rename mask=fisher_mask
 
-Every case of CASES runs in a process of its own, with public flags only, on the CPU, on one thread
-and within a fixed memory budget, so that runs of the same code on one machine give the same record:
-tensors, files and lists of kept neurons as sha256, JSON documents as they are.
+Each case runs with public flags only, on one CPU thread and within a fixed memory budget, so that
+the same code gives the same record: tensors and files as sha256, JSON documents as they are.
 """
 
 import argparse
@@ -29,7 +28,9 @@ DATA = "--device cpu --memory-budget 4GiB --seq-len 64 --samples 8 --dtype float
 FITTED = f"--calibration {{text}} {DATA}"
 SCORE = f"score {{model}} --out {{out}} {FITTED} --batch-size 2"
 SEVERAL = f"{SCORE} --criterion fisher --criterion entropy --criterion cross_entropy --obs"
-PRUNE = "prune {model} --out {out} --prune-ratio 0.25"
+WRITE = "prune {model} --out {out}"
+PRUNE = f"{WRITE} --prune-ratio 0.25"
+SHARDED = f"{PRUNE} --max-shard-size 1MB"
 REUSE = f"{PRUNE} --scores {{score}}"
 
 
@@ -60,14 +61,8 @@ CASES = (
     Case("scores-calibrated", f"{REUSE} {FITTED}"),
     Case("padded", f"{REUSE} --allocation global --layout padded --criterion entropy --protect 0"),
     Case("custom", f"{REUSE} --allocation global --layout custom --statistic l2 --min-keep 0.6"),
-    Case(
-        "magnitude", "prune {model} --out {out} --criterion magnitude --param-ratio 0.1", once=True
-    ),
-    Case(
-        "random",
-        f"{PRUNE} --criterion random --seed 3 --round-to 8 --max-shard-size 1MB",
-        once=True,
-    ),
+    Case("magnitude", f"{WRITE} --criterion magnitude --param-ratio 0.1", once=True),
+    Case("random", f"{SHARDED} --criterion random --seed 3 --round-to 8", once=True),
     Case("evaluate", f"evaluate {{model}} {{default}} --text {{text}} {DATA}"),
     Case("plan", f"plan {{model}} --prune-ratio 0.25 {DATA}"),
 )
@@ -192,8 +187,7 @@ def main() -> int:
         parser.error("give --out FILE and models, or --compare OLD NEW")
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("HFPRUNE_BACKEND", None)
-    # A shell makes background jobs, and so their children, ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else background jobs ignore it
     print(f"recording {importlib.util.find_spec('hfprune_fast')}", file=sys.stderr)
     with ThreadPoolExecutor(args.jobs) as pool:
         parts = pool.map(lambda m: run_model(m, m == args.models[0], args.only), args.models)
