@@ -63,7 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [
             pytest.param(spec, name, id=f"{spec}, {name}")
             for spec in module.specs(metafunc.config.getoption("scale"))
-            for name in module.CASES[spec.op].providers_of(spec)
+            for name in module.CASES[spec.op].PROVIDERS
         ]
         metafunc.parametrize(("case", "provider"), pairs, indirect=["case"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import report_text as text
-from records import Result, Row
+from records import Result
 
 LEFT_OUT = ("quartiles", "rounds", "GB/s", "GFLOP/s", "times the first's")
 
@@ -31,16 +31,4 @@ def report(result: Result) -> str:
     lines += ["", *text.rows_table(rows, names)] if rows else []
     late = sum(row.get("skipped") == "out of time" for row in result["rows"])
     lines += ["", f"{late} rows had no time left."] if late else []
-    for name, found in result["phases"].get("tune", {}).get("tuned", {}).items():
-        lines += ["", f"{name}, best first (* is in use):", "", *_tuned(found)]
     return "\n".join(lines) + "\n"
-
-
-def _tuned(found: list[Row]) -> list[str]:
-    timed = [row for row in found if "median_ms" in row]
-    rows = [["", *found[0]["config"], "median ms"]]
-    for i, row in enumerate(timed, 1):
-        if i <= 8 or row["current"]:
-            mark = f"{'*' if row['current'] else ''}{i}"
-            rows.append([mark, *map(str, row["config"].values()), f"{row['median_ms']:.3f}"])
-    return [*text.table(rows), "", f"{len(found) - len(timed)} of {len(found)} not timed"]

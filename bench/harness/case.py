@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from meter import DEVICE, GPU, Evictor, alternated_ms, clock_s, peak_bytes, rounds_for
+from meter import DEVICE, GPU, Call, Evictor, alternated_ms, clock_s, peak_bytes, rounds_for
 from records import Row, row
 from shapes import Spec
 from torch import Tensor
@@ -77,19 +77,12 @@ class Case(ABC):
 
     def floor(self) -> None:
         """Copy as many bytes; cases of matrix products have their own floor."""
-        source, target = self._copied
-        target.copy_(source)
+        self._copied[1].copy_(self._copied[0])
 
     @cached_property
     def _copied(self) -> tuple[Tensor, Tensor]:
         source = torch.rand(self.bytes_moved // 8, device=DEVICE)  # zeros may be compressed
         return source, torch.empty_like(source)
-
-    @classmethod
-    def providers_of(cls, spec: Spec) -> list[str]:
-        """Return who is measured; in a series of sizes only those whose growth is of interest."""
-        in_series = ("ours", "HFPrune", "eager", "Liger", "Cut")
-        return [n for n in cls.PROVIDERS if not spec.sweep or n.startswith(in_series)]
 
     @abstractmethod
     def truth(self, computes: str) -> Results:
@@ -103,29 +96,23 @@ class Case(ABC):
         """Return the part of a provider's results that truth and plain have."""
         return results
 
-    def judged(self, computes: str) -> tuple[Results, dict[str, float]]:
-        """Return the truth, and twice the error of plain torch in each part of a result."""
-        if computes not in self._judged:
-            truth, plain = self.truth(computes), self.plain(computes)
-            allowed = {name: 2 * error_of(plain[name], truth[name]) for name in truth}
-            self._judged[computes] = truth, allowed
-        return self._judged[computes]
-
     def rounding(self, result: Tensor) -> float:
-        """Return what a result's own dtype explains: four roundings, and those of an fp32 sum.
-
-        Of n terms one after the other, whose roundings are of either sign: √n of them.
+        """Return what a result's own dtype explains: four roundings, and those of an fp32 sum of n
+        terms one after the other, which are of either sign: √n of them.
         """
-        own, fp32, inner = (
-            torch.finfo(dtype).eps / 2 for dtype in (result.dtype, torch.float32, self.inner_dtype)
-        )
-        return 4 * max(own, inner) + 4 * self.summed**0.5 * fp32
+        own, inner = (torch.finfo(dtype).eps / 2 for dtype in (result.dtype, self.inner_dtype))
+        return 4 * max(own, inner) + 2 * self.summed**0.5 * torch.finfo(torch.float32).eps
 
     def check(
         self, provider: Provider, results: Results, *, complete: bool = False
     ) -> tuple[float, float]:
         """Return the error closest to what is allowed, and that; raise WrongError beyond it."""
-        truth, allowed = self.judged(provider.computes or self.computes)
+        computes = provider.computes or self.computes
+        if computes not in self._judged:  # the truth, and twice the error of plain torch
+            truth, plain = self.truth(computes), self.plain(computes)
+            allowed = {name: 2 * error_of(plain[name], truth[name]) for name in truth}
+            self._judged[computes] = truth, allowed
+        truth, allowed = self._judged[computes]
         unlike = results.keys() != truth.keys() if complete else results.keys() - truth.keys()
         if not results or unlike:
             raise WrongError(f"returned {sorted(results)}, not {sorted(truth)}")
@@ -226,11 +213,7 @@ def told(error: Exception) -> str:
 
 
 def by_fixture(
-    benchmark: Any,
-    call: Callable[[], object],
-    floor: Callable[[], object],
-    ready: Callable[[], object],
-    rounds: int,
+    benchmark: Any, call: Call, floor: Call, ready: Call, rounds: int
 ) -> tuple[list[float], list[float]]:
     """Do as alternated_ms by the fixture's clock: the setup of each round times the floor."""
     floors_ms = []

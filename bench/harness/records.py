@@ -13,7 +13,6 @@ A row is one provider of one operation at one shape:
     sizes      {"T": 256, "D": 4096, "V": 32000}; of models their params too
     provider   "ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile", ...
     computes   "entropy", or "cross entropy" for the peers that compute nothing else
-    sweep      the size that a series of rows varies: "T", "V", "model"; absent elsewhere
 
 and either `skipped` or `failed`, a reason in a line, or all of these that apply:
 
@@ -24,7 +23,6 @@ and either `skipped` or `failed`, a reason in a line, or all of these that apply
     bytes, gb_per_s, flops, gflop_per_s
                                     what any provider must do, and the rate of this one
     peak_bytes, mapped_bytes        memory beside the inputs; mapped pages of files beside that
-    others_cores                    cores that other processes kept busy meanwhile
     times_first, kept_overlap       of whole jobs: time / ours; share of kept neurons in common
     error, error_allowed            relative to the result's norm, checked before the timing
     kernels, verdict, ...           on a GPU; see bench/gpu
@@ -90,8 +88,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def key(found: Row) -> tuple[Any, ...]:
     """Return what identifies a row, in any file."""
-    sizes = tuple(sorted(found["sizes"].items()))
-    return *(found[k] for k in KEY if k != "sizes"), sizes, found.get("sweep")
+    return *(found[k] for k in KEY if k != "sizes"), tuple(sorted(found["sizes"].items()))
 
 
 def described() -> Result:
@@ -116,13 +113,11 @@ def described() -> Result:
 
 def write(result: Result, folder: Path, suffix: str = "") -> Path:
     """Write a result under its name, <machine>-<date>.json, a row a line; return the path."""
-    name = f"{result['machine']['name']}-{result['date'][:10]}{suffix}.json"
+    path = folder / f"{result['machine']['name']}-{result['date'][:10]}{suffix}.json"
     head = {k: v for k, v in result.items() if k != "rows"}
     rows = ",\n".join(f"  {json.dumps(rounded(r))}" for r in result["rows"])
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
-    assert json.loads(text)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
 

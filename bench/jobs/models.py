@@ -77,6 +77,7 @@ def random_model(
     shape: Shape, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Return a model made where it will run; its rotary tables are fp32, as always."""
+    torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             shape.config(shape.layers, dtype), dtype=dtype

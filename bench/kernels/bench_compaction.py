@@ -2,21 +2,18 @@
 
     .venv/bin/pytest bench/kernels/bench_compaction.py --small
 
-A fifth of the rows or columns is dropped. The floor is a memcpy of the kept bytes by two threads,
-or `cp` of the pruned files and a sync. Peak memory is what torch allocates: the scratch of the C++
-extension, half a megabyte, and numpy's own are not in it. HFPRUNE_BENCH_BYTES is the size of the
-checkpoint.
+A fifth of the rows or columns is dropped. The floor is a copy of the kept bytes, or `cp` of the
+pruned files and a sync. Peak memory is what torch allocates: the scratch of the C++ extension, half
+a megabyte, and numpy's own are not in it. HFPRUNE_BENCH_BYTES is the size of the checkpoint.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Provider, Results, WrongError, by_fixture
+from meter import PeakMemory
 from models import Shape, into_page_cache, write_checkpoint
-from process_meters import PeakMemory
 from records import row
 from safetensors import safe_open
 from shapes import Spec, of_models
@@ -35,29 +32,10 @@ from torch import Tensor
 import hfprune_fast
 from hfprune_fast.checkpoint import native
 
-THREADS, KEPT = min(2, len(os.sched_getaffinity(0))), 0.8
+KEPT = 0.8
 BYTES = {"full": 2_000_000_000, "small": 1_000_000_000, "tiny": 0}
 SHAPE = Shape(2048, 8192, 0, 32, 8, 32000)
 TINY = Shape(32, 48, 0, 4, 2, 500)
-
-# A thread a core: the scheduler often wakes both on the same one, where they take twice as long.
-_pools = [
-    ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, {core}))
-    for core in sorted(os.sched_getaffinity(0))[:THREADS]
-]
-_memcpy = ctypes.CDLL(None).memcpy  # a call through ctypes releases the GIL
-_memcpy.argtypes, _memcpy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
-
-
-def memcpy(out: Tensor, source: Tensor, threads: int = THREADS) -> Tensor:
-    """Copy contiguous bytes, each thread a part of them."""
-    parts = (tensor.view(-1).chunk(threads) for tensor in (out, source))
-    copies = [
-        pool.submit(_memcpy, to.data_ptr(), part.data_ptr(), part.nbytes)
-        for pool, to, part in zip(_pools[:threads], *parts, strict=True)
-    ]
-    assert not any(copy.result() for copy in copies)
-    return out
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -73,7 +51,6 @@ class Weight(Case):
     """A weight on the host, what is kept of it, and buffers whose pages have all been touched."""
 
     computes = "bytes"
-    floor_name = "memcpy"
     most_rounds = 15
     axis = 0
 
@@ -98,7 +75,7 @@ class Weight(Case):
         time.sleep(0.03)  # torch's threads wait for more by spinning, on a core of the next call
 
     def floor(self) -> None:
-        memcpy(self.out, self.want)
+        self.out.copy_(self.want)
 
     def truth(self, computes: str) -> Results:
         return {"kept": self.want}
@@ -133,7 +110,6 @@ Weight.PROVIDERS = {
     # With its default mode, "raise", take() makes a copy of out.
     "numpy.take, out=": by(lambda w: np.take(w.weight_np, w.keep, w.axis, w.out_np, mode="clip")),
     "numpy.compress, out=": by(lambda w: np.compress(w.mask_np, w.weight_np, w.axis, w.out_np)),
-    "memcpy, 1 thread": by(lambda w: memcpy(w.out, w.want, threads=1)),
 }
 CASES = {"compact_rows": Weight, "compact_columns": Columns}
 
@@ -199,5 +175,5 @@ def test_prune_checkpoint(
     report(row(
         identity, times_ms, floors_ms, floor="cp", error=0.0, error_allowed=0.0,
         bytes_moved=2 * sum(path.stat().st_size for path in pruned.iterdir()),
-        peak_bytes=memory.anon_bytes, mapped_bytes=memory.file_bytes,
+        **memory.fields,
     ))  # fmt: skip

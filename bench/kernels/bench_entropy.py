@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hfprune_fast.kernels import softmax_entropy, softmax_entropy_grad_
-from hfprune_fast.kernels._rows import Criterion, judge_rows
+from hfprune_fast.kernels._criterion import Criterion
+from hfprune_fast.kernels._rows import rows_loss_and_grad
 
 
 def eager_entropy(logits: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class RowCrossEntropy(RowGrad):
         return {"loss": self.judge(backend, self.labels), "d_logits": self.buffer}
 
     def judge(self, backend: str, keys: Tensor | None) -> Tensor:
-        return judge_rows(
+        return rows_loss_and_grad(
             self.buffer, self.row_scale, self.buffer, Criterion(self.computes, keys),
             softcap=None, logit_scale=1.0, backend=backend,
         )  # fmt: skip

@@ -161,16 +161,6 @@ CASES = {"linear_entropy": Head}
 def specs(scale: str) -> Iterator[Spec]:
     small = ("Llama-2-7B", "Qwen3-0.6B")
     yield from of_models("linear_entropy", scale, "TDV", small_tokens=128, small=small)
-    fixed = {
-        "full": {"T": 8192, "D": 4096, "V": 128256},
-        "small": {"T": 256, "D": 512, "V": 32000},
-        "tiny": {"T": 16, "D": 8, "V": 200},
-    }[scale]
-    series = {"T": (0.25, 0.5, 1, 2), "V": (0.25, 1, 4)} if scale != "tiny" else {"T": (1,)}
-    for letter, factors in series.items():
-        for factor in factors:
-            sizes = fixed | {letter: int(factor * fixed[letter])}
-            yield Spec("linear_entropy", "", "bfloat16", sizes, sweep=letter)
 
 
 def test_linear_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:

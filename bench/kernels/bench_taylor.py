@@ -5,7 +5,7 @@
     gated_taylor        (B, S, F) grad, gate, up -> d_gate, d_up, statistics    5 numbers an element
     taylor_statistics   (B, S, F) grad, act      -> statistics                  2
 
-Statistics are l1 Σ|x|, l2 Σx², mask Σ_seq (Σ_t x)² and act Σa², with x = grad · act; HFPrune's
+Statistics are l1 Σ|x|, l2 Σx², fisher_mask Σ_seq (Σ_t x)² and act Σa², with x = grad · act; HFPrune's
 arithmetic makes l1 alone, rounded to the dtype. The floor is a copy of as many bytes.
 """
 
@@ -31,7 +31,7 @@ def eager_statistics(grad: Tensor, act: Tensor) -> Results:
     return {
         "l1": x.abs().sum((0, 1)),
         "l2": x.square().sum((0, 1)),
-        "mask": x.sum(1).square().sum(0),
+        "fisher_mask": x.sum(1).square().sum(0),
         "act": a.square().sum((0, 1)),
     }
 
@@ -41,7 +41,7 @@ def fp64_statistics(grad: Tensor, act: Tensor) -> Results:
     return {
         "l1": x.abs().sum((0, 1)),
         "l2": (x * x).sum((0, 1)),
-        "mask": (x.sum(1) ** 2).sum(0),
+        "fisher_mask": (x.sum(1) ** 2).sum(0),
         "act": (act * act).sum((0, 1)),
     }
 
