@@ -31,8 +31,9 @@ from fidelity_tables import FOLDER, read
 from fidelity_variants import QUICK, VARIANTS, Variant, variant_of
 from records import ResultError, described, rounded
 
-from hfprune_fast.checkpoint import folder
-from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import CalibrationOptions
+from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import ArgumentError, HFPruneError
 
@@ -47,21 +48,22 @@ SHARED_RUN = 48
 
 def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
-    folder = folder.find_model(args.model)
+    source = open_source(args.model)
     check_texts(args.calibration, args.text)
-    subject = Subject(folder, args.text, args.seq_len, args.eval_samples)
-    drawn = {
-        seed: windows_for(folder, args.calibration, args.seq_len, args.samples, seed)
-        for seed in args.seeds
-    }
-    for ids in drawn.values():
-        check_windows(ids, subject.ids)
+
+    def windows(text: str, samples: int, seed: int) -> TokenData:
+        return calibrate(text, source, CalibrationOptions(samples, args.seq_len, seed))
+
+    held_out = windows(args.text, args.eval_samples, 0)
+    drawn = {seed: windows(args.calibration, args.samples, seed) for seed in args.seeds}
+    for data in drawn.values():
+        check_windows(data.batches[0].ids, held_out.batches[0].ids)
     header = {
-        "model": args.name or folder.display_name(args.model).rpartition("/")[2],
-        "model_type": subject.size.model_type,
-        "params": subject.size.total_params,
-        "calibration": {"samples": len(drawn[args.seeds[0]]), "seq_len": args.seq_len},
-        "evaluation": {"samples": len(subject.ids), "seq_len": args.seq_len},
+        "model": args.name or source.name.rpartition("/")[2],
+        "model_type": source.spec.model_type,
+        "params": source.spec.total_params,
+        "calibration": {"samples": drawn[args.seeds[0]].sequences, "seq_len": args.seq_len},
+        "evaluation": {"samples": held_out.sequences, "seq_len": args.seq_len},
         "texts": [Path(args.calibration).name, Path(args.text).name],
         **described(),
     }
@@ -76,11 +78,12 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     ]
     if remaining:
         _append(file, header)
-    begun, seeds = time.monotonic(), {}
+        subject, scored = Subject(source, held_out), None
+    begun = time.monotonic()
     for i, (seed, variant, ratios) in enumerate(remaining, 1):
-        if seed not in seeds:
-            seeds = {seed: Seed(subject, drawn[seed], seed)}
-        for row in seeds[seed].rows(variant, ratios):
+        if scored is None or scored.seed != seed:
+            scored = Seed(subject, drawn[seed], seed)
+        for row in scored.rows(variant, ratios):
             _append(file, row)
         minutes = (time.monotonic() - begun) / 60
         left = minutes * (len(remaining) - i) / i
@@ -101,19 +104,19 @@ def check_texts(calibration: str | Path, text: str | Path) -> None:
 
 def check_windows(calibration: Tensor, held_out: Tensor) -> None:
     """Refuse held-out windows that have a long run of tokens in common with calibration."""
-    seen = {run for window in calibration for run in _runs(window)}
-    sharing = sum(any(run in seen for run in _runs(window)) for window in held_out)
+    length = min(SHARED_RUN, calibration.shape[1])
+
+    def runs(windows: Tensor) -> list[set[bytes]]:
+        parts = windows.unfold(1, length, 1).numpy()
+        return [{part.tobytes() for part in window} for window in parts]
+
+    seen = set().union(*runs(calibration))
+    sharing = sum(not seen.isdisjoint(window) for window in runs(held_out))
     if sharing:
         raise ArgumentError(
             f"{sharing} of {len(held_out)} held-out windows have {SHARED_RUN} tokens in a row in "
             "common with calibration windows; give texts of different documents"
         )
-
-
-def _runs(window: Tensor) -> list[bytes]:
-    ids = window.numpy()
-    length = min(SHARED_RUN, len(ids))
-    return [ids[i : i + length].tobytes() for i in range(len(ids) - length + 1)]
 
 
 def _done(file: Path, header: dict[str, Any]) -> set[Key]:

@@ -100,15 +100,18 @@ def markdown(
 def _shown(rows: list[Row]) -> list[Row]:
     """Return the rows of an operation that the page has.
 
-    Of models' shapes two, in bfloat16 if there are any; of a series of models the largest.
+    Of known shapes two, in bfloat16 if there are any; of other whole models the largest of a dtype.
     """
-    rows = [row for row in rows if "skipped" not in row and row.get("sweep") in (None, "model")]
-    series = [row["sizes"]["params"] for row in rows if row.get("sweep")]
-    others = [row for row in rows if not row["model"]]
-    others = [r for r in others if not r.get("sweep") or r["sizes"]["params"] == max(series)]
+    rows = [row for row in rows if "skipped" not in row]
+    others = [row for row in rows if not row["model"] and "L" in row["sizes"]]
+
+    def is_largest(row: Row) -> bool:
+        alike = [r["sizes"].get("params", 0) for r in others if r["dtype"] == row["dtype"]]
+        return bool(row["sizes"].get("params", 0) == max(alike))
+
+    others = [row for row in others if is_largest(row)]
     named = [row for row in rows if row["model"]]
-    dtypes = {row["dtype"] for row in named}
-    dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
+    dtype = "bfloat16" if "bfloat16" in {row["dtype"] for row in named} else "float32"
     named = [row for row in named if row["dtype"] == dtype]
     models = sorted({row["model"] for row in named}, key=lambda m: (*MODELS, m).index(m))[:2]
     return [row for model in models for row in named if row["model"] == model] + others
@@ -126,7 +129,7 @@ def _beside_ours(rows: Iterable[Row], device: str) -> list[Row]:
             for name, field in (("times_ours", "ms"), ("memory_ours", "peak_bytes")):
                 if row["provider"] != ours.get("provider") and row.get(field) and ours.get(field):
                     row[name] = row[field] / ours[field]
-            if "times_ours" in row and "times_first" in row:
-                row["times_ours"] = row["times_first"]  # whole jobs are timed in turn
+            if "times_ours" in row:  # whole jobs are timed in turn
+                row["times_ours"] = row.get("times_first", row["times_ours"])
             found.append(row)
     return found

@@ -111,7 +111,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "extrapolated": lambda row: "".join(
         f"{layers} layers: {number(s)} s" for layers, s in row.get("extrapolated_s", {}).items()
     ),
-    "others' cores": lambda row: number(row.get("others_cores")),
     "error (allowed)": lambda row: _error(row) if "error" in row else "",
     "verdict": lambda row: row.get("verdict", ""),
 }
