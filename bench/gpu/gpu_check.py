@@ -44,8 +44,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
-from gpu_report import report
 from records import RESULTS, ROOT, Result, ResultError, described, key, read, write
+from report import markdown
 
 # Seconds a phase may take; build, compile, correctness and timing are under 8 minutes together.
 LIMITS_S = {
@@ -148,6 +148,19 @@ def joined(before: Result | None, result: Result) -> Result:
     ceilings = result["ceilings"] or before.get("ceilings", [])
     found = {**before, **result, "phases": phases, "rows": list(rows.values())}
     return {**found, "ceilings": ceilings}
+
+
+def report(result: Result) -> str:
+    """Return what became of the phases and tests, and all rows."""
+    lines = ["A rehearsal: its numbers mean nothing.", ""] if result["rehearsal"] else []
+    for name, phase in result["phases"].items():
+        lines.append(f"- {name}: {phase['error'] or 'ok'} ({phase['seconds']:.0f} s)")
+        lines += [f"  - skipped: {reason}" for reason in phase.get("skipped", ())]
+    if counts := result.get("correctness"):
+        told = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
+        lines += [f"- tests: {told}"]
+        lines += [f"  - {line}" for line in (*counts["failures"][:10], *counts["skips"][:3])]
+    return "\n".join(lines) + "\n\n" + markdown(result)
 
 
 class Run:

@@ -17,7 +17,7 @@ from records import Row
 from torch import Tensor
 
 from hfprune_fast.data.batches import micro_batch
-from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
+from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.planner import Plan
 from hfprune_fast.scoring import run
 from hfprune_fast.scoring.passes import PassOptions
@@ -95,9 +95,7 @@ def verdict(missed: dict[str, bool]) -> str:
     return "; ".join(text for text, yes in missed.items() if yes) or "pass"
 
 
-def l1_scores(
-    model: ResidentModel, ids: Tensor, plan: Plan, on_progress: OnProgress = no_progress, **how: Any
-) -> Tensor:
+def l1_scores(model: ResidentModel, ids: Tensor, plan: Plan, **how: Any) -> Tensor:
     """Score an entered model as planned; return l1 (L, F).
 
     Out of memory is an error here, where otherwise another variant would be timed unseen.
@@ -113,7 +111,7 @@ def l1_scores(
 
     batches = micro_batch(ids, model.vocab).split(plan.batch_size)
     with mock.patch.object(run, "say", refuse):
-        return run.score_batches(model, batches, options, on_progress=on_progress).statistics[0, 0]
+        return run.score_batches(model, batches, options).statistics[0, 0]
 
 
 def relative_errors(got: Tensor, want: Tensor) -> Tensor:

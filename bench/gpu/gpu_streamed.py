@@ -1,7 +1,7 @@
 """Time the scoring of a model that does not fit: its layers are read from the disk or from RAM.
 
 The model has Llama-3-70B's shape but fewer layers, as many as the disk holds and the time allows,
-12 at most; the seconds of 80 layers are extrapolated from those of one. torch is limited to 24 GB
+12 at most; the seconds of 80 layers are extrapolated by their FLOPs. torch is limited to 24 GB
 of the GPU. The first pass of each size is checked against the same model resident, before that
 limit is set: a layer that ran before its weights were there would show. It also pins memory, so it
 is not counted. Files are in the system's cache.
@@ -15,7 +15,6 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gpu_phase
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.config import RunOptions
+from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.engine.planner import Plan, plan_run
 from hfprune_fast.engine.streaming import open_model
@@ -55,44 +55,11 @@ def executed_flops(layers: int, tokens: int) -> int:
     return 2 * tokens * (forward + again + backward + 2 * SHAPE.head_params)
 
 
-class Marks:
-    """When each micro-batch was done in each layer, on the device's clock; an `on_progress`.
-
-    It is called as a pass begins, and then for each micro-batch in the first layer, in the second
-    and so on, in the head, and, backward, in the last layer, in the one before and so on.
-    """
-
-    def __init__(self) -> None:
-        self.marks: list[Any] = []
-
-    def __call__(self, tokens: float) -> None:
-        self.marks.append(torch.cuda.Event(enable_timing=True) if GPU else time.perf_counter())
-        if GPU:
-            self.marks[-1].record()
-
-    def parts(self, layers: int) -> dict[str, float]:
-        """Return seconds of a pass's parts; those of a layer leave out the first, which differs."""
-        begin, *marks = self.marks
-        at = [begin.elapsed_time(m) / 1e3 if GPU else m - begin for m in marks]
-        batches, rest = divmod(len(at), 2 * layers + 1)
-        assert rest == 0
-        first, forward, head, but_first = (
-            at[n * batches - 1] for n in (1, layers, layers + 1, 2 * layers)
-        )
-        return {
-            "forward_s": forward,
-            "head_s": head - forward,
-            "backward_s": at[-1] - head,
-            "layer_forward_s": (forward - first) / (layers - 1),
-            "layer_backward_s": (but_first - head) / (layers - 1),
-        }
-
-
 class Streamed:
     """The checkpoint, and what the resident model makes of it."""
 
     def __init__(self, folder: Path, layers: int) -> None:
-        self.folder, self.layers = folder, layers
+        self.folder, self.layers, self.shape = folder, layers, replace(SHAPE, layers=layers)
         self.ids = random_ids(max(PASS_SEQUENCES), SEQ_LEN, SHAPE.vocab)
         self.wanted = {n: self.resident_l1(self.plan("none", n), n) for n in PASS_SEQUENCES}
         # What two runs of the same arithmetic may differ by: twice what micro-batches of half the
@@ -113,9 +80,9 @@ class Streamed:
         with open_model(loading.blueprint(self.folder), "none") as model:
             return self.l1(model, plan, sequences).cpu()
 
-    def l1(self, model: Any, plan: Plan, sequences: int, **on_progress: Any) -> Tensor:
+    def l1(self, model: ResidentModel, plan: Plan, sequences: int) -> Tensor:
         return l1_scores(
-            model, self.ids[:sequences], plan, **on_progress, recompute=True,
+            model, self.ids[:sequences], plan, recompute=True,
             inputs_on_host=plan.inputs_on_host, pass_tokens=sequences * SEQ_LEN,
         )  # fmt: skip
 
@@ -128,44 +95,41 @@ class Streamed:
                     phase.skip(f"{name}: out of time")
                     continue
                 plan = self.plan(offload, sequences)
-                passes: list[dict[str, float]] = []
+                passes_s: list[float] = []
                 error: dict[str, float] = {}
                 if GPU:
                     torch.cuda.reset_peak_memory_stats()
-                while len(passes) < 2 or (len(passes) < PASSES and time.monotonic() < deadline):
-                    marks, begin = Marks(), clock_s()
-                    found = self.l1(model, plan, sequences, on_progress=marks)
-                    passes.append({"s": clock_s() - begin, **marks.parts(self.layers)})
-                    phase.note(f"{name}: {passes[-1]['s']:.2f} s")
+                while len(passes_s) < 2 or (len(passes_s) < PASSES and time.monotonic() < deadline):
+                    begin = clock_s()
+                    found = self.l1(model, plan, sequences)
+                    passes_s.append(clock_s() - begin)
+                    phase.note(f"{name}: {passes_s[-1]:.2f} s")
                     error = error or checked(
                         name, relative_errors(found, self.wanted[sequences]), self.band
                     )
                 rate = phase.result["products_tflops"] * 1e12
-                phase.rows.append(self.row_of(offload, plan, passes, sequences, rate) | error)
+                phase.rows.append(self.row_of(offload, plan, passes_s, sequences, rate) | error)
 
     def row_of(
-        self, offload: str, plan: Plan, passes: list[dict[str, float]], sequences: int, rate: float
+        self, offload: str, plan: Plan, passes_s: list[float], sequences: int, rate: float
     ) -> Row:
         """Return a row of the layers that ran, and what a model of all layers would take."""
         tokens = sequences * SEQ_LEN
         identity = {
             "op": "score", "model": "", "dtype": "bfloat16", "computes": "entropy",
-            "sizes": {"T": tokens, **SHAPE.sizes, "L": self.layers},
+            "sizes": {"T": tokens, **self.shape.sizes},
             "provider": f"ours, offload={offload}",
         }  # fmt: skip
-        median = {k: statistics.median(a_pass[k] for a_pass in passes[1:]) for k in passes[0]}
-        flops = replace(SHAPE, layers=self.layers).needed_flops(tokens)
-        times_ms = [1e3 * a_pass["s"] for a_pass in passes[1:]]
+        times_ms, flops = [1e3 * s for s in passes_s[1:]], self.shape.needed_flops(tokens)
+        median_s, needed = statistics.median(passes_s[1:]), executed_flops(self.layers, tokens)
         peak, reserved = (
             (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if GPU else (0, 0)
         )
-        layer_s = median["layer_forward_s"] + median["layer_backward_s"]
-        whole_s = median["s"] + (SHAPE.layers - self.layers) * layer_s
-        executed = 100 * executed_flops(self.layers, tokens) / median["s"] / rate
+        whole_s = median_s * executed_flops(SHAPE.layers, tokens) / needed
+        executed = 100 * needed / median_s / rate
         return row(
             identity, times_ms, len(times_ms) * [1e3 * flops / rate], floor="products",
-            flops=flops, peak_bytes=peak, passes=passes, planned_bytes=plan.total_bytes,
-            **{name: seconds for name, seconds in median.items() if name != "s"},
+            flops=flops, peak_bytes=peak, passes_s=passes_s, planned_bytes=plan.total_bytes,
             **({"planned_ratio": plan.total_bytes / peak} if peak else {}),
             executed_percent=executed, extrapolated_s={str(SHAPE.layers): whole_s},
             verdict=gpu_phase.verdict({
@@ -189,10 +153,8 @@ def main() -> None:
         phase.skip(f"{least / 1e9:.0f} GB of disk needed, {free / 1e9:.0f} GB free")
         return
     phase.note("the checkpoint")
-    layers = write_checkpoint(
-        folder, SHAPE, most_layers=MOST_LAYERS, deadline=time.monotonic() + WRITE_SECONDS,
-        spare_bytes=SPARE_BYTES, device=DEVICE,
-    )  # fmt: skip
+    until = time.monotonic() + WRITE_SECONDS
+    layers = write_checkpoint(folder, SHAPE, MOST_LAYERS, until, SPARE_BYTES, DEVICE)
     phase.note("the scores of the resident model")
     streamed = Streamed(folder, layers)
     if GPU:

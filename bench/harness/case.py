@@ -49,6 +49,7 @@ class Case(ABC):
     """An operation's inputs at one shape, and what results and times are compared with."""
 
     PROVIDERS: ClassVar[dict[str, Provider]]
+    EAGER: ClassVar[dict[str, Callable[..., Any]]]  # plain torch, for what each computes
     computes: ClassVar[str] = "entropy"
     floor_name: ClassVar[str] = "copy"
     bytes_moved: int = 0  # by any provider that reads its input once and writes its output once
@@ -66,6 +67,9 @@ class Case(ABC):
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         made = torch.empty(shape, dtype=self.dtype, device=DEVICE)
         return made.normal_(std=std, generator=self.generator)
+
+    def integers(self, count: int, below: int) -> Tensor:
+        return torch.randint(below, (count,), device=DEVICE, generator=self.generator)
 
     def refill(self) -> None:  # noqa: B027 - most providers leave their input as it was
         """Restore what a call overwrote."""
@@ -89,11 +93,11 @@ class Case(ABC):
         """Return the result in fp64, written plainly; of per-row results those of `spread_rows`."""
 
     @abstractmethod
-    def plain(self, computes: str) -> Results:
-        """Return the same by plain torch in the case's dtype."""
+    def run(self, function: Callable[..., Any]) -> Results:
+        """Return what a function of EAGER, or a peer like it, makes of the inputs."""
 
     def sampled(self, results: Results) -> Results:
-        """Return the part of a provider's results that truth and plain have."""
+        """Return the part of a provider's results that the truth has."""
         return results
 
     def rounding(self, result: Tensor) -> float:
@@ -109,7 +113,7 @@ class Case(ABC):
         """Return the error closest to what is allowed, and that; raise WrongError beyond it."""
         computes = provider.computes or self.computes
         if computes not in self._judged:  # the truth, and twice the error of plain torch
-            truth, plain = self.truth(computes), self.plain(computes)
+            truth, plain = self.truth(computes), self.sampled(self.run(self.EAGER[computes]))
             allowed = {name: 2 * error_of(plain[name], truth[name]) for name in truth}
             self._judged[computes] = truth, allowed
         truth, allowed = self._judged[computes]
@@ -163,13 +167,14 @@ def ours(function: Callable[[Any, str], Results], backend: str) -> Provider:
 
 
 def providers(
-    own: Callable[[Any, str], Results], reference: Callable[..., Any], eager: Callable[..., Any]
+    own: Callable[[Any, str], Results], eager: Callable[..., Any], reference: Any
 ) -> dict[str, Provider]:
     """Return the usual providers: own(case, backend), and others by `case.run(function)`."""
+    made = {"HFPrune's arithmetic": by(lambda case: case.run(reference))} if reference else {}
     return {
         "ours, torch": ours(own, "torch"),
         "ours, triton": ours(own, "triton"),
-        "HFPrune's arithmetic": by(lambda case: case.run(reference)),
+        **made,
         "eager": by(lambda case: case.run(eager)),
         "torch.compile": Provider(lambda case: partial(case.run, compiled(eager))),
     }

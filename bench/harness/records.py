@@ -25,7 +25,7 @@ and either `skipped` or `failed`, a reason in a line, or all of these that apply
     peak_bytes, mapped_bytes        memory beside the inputs; mapped pages of files beside that
     times_first, kept_overlap       of whole jobs: time / ours; share of kept neurons in common
     error, error_allowed            relative to the result's norm, checked before the timing
-    kernels, verdict, ...           on a GPU; see bench/gpu
+    verdict, ...                    on a GPU; see bench/gpu
 
 Reading a result file needs the standard library alone, so torch is imported inside functions.
 """

@@ -141,8 +141,7 @@ def test_score_from_disk(
 ) -> None:
     layers = max(2, (LARGE_BYTES - 4 * LARGE.head_params) // (2 * LARGE.layer_params))
     folder, seq_len = checkpoint_folder / "model", SEQ_LEN[scale]
-    folder.mkdir()
-    write_checkpoint(folder, LARGE, most_layers=layers)
+    write_checkpoint(folder, LARGE, layers)
     tables = {each: checkpoint_folder / f"{each}.safetensors" for each in ("none", "disk")}
     arguments = {
         f"ours, offload={each}": {"folder": str(folder), "offload": each, "seq_len": seq_len,

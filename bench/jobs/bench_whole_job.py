@@ -69,8 +69,7 @@ def test_whole_job(
     shape, seq_len = SHAPES[scale], SEQ_LEN[scale]
     folder, warm_up = checkpoint_folder / "model", checkpoint_folder / "small"
     for path, each in ((folder, shape), (warm_up, WARM_UP)):
-        path.mkdir()
-        write_checkpoint(path, each, most_layers=each.layers)
+        write_checkpoint(path, each, each.layers)
     outs = {name: checkpoint_folder / f"out{i}" for i, name in enumerate(PROVIDERS)}
     arguments = {
         name: {"provider": name, "folder": str(folder), "warm_up": str(warm_up), "out": str(out),

@@ -108,14 +108,14 @@ def score_band(dtype: str, shape: Shape, samples: int, seq_len: int) -> float:
 
 
 def write_checkpoint(
-    folder: Path, shape: Shape, *, most_layers: int, deadline: float = math.inf,
+    folder: Path, shape: Shape, most_layers: int, deadline: float = math.inf,
     spare_bytes: int = 0, device: torch.device | str = "cpu",
 ) -> int:  # fmt: skip
     """Write a random bf16 checkpoint, a shard a layer, and return how many layers it has.
 
-    Those are 2 at least and most_layers at most, and as many as the time and the disk allow. Each
-    has data of its own, so that a layer that ran with another's weights would show.
+    Those are 2 at least and most_layers at most, and as many as the time and the disk allow.
     """
+    folder.mkdir(exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape.config(1), dtype=torch.bfloat16)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -80,7 +80,8 @@ class Weight(Case):
     def truth(self, computes: str) -> Results:
         return {"kept": self.want}
 
-    plain = truth
+    def run(self, function: Callable[..., Any]) -> Results:
+        return {"kept": torch.as_tensor(function(self))}
 
     def check(
         self, provider: Provider, results: Results, *, complete: bool = False
@@ -99,7 +100,7 @@ class Columns(Weight):
 
 
 def by(function: Callable[[Any], Any]) -> Provider:
-    return Provider(lambda case: lambda: {"kept": torch.as_tensor(function(case))})
+    return Provider(lambda case: partial(case.run, function))
 
 
 Weight.PROVIDERS = {
@@ -146,9 +147,8 @@ def test_prune_checkpoint(
     source, pruned, out, copy = (checkpoint_folder / n for n in ("source", "pruned", "out", "copy"))
     shape = TINY if scale == "tiny" else SHAPE
     size = int(os.environ.get("HFPRUNE_BENCH_BYTES", BYTES[scale]))
-    source.mkdir()
     layers = max(2, (size - 4 * shape.head_params) // (2 * shape.layer_params))
-    write_checkpoint(source, shape, most_layers=layers)
+    write_checkpoint(source, shape, layers)
     keep = {layer: random_keep(shape.width, seed=layer) for layer in range(layers)}
     with PeakMemory() as memory:
         hfprune_fast.prune_checkpoint(source, pruned, keep)

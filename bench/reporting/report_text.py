@@ -95,10 +95,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "floor": lambda row: duration(row.get("floor_ms")),
     "% of floor": lambda row: percent(row.get("percent_of_floor")),
     "target": lambda row: percent(row.get("target_percent")),
-    "% at 6 B": lambda row: percent(row.get("percent_of_6_bytes")),
-    "registers": lambda row: "; ".join(
-        f"{k['registers']}, {k['programs']} a multiprocessor" for k in row.get("kernels", ())
-    ),
     "% executed": lambda row: percent(row.get("executed_percent")),
     "GB/s": lambda row: number(row.get("gb_per_s")),
     "GFLOP/s": lambda row: number(row.get("gflop_per_s")),

@@ -17,10 +17,8 @@ from fidelity_subject import Seed, Subject
 from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, Variant, variant_of
 
 import hfprune_fast as hf
-from hfprune_fast.pruning import allocation
-from hfprune_fast.pruning import selection
-from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.pruning import allocation, selection
 from hfprune_fast.pruning.refit import refit
 
 CALIBRATION, HELD_OUT = TINY_MODEL / "calibration.txt", TINY_MODEL / "heldout.txt"
