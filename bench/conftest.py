@@ -65,23 +65,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for spec in module.specs(metafunc.config.getoption("scale"))
             for name in module.CASES[spec.op].PROVIDERS
         ]
-        metafunc.parametrize(("case", "provider"), pairs, indirect=["case"])
+        metafunc.parametrize(("case", "provider"), pairs, indirect=["case"], scope="module")
 
 
 @pytest.fixture(scope="module")
-def _made() -> dict[Any, Any]:
-    return {}
-
-
-@pytest.fixture
-def case(request: pytest.FixtureRequest, _made: dict[Any, Any]) -> Any:
+def case(request: pytest.FixtureRequest) -> Any:
     """The case of a spec, one for all its providers and one at a time."""
-    spec = request.param
-    if spec not in _made:
-        _made.clear()
-        gc.collect()
-        _made[spec] = request.module.CASES[spec.op](spec)
-    return _made[spec]
+    gc.collect()
+    return request.module.CASES[request.param.op](request.param)
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+import torch
 from records import RESULTS, ROOT, Result, ResultError, described, key, read, write
 from report import markdown
 
@@ -72,9 +73,9 @@ def main() -> None:
     out = args.out.resolve()
     if args.rehearse and out.is_relative_to(RESULTS):
         parser.error("a rehearsal measures nothing; give --out a folder outside bench/results")
-    if not args.rehearse and (reason := no_device()):
-        print(f"gpu_check.py: {reason}; --rehearse runs all of it on a CPU", file=sys.stderr)
-        sys.exit(2)
+    if not (args.rehearse or torch.cuda.is_available()):
+        built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
+        parser.error(f"no CUDA device ({built}); --rehearse runs all of it on a CPU")
     LIMITS_S.update(args.limit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
     result = provenance(args.rehearse, args.commit)
@@ -82,8 +83,7 @@ def main() -> None:
     try:
         before = earlier(path, result["commit"])
     except ResultError as error:
-        print(f"gpu_check.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))
     beside = path.with_suffix(".check")
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hfprune_gpu_check_") as folder:
@@ -104,18 +104,6 @@ def _limit(text: str) -> tuple[str, float]:
             f"expected PHASE=S, a phase and more than {2 * GRACE_S} seconds, got {text}"
         )
     return name, float(seconds)
-
-
-def no_device() -> str | None:
-    """Say why nothing can run here, in a few words."""
-    try:
-        import torch
-    except ImportError as error:
-        return f"torch cannot be imported ({error})"
-    if torch.cuda.is_available():
-        return None
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    return f"no CUDA device (torch {torch.__version__}, built with {built})"
 
 
 def provenance(rehearsal: bool, commit: str | None) -> Result:
@@ -141,13 +129,12 @@ def joined(before: Result | None, result: Result) -> Result:
     if before is None:
         return result
     rows = {key(row): row for row in before["rows"]}
-    for row in result["rows"]:
-        if "skipped" not in row or key(row) not in rows:
-            rows[key(row)] = row
-    phases = {**before.get("phases", {}), **result["phases"]}
-    ceilings = result["ceilings"] or before.get("ceilings", [])
-    found = {**before, **result, "phases": phases, "rows": list(rows.values())}
-    return {**found, "ceilings": ceilings}
+    new = {key(row): row for row in result["rows"]}
+    rows |= {k: row for k, row in new.items() if "skipped" not in row or k not in rows}
+    phases = {**before["phases"], **result["phases"]}
+    ceilings = result["ceilings"] or before["ceilings"]
+    found = {"phases": phases, "rows": list(rows.values()), "ceilings": ceilings}
+    return {**before, **result, **found}
 
 
 def report(result: Result) -> str:

@@ -55,18 +55,13 @@ _PACKAGES = (
 
 
 def row(
-    identity: Row,
-    times_ms: list[float],
-    floors_ms: list[float],
-    *,
-    floor: str,
-    bytes_moved: int = 0,
-    flops: int = 0,
-    **measured: Any,
-) -> Row:
+    identity: Row, times_ms: list[float], floors_ms: list[float], *, floor: str,
+    bytes_moved: int = 0, flops: int = 0, **measured: Any,
+) -> Row:  # fmt: skip
     """Return a row from a provider's times and, as many, those of a floor beside it, if any."""
-    low, ms, high = quartiles(times_ms)
-    found = {**identity, "ms": ms, "ms_low": low, "ms_high": high, "rounds": len(times_ms)}
+    found = {**identity, "rounds": len(times_ms)}
+    found["ms_low"], ms, found["ms_high"] = quartiles(times_ms)
+    found["ms"] = ms
     if floors_ms:
         percents = quartiles([100 * f / t for f, t in zip(floors_ms, times_ms, strict=True)])
         found |= {"floor": floor, "floor_ms": statistics.median(floors_ms)}
@@ -82,8 +77,7 @@ def row(
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     if len(values) == 1:
         return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))  # type: ignore[return-value]
 
 
 def key(found: Row) -> tuple[Any, ...]:
@@ -130,11 +124,6 @@ def read(path: Path) -> Result:
     """Return a result that has what its readers rely on; raise ResultError for another file."""
     try:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # which json's and UTF-8's errors are
-        raise ResultError(f"{path}: not JSON: {error}") from None
-    try:
         _of(result, {"machine": dict, "versions": dict, "date": str, "rows": list})
         _of(result["machine"], {"name": str, "device": str, "processor": str})
         for number, found in enumerate(result["rows"], 1):
@@ -144,7 +133,7 @@ def read(path: Path) -> Result:
             if "ms" in found:
                 times = dict.fromkeys(("ms", "ms_low", "ms_high"), (int, float))
                 _of(found, times | {"rounds": int})
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # json's and UTF-8's errors are ValueErrors
         raise ResultError(f"{path}: not a result file: {error}") from None
     return result
 

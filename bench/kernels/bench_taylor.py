@@ -5,8 +5,8 @@
     gated_taylor        (B, S, F) grad, gate, up -> d_gate, d_up, statistics    5 numbers an element
     taylor_statistics   (B, S, F) grad, act      -> statistics                  2
 
-Statistics are l1 Σ|x|, l2 Σx², fisher_mask Σ_seq (Σ_t x)² and act Σa², with x = grad · act; HFPrune's
-arithmetic makes l1 alone, rounded to the dtype. The floor is a copy of as many bytes.
+Statistics are l1 Σ|x|, l2 Σx², fisher_mask Σ_seq (Σ_t x)² and act Σa², with x = grad · act;
+HFPrune's arithmetic makes l1 alone, rounded to the dtype. The floor is a copy of as many bytes.
 """
 
 from __future__ import annotations
