@@ -22,8 +22,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -83,8 +81,7 @@ class Launch(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What the compiler made of a case."""
 
     case: str
@@ -196,12 +193,13 @@ def record(launch: Callable[[], object], arch: str) -> list[Launch]:
         get_current_stream=lambda _device: 0,
         get_current_target=lambda: TARGETS[arch],
     )
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", fake_driver))
+    with (
+        mock.patch.object(driver, "_active", fake_driver),
         # Without a compiled kernel to come back, triton launches nothing.
-        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
-        stack.enter_context(mock.patch.object(_dispatch, "architecture", return_value=arch))
-        stack.enter_context(mock.patch.object(_dispatch, "resolve_backend", return_value="triton"))
+        mock.patch.object(JITFunction, "_do_compile", note),
+        mock.patch.object(_dispatch, "architecture", return_value=arch),
+        mock.patch.object(_dispatch, "resolve_backend", return_value="triton"),
+    ):
         launch()
     return launches
 
@@ -219,15 +217,15 @@ def _report(case: Case, arch: str, launch: Launch, only_compile: bool) -> Report
     try:
         compiled = triton.compile(source, TARGETS[arch], launch.options.__dict__)
     except Exception as error:  # of the front end, LLVM or ptxas: a fault as any other
-        return replace(report, faults=(f"does not compile: {' '.join(str(error).split())}",))
+        return report._replace(faults=(f"does not compile: {' '.join(str(error).split())}",))
     if only_compile:
         return report
-    made = replace(report, shared_bytes=compiled.metadata.shared)
+    made = report._replace(shared_bytes=compiled.metadata.shared)
     if "cubin" in compiled.asm:
         registers, spills, text = resources(compiled.asm["cubin"])
         loads, stores = access_bytes(in_loops(text))
-        made = replace(made, registers=registers, spills=spills, loads=loads, stores=stores)
-    return replace(made, faults=tuple(_faults(case, made)))
+        made = made._replace(registers=registers, spills=spills, loads=loads, stores=stores)
+    return made._replace(faults=tuple(_faults(case, made)))
 
 
 def _faults(case: Case, report: Report) -> Iterator[str]:
@@ -272,7 +270,7 @@ def main() -> None:
                 reports += made
                 print(*(report.row() for report in made), sep="\n", flush=True)
     if args.json:
-        args.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+        args.json.write_text(json.dumps([report._asdict() for report in reports], indent=1))
     faults = [f"{r.case}, {r.kernel}, {r.arch}: {fault}" for r in reports for fault in r.faults]
     print("", *faults, sep="\n")
     kernels = {report.kernel for report in reports}

@@ -266,7 +266,7 @@ class Run:
         out = self.folder / f"{name}.json"
         seconds = str(LIMITS_S[name] - 2 * GRACE_S)
         script = Path(__file__).with_name(f"gpu_{name}.py")
-        error = self.command(name, script, "--out", out, "--seconds", seconds)
+        error = self.command(name, script, out, seconds)
         if out.exists():
             found = json.loads(out.read_text())
             self.result["rows"] += found.pop("rows")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -30,22 +29,14 @@ SEQ_LEN = 1024 if GPU else 32
 class Phase:
     """What a phase has found so far; its JSON file is kept up to date."""
 
-    def __init__(self, out: Path, limit_s: float) -> None:
-        self.out, self._begun = out, time.monotonic()
-        self.deadline = self._begun + limit_s  # nothing new is started after it
+    def __init__(self, out: Path | str, limit_s: float | str) -> None:
+        self.out, self._begun = Path(out), time.monotonic()
+        self.deadline = self._begun + float(limit_s)  # nothing new is started after it
         self.rows: list[Row] = []
         self.result: dict[str, Any] = {"rows": self.rows, "skipped": [], "errors": []}
-
-    @classmethod
-    def from_arguments(cls, description: str | None) -> Phase:
-        parser = argparse.ArgumentParser(description=description)
-        parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-        parser.add_argument("--seconds", type=float, default=100, help="start nothing new after")
-        args = parser.parse_args()
         torch.manual_seed(0)
         if not GPU:
             torch.set_num_threads(1)  # which serves a rehearsal's sizes best
-        return cls(args.out, args.seconds)
 
     @property
     def late(self) -> bool:

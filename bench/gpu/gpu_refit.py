@@ -6,6 +6,7 @@ every neuron must return the weights it was given, but for their rounding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ TOKENS = SEQUENCES * SEQ_LEN
 
 
 def main() -> None:
-    phase = Phase.from_arguments(__doc__)
+    phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
     model = ResidentModel(random_model(SHAPE, BF16, DEVICE))
     ids = random_ids(SEQUENCES, SEQ_LEN, SHAPE.vocab)
     batches = micro_batch(ids, SHAPE.vocab).split(BATCH)

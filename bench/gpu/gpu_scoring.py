@@ -8,6 +8,7 @@ they are timed in turn with large bf16 products, so that the clocks are the same
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -132,7 +133,7 @@ def judged(found: Row) -> str:
 
 
 def main() -> None:
-    phase = Phase.from_arguments(__doc__)
+    phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
     phase.note("the model")
     subject = Subject()
     plans = subject.plans()

@@ -6,6 +6,7 @@ row stays in the cache between its two reads, which `percent_of_floor` is of, an
 
 from __future__ import annotations
 
+import sys
 import time
 
 import bench_entropy
@@ -66,12 +67,12 @@ def judged(spec: Spec, found: Row) -> Row:
 
 
 def main() -> None:
-    phase = Phase.from_arguments(__doc__)
+    phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
     phase.result["ceilings"] = ceilings(SCALE)
     made: tuple[Spec, Case] | None = None
     for spec, name in wanted():
         if phase.late:
-            phase.rows.append({**spec.identity, "provider": name, "skipped": "out of time"})
+            phase.rows.append({**vars(spec), "provider": name, "skipped": "out of time"})
             continue
         if made is None or made[0] != spec:
             made = None  # before the next one takes its memory

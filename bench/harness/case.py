@@ -29,11 +29,11 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class AbsentError(Exception):
-    """A provider that cannot run here; the reason in a line."""
+    """A provider cannot run here; the reason in a line."""
 
 
 class WrongError(Exception):
-    """A provider whose result is not the operation's."""
+    """A provider's result is not the operation's."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,10 @@ def providers(
     own: Callable[[Any, str], Results], eager: Callable[..., Any], reference: Any
 ) -> dict[str, Provider]:
     """Return the usual providers: own(case, backend), and others by `case.run(function)`."""
-    made = {"HFPrune's arithmetic": by(lambda case: case.run(reference))} if reference else {}
     return {
         "ours, torch": ours(own, "torch"),
         "ours, triton": ours(own, "triton"),
-        **made,
+        **({"HFPrune's arithmetic": by(lambda case: case.run(reference))} if reference else {}),
         "eager": by(lambda case: case.run(eager)),
         "torch.compile": Provider(lambda case: partial(case.run, compiled(eager))),
     }
@@ -188,7 +187,7 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
     """
     provider = case.PROVIDERS[name]
     computes = provider.computes or case.computes
-    identity = {**case.spec.identity, "provider": name, "computes": computes}
+    identity = {**vars(case.spec), "provider": name, "computes": computes}
     try:
         call = provider.make(case)
         case.refill()
@@ -231,9 +230,5 @@ def by_fixture(
         ready()
         clock_s()
 
-    def finished() -> None:
-        call()
-        clock_s()
-
-    benchmark.pedantic(finished, setup=setup, rounds=rounds)
+    benchmark.pedantic(lambda: (call(), clock_s()), setup=setup, rounds=rounds)
     return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms

@@ -34,11 +34,6 @@ class Spec:
         shape = self.model or " ".join(f"{name}{size}" for name, size in self.sizes.items())
         return f"{self.op}, {shape}, {self.dtype}"
 
-    @property
-    def identity(self) -> dict[str, object]:
-        """The part of a row that says what it is of."""
-        return vars(self)
-
 
 def of_models(
     op: str, scale: str, letters: str, small_tokens: int, small: tuple[str, ...] = tuple(MODELS)

@@ -24,25 +24,22 @@ import torch
 class Worker:
     """Runs what `module.job(**arguments)` returns, repeatedly, in another process."""
 
-    def __init__(self, module: str, job: str, arguments: dict[str, Any]) -> None:
-        case = json.dumps([module, job, arguments])
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, case], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+    def __init__(self, *job: Any) -> None:
+        self.process: Any = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(job)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
         )  # fmt: skip
         self.answer()
 
     def run(self) -> dict[str, Any]:
         """Run once; return seconds, and memory in bytes."""
-        assert self.process.stdin is not None
         print("run", file=self.process.stdin, flush=True)
         return self.answer()
 
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
+    def answer(self) -> Any:
         for line in self.process.stdout:
             if line.startswith("{"):
-                return json.loads(line)  # type: ignore[no-any-return]
+                return json.loads(line)
         raise RuntimeError(f"a worker ended with exit status {self.process.wait()}")
 
 

@@ -40,21 +40,18 @@ cross entropy of given labels, not the entropy, on the same shapes. What was ski
 in the files of all rows."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """A committed result file."""
 
     path: Path
     result: Result
-    suffix: str
 
-    @property
-    def machine(self) -> str:
-        return str(self.result["machine"]["name"])
-
-    @property
-    def device(self) -> str:
-        return str(self.result["machine"]["device"])
+    def __post_init__(self) -> None:
+        machine = self.result["machine"]
+        self.machine, self.device = machine["name"], machine["device"]
+        # After the machine's name and the date, such as -large.
+        self.suffix = self.path.stem[len(f"{self.machine}-2026-01-01") :]
 
 
 def path(root: Path) -> Path:
@@ -78,15 +75,10 @@ def markdown(
             if rows:
                 devices[title].add(source.device)
                 names = ("torch",) if source.device == "cpu" else ("torch", "triton")
-                result, date = source.result, str(source.result["date"])[:10]
-                caption = text.hardware(result), text.software(result, names), date
-                lines += [
-                    "",
-                    f"{', '.join(caption)}, {text.commit(result)}. {text.floors(rows)} "
-                    f"[All rows]({link(source.path.with_suffix('.md'))}).",
-                    "",
-                    *text.rows_table(_beside_ours(rows, source.device), text.SHORT),
-                ]
+                caption = f"{text.when(source.result, names)}. {text.floors(rows)}"
+                all_rows = f"[All rows]({link(source.path.with_suffix('.md'))})."
+                table = text.rows_table(_beside_ours(rows, source.device), text.SHORT)
+                lines += ["", f"{caption} {all_rows}", "", *table]
         for device, word in (("cpu", "CPU"), ("cuda", "GPU")):
             if device not in devices[title] and (device == "cpu" or "compact_rows" not in ops):
                 lines += ["", f"Not measured on a {word} yet."]
@@ -103,13 +95,12 @@ def _shown(rows: list[Row]) -> list[Row]:
     Of known shapes two, in bfloat16 if there are any; of other whole models the largest of a dtype.
     """
     rows = [row for row in rows if "skipped" not in row]
+    largest: dict[str, int] = {}
     others = [row for row in rows if not row["model"] and "L" in row["sizes"]]
-
-    def is_largest(row: Row) -> bool:
-        alike = [r["sizes"].get("params", 0) for r in others if r["dtype"] == row["dtype"]]
-        return bool(row["sizes"].get("params", 0) == max(alike))
-
-    others = [row for row in others if is_largest(row)]
+    for row in others:
+        params = row["sizes"].get("params", 0)
+        largest[row["dtype"]] = max(params, largest.get(row["dtype"], 0))
+    others = [r for r in others if r["sizes"].get("params", 0) == largest[r["dtype"]]]
     named = [row for row in rows if row["model"]]
     dtype = "bfloat16" if "bfloat16" in {row["dtype"] for row in named} else "float32"
     named = [row for row in named if row["dtype"] == dtype]

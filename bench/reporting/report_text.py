@@ -51,11 +51,11 @@ def count(value: float) -> str:
 
 def shape(row: Row) -> str:
     """Write Llama-3.1-8B, T 256; without a model the sizes."""
-    sizes = {name: value for name, value in row["sizes"].items() if name != "params"}
+    sizes = row["sizes"]
+    told = [f"{name} {value}" for name, value in sizes.items() if name != "params"]
     if row["model"]:
-        return ", ".join([row["model"], *(f"T {t}" for t in [sizes.get("T")] if t)])
-    params = row["sizes"].get("params")
-    told = [f"{name} {value}" for name, value in sizes.items()]
+        return ", ".join([row["model"], *(part for part in told if part[0] == "T")])
+    params = sizes.get("params")
     return ", ".join(([f"{count(params)} parameters"] if params else []) + told)
 
 
@@ -128,19 +128,21 @@ def table(rows: list[list[str]], left: int = 1) -> list[str]:
         " | ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True))
         for row in rows
     ]
-    rule = [
-        f"{'-' * (w + 1)}{'-' if s == '<' else ':'}" for s, w in zip(sides, widths, strict=True)
-    ]
+    rule = ["-" * (w + 1) + ("-" if s == "<" else ":") for s, w in zip(sides, widths, strict=True)]
     return [f"| {lines[0]} |", f"|{'|'.join(rule)}|", *(f"| {line} |" for line in lines[1:])]
 
 
 def hardware(result: Result) -> str:
     machine = result["machine"]
-    cores = f", {machine['cores']} cores" if machine.get("cores") else ""
-    memory = machine.get("memory_bytes")
-    return f"{machine['processor']}{cores}" + (
-        f", {memory / 1e9:.0f} GB of memory" if memory else ""
-    )
+    parts = [machine["processor"], f"{machine['cores']} cores" if machine.get("cores") else ""]
+    if memory := machine.get("memory_bytes"):
+        parts.append(f"{memory / 1e9:.0f} GB of memory")
+    return ", ".join(filter(None, parts))
+
+
+def when(result: Result, names: tuple[str, ...]) -> str:
+    date = result["date"][:10]
+    return f"{hardware(result)}, {software(result, names)}, {date}, {commit(result)}"
 
 
 def software(result: Result, names: tuple[str, ...] = ()) -> str:
