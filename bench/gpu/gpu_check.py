@@ -1,7 +1,6 @@
 """Check and time every kernel on the GPU at hand; no network, nothing to install.
 
     python bench/gpu/gpu_check.py --out bench/results                      under 8 minutes
-    python bench/gpu/gpu_check.py --only timing --out bench/results        under 5
     python bench/gpu/gpu_check.py --only correctness scoring --out bench/results
     python bench/gpu/gpu_check.py --only timing --limit timing=560 --out bench/results
 

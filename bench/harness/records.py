@@ -1,8 +1,7 @@
 """The one form of a result file, whoever measured: a suite under pytest, or `gpu_check.py`.
 
     {"machine": {"name": "amd-epyc-2core", "device": "cpu", "processor": ..., "cores": ..., ...},
-     "versions": {"torch": "2.13.0+cpu", ...}, "threads": 2,
-     "date": "2026-11-24T15:00:00+00:00", "commit": ..., "uncommitted_changes": false,
+     "versions": {"torch": "2.13.0+cpu", ...}, "threads": 2, "date": ..., "commit": ...,
      "ceilings": [{"dtype": "bfloat16", "copy_gb_per_s": ..., "product_gflop_per_s": ...}],
      "rows": [row, ...]}
 
@@ -173,13 +172,12 @@ def _gpu() -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     processor = model[1].strip() if model else platform.machine()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "name": f"{_slug(processor)}-{cores}core", "device": "cpu", "processor": processor,
-        "cores": cores, "memory_bytes": memory,
+        "cores": cores, "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ import bench_taylor
 import meter
 from case import AbsentError, Case, Provider, measured
 from records import read
-from shapes import MODELS
 
 BF16_PARTS = ("d_logits", "d_hidden", "loss", "d_gate")
 ROOT = Path(__file__).parents[2]
@@ -160,11 +159,3 @@ def test_peak_memory_is_counted() -> None:
 
     assert meter.peak_bytes(call) == 5 * kilobytes
     assert meter.peak_bytes(lambda: None) == 0
-
-
-def test_shapes_are_those_of_the_models() -> None:
-    """(hidden_size, intermediate_size, vocab_size) of their config.json."""
-    llama, qwen = MODELS["Llama-3.1-8B"], MODELS["Qwen2.5-7B"]
-    assert (llama, qwen) == ((4096, 14336, 128256), (3584, 18944, 152064))
-    full = {spec.model: spec for spec in bench_linear_entropy.specs("full")}
-    assert full["Qwen3-0.6B"].sizes == {"T": 8192, "D": 1024, "V": 151936}

@@ -126,7 +126,7 @@ class _Rows:
             return {**identity, "skipped": "its gradients are for bfloat16 and float16"}
         time, memory = COST[name]
         peak = int(memory * (flops / identity["sizes"].get("D", 512) if flops else moved))
-        if self.gpu and peak > 79e9:
+        if self.gpu and peak > 35e9:
             return {**identity, "failed": "out of memory"}
         product = self.product / (WIDTH[identity["dtype"]] / 2)
         floor_ms = flops / product / 1e6 if flops else moved / self.copy / 1e6
