@@ -41,7 +41,6 @@ RATIOS = (0.1, 0.2, 0.3, 0.5)
 ROWS = {"all": VARIANTS, "quick": QUICK}
 # A file is of one of each: rows of others cannot be compared with it.
 SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
-Key = tuple[Variant, float, int]  # with a ratio and a seed
 # Two windows with as many equal tokens in a row have them from one document.
 SHARED_RUN = 48
 
@@ -94,11 +93,9 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
 
 def check_texts(calibration: str | Path, text: str | Path) -> None:
     """Refuse one text for both, whatever it is called."""
-    one, other = Path(calibration), Path(text)
-    same = str(calibration) == str(text) or one.resolve() == other.resolve()
-    if not same and one.is_file() and other.is_file():
-        same = one.read_bytes() == other.read_bytes()
-    if same:
+    one, other = Path(calibration).resolve(), Path(text).resolve()
+    files = one.is_file() and other.is_file()
+    if one == other or (files and one.read_bytes() == other.read_bytes()):
         raise ArgumentError(f"text {text} is the calibration text; give one of other documents")
 
 
@@ -119,7 +116,7 @@ def check_windows(calibration: Tensor, held_out: Tensor) -> None:
         )
 
 
-def _done(file: Path, header: dict[str, Any]) -> set[Key]:
+def _done(file: Path, header: dict[str, Any]) -> set[tuple[Variant, float, int]]:
     """Return what an earlier run has measured; refuse to add to one with other settings."""
     if not file.exists():
         return set()

@@ -120,13 +120,12 @@ def markdown(model: Measured) -> str:
     ):  # fmt: skip
         cells = [HEADER + [f"{ratio:.0%} of neurons" for ratio in model.ratios]]
         for variant in dict.fromkeys(map(variant_of, model.rows)):
-            values = (
-                [row[field] for row in model.of(variant, ratio)]
-                if field
-                else model.against_paper(variant, ratio)
-                for ratio in model.ratios
-            )
-            cells.append(variant_cells(variant) + [span(each, form) for each in values])
+            row = variant_cells(variant)
+            for ratio in model.ratios:
+                against = model.against_paper(variant, ratio)
+                values = [found[field] for found in model.of(variant, ratio)] if field else against
+                row.append(span(values, form))
+            cells.append(row)
         lines += ["", f"## {title}", "", *table(cells, len(HEADER))]
     of_all = {row["prune_ratio"]: row["param_ratio"] for row in model.rows}
     removed = "; ".join(f"{ratio:.0%}: {of_all[ratio]:.2%}" for ratio in model.ratios)

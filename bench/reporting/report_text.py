@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 
 from records import Result, Row
 
-CROSS_ENTROPY = "cross entropy"
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 FLOORS = {
     "copy": "a copy of the bytes that must be moved",
@@ -66,8 +65,8 @@ def own_provider(device: str) -> str:
 
 def provider(row: Row) -> str:
     """Return the name, with what it computes if that is not what the operation does."""
-    marked = row.get("computes") == CROSS_ENTROPY
-    return row["provider"] + (f" ({CROSS_ENTROPY})" if marked else "")
+    marked = row.get("computes") == "cross entropy"
+    return row["provider"] + (" (cross entropy)" if marked else "")
 
 
 def escaped(text: str) -> str:
@@ -170,8 +169,10 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Ro
 
 def floors(rows: Iterable[Row]) -> str:
     """Say what the floors of some rows are."""
-    of = grouped((row for row in rows if row.get("floor")), lambda row: FLOORS[row["floor"]])
-    ops = {floor: dict.fromkeys(f"`{row['op']}`" for row in its) for floor, its in of.items()}
+    ops: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("floor"):
+            ops.setdefault(FLOORS[row["floor"]], {})[f"`{row['op']}`"] = None
     if len(ops) < 2:
         return f"Floor: {next(iter(ops))}." if ops else ""
     told = (f"for {', '.join(names)} {floor}" for floor, names in ops.items())
