@@ -48,13 +48,14 @@ def fp64_rows(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
     return losses[:, 0], p.scatter_add(1, labels[:, None], -torch.ones_like(losses))
 
 
-class RowEntropy(Case):
-    """H of each row."""
+class Rows(Case):
+    """The value of each row; for the operations on gradients also that times a scale of the row."""
 
     EAGER = {  # noqa: RUF012 - nobody changes it
         "entropy": eager_entropy, "cross_entropy": eager_cross_entropy,
         "fisher": eager_cross_entropy,
     }  # fmt: skip
+    labels: Tensor | None = None
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -69,26 +70,26 @@ class RowEntropy(Case):
     def sampled(self, results: Results) -> Results:
         return {name: result[self.rows] for name, result in results.items()}
 
-    def run(self, entropy: Callable[[Tensor], Tensor]) -> Results:
+    def run(self, entropy: Callable[..., Tensor]) -> Results:
         return {"loss": entropy(self.logits)}
 
     def own(self, backend: str) -> Results:
         return {"loss": softmax_entropy(self.logits, backend=backend)}
 
 
-class RowGrad(RowEntropy):
-    """H of each row and its gradient, times a scale of the row."""
-
+class RowGrad(Rows):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self.bytes_moved = 2 * self.logits.nbytes
-        scale = torch.rand(spec.sizes["T"], device=self.logits.device, generator=self.generator)
-        self.row_scale = scale + 0.5
+        self.bytes_moved *= 2
+        self.row_scale = torch.rand(len(self.logits), device=self.logits.device) + 0.5
         self.buffer = self.logits.clone()
-        self.labels = self.labels_of()
-
-    def labels_of(self) -> Tensor | None:
-        return None
+        self.keys: Tensor | None = None
+        if self.computes == "cross_entropy":
+            self.labels = self.keys = self.integers(*self.logits.shape)
+        elif self.computes == "fisher":
+            # The truth takes the labels that the torch path draws: where the gradient is negative.
+            self.keys = torch.arange(len(self.logits), device=self.logits.device)
+            self.labels = self.own("torch")["d_logits"].argmin(dim=1)
 
     def refill(self) -> None:
         self.buffer.copy_(self.logits)
@@ -105,48 +106,32 @@ class RowGrad(RowEntropy):
         return {"loss": made.detach(), "d_logits": grad}
 
     def own(self, backend: str) -> Results:
-        loss = softmax_entropy_grad_(self.buffer, self.row_scale, backend=backend)
+        if self.computes == "entropy":
+            loss = softmax_entropy_grad_(self.buffer, self.row_scale, backend=backend)
+        else:
+            loss = rows_loss_and_grad(
+                self.buffer, self.row_scale, self.buffer, Criterion(self.computes, self.keys),
+                softcap=None, logit_scale=1.0, backend=backend,
+            )  # fmt: skip
         return {"loss": loss, "d_logits": self.buffer}
 
 
 class RowCrossEntropy(RowGrad):
     computes = "cross_entropy"
-
-    def labels_of(self) -> Tensor:
-        return self.integers(*self.logits.shape)
-
-    def own(self, backend: str) -> Results:
-        return {"loss": self.judge(backend, self.labels), "d_logits": self.buffer}
-
-    def judge(self, backend: str, keys: Tensor | None) -> Tensor:
-        return rows_loss_and_grad(
-            self.buffer, self.row_scale, self.buffer, Criterion(self.computes, keys),
-            softcap=None, logit_scale=1.0, backend=backend,
-        )  # fmt: skip
+    PROVIDERS = providers(RowGrad.own, eager_cross_entropy, None)
 
 
-class RowFisher(RowCrossEntropy):
-    """The truth takes the labels that the torch path draws: where the gradient is negative."""
-
+class RowFisher(RowGrad):
     computes = "fisher"
 
-    def labels_of(self) -> Tensor:
-        self.ids = torch.arange(len(self.logits), device=self.logits.device)
-        self.judge("torch", self.ids)
-        return self.buffer.argmin(dim=1)
 
-    def own(self, backend: str) -> Results:
-        return {"loss": self.judge(backend, self.ids), "d_logits": self.buffer}
-
-
-RowEntropy.PROVIDERS = providers(RowEntropy.own, eager_entropy, entropy_of)
+RowFisher.PROVIDERS = {f"ours, {name}": ours(RowGrad.own, name) for name in ("torch", "triton")}
+Rows.PROVIDERS = providers(Rows.own, eager_entropy, entropy_of)
 RowGrad.PROVIDERS = providers(RowGrad.own, eager_entropy, entropy_of) | {
     "ours, by autograd": by(lambda case: case.run(softmax_entropy))
 }
-RowCrossEntropy.PROVIDERS = providers(RowCrossEntropy.own, eager_cross_entropy, None)
-RowFisher.PROVIDERS = {f"ours, {name}": ours(RowFisher.own, name) for name in ("torch", "triton")}
 CASES = {
-    "softmax_entropy": RowEntropy,
+    "softmax_entropy": Rows,
     "softmax_entropy_grad": RowGrad,
     "cross_entropy_grad": RowCrossEntropy,
     "fisher_grad": RowFisher,
