@@ -119,11 +119,8 @@ def test_score(
 ) -> None:
     shape, seq_len = TINY if scale == "tiny" else SHAPE, SEQ_LEN[scale]
     files = {name: tmp_path / f"{i}.safetensors" for i, name in enumerate(PROVIDERS)}
-    arguments = {
-        name: {"provider": name, "shape": vars(shape), "dtype": dtype, "seq_len": seq_len,
-               "out": str(file)}
-        for name, file in files.items()
-    }  # fmt: skip
+    common = {"shape": vars(shape), "dtype": dtype, "seq_len": seq_len}
+    arguments = {n: {**common, "provider": n, "out": str(file)} for n, file in files.items()}
     with started("bench_scoring", "score_model", arguments) as workers:
         ours, reference = (load_file(file)["l1"] for file in files.values())
         errors = check(ours, reference, dtype, shape, (SAMPLES, seq_len))
@@ -143,11 +140,11 @@ def test_score_from_disk(
     folder, seq_len = checkpoint_folder / "model", SEQ_LEN[scale]
     write_checkpoint(folder, LARGE, layers)
     tables = {each: checkpoint_folder / f"{each}.safetensors" for each in ("none", "disk")}
+    common = {"folder": str(folder), "seq_len": seq_len}
     arguments = {
-        f"ours, offload={each}": {"folder": str(folder), "offload": each, "seq_len": seq_len,
-                                  "out": str(file)}
+        f"ours, offload={each}": {**common, "offload": each, "out": str(file)}
         for each, file in tables.items()
-    }  # fmt: skip
+    }
     with started("bench_scoring", "score_folder", arguments) as workers:
         rows = in_turn(
             benchmark, workers, 2, replace(LARGE, layers=layers), LARGE_SAMPLES * seq_len,

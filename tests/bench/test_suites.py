@@ -43,9 +43,7 @@ def test_all_suites_at_tiny_sizes(tmp_path: Path) -> None:
             assert row["error"] <= row["error_allowed"]
             assert row["peak_bytes"] >= 0
             assert "computes" in row
-    # Liger's and Cut Cross Entropy's rows are there when they are not run, too; here none is.
-    skipped = {row["provider"]: row["skipped"] for row in rows if "skipped" in row}
-    assert not skipped
+    assert not any("skipped" in row for row in rows)
     jobs = [row for row in rows if row["op"] == "whole_job"]
     assert [row["provider"] for row in jobs] == ["ours", "HFPrune's arithmetic"]
     assert all(row["kept_overlap"] > 0.9 for row in jobs)
