@@ -47,10 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if torch.cuda.is_available():
             raise pytest.UsageError("result files of a GPU are made by bench/gpu/gpu_check.py")
         if part and folder.resolve() == RESULTS and not config.option.rows_suffix:
-            raise pytest.UsageError(
-                "--rows bench/results is for whole runs, which these rows would replace; "
-                "give another folder, or a --rows-suffix"
-            )
+            raise pytest.UsageError("--rows bench/results is for whole runs; give a --rows-suffix")
         if folder.exists() and not folder.is_dir():
             raise pytest.UsageError(f"--rows must be a folder, got the file {folder}")
         config.stash[RESULT] = described()  # of the commit that is measured, not of a later one
@@ -63,25 +60,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [
             pytest.param(spec, name, id=f"{spec}, {name}")
             for spec in module.specs(metafunc.config.getoption("scale"))
-            for name in module.CASES[spec.op].providers_of(spec)
+            for name in module.CASES[spec.op].PROVIDERS
         ]
-        metafunc.parametrize(("case", "provider"), pairs, indirect=["case"])
+        metafunc.parametrize(("case", "provider"), pairs, indirect=["case"], scope="module")
 
 
 @pytest.fixture(scope="module")
-def _made() -> dict[Any, Any]:
-    return {}
-
-
-@pytest.fixture
-def case(request: pytest.FixtureRequest, _made: dict[Any, Any]) -> Any:
+def case(request: pytest.FixtureRequest) -> Any:
     """The case of a spec, one for all its providers and one at a time."""
-    spec = request.param
-    if spec not in _made:
-        _made.clear()
-        gc.collect()
-        _made[spec] = request.module.CASES[spec.op](spec)
-    return _made[spec]
+    gc.collect()
+    return request.module.CASES[request.param.op](request.param)
 
 
 @pytest.fixture
@@ -90,14 +78,9 @@ def scale(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def report(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
-    """Put a row into the result file, and beside pytest-benchmark's own."""
-
-    def report(row: dict[str, Any]) -> None:
-        request.config.stash[ROWS].append(row)
-        benchmark.extra_info.setdefault("rows", []).append(row)
-
-    return report
+def report(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Put a row into the result file."""
+    return request.config.stash[ROWS].append
 
 
 @pytest.fixture
@@ -109,11 +92,11 @@ def measure(benchmark: Any, report: Callable[..., None]) -> Callable[..., None]:
         benchmark.group = str(case.spec)
         row = measured(case, provider, benchmark)
         report(row)
-        failed = row.get("failed")
-        if "skipped" in row or failed == OUT_OF_MEMORY:
-            pytest.skip(row.get("skipped", OUT_OF_MEMORY))
-        if failed:
-            pytest.fail(failed, pytrace=False)
+        reason = row.get("skipped", row.get("failed"))
+        if "skipped" in row or reason == OUT_OF_MEMORY:
+            pytest.skip(reason)
+        if reason:
+            pytest.fail(reason, pytrace=False)
 
     return measure
 

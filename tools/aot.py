@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time, on a machine without a GPU, and read what the compiler made.
+"""Compile every kernel ahead of time, on a machine without a GPU, and read what ptxas made.
 
     python tools/aot.py [--arch sm_90 ...] [--json FILE]
 
@@ -6,10 +6,10 @@ The launchers are called with tensors that have a shape and no memory, and trito
 launch as usual, stopped only where it would compile for this machine's GPU. So configurations,
 options and divisibility are a real launch's (in triton 3.6 and 3.7). What it was about to compile
 is compiled for each architecture. With --only-compile that is all: it fills TRITON_CACHE_DIR for
-the next to launch. Else the exit status is 1, with a line for each fault, where a kernel
+the next to launch. Else the exit status is 1, with a line for each fault, where a kernel does not
+compile, or asks for more shared memory than the chip gives one program, or, on NVIDIA's,
 
 - spills registers or has a stack,
-- asks for more shared memory than the chip gives one program,
 - moves rows by loads or stores narrower than 16 bytes though the data allow 16.
 """
 
@@ -22,8 +22,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,10 +38,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
-from assembly import access_bytes, amd_resources, in_loops, nvidia_resources
+from assembly import access_bytes, in_loops, resources
 
-from hfprune_fast.kernels import _dispatch, _rows, taylor
-from hfprune_fast.kernels._activations import ACTIVATIONS
+from hfprune_fast.kernels import _dispatch, _rows, _rows_triton, _statistics, _statistics_triton
+from hfprune_fast.kernels._activations import ACTIVATIONS, Gated
+from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._triton import INTERPRETED, cdiv
 
 TARGETS = {
@@ -56,7 +55,7 @@ SHARED_LIMIT_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gf
 # Of the bytes loaded in loops, and of those stored there: the remainder leaves room for a byte of
 # token_mask beside 32 or more of the rows. One tensor of three in narrow loads leaves 2 in 3.
 WIDE_SHARE = 0.9
-LAUNCHING_MODULES = (_rows, taylor)
+LAUNCHING_MODULES = (_rows_triton, _statistics_triton)
 ROW = "{:<32} {:<24} {:<7} {:>5} {:>10} {:>8} {:>7} {:>10} {:>10}"
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -73,7 +72,7 @@ class Case(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What triton was about to compile for a launch; arguments by path, (i,) for the i-th."""
+    """What triton was about to compile; arguments by path, (i,) for the i-th."""
 
     kernel: JITFunction[Any]
     signature: dict[str, str]
@@ -82,8 +81,7 @@ class Launch(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What the compiler made of a case."""
 
     case: str
@@ -92,7 +90,7 @@ class Report:
     warps: int
     registers: int = 0
     shared_bytes: int = 0
-    spills: int = 0  # bytes of stack and local memory; on gfx942 registers and bytes of stack
+    spills: int = 0  # bytes of stack and local memory
     loads: tuple[int, ...] = ()  # bytes a thread moves by each load in a loop
     stores: tuple[int, ...] = ()
     faults: tuple[str, ...] = ()
@@ -120,8 +118,8 @@ def _launch_rows(
         row_scale = _meta(8192, dtype=torch.float32)
         grad = logits if grad_dtype == dtype else rows(grad_dtype)
     keys = None if criterion == "entropy" else _meta(8192, dtype=torch.int64)
-    _rows.judge_rows(
-        logits, row_scale, grad, _rows.Criterion(criterion, keys),
+    _rows.rows_loss_and_grad(
+        logits, row_scale, grad, Criterion(criterion, keys),
         softcap=softcap, logit_scale=logit_scale, backend=None,
     )  # fmt: skip
 
@@ -133,8 +131,8 @@ def _launch_taylor(
     grad, gate, up = (_meta(*shape, dtype=dtype) for _ in range(3))
     if layout == "fused":
         gate, up = _meta(*shape[:2], 2 * shape[2], dtype=dtype).chunk(2, dim=2)
-    gated = None if activation is None else taylor.Gated(gate, up, gate, up, activation)
-    taylor.taylor_sums(
+    gated = None if activation is None else Gated(gate, up, gate, up, activation)
+    _statistics.taylor_sums(
         grad, gated or gate,
         token_mask=_meta(*shape[:2], dtype=torch.bool) if masked else None,
         parity=False, grad_scale=1.0, backend=None,
@@ -195,13 +193,13 @@ def record(launch: Callable[[], object], arch: str) -> list[Launch]:
         get_current_stream=lambda _device: 0,
         get_current_target=lambda: TARGETS[arch],
     )
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", fake_driver))
+    with (
+        mock.patch.object(driver, "_active", fake_driver),
         # Without a compiled kernel to come back, triton launches nothing.
-        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
-        stack.enter_context(mock.patch.object(_dispatch, "architecture", return_value=arch))
-        for module in LAUNCHING_MODULES:
-            stack.enter_context(mock.patch.object(module, "resolve_backend", return_value="triton"))
+        mock.patch.object(JITFunction, "_do_compile", note),
+        mock.patch.object(_dispatch, "architecture", return_value=arch),
+        mock.patch.object(_dispatch, "resolve_backend", return_value="triton"),
+    ):
         launch()
     return launches
 
@@ -219,29 +217,25 @@ def _report(case: Case, arch: str, launch: Launch, only_compile: bool) -> Report
     try:
         compiled = triton.compile(source, TARGETS[arch], launch.options.__dict__)
     except Exception as error:  # of the front end, LLVM or ptxas: a fault as any other
-        return replace(report, faults=(f"does not compile: {' '.join(str(error).split())}",))
+        return report._replace(faults=(f"does not compile: {' '.join(str(error).split())}",))
     if only_compile:
         return report
-    if arch.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        registers, spills = amd_resources(text)
-    else:
-        registers, spills, text = nvidia_resources(compiled.asm["cubin"])
-    loads, stores = access_bytes(in_loops(text))
-    made = replace(
-        report, registers=registers, shared_bytes=compiled.metadata.shared, spills=spills,
-        loads=loads, stores=stores,
-    )  # fmt: skip
-    return replace(made, faults=tuple(_faults(case, made)))
+    made = report._replace(shared_bytes=compiled.metadata.shared)
+    if "cubin" in compiled.asm:
+        registers, spills, text = resources(compiled.asm["cubin"])
+        loads, stores = access_bytes(in_loops(text))
+        made = made._replace(registers=registers, spills=spills, loads=loads, stores=stores)
+    return made._replace(faults=tuple(_faults(case, made)))
 
 
 def _faults(case: Case, report: Report) -> Iterator[str]:
-    if report.spills:
-        unit = "registers or bytes of stack" if report.arch.startswith("gfx") else "bytes"
-        yield f"spills {report.spills} {unit}"
     limit = SHARED_LIMIT_BYTES[report.arch]
     if report.shared_bytes > limit:
         yield f"asks for {report.shared_bytes} bytes of shared memory, more than {limit}"
+    if TARGETS[report.arch].backend != "cuda":
+        return
+    if report.spills:
+        yield f"spills {report.spills} bytes"
     for what in ("loads", "stores"):
         sizes = getattr(report, what)
         narrow = [size for size in sizes if size < 16]
@@ -276,7 +270,7 @@ def main() -> None:
                 reports += made
                 print(*(report.row() for report in made), sep="\n", flush=True)
     if args.json:
-        args.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+        args.json.write_text(json.dumps([report._asdict() for report in reports], indent=1))
     faults = [f"{r.case}, {r.kernel}, {r.arch}: {fault}" for r in reports for fault in r.faults]
     print("", *faults, sep="\n")
     kernels = {report.kernel for report in reports}

@@ -11,17 +11,7 @@ from typing import Any
 import triton
 
 
-def amd_resources(assembly: str) -> tuple[int, int]:
-    """(registers, spilled registers or bytes of stack) from the kernel's metadata."""
-    registers, *spills = (
-        int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
-        for key in
-        ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    )  # fmt: skip
-    return registers, sum(spills)
-
-
-def nvidia_resources(cubin: bytes) -> tuple[int, int, str]:
+def resources(cubin: bytes) -> tuple[int, int, str]:
     """(registers, bytes of stack and local memory, disassembly), by NVIDIA's own tools."""
 
     def output(tool: Any, option: str) -> str:
@@ -39,9 +29,9 @@ def nvidia_resources(cubin: bytes) -> tuple[int, int, str]:
     return registers, stack + local, assembly
 
 
-_LABEL = re.compile(r"(\.L(?:_x_|BB)\w+):")
-_TARGET = re.compile(r"\.L(?:_x_|BB)\w+\b(?!:)")
-_NO_FALL_THROUGH = re.compile(r"\*/\s+(?:BRA\s+`|EXIT|RET)|\bs_(?:branch|endpgm|setpc)")
+_LABEL = re.compile(r"(\.L_x_\w+):")
+_TARGET = re.compile(r"\.L_x_\w+\b(?!:)")
+_NO_FALL_THROUGH = re.compile(r"\*/\s+(?:BRA\s+`|EXIT|RET)")
 
 
 def in_loops(assembly: str) -> Iterator[str]:
@@ -74,10 +64,8 @@ def in_loops(assembly: str) -> Iterator[str]:
             yield from block
 
 
-_NVIDIA_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)((?:\.\w+)*)\s")
-_NVIDIA_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-_AMD_ACCESS = re.compile(r"\b(?:buffer|global|flat)_(load|store)_[su]?(byte|short|dword(?:x\d)?)")
-_AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)((?:\.\w+)*)\s")
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 def access_bytes(instructions: Iterator[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -85,10 +73,7 @@ def access_bytes(instructions: Iterator[str]) -> tuple[tuple[int, ...], tuple[in
     loads: list[int] = []
     stores: list[int] = []
     for line in instructions:
-        if found := _NVIDIA_ACCESS.search(line):
-            sizes = (_NVIDIA_BYTES.get(suffix) for suffix in found[2].split("."))
-            size = next((size for size in sizes if size), 4)
-            (stores if found[1] == "STG" else loads).append(size)
-        elif found := _AMD_ACCESS.search(line):
-            (stores if found[1] == "store" else loads).append(_AMD_BYTES[found[2]])
+        if found := _ACCESS.search(line):
+            sizes = (_BYTES[suffix] for suffix in found[2].split(".") if suffix in _BYTES)
+            (stores if found[1] == "STG" else loads).append(next(sizes, 4))
     return tuple(loads), tuple(stores)

@@ -15,8 +15,8 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGES = ("huggingface_hub", "numpy", "torch", "transformers")
 SKIPPED_FOLDERS = {"_bundled", "idlelib", "lib2to3", "site-packages", "test", "testing", "tests"}
@@ -24,8 +24,7 @@ SHIPPED_CHARS = 70_000  # of each shipped text: about 25,000 tokens
 SHINGLE_WORDS = 12
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """Documents by name; the three parts share no paragraph."""
 
     train: dict[str, str]
@@ -33,7 +32,7 @@ class Corpus:
     heldout: dict[str, str]
 
     def sha256(self) -> str:
-        parts = [sorted(part.items()) for part in (self.train, self.calibration, self.heldout)]
+        parts = [sorted(part.items()) for part in self]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -19,13 +19,12 @@ import math
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean as mean
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -40,8 +39,7 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 VOCAB, WINDOW_TOKENS, SHARD_WINDOWS = 2048, 256, 4
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """A family: its class, its shape, and the training that makes a model of it."""
 
     model: type[PreTrainedModel]
@@ -93,9 +91,8 @@ def train_tokenizer(texts: list[str]) -> FastTokenizer:
         vocab_size=VOCAB, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
-    )
+    special = [(BOS, bpe.token_to_id(BOS))]
+    bpe.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=special)
     return FastTokenizer(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
 
 
@@ -138,7 +135,6 @@ def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     source = batches(stream, args.batch, torch.Generator().manual_seed(args.seed))
     losses: list[float] = []
-    started = time.monotonic()
     shard_shape = (-1, SHARD_WINDOWS, WINDOW_TOKENS + 1)
 
     def loss_and_gradients(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -159,9 +155,10 @@ def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace
         scheduler.step()
         losses.append(float(loss))
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
-            speed = (step + 1) * args.batch * WINDOW_TOKENS / (time.monotonic() - started)
-            recent = mean(losses[-100:])
-            log(f"step {step + 1}/{args.steps}: loss {recent:.4f} nats, {speed:.0f} tokens/s")
+            print(
+                f"step {step + 1}/{args.steps}: loss {mean(losses[-100:]):.4f} nats",
+                file=sys.stderr,
+            )
     return mean(losses[-max(1, args.steps // 20) :])
 
 
@@ -172,10 +169,6 @@ def heldout_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return mean(next_token_loss(model, window[None]).item() for window in windows)
 
 
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train the small model that ships with the package, or a Qwen3 like it."
@@ -183,21 +176,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--family", choices=RECIPES, default="llama")
     parser.add_argument("--steps", type=int, help="if not the family's own")
-    parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW_TOKENS} tokens")
-    parser.add_argument("--learning-rate", type=float, help="if not the family's own")
-    parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.set_defaults(batch=8, weight_decay=0.01)
     args = parser.parse_args()
-    for name in ("steps", "learning_rate"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(RECIPES[args.family], name))
+    args.learning_rate = RECIPES[args.family].learning_rate
+    args.steps = args.steps or RECIPES[args.family].steps
     if args.out.exists():
         parser.error(f"--out: expected a folder that does not exist yet, got {args.out}")
-    if args.steps < 1 or args.threads < 1:
-        parser.error("--steps and --threads: expected at least 1")
-    if args.batch < 1 or args.batch % SHARD_WINDOWS:
-        parser.error(f"--batch: expected a multiple of {SHARD_WINDOWS}, got {args.batch}")
     return args
 
 
@@ -216,13 +202,11 @@ def main() -> int:
     tokenizer = train_tokenizer(list(corpus.train.values()))
     encoded = tokenizer(list(corpus.train.values()))["input_ids"]
     stream = torch.tensor([i for ids in encoded for i in (*ids, tokenizer.eos_token_id)])
-    texts = {
-        "calibration": "\n\n".join(corpus.calibration.values()) + "\n",
-        "heldout": "\n\n".join(corpus.heldout.values()) + "\n",
-    }
+    parts = {"calibration": corpus.calibration, "heldout": corpus.heldout}
+    texts = {name: "\n\n".join(part.values()) + "\n" for name, part in parts.items()}
     ids = {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in texts.items()}
     model = new_model(recipe, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    log(f"{len(stream)} tokens to train on, {model.num_parameters()} parameters")
+    print(f"{len(stream)} tokens to train on, {model.num_parameters()} parameters", file=sys.stderr)
     training_loss = train(model, stream, args)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -238,8 +222,7 @@ def main() -> int:
             "corpus": {
                 "sha256": corpus.sha256(),
                 "train": size(corpus.train, len(stream)),
-                "calibration": size(corpus.calibration, len(ids["calibration"])),
-                "heldout": size(corpus.heldout, len(ids["heldout"])),
+                **{name: size(part, len(ids[name])) for name, part in parts.items()},
             },
             "versions": {
                 "python": platform.python_version(),

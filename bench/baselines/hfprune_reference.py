@@ -30,14 +30,17 @@ Tensors = dict[int, Tensor]
 def score(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Score every MLP neuron over sequences ids (N, T); return (L, F) in the model's dtype.
 
-    The model is left as it was found: no gradient, no hook, the same parameters frozen.
+    The model is left in evaluation mode and frozen, without gradients and hooks.
     """
     mlps: list[Any] = [layer.mlp for layer in model.get_decoder().layers]
-    weights = [m.weight for mlp in mlps for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     totals = [torch.zeros_like(mlp.down_proj.weight[0]) for mlp in mlps]
     acts: Tensors = {}
     grads: Tensors = {}
-    with _only_these_learn(model, weights), _hooked(mlps, acts, grads):
+    model.eval().requires_grad_(False)
+    for mlp in mlps:
+        for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            linear.weight.requires_grad_(True)
+    with torch.enable_grad(), _hooked(mlps, acts, grads):
         for sequence in ids:
             model.zero_grad()
             output = model(input_ids=sequence[None])
@@ -47,6 +50,8 @@ def score(model: PreTrainedModel, ids: Tensor) -> Tensor:
                 total += (acts[layer] * grads[layer]).abs().sum(dim=(0, 1))
             acts.clear()
             grads.clear()
+    model.zero_grad()
+    model.requires_grad_(False)
     return torch.stack(totals)
 
 
@@ -62,44 +67,19 @@ def entropy_of(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _only_these_learn(model: PreTrainedModel, weights: list[Tensor]) -> Iterator[None]:
-    """Evaluation mode and gradients for these weights alone inside; as found afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    model.eval().requires_grad_(False)
-    model.zero_grad()
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for p, (required, grad) in before.items():
-            p.requires_grad_(required).grad = grad
-
-
-@contextmanager
 def _hooked(mlps: list[Any], acts: Tensors, grads: Tensors) -> Iterator[None]:
     """Keep every down_proj's input of the forward pass, and the gradient there of the backward."""
 
-    def keep_act(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            acts[layer] = inputs[0].detach()
-
-        return hook
-
-    def keep_grad(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, grad_input: tuple[Tensor], grad_output: tuple[Tensor]) -> None:
-            grads[layer] = grad_input[0].detach()
+    def keep(into: Tensors, layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor], outputs: object) -> None:
+            into[layer] = inputs[0].detach()
 
         return hook
 
     handles = []
     for layer, mlp in enumerate(mlps):
-        handles.append(mlp.down_proj.register_forward_hook(keep_act(layer)))
-        handles.append(mlp.down_proj.register_full_backward_hook(keep_grad(layer)))
+        handles.append(mlp.down_proj.register_forward_hook(keep(acts, layer)))
+        handles.append(mlp.down_proj.register_full_backward_hook(keep(grads, layer)))
     try:
         yield
     finally:

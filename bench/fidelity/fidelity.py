@@ -31,8 +31,9 @@ from fidelity_tables import FOLDER, read
 from fidelity_variants import QUICK, VARIANTS, Variant, variant_of
 from records import ResultError, described, rounded
 
-from hfprune_fast.checkpoint import folder
-from hfprune_fast.checkpoint import source as checkpoints
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import CalibrationOptions
+from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import ArgumentError, HFPruneError
 
@@ -40,28 +41,28 @@ RATIOS = (0.1, 0.2, 0.3, 0.5)
 ROWS = {"all": VARIANTS, "quick": QUICK}
 # A file is of one of each: rows of others cannot be compared with it.
 SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
-Key = tuple[Variant, float, int]  # with a ratio and a seed
 # Two windows with as many equal tokens in a row have them from one document.
 SHARED_RUN = 48
 
 
 def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
-    folder = folder.find_model(args.model)
+    source = open_source(args.model)
     check_texts(args.calibration, args.text)
-    subject = Subject(folder, args.text, args.seq_len, args.eval_samples)
-    drawn = {
-        seed: windows_for(folder, args.calibration, args.seq_len, args.samples, seed)
-        for seed in args.seeds
-    }
-    for ids in drawn.values():
-        check_windows(ids, subject.ids)
+
+    def windows(text: str, samples: int, seed: int) -> TokenData:
+        return calibrate(text, source, CalibrationOptions(samples, args.seq_len, seed))
+
+    held_out = windows(args.text, args.eval_samples, 0)
+    drawn = {seed: windows(args.calibration, args.samples, seed) for seed in args.seeds}
+    for data in drawn.values():
+        check_windows(data.batches[0].ids, held_out.batches[0].ids)
     header = {
-        "model": args.name or folder.display_name(args.model).rpartition("/")[2],
-        "model_type": subject.size.model_type,
-        "params": subject.size.total_params,
-        "calibration": {"samples": len(drawn[args.seeds[0]]), "seq_len": args.seq_len},
-        "evaluation": {"samples": len(subject.ids), "seq_len": args.seq_len},
+        "model": args.name or source.name.rpartition("/")[2],
+        "model_type": source.spec.model_type,
+        "params": source.spec.total_params,
+        "calibration": {"samples": drawn[args.seeds[0]].sequences, "seq_len": args.seq_len},
+        "evaluation": {"samples": held_out.sequences, "seq_len": args.seq_len},
         "texts": [Path(args.calibration).name, Path(args.text).name],
         **described(),
     }
@@ -76,11 +77,12 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     ]
     if remaining:
         _append(file, header)
-    begun, seeds = time.monotonic(), {}
+        subject, scored = Subject(source, held_out), None
+    begun = time.monotonic()
     for i, (seed, variant, ratios) in enumerate(remaining, 1):
-        if seed not in seeds:
-            seeds = {seed: Seed(subject, drawn[seed], seed)}
-        for row in seeds[seed].rows(variant, ratios):
+        if scored is None or scored.seed != seed:
+            scored = Seed(subject, drawn[seed], seed)
+        for row in scored.rows(variant, ratios):
             _append(file, row)
         minutes = (time.monotonic() - begun) / 60
         left = minutes * (len(remaining) - i) / i
@@ -91,18 +93,22 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
 
 def check_texts(calibration: str | Path, text: str | Path) -> None:
     """Refuse one text for both, whatever it is called."""
-    one, other = Path(calibration), Path(text)
-    same = str(calibration) == str(text) or one.resolve() == other.resolve()
-    if not same and one.is_file() and other.is_file():
-        same = one.read_bytes() == other.read_bytes()
-    if same:
+    one, other = Path(calibration).resolve(), Path(text).resolve()
+    files = one.is_file() and other.is_file()
+    if one == other or (files and one.read_bytes() == other.read_bytes()):
         raise ArgumentError(f"text {text} is the calibration text; give one of other documents")
 
 
 def check_windows(calibration: Tensor, held_out: Tensor) -> None:
     """Refuse held-out windows that have a long run of tokens in common with calibration."""
-    seen = {run for window in calibration for run in _runs(window)}
-    sharing = sum(any(run in seen for run in _runs(window)) for window in held_out)
+    length = min(SHARED_RUN, calibration.shape[1])
+
+    def runs(windows: Tensor) -> list[set[bytes]]:
+        parts = windows.unfold(1, length, 1).numpy()
+        return [{part.tobytes() for part in window} for window in parts]
+
+    seen = set().union(*runs(calibration))
+    sharing = sum(not seen.isdisjoint(window) for window in runs(held_out))
     if sharing:
         raise ArgumentError(
             f"{sharing} of {len(held_out)} held-out windows have {SHARED_RUN} tokens in a row in "
@@ -110,13 +116,7 @@ def check_windows(calibration: Tensor, held_out: Tensor) -> None:
         )
 
 
-def _runs(window: Tensor) -> list[bytes]:
-    ids = window.numpy()
-    length = min(SHARED_RUN, len(ids))
-    return [ids[i : i + length].tobytes() for i in range(len(ids) - length + 1)]
-
-
-def _done(file: Path, header: dict[str, Any]) -> set[Key]:
+def _done(file: Path, header: dict[str, Any]) -> set[tuple[Variant, float, int]]:
     """Return what an earlier run has measured; refuse to add to one with other settings."""
     if not file.exists():
         return set()

@@ -23,10 +23,11 @@ class Variant:
 
 
 def variant_of(row: Mapping[str, Any]) -> Variant:
-    """Return the variant of a row; what the row leaves out is the default."""
-    return Variant(
-        **{field.name: row[field.name] for field in fields(Variant) if field.name in row}
-    )
+    """Return the variant of a row, of older files too, which called fisher_mask mask."""
+    found = {field.name: row[field.name] for field in fields(Variant) if field.name in row}
+    if found["statistic"] == "mask":
+        found["statistic"] = "fisher_mask"
+    return Variant(**found)
 
 
 # The others are compared with the paper's, so it is measured first. Of `auto`, uniform and global
@@ -39,9 +40,9 @@ _RANKED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
 VARIANTS = (
     PAPER,
     Variant("entropy, parity", "l1"),
-    *(Variant("entropy", statistic) for statistic in ("l2", "mask")),
-    *(Variant("cross_entropy", statistic) for statistic in ("l1", "l2", "mask")),
-    *(Variant("fisher", statistic) for statistic in ("l1", "l2", "mask", "obs")),
+    *(Variant("entropy", statistic) for statistic in ("l2", "fisher_mask")),
+    *(Variant("cross_entropy", statistic) for statistic in ("l1", "l2", "fisher_mask")),
+    *(Variant("fisher", statistic) for statistic in ("l1", "l2", "fisher_mask", "obs")),
     Variant("activation", "act"),
     MAGNITUDE,
     RANDOM,

@@ -1,7 +1,6 @@
 """Check and time every kernel on the GPU at hand; no network, nothing to install.
 
     python bench/gpu/gpu_check.py --out bench/results                      under 8 minutes
-    python bench/gpu/gpu_check.py --only timing --out bench/results        under 5
     python bench/gpu/gpu_check.py --only correctness scoring --out bench/results
     python bench/gpu/gpu_check.py --only timing --limit timing=560 --out bench/results
 
@@ -19,7 +18,6 @@ one that fails loses no other. `--only` names the phases to run after build and 
     scoring      an 8B model scored, beside the paper's arithmetic; needs 70 GB of GPU memory
     refit        removal costs and a refit of one layer of an 8B's shape
     streamed     a 70B's layers from disk and RAM; 25 GB of disk under TMPDIR, 45 GB of host memory
-    tune         a sweep of the kernels' configurations
 
 `--rehearse` runs on a CPU. `--commit` names the commit where there is no git.
 
@@ -45,13 +43,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
-from gpu_report import report
+import torch
 from records import RESULTS, ROOT, Result, ResultError, described, key, read, write
+from report import markdown
 
 # Seconds a phase may take; build, compile, correctness and timing are under 8 minutes together.
 LIMITS_S = {
     "build": 90, "compile": 45, "correctness": 170, "timing": 165, "scoring": 150, "refit": 70,
-    "streamed": 235, "tune": 355,
+    "streamed": 235,
 }  # fmt: skip
 FIRST, DEFAULT = ("build", "compile"), ("correctness", "timing")
 # Before the limit a process is asked to end, and a worker this long before that starts nothing new.
@@ -73,18 +72,18 @@ def main() -> None:
     out = args.out.resolve()
     if args.rehearse and out.is_relative_to(RESULTS):
         parser.error("a rehearsal measures nothing; give --out a folder outside bench/results")
-    if not args.rehearse and (reason := no_device()):
-        print(f"gpu_check.py: {reason}; --rehearse runs all of it on a CPU", file=sys.stderr)
-        sys.exit(2)
+    if not (args.rehearse or torch.cuda.is_available()):
+        built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
+        parser.error(f"no CUDA device ({built}); --rehearse runs all of it on a CPU")
     LIMITS_S.update(args.limit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
     result = provenance(args.rehearse, args.commit)
+    path = out / f"{result['machine']['name']}-{result['date'][:10]}.json"
     try:
-        before = earlier(result, out)
+        before = earlier(path, result["commit"])
     except ResultError as error:
-        print(f"gpu_check.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    beside = out / f"{result['machine']['name']}-{result['date'][:10]}.check"
+        parser.error(str(error))
+    beside = path.with_suffix(".check")
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hfprune_gpu_check_") as folder:
         run = Run(Path(folder), beside, args.rehearse, result, before)
@@ -106,40 +105,20 @@ def _limit(text: str) -> tuple[str, float]:
     return name, float(seconds)
 
 
-def no_device() -> str | None:
-    """Say why nothing can run here, in a few words."""
-    try:
-        import torch
-    except ImportError as error:
-        return f"torch cannot be imported ({error})"
-    if torch.cuda.is_available():
-        return None
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    return f"no CUDA device (torch {torch.__version__}, built with {built})"
-
-
 def provenance(rehearsal: bool, commit: str | None) -> Result:
-    def sha256(folder: str) -> str:
-        sources = hashlib.sha256()
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            sources.update(path.read_bytes())
-        return sources.hexdigest()
-
+    sources = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        sources.update(path.read_bytes())
     found = described() | {"rehearsal": rehearsal, "phases": {}, "ceilings": [], "rows": []}
     if commit:
         found |= {"commit": commit, "uncommitted_changes": None}
-    return {**found, "kernels_sha256": sha256("kernels"), "package_sha256": sha256("hfprune_fast")}
+    return {**found, "kernels_sha256": sources.hexdigest()}
 
 
-def earlier(result: Result, folder: Path) -> Result | None:
-    """Return the file that was written there on the same day, if there is one.
-
-    Raises:
-        ResultError: it is of another commit, and writing would lose it.
-    """
-    path = folder / f"{result['machine']['name']}-{result['date'][:10]}.json"
+def earlier(path: Path, commit: str | None) -> Result | None:
+    """Return the file of the same day, if there is one; refuse to lose another commit's."""
     found = read(path) if path.exists() else None
-    if found and found["commit"] != result["commit"]:
+    if found and found["commit"] != commit:
         raise ResultError(f"{path} is of another commit; give another --out, or remove it")
     return found
 
@@ -149,13 +128,25 @@ def joined(before: Result | None, result: Result) -> Result:
     if before is None:
         return result
     rows = {key(row): row for row in before["rows"]}
-    for row in result["rows"]:
-        if "skipped" not in row or key(row) not in rows:
-            rows[key(row)] = row
-    phases = {**before.get("phases", {}), **result["phases"]}
-    ceilings = result["ceilings"] or before.get("ceilings", [])
-    found = {**before, **result, "phases": phases, "rows": list(rows.values())}
-    return {**found, "ceilings": ceilings}
+    new = {key(row): row for row in result["rows"]}
+    rows |= {k: row for k, row in new.items() if "skipped" not in row or k not in rows}
+    phases = {**before["phases"], **result["phases"]}
+    ceilings = result["ceilings"] or before["ceilings"]
+    found = {"phases": phases, "rows": list(rows.values()), "ceilings": ceilings}
+    return {**before, **result, **found}
+
+
+def report(result: Result) -> str:
+    """Return what became of the phases and tests, and all rows."""
+    lines = ["A rehearsal: its numbers mean nothing.", ""] if result["rehearsal"] else []
+    for name, phase in result["phases"].items():
+        lines.append(f"- {name}: {phase['error'] or 'ok'} ({phase['seconds']:.0f} s)")
+        lines += [f"  - skipped: {reason}" for reason in phase.get("skipped", ())]
+    if counts := result.get("correctness"):
+        told = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
+        lines += [f"- tests: {told}"]
+        lines += [f"  - {line}" for line in (*counts["failures"][:10], *counts["skips"][:3])]
+    return "\n".join(lines) + "\n\n" + markdown(result)
 
 
 class Run:
@@ -166,13 +157,11 @@ class Run:
     ) -> None:
         self.folder, self.out, self.result, self.before = folder, out, result, before
         self.site, self.rehearse = folder / "site", rehearse
-        hidden = ("HFPRUNE_BACKEND", "PYTEST_ADDOPTS")  # they would change what runs
-        env = {name: value for name, value in os.environ.items() if name not in hidden}
-        folders = (str(path) for path in (ROOT / "bench").glob("*/"))
-        path = [str(self.site), *folders, env.get("PYTHONPATH", "")]
+        path = [self.site, *(ROOT / "bench").glob("*/"), os.environ.get("PYTHONPATH", "")]
         self.env = {
-            **env,
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            **os.environ,
+            "HFPRUNE_BACKEND": "", "PYTEST_ADDOPTS": "",  # they would change what runs
+            "PYTHONPATH": os.pathsep.join(filter(None, map(str, path))),
             "PYTHONSAFEPATH": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
@@ -182,7 +171,7 @@ class Run:
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # fp32 products are fp32
             "TRITON_INTERPRET": str(int(rehearse)),
-        }
+        }  # fmt: skip
         if rehearse:
             self.env["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -231,9 +220,7 @@ class Run:
     def build(self) -> str | None:
         """Build as pip does for any user, from a copy, so that nothing is written beside it."""
         tree = self.folder / "tree"
-        skipped = (
-            ".git", ".venv", "build", "tests", "bench", "*.egg-info", "__pycache__", ".*_cache"
-        )  # fmt: skip
+        skipped = ".*", "build", "tests", "bench", "*.egg-info", "__pycache__"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*skipped))
         pip = "-m pip --isolated install --no-index --no-deps --no-build-isolation"
         error = self.command("build", *pip.split(), "--target", self.site, tree)
@@ -260,12 +247,12 @@ class Run:
             return error or "pytest left no report"
         found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
         for case in ElementTree.parse(xml).iter("testcase"):
-            problem = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
-            message = [] if problem is None else (problem.get("message") or "").split("\n")[:1]
-            tag = (
-                "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
-            )
-            found[tag].append(f"{case.get('name')}: {''.join(message)[:300]}")
+            state, message = "passed", ""
+            for problem in case:
+                if problem.tag in ("failure", "error", "skipped"):
+                    state = "skipped" if problem.tag == "skipped" else "failed"
+                    message = (problem.get("message") or "").partition("\n")[0][:300]
+            found[state].append(f"{case.get('name')}: {message}")
         self.result["correctness"] = {name: len(texts) for name, texts in found.items()} | {
             "failures": found["failed"], "skips": found["skipped"],
         }  # fmt: skip
@@ -278,7 +265,7 @@ class Run:
         out = self.folder / f"{name}.json"
         seconds = str(LIMITS_S[name] - 2 * GRACE_S)
         script = Path(__file__).with_name(f"gpu_{name}.py")
-        error = self.command(name, script, "--out", out, "--seconds", seconds)
+        error = self.command(name, script, out, seconds)
         if out.exists():
             found = json.loads(out.read_text())
             self.result["rows"] += found.pop("rows")

@@ -1,12 +1,10 @@
-"""What the phases of `gpu_check.py` share: progress, the yardstick, and checks of scores."""
+"""What the phases of `gpu_check.py` share: progress, the yardstick, and checked scores."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +15,11 @@ from meter import DEVICE, GPU, clock_s
 from records import Row
 from torch import Tensor
 
+from hfprune_fast.data.batches import micro_batch
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.planner import Plan
 from hfprune_fast.scoring import run
+from hfprune_fast.scoring.passes import PassOptions
 
 BF16 = torch.bfloat16
 U = torch.finfo(BF16).eps / 2  # the most that one rounding changes, relatively
@@ -27,21 +29,14 @@ SEQ_LEN = 1024 if GPU else 32
 class Phase:
     """What a phase has found so far; its JSON file is kept up to date."""
 
-    def __init__(self, out: Path, limit_s: float) -> None:
-        self.out, self._begun = out, time.monotonic()
-        self.deadline = self._begun + limit_s  # nothing new is started after it
+    def __init__(self, out: Path | str, limit_s: float | str) -> None:
+        self.out, self._begun = Path(out), time.monotonic()
+        self.deadline = self._begun + float(limit_s)  # nothing new is started after it
         self.rows: list[Row] = []
         self.result: dict[str, Any] = {"rows": self.rows, "skipped": [], "errors": []}
-
-    @classmethod
-    def from_arguments(cls, description: str | None) -> Phase:
-        parser = argparse.ArgumentParser(description=description)
-        parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-        parser.add_argument("--seconds", type=float, default=100, help="start nothing new after")
-        args = parser.parse_args()
+        torch.manual_seed(0)
         if not GPU:
             torch.set_num_threads(1)  # which serves a rehearsal's sizes best
-        return cls(args.out, args.seconds)
 
     @property
     def late(self) -> bool:
@@ -91,6 +86,25 @@ def verdict(missed: dict[str, bool]) -> str:
     return "; ".join(text for text, yes in missed.items() if yes) or "pass"
 
 
+def l1_scores(model: ResidentModel, ids: Tensor, plan: Plan, **how: Any) -> Tensor:
+    """Score an entered model as planned; return l1 (L, F).
+
+    Out of memory is an error here, where otherwise another variant would be timed unseen.
+    """
+    options = PassOptions(
+        backend=run.backend_for(torch.empty(0, dtype=BF16, device=DEVICE), None, False),
+        logits_budget_bytes=plan.logits_budget_bytes,
+        **{"recompute": plan.recompute, **how},
+    )
+
+    def refuse(message: str) -> None:
+        raise RuntimeError(f"not what was requested: {message}")
+
+    batches = micro_batch(ids, model.vocab).split(plan.batch_size)
+    with mock.patch.object(run, "say", refuse):
+        return run.score_batches(model, batches, options).statistics[0, 0]
+
+
 def relative_errors(got: Tensor, want: Tensor) -> Tensor:
     """Return ‖got - want‖ / ‖want‖ of each layer, (L,) fp64 on the CPU; NaN where there is one."""
     got, want = got.double().cpu(), want.double().cpu()
@@ -106,14 +120,3 @@ def checked(name: str, error: Tensor, allowed: Tensor) -> dict[str, float]:
             f"{float(allowed[worst]):.1e} would be rounding"
         )
     return {"error": float(error[worst]), "error_allowed": float(allowed[worst])}
-
-
-@contextmanager
-def no_retreat() -> Iterator[None]:
-    """Make out of memory an error, where otherwise another variant would be timed unseen."""
-
-    def refuse(message: str) -> None:
-        raise RuntimeError(f"not what was requested: {message}")
-
-    with mock.patch.object(run, "say", refuse):
-        yield

@@ -6,6 +6,7 @@ every neuron must return the weights it was given, but for their rounding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,23 +17,21 @@ from models import Shape, random_ids, random_model
 from records import row
 from torch import Tensor
 
+from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.data.batches import micro_batch, numbered
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.scoring.costs import removal_costs
 
 SHAPE = Shape(4096, 14336, 1, 32, 8, 32000) if GPU else Shape(64, 160, 1, 4, 2, 500)
-SEQUENCES, BATCH = (32, 4) if GPU else (8, 4)
-ROUNDS = 3
+SEQUENCES, BATCH, ROUNDS = (32 if GPU else 8), 4, 3
 TOKENS = SEQUENCES * SEQ_LEN
 
 
 def main() -> None:
-    phase = Phase.from_arguments(__doc__)
-    torch.manual_seed(0)
+    phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
     model = ResidentModel(random_model(SHAPE, BF16, DEVICE))
-    ids = random_ids(SEQUENCES, SEQ_LEN, SHAPE.vocab).split(BATCH)
-    batches = numbered(micro_batch(part, SHAPE.vocab) for part in ids)
+    ids = random_ids(SEQUENCES, SEQ_LEN, SHAPE.vocab)
+    batches = micro_batch(ids, SHAPE.vocab).split(BATCH)
     everything = torch.arange(SHAPE.width)
     keep = everything[torch.rand(SHAPE.width) < 0.8]
 

@@ -2,112 +2,87 @@
 
 The model has Llama-3.1-8B's shape and random weights; sequences are of 1024 tokens. Every provider
 scores the same sequences, and ours must agree with the reference as far as rounding explains. Then
-they are timed in turn with large bf16 products, which are the yardstick, so that the clocks are the
-same for all.
+they are timed in turn with large bf16 products, so that the clocks are the same for all.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import gpu_phase
 import hfprune_reference
 import torch
-from gpu_phase import BF16, SEQ_LEN, Phase, no_retreat
+from gpu_phase import BF16, SEQ_LEN, Phase
 from meter import DEVICE, GPU, peak_bytes
 from models import Shape, random_ids, random_model, score_band
 from records import Row, row
 from torch import Tensor
 
-from hfprune_fast.models import spec
-from hfprune_fast.engine import planner
+from hfprune_fast.config import RunOptions
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.data.batches import micro_batch
-from hfprune_fast.models.spec import ModelSpec
-from hfprune_fast.engine.planner import Plan
-from hfprune_fast.scoring.passes import How
-from hfprune_fast.scoring.run import backend_for, score_batches
+from hfprune_fast.engine.planner import MemoryEstimator, Plan, plan_run
+from hfprune_fast.models.spec import spec_of
 
 SHAPE = Shape(4096, 14336, 32, 32, 8, 128_256) if GPU else Shape(64, 160, 3, 4, 2, 500)
 SEQUENCES = 8
 ROUNDS, LEAST_ROUNDS = 7, 3
-REFERENCE = "HFPrune's arithmetic"
+OURS, LEAN, REFERENCE = "ours", "ours, recomputed, 2 at once", "HFPrune's arithmetic"
 FLOPS = SHAPE.needed_flops(SEQUENCES * SEQ_LEN)  # by anyone; not those that each executes
-
-
-class Variant(NamedTuple):
-    """One of ours; `chosen` is the planner's, `lean` the one that is held to little memory."""
-
-    batch_size: int
-    recompute: bool
-    plan: Plan
-    chosen: bool
-    lean: bool
-
-    @property
-    def name(self) -> str:
-        how = "recomputed" if self.recompute else "stored"
-        return "ours" if self.chosen else f"ours, {how}, {self.batch_size} at once"
 
 
 class Subject:
     """The model, its sequences, and every provider of their l1 scores."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
         self.model = random_model(SHAPE, BF16, DEVICE)
         self.ids = random_ids(SEQUENCES, SEQ_LEN, SHAPE.vocab)
         self.on_device = self.ids.to(DEVICE)
-        self.resident = ResidentModel(self.model)
-        self.backend = backend_for(self.model.lm_head.weight, None, False)
 
-    def variants(self) -> Iterator[Variant]:
-        """Yield what the planner chooses, fewer and more at once, and with layers recomputed."""
-        device, size = self.resident.device, spec.size_of(self.model)
-        shape = ModelSpec.of(size, self.model.config)
-        chosen = planner.plan_scoring(
-            shape, device=device, dtype=BF16, seq_len=SEQ_LEN, sequences=SEQUENCES, loaded=True
-        )
+    def plans(self) -> dict[str, Plan]:
+        """Return what the planner chooses, fewer and more at once, and with layers recomputed."""
+        spec = spec_of(self.model)
+        chosen = plan_run(
+            spec, RunOptions(), device=DEVICE, dtype=BF16, seq_len=SEQ_LEN, sequences=SEQUENCES,
+            loaded=True,
+        )  # fmt: skip
         print(f"planned: {chosen}", flush=True)
-        reckoner = planner._Reckoner(
-            shape, device, BF16, SEQ_LEN, SEQUENCES, chosen.free_bytes, loaded=True
+        estimator = MemoryEstimator(
+            spec, DEVICE, BF16, SEQ_LEN, SEQUENCES, chosen.free_bytes, True, 1, False
         )
-        for recompute, batch_sizes in ((False, {1, 4, 8, chosen.batch_size}), (True, {2, 4})):
-            for batch_size in sorted(batch_sizes):
-                plans = reckoner.plans(batch_size, exact=True, offload="none")
-                plan = next(plan for plan in plans if plan.recompute is recompute)
-                is_chosen = not recompute and batch_size == chosen.batch_size
-                lean = recompute and batch_size == 2
-                yield Variant(batch_size, recompute, plan, is_chosen, lean)
+        found = {OURS: chosen}
+        for how, sizes in ("stored", {1, 4, 8} - {chosen.batch_size}), ("recomputed", {2, 4}):
+            for size in sorted(sizes):
+                stored, recomputed = estimator.plans(size, exact=True, offload="none")
+                plan = stored if how == "stored" else recomputed
+                found[f"ours, {how}, {size} at once"] = plan
+        return found
 
-    def ours(self, variant: Variant) -> Tensor:
-        budget = variant.plan.logits_budget_bytes
-        how = How(backend=self.backend, recompute=variant.recompute, logits_budget_bytes=budget)
-        batches = micro_batch(self.ids, SHAPE.vocab).split(variant.batch_size)
-        with no_retreat(), self.resident as model:
-            return score_batches(model, batches, how).statistics[0, 0]
+    def ours(self, plan: Plan) -> Tensor:
+        with ResidentModel(self.model) as model:
+            return gpu_phase.l1_scores(model, self.ids, plan)
 
     def reference(self) -> Tensor:
         return hfprune_reference.score(self.model, self.on_device)
 
 
 def checked(
-    subject: Subject, variants: dict[str, Variant], phase: Phase
+    subject: Subject, plans: dict[str, Plan], phase: Phase
 ) -> dict[str, tuple[Callable[[], object], dict[str, Any]]]:
     """Return the calls whose scores were right, each with what was found of it."""
     phase.note(f"{REFERENCE}: scores")
     wanted = subject.reference()
     band = score_band("bfloat16", SHAPE, SEQUENCES, SEQ_LEN)
     found: dict[str, Any] = {}
-    for name, variant in variants.items():
+    for name, plan in plans.items():
         phase.note(f"{name}: checked")
         try:
-            error = gpu_phase.relative_errors(wanted, subject.ours(variant))
+            error = gpu_phase.relative_errors(wanted, subject.ours(plan))
             fields = gpu_phase.checked(name, error, torch.full_like(error, band))
-            found[name] = partial(subject.ours, variant), fields
+            found[name] = partial(subject.ours, plan), fields
         except Exception as error:
             phase.failed(name, error)
     worst = max(error["error"] for _, error in found.values())
@@ -118,12 +93,12 @@ def checked(
 
 
 def row_of(
-    name: str, variant: Variant | None, times: dict[str, list[float]], floors_ms: list[float],
+    name: str, plan: Plan | None, times: dict[str, list[float]], floors_ms: list[float],
     **fields: Any,
 ) -> Row:  # fmt: skip
     """Return a row in the form of result files, with what became of its targets."""
     for field, over, under in (
-        ("times_first", name, "ours"), ("times_reference", REFERENCE, name),
+        ("times_first", name, OURS), ("times_reference", REFERENCE, name),
     ):  # fmt: skip
         pairs = zip(times.get(over, ()), times.get(under, ()), strict=False)
         if ratios := [a / b for a, b in pairs]:
@@ -134,18 +109,19 @@ def row_of(
         "computes": "entropy",
     }  # fmt: skip
     found = row(identity, times[name], floors_ms, floor="products", flops=FLOPS, **fields)
-    if variant:
-        found["planned_bytes"] = variant.plan.total_bytes
+    if plan:
+        found["planned_bytes"] = plan.total_bytes
         if found["peak_bytes"]:
             found["planned_ratio"] = found["planned_bytes"] / found["peak_bytes"]
-        found["verdict"] = judged(found, variant.chosen, variant.lean)
+        found["verdict"] = judged(found)
     return found
 
 
-def judged(found: Row, chosen: bool, lean: bool) -> str:
+def judged(found: Row) -> str:
     speed, part, planned = (
         found.get(name, 1.0) for name in ("times_reference", "percent_of_floor", "planned_ratio")
     )
+    chosen, lean = (found["provider"] == name for name in (OURS, LEAN))
     least = 1.8 if chosen else 0.9 if lean else 0
     gb = found["peak_bytes"] / 1e9
     return gpu_phase.verdict({
@@ -157,11 +133,11 @@ def judged(found: Row, chosen: bool, lean: bool) -> str:
 
 
 def main() -> None:
-    phase = Phase.from_arguments(__doc__)
+    phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
     phase.note("the model")
     subject = Subject()
-    variants = {variant.name: variant for variant in subject.variants()}
-    right = checked(subject, variants, phase)
+    plans = subject.plans()
+    right = checked(subject, plans, phase)
     gemm, gemm_flops = gpu_phase.products()
     calls = {"products": gemm} | {name: call for name, (call, _) in right.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -171,10 +147,9 @@ def main() -> None:
         phase.note(f"round {done}")
         for name, call in calls.items():
             times[name].append(gpu_phase.milliseconds(call))
-    phase.result["products_tflops"] = gemm_flops / statistics.median(times["products"]) / 1e9
     floors_ms = [ms * FLOPS / gemm_flops for ms in times["products"]]
-    for name, (_, fields) in sorted(right.items(), key=lambda item: item[0] != "ours"):
-        phase.rows.append(row_of(name, variants.get(name), times, floors_ms, **fields))
+    for name, (_, fields) in right.items():
+        phase.rows.append(row_of(name, plans.get(name), times, floors_ms, **fields))
     phase.note("done")
 
 

@@ -1,17 +1,13 @@
 """Time every kernel beside its floor and its peers: the cases, providers and rows of the suites.
 
-Rows of ours have what became of their targets and, of each launched kernel, its registers a thread
-and how many of its programs fit a multiprocessor at a time. A gradient at bf16 logits moves 4 bytes
-a logit if a row stays in the cache between its two reads, and 6 if not: `percent_of_floor` is of
-the former, `percent_of_6_bytes` of the latter.
+Rows of ours have what became of their targets. A gradient at bf16 logits moves 4 bytes a logit if a
+row stays in the cache between its two reads, which `percent_of_floor` is of, and 6 if not.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
-from unittest import mock
 
 import bench_entropy
 import bench_linear_entropy
@@ -42,17 +38,17 @@ def wanted() -> list[tuple[Spec, str]]:
         spec, name = pair
         return (
             not (has_target(spec) and name == OURS), name == "torch.compile",
-            spec.dtype == "float32", spec.sweep is not None, spec.model != "Llama-3.1-8B",
+            spec.dtype == "float32", spec.model != "Llama-3.1-8B",
         )  # fmt: skip
 
     specs = [spec for suite in SUITES for spec in suite.specs(SCALE)]
-    pairs = [(spec, name) for spec in specs for name in CASES[spec.op].providers_of(spec)]
+    pairs = [(spec, name) for spec in specs for name in CASES[spec.op].PROVIDERS]
     return sorted(pairs, key=order)
 
 
 def has_target(spec: Spec) -> bool:
-    shape = "Llama-3.1-8B" if GPU else "", "bfloat16", None
-    return spec.op in TARGETS and (spec.model, spec.dtype, spec.sweep) == shape
+    shape = "Llama-3.1-8B" if GPU else "", "bfloat16"
+    return spec.op in TARGETS and (spec.model, spec.dtype) == shape
 
 
 def judged(spec: Spec, found: Row) -> Row:
@@ -70,57 +66,19 @@ def judged(spec: Spec, found: Row) -> Row:
     return {**found, "target_percent": target, "verdict": verdict(missed)}
 
 
-def launched(call: Callable[[], object]) -> list[dict[str, Any]]:
-    """Return name, registers and programs a multiprocessor of the kernels that a call launches."""
-    from triton.runtime.jit import JITFunction
-
-    run, kernels = JITFunction.run, []
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels.append(run(self, *args, **kwargs))
-        return kernels[-1]
-
-    with mock.patch.object(JITFunction, "run", noted):
-        call()
-    properties = torch.cuda.get_device_properties(0)
-    found = {}
-    for kernel in kernels:
-        warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-        registers = -(-kernel.n_regs // 8) * 8 * 32 * warps  # allocated by 8 a thread
-        programs = min(
-            properties.max_threads_per_multi_processor // (32 * warps),
-            properties.regs_per_multiprocessor // registers,
-            properties.shared_memory_per_multiprocessor // (shared + 1024),  # the system's share
-        )
-        found[kernel.metadata.name] = {"registers": kernel.n_regs, "programs": programs}
-    return [{"name": name, **fields} for name, fields in found.items()]
-
-
-def with_kernels(case: Case, found: Row) -> Row:
-    if not GPU or found["provider"] != OURS or "ms" not in found:
-        return found
-    try:
-        found["kernels"] = launched(case.PROVIDERS[OURS].make(case))
-    except (AttributeError, TypeError) as error:  # of another triton
-        found["kernels_unknown"] = str(error)
-    if found["op"].endswith("_grad") and found["dtype"] == "bfloat16":
-        found["percent_of_6_bytes"] = 1.5 * found["percent_of_floor"]
-    return found
-
-
 def main() -> None:
-    phase = Phase.from_arguments(__doc__)
+    phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
     phase.result["ceilings"] = ceilings(SCALE)
     made: tuple[Spec, Case] | None = None
     for spec, name in wanted():
         if phase.late:
-            phase.rows.append({**spec.identity, "provider": name, "skipped": "out of time"})
+            phase.rows.append({**vars(spec), "provider": name, "skipped": "out of time"})
             continue
         if made is None or made[0] != spec:
             made = None  # before the next one takes its memory
             made = spec, CASES[spec.op](spec)
         phase.note(f"{phase.deadline - time.monotonic():6.1f} s left  {spec}, {name}")
-        found = judged(spec, with_kernels(made[1], measured(made[1], name)))
+        found = judged(spec, measured(made[1], name))
         phase.rows.append(found)
         if "failed" in found and name.startswith("ours"):
             phase.result["errors"].append(f"{spec}, {name}: {found['failed']}")

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from meter import DEVICE, GPU, Evictor, alternated_ms, clock_s, peak_bytes, rounds_for
+from meter import DEVICE, GPU, Call, Evictor, alternated_ms, clock_s, peak_bytes, rounds_for
 from records import Row, row
 from shapes import Spec
 from torch import Tensor
@@ -29,11 +29,11 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class AbsentError(Exception):
-    """A provider that cannot run here; the reason in a line."""
+    """A provider cannot run here; the reason in a line."""
 
 
 class WrongError(Exception):
-    """A provider whose result is not the operation's."""
+    """A provider's result is not the operation's."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Case(ABC):
     """An operation's inputs at one shape, and what results and times are compared with."""
 
     PROVIDERS: ClassVar[dict[str, Provider]]
+    EAGER: ClassVar[dict[str, Callable[..., Any]]]  # plain torch, for what each computes
     computes: ClassVar[str] = "entropy"
     floor_name: ClassVar[str] = "copy"
     bytes_moved: int = 0  # by any provider that reads its input once and writes its output once
@@ -67,6 +68,9 @@ class Case(ABC):
         made = torch.empty(shape, dtype=self.dtype, device=DEVICE)
         return made.normal_(std=std, generator=self.generator)
 
+    def integers(self, count: int, below: int) -> Tensor:
+        return torch.randint(below, (count,), device=DEVICE, generator=self.generator)
+
     def refill(self) -> None:  # noqa: B027 - most providers leave their input as it was
         """Restore what a call overwrote."""
 
@@ -77,55 +81,42 @@ class Case(ABC):
 
     def floor(self) -> None:
         """Copy as many bytes; cases of matrix products have their own floor."""
-        source, target = self._copied
-        target.copy_(source)
+        self._copied[1].copy_(self._copied[0])
 
     @cached_property
     def _copied(self) -> tuple[Tensor, Tensor]:
         source = torch.rand(self.bytes_moved // 8, device=DEVICE)  # zeros may be compressed
         return source, torch.empty_like(source)
 
-    @classmethod
-    def providers_of(cls, spec: Spec) -> list[str]:
-        """Return who is measured; in a series of sizes only those whose growth is of interest."""
-        in_series = ("ours", "HFPrune", "eager", "Liger", "Cut")
-        return [n for n in cls.PROVIDERS if not spec.sweep or n.startswith(in_series)]
-
     @abstractmethod
     def truth(self, computes: str) -> Results:
         """Return the result in fp64, written plainly; of per-row results those of `spread_rows`."""
 
     @abstractmethod
-    def plain(self, computes: str) -> Results:
-        """Return the same by plain torch in the case's dtype."""
+    def run(self, function: Callable[..., Any]) -> Results:
+        """Return what a function of EAGER, or a peer like it, makes of the inputs."""
 
     def sampled(self, results: Results) -> Results:
-        """Return the part of a provider's results that truth and plain have."""
+        """Return the part of a provider's results that the truth has."""
         return results
 
-    def judged(self, computes: str) -> tuple[Results, dict[str, float]]:
-        """Return the truth, and twice the error of plain torch in each part of a result."""
-        if computes not in self._judged:
-            truth, plain = self.truth(computes), self.plain(computes)
-            allowed = {name: 2 * error_of(plain[name], truth[name]) for name in truth}
-            self._judged[computes] = truth, allowed
-        return self._judged[computes]
-
     def rounding(self, result: Tensor) -> float:
-        """Return what a result's own dtype explains: four roundings, and those of an fp32 sum.
-
-        Of n terms one after the other, whose roundings are of either sign: √n of them.
+        """Return what a result's own dtype explains: four roundings, and those of an fp32 sum of n
+        terms one after the other, which are of either sign: √n of them.
         """
-        own, fp32, inner = (
-            torch.finfo(dtype).eps / 2 for dtype in (result.dtype, torch.float32, self.inner_dtype)
-        )
-        return 4 * max(own, inner) + 4 * self.summed**0.5 * fp32
+        own, inner = (torch.finfo(dtype).eps / 2 for dtype in (result.dtype, self.inner_dtype))
+        return 4 * max(own, inner) + 2 * self.summed**0.5 * torch.finfo(torch.float32).eps
 
     def check(
         self, provider: Provider, results: Results, *, complete: bool = False
     ) -> tuple[float, float]:
         """Return the error closest to what is allowed, and that; raise WrongError beyond it."""
-        truth, allowed = self.judged(provider.computes or self.computes)
+        computes = provider.computes or self.computes
+        if computes not in self._judged:  # the truth, and twice the error of plain torch
+            truth, plain = self.truth(computes), self.sampled(self.run(self.EAGER[computes]))
+            allowed = {name: 2 * error_of(plain[name], truth[name]) for name in truth}
+            self._judged[computes] = truth, allowed
+        truth, allowed = self._judged[computes]
         unlike = results.keys() != truth.keys() if complete else results.keys() - truth.keys()
         if not results or unlike:
             raise WrongError(f"returned {sorted(results)}, not {sorted(truth)}")
@@ -176,13 +167,13 @@ def ours(function: Callable[[Any, str], Results], backend: str) -> Provider:
 
 
 def providers(
-    own: Callable[[Any, str], Results], reference: Callable[..., Any], eager: Callable[..., Any]
+    own: Callable[[Any, str], Results], eager: Callable[..., Any], reference: Any
 ) -> dict[str, Provider]:
     """Return the usual providers: own(case, backend), and others by `case.run(function)`."""
     return {
         "ours, torch": ours(own, "torch"),
         "ours, triton": ours(own, "triton"),
-        "HFPrune's arithmetic": by(lambda case: case.run(reference)),
+        **({"HFPrune's arithmetic": by(lambda case: case.run(reference))} if reference else {}),
         "eager": by(lambda case: case.run(eager)),
         "torch.compile": Provider(lambda case: partial(case.run, compiled(eager))),
     }
@@ -196,7 +187,7 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
     """
     provider = case.PROVIDERS[name]
     computes = provider.computes or case.computes
-    identity = {**case.spec.identity, "provider": name, "computes": computes}
+    identity = {**vars(case.spec), "provider": name, "computes": computes}
     try:
         call = provider.make(case)
         case.refill()
@@ -226,11 +217,7 @@ def told(error: Exception) -> str:
 
 
 def by_fixture(
-    benchmark: Any,
-    call: Callable[[], object],
-    floor: Callable[[], object],
-    ready: Callable[[], object],
-    rounds: int,
+    benchmark: Any, call: Call, floor: Call, ready: Call, rounds: int
 ) -> tuple[list[float], list[float]]:
     """Do as alternated_ms by the fixture's clock: the setup of each round times the floor."""
     floors_ms = []
@@ -243,9 +230,5 @@ def by_fixture(
         ready()
         clock_s()
 
-    def finished() -> None:
-        call()
-        clock_s()
-
-    benchmark.pedantic(finished, setup=setup, rounds=rounds)
+    benchmark.pedantic(lambda: (call(), clock_s()), setup=setup, rounds=rounds)
     return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms

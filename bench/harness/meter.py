@@ -1,11 +1,16 @@
-"""Times and memory of calls on the device at hand, and what the device does at best."""
+"""Times and memory of calls, of the process too, and what the device at hand does at best."""
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 from shapes import DTYPES
@@ -45,28 +50,26 @@ def alternated_ms(
     On a GPU the host is ahead, so that launches cost nothing, unless a call waits for the device
     (Liger's does): what it then launches is timed at the host's speed.
     """
-    if not GPU:
-        times: dict[Call, list[float]] = {floor: [], call: []}
-        for _ in range(rounds):
-            for timed in (floor, call):
-                ready()
-                begin = time.perf_counter()
-                timed()
-                times[timed].append(1e3 * (time.perf_counter() - begin))
-        return times[call], times[floor]
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(4)] for _ in range(rounds)]
-    # The device spins, 1 ms a round at 2 GHz, while the host queues everything, so that no time
-    # includes waiting for the host.
-    torch.cuda._sleep(rounds * 2_000_000)
-    for begin, end, call_begin, call_end in events:
-        for timed, before, after in ((floor, begin, end), (call, call_begin, call_end)):
-            ready()
-            before.record()
-            timed()
-            after.record()
-    torch.cuda.synchronize()
-    floors = [begin.elapsed_time(end) for begin, end, _, _ in events]
-    return [begin.elapsed_time(end) for _, _, begin, end in events], floors
+    marks: list[Any] = []
+
+    def mark() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if GPU else time.perf_counter())
+        if GPU:
+            marks[-1].record()
+
+    if GPU:
+        # The device spins, 1 ms a round at 2 GHz, while the host queues everything, so that no time
+        # includes waiting for the host.
+        torch.cuda._sleep(rounds * 2_000_000)
+    for timed in (call, floor) * rounds:
+        ready()
+        mark()
+        timed()
+        mark()
+    synchronize()
+    pairs = zip(marks[::2], marks[1::2], strict=True)
+    times = [a.elapsed_time(b) if GPU else 1e3 * (b - a) for a, b in pairs]
+    return times[::2], times[1::2]
 
 
 def peak_bytes(call: Call) -> int:
@@ -90,11 +93,36 @@ def peak_bytes(call: Call) -> int:
         result = call()
     del result
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        live += change.nbytes()
-        peak = max(peak, live)
-    return peak
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((change.nbytes() for change in changes), initial=0))
+
+
+class PeakMemory:
+    """Inside it, a thread keeps the largest RssAnon and RssFile over those at its beginning."""
+
+    def __enter__(self) -> PeakMemory:
+        ctypes.CDLL(None).malloc_trim(0)
+        self.peak = self.base = self.now()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.sample)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        taken = (peak - base for peak, base in zip(self.peak, self.base, strict=True))
+        self.fields = dict(zip(("peak_bytes", "mapped_bytes"), taken, strict=True))
+
+    @staticmethod
+    def now() -> list[int]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kib = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+        return [1024 * int(kib[name]) for name in ("RssAnon", "RssFile")]
+
+    def sample(self) -> None:
+        while not self.stop.wait(0.002):
+            self.peak = list(map(max, self.peak, self.now()))
 
 
 def rounds_for(call: Call, ready: Call, budget_s: float, least: int, most: int) -> int:

@@ -1,8 +1,7 @@
 """The one form of a result file, whoever measured: a suite under pytest, or `gpu_check.py`.
 
     {"machine": {"name": "amd-epyc-2core", "device": "cpu", "processor": ..., "cores": ..., ...},
-     "versions": {"torch": "2.13.0+cpu", ...}, "threads": 2,
-     "date": "2026-11-24T15:00:00+00:00", "commit": ..., "uncommitted_changes": false,
+     "versions": {"torch": "2.13.0+cpu", ...}, "threads": 2, "date": ..., "commit": ...,
      "ceilings": [{"dtype": "bfloat16", "copy_gb_per_s": ..., "product_gflop_per_s": ...}],
      "rows": [row, ...]}
 
@@ -13,7 +12,6 @@ A row is one provider of one operation at one shape:
     sizes      {"T": 256, "D": 4096, "V": 32000}; of models their params too
     provider   "ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile", ...
     computes   "entropy", or "cross entropy" for the peers that compute nothing else
-    sweep      the size that a series of rows varies: "T", "V", "model"; absent elsewhere
 
 and either `skipped` or `failed`, a reason in a line, or all of these that apply:
 
@@ -24,10 +22,9 @@ and either `skipped` or `failed`, a reason in a line, or all of these that apply
     bytes, gb_per_s, flops, gflop_per_s
                                     what any provider must do, and the rate of this one
     peak_bytes, mapped_bytes        memory beside the inputs; mapped pages of files beside that
-    others_cores                    cores that other processes kept busy meanwhile
     times_first, kept_overlap       of whole jobs: time / ours; share of kept neurons in common
     error, error_allowed            relative to the result's norm, checked before the timing
-    kernels, verdict, ...           on a GPU; see bench/gpu
+    verdict, ...                    on a GPU; see bench/gpu
 
 Reading a result file needs the standard library alone, so torch is imported inside functions.
 """
@@ -57,18 +54,13 @@ _PACKAGES = (
 
 
 def row(
-    identity: Row,
-    times_ms: list[float],
-    floors_ms: list[float],
-    *,
-    floor: str,
-    bytes_moved: int = 0,
-    flops: int = 0,
-    **measured: Any,
-) -> Row:
+    identity: Row, times_ms: list[float], floors_ms: list[float], *, floor: str,
+    bytes_moved: int = 0, flops: int = 0, **measured: Any,
+) -> Row:  # fmt: skip
     """Return a row from a provider's times and, as many, those of a floor beside it, if any."""
-    low, ms, high = quartiles(times_ms)
-    found = {**identity, "ms": ms, "ms_low": low, "ms_high": high, "rounds": len(times_ms)}
+    found = {**identity, "rounds": len(times_ms)}
+    found["ms_low"], ms, found["ms_high"] = quartiles(times_ms)
+    found["ms"] = ms
     if floors_ms:
         percents = quartiles([100 * f / t for f, t in zip(floors_ms, times_ms, strict=True)])
         found |= {"floor": floor, "floor_ms": statistics.median(floors_ms)}
@@ -84,14 +76,12 @@ def row(
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     if len(values) == 1:
         return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))  # type: ignore[return-value]
 
 
 def key(found: Row) -> tuple[Any, ...]:
     """Return what identifies a row, in any file."""
-    sizes = tuple(sorted(found["sizes"].items()))
-    return *(found[k] for k in KEY if k != "sizes"), sizes, found.get("sweep")
+    return *(found[k] for k in KEY if k != "sizes"), tuple(sorted(found["sizes"].items()))
 
 
 def described() -> Result:
@@ -116,13 +106,11 @@ def described() -> Result:
 
 def write(result: Result, folder: Path, suffix: str = "") -> Path:
     """Write a result under its name, <machine>-<date>.json, a row a line; return the path."""
-    name = f"{result['machine']['name']}-{result['date'][:10]}{suffix}.json"
+    path = folder / f"{result['machine']['name']}-{result['date'][:10]}{suffix}.json"
     head = {k: v for k, v in result.items() if k != "rows"}
     rows = ",\n".join(f"  {json.dumps(rounded(r))}" for r in result["rows"])
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
-    assert json.loads(text)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -135,11 +123,6 @@ def read(path: Path) -> Result:
     """Return a result that has what its readers rely on; raise ResultError for another file."""
     try:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # which json's and UTF-8's errors are
-        raise ResultError(f"{path}: not JSON: {error}") from None
-    try:
         _of(result, {"machine": dict, "versions": dict, "date": str, "rows": list})
         _of(result["machine"], {"name": str, "device": str, "processor": str})
         for number, found in enumerate(result["rows"], 1):
@@ -149,7 +132,7 @@ def read(path: Path) -> Result:
             if "ms" in found:
                 times = dict.fromkeys(("ms", "ms_low", "ms_high"), (int, float))
                 _of(found, times | {"rounds": int})
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # json's and UTF-8's errors are ValueErrors
         raise ResultError(f"{path}: not a result file: {error}") from None
     return result
 
@@ -189,13 +172,12 @@ def _gpu() -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     processor = model[1].strip() if model else platform.machine()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "name": f"{_slug(processor)}-{cores}core", "device": "cpu", "processor": processor,
-        "cores": cores, "memory_bytes": memory,
+        "cores": cores, "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }  # fmt: skip
 
 

@@ -10,22 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-SCALES = ("full", "small", "tiny")
 DTYPES = ("bfloat16", "float32")
 
 
-@dataclass(frozen=True)
-class Widths:
-    hidden: int  # D
-    width: int  # F
-    vocab: int  # V
-
-
-MODELS = {
-    "Llama-2-7B": Widths(4096, 11008, 32000),
-    "Llama-3.1-8B": Widths(4096, 14336, 128256),
-    "Qwen2.5-7B": Widths(3584, 18944, 152064),
-    "Qwen3-0.6B": Widths(1024, 3072, 151936),
+MODELS = {  # D, F, V
+    "Llama-2-7B": (4096, 11008, 32000),
+    "Llama-3.1-8B": (4096, 14336, 128256),
+    "Qwen2.5-7B": (3584, 18944, 152064),
+    "Qwen3-0.6B": (1024, 3072, 151936),
 }
 
 
@@ -37,17 +29,10 @@ class Spec:
     model: str
     dtype: str
     sizes: dict[str, int] = field(hash=False)
-    sweep: str | None = None  # which size a series of cases varies
 
     def __str__(self) -> str:
         shape = self.model or " ".join(f"{name}{size}" for name, size in self.sizes.items())
         return f"{self.op}, {shape}, {self.dtype}"
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """The part of a row that says what it is of."""
-        found = {"op": self.op, "model": self.model, "dtype": self.dtype, "sizes": self.sizes}
-        return found | ({"sweep": self.sweep} if self.sweep else {})
 
 
 def of_models(
@@ -61,6 +46,5 @@ def of_models(
     tokens = {"full": 8192, "small": small_tokens, "tiny": 24}[scale]
     for dtype in DTYPES if scale != "tiny" else DTYPES[:1]:
         for name in names if scale != "small" or dtype == DTYPES[0] else names[:1]:
-            model = MODELS.get(name, Widths(16, 48, 500))
-            sizes = {"T": tokens, "D": model.hidden, "F": model.width, "V": model.vocab}
+            sizes = dict(zip("TDFV", (tokens, *MODELS.get(name, (16, 48, 500))), strict=True))
             yield Spec(op, name, dtype, {letter: sizes[letter] for letter in letters})

@@ -3,10 +3,10 @@
     .venv/bin/pytest bench/jobs/bench_scoring.py --small
     HFPRUNE_LARGE=1 .venv/bin/pytest bench/jobs/bench_scoring.py -k from_disk
 
-Providers work in processes of their own and in turn, so that a ratio compares neighbours in time. A
-round waits up to 15 seconds for the machine to be quiet. The second command writes a checkpoint of
-5 GB (HFPRUNE_LARGE_BYTES) and scores it resident and streamed, with its files in the page cache.
-The floor is the job's products at the rate that a large one had in the same round.
+Providers work in processes of their own and in turn, so that a ratio compares neighbours in time.
+The second command writes a checkpoint of 5 GB (HFPRUNE_LARGE_BYTES) and scores it resident and
+streamed, with its files in the page cache. The floor is the job's products at the rate that a large
+one had in the same round.
 """
 
 from __future__ import annotations
@@ -23,15 +23,7 @@ import hfprune_reference
 import pytest
 import torch
 from meter import ceilings
-from models import (
-    Shape,
-    into_page_cache,
-    random_ids,
-    random_model,
-    score_band,
-    write_checkpoint,
-)
-from process_meters import wait_for_quiet
+from models import Shape, into_page_cache, random_ids, random_model, score_band, write_checkpoint
 from records import Row, row
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,15 +33,7 @@ import hfprune_fast as hf
 
 SEQ_LEN = {"full": 1024, "small": 1024, "tiny": 16}
 ROUNDS = {"full": 5, "small": 3, "tiny": 1}
-SHAPES = {
-    "full": [Shape(512, 1536, 8, 8, 4, 128256)],
-    "small": [
-        Shape(512, 1536, 8, 8, 4, 128256),
-        Shape(256, 768, 4, 4, 2, 128256),
-        Shape(768, 2304, 8, 12, 4, 128256),
-    ],
-    "tiny": [Shape(32, 48, 2, 4, 2, 500)],
-}
+SHAPE, TINY = Shape(512, 1536, 8, 8, 4, 128256), Shape(32, 48, 2, 4, 2, 500)
 LARGE = Shape(2048, 8192, 0, 32, 8, 128256)
 LARGE_BYTES = int(os.environ.get("HFPRUNE_LARGE_BYTES", 5_000_000_000))
 SAMPLES, LARGE_SAMPLES = 1, 4
@@ -64,7 +48,6 @@ def score_model(provider: str, shape: dict[str, int], dtype: str, seq_len: int, 
     """What a worker runs: the scores of a model in memory, written to out once they are made."""
     score = PROVIDERS[provider]
     made = [Shape(**shape), WARM_UP]
-    torch.manual_seed(0)
     model, small = (random_model(each, getattr(torch, dtype)) for each in made)
     score(small, random_ids(1, 64, WARM_UP.vocab))
     ids = random_ids(SAMPLES, seq_len, made[0].vocab)
@@ -76,11 +59,7 @@ def score_folder(folder: str, offload: str, seq_len: int, out: str) -> Any:
     """The same of a folder, whose weights are in no one's memory before."""
     hf.score(random_model(WARM_UP), random_ids(1, 64, WARM_UP.vocab))
     ids = random_ids(LARGE_SAMPLES, seq_len, LARGE.vocab)
-
-    def run() -> None:
-        hf.score(folder, ids, batch_size=1, device="cpu", offload=offload).save(out)
-
-    return run
+    return lambda: hf.score(folder, ids, batch_size=1, device="cpu", offload=offload).save(out)
 
 
 def check(
@@ -94,13 +73,15 @@ def check(
 
 
 def in_turn(
-    benchmark: Any, workers: dict[str, Worker], rounds: int, *, flops: int = 0,
-    dtype: str = "bfloat16", prepare: Callable[[str], None] = lambda _: None,
-) -> dict[str, Row]:  # fmt: skip
-    """Run the workers in turn, the fixture timing the first; return what was measured of each.
+    benchmark: Any, workers: dict[str, Worker], rounds: int, shape: Shape, tokens: int, *,
+    products: bool = True, prepare: Callable[[str], None] = lambda _: None, **fields: Any,
+) -> list[Row]:  # fmt: skip
+    """Run the workers in turn, the fixture timing the first; return a row of each.
 
-    `times_first` is how often the first one's time another took, the median over the rounds.
+    `times_first` is how often the first one's time another took, the median over the rounds. Fields
+    are those of all rows: `op`, `dtype` and others.
     """
+    flops = shape.needed_flops(tokens) if products else 0
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     floors_ms: list[float] = []
     first, *others = workers
@@ -110,70 +91,44 @@ def in_turn(
         runs[name].append(workers[name].run())
 
     def setup() -> None:
-        if rounds > 1:  # one is a rehearsal
-            wait_for_quiet(limit_s=15)
         if flops:
-            (found,) = ceilings("small" if rounds > 1 else "tiny", (dtype,))  # just now
+            (found,) = ceilings("small" if rounds > 1 else "tiny", (fields["dtype"],))  # just now
             floors_ms.append(flops / float(found["product_gflop_per_s"]) / 1e6)
         for name in others:
             go(name)
 
     benchmark.pedantic(partial(go, first), setup=setup, rounds=rounds)
-    found = {}
+    params = shape.layers * shape.layer_params + (1 if shape.tied else 2) * shape.head_params
+    identity = {"model": "", "computes": "entropy", "sizes": {"T": tokens, **shape.sizes}}
+    identity["sizes"] |= {"params": params}
+    rows = []
     for name, taken in runs.items():
         most = {key: max(run[key] for run in taken) for key in taken[0] if key != "s"}
         ratios = [run["s"] / ours["s"] for run, ours in zip(taken, runs[first], strict=True)]
-        found[name] = row(
-            {"provider": name}, [1e3 * run["s"] for run in taken], floors_ms, floor="products",
-            flops=flops, times_first=statistics.median(ratios), **most,
-        )  # fmt: skip
-    return found
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The first shape in both dtypes, and the others, of which only the growth matters, in bf16."""
-    if "shape" in metafunc.fixturenames:
-        first, *others = SHAPES[metafunc.config.getoption("scale")]
-        pairs = [(first, "float32"), *((shape, "bfloat16") for shape in (first, *others))]
-        ids = [f"D{shape.hidden} L{shape.layers} {dtype}" for shape, dtype in pairs]
-        metafunc.parametrize(("shape", "dtype"), pairs, ids=ids)
-
-
-def reported(
-    report: Callable[..., None], op: str, shape: Shape, tokens: int, rows: dict[str, Row],
-    *, tables: int = 2, **fields: Any,
-) -> None:  # fmt: skip
-    """Put the rows of a job into the result file; tables is how many of (V, D) the model has."""
-    params = shape.layers * shape.layer_params + tables * shape.head_params
-    identity = {
-        "op": op, "model": "", "dtype": "bfloat16", "computes": "entropy",
-        "sizes": {"T": tokens, **shape.sizes, "params": params},
-    }  # fmt: skip
-    for found in rows.values():
-        report({**identity, **found, **fields})
+        rows.append(row(
+            {**identity, "provider": name, **fields}, [1e3 * run["s"] for run in taken], floors_ms,
+            floor="products", flops=flops, times_first=statistics.median(ratios), **most,
+        ))  # fmt: skip
+    return rows
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_score(
-    shape: Shape, dtype: str, benchmark: Any, scale: str, report: Callable[..., None],
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    seq_len = SEQ_LEN[scale]
+    dtype: str, benchmark: Any, scale: str, report: Callable[..., None], tmp_path: Path
+) -> None:
+    shape, seq_len = TINY if scale == "tiny" else SHAPE, SEQ_LEN[scale]
     files = {name: tmp_path / f"{i}.safetensors" for i, name in enumerate(PROVIDERS)}
-    arguments = {
-        name: {"provider": name, "shape": vars(shape), "dtype": dtype, "seq_len": seq_len,
-               "out": str(file)}
-        for name, file in files.items()
-    }  # fmt: skip
-    tokens = SAMPLES * seq_len
+    common = {"shape": vars(shape), "dtype": dtype, "seq_len": seq_len}
+    arguments = {n: {**common, "provider": n, "out": str(file)} for n, file in files.items()}
     with started("bench_scoring", "score_model", arguments) as workers:
         ours, reference = (load_file(file)["l1"] for file in files.values())
         errors = check(ours, reference, dtype, shape, (SAMPLES, seq_len))
-        flops = shape.needed_flops(tokens)
-        rows = in_turn(benchmark, workers, ROUNDS[scale], flops=flops, dtype=dtype)
-    fields = {"dtype": dtype, **errors}
-    fields |= {"sweep": "model"} if dtype == "bfloat16" else {}
-    reported(report, "score", shape, tokens, rows, **fields)
+        rows = in_turn(
+            benchmark, workers, ROUNDS[scale], shape, SAMPLES * seq_len, op="score", dtype=dtype,
+            **errors,
+        )  # fmt: skip
+    list(map(report, rows))
 
 
 @pytest.mark.skipif("HFPRUNE_LARGE" not in os.environ, reason="minutes, 5 GB: HFPRUNE_LARGE=1")
@@ -183,21 +138,20 @@ def test_score_from_disk(
 ) -> None:
     layers = max(2, (LARGE_BYTES - 4 * LARGE.head_params) // (2 * LARGE.layer_params))
     folder, seq_len = checkpoint_folder / "model", SEQ_LEN[scale]
-    folder.mkdir()
-    write_checkpoint(folder, LARGE, most_layers=layers)
+    write_checkpoint(folder, LARGE, layers)
     tables = {each: checkpoint_folder / f"{each}.safetensors" for each in ("none", "disk")}
+    common = {"folder": str(folder), "seq_len": seq_len}
     arguments = {
-        f"ours, offload={each}": {"folder": str(folder), "offload": each, "seq_len": seq_len,
-                                  "out": str(file)}
+        f"ours, offload={each}": {**common, "offload": each, "out": str(file)}
         for each, file in tables.items()
-    }  # fmt: skip
-    shape, tokens = replace(LARGE, layers=layers), LARGE_SAMPLES * seq_len
+    }
     with started("bench_scoring", "score_folder", arguments) as workers:
         rows = in_turn(
-            benchmark, workers, 2, flops=shape.needed_flops(tokens),
-            prepare=lambda _: into_page_cache(folder),
+            benchmark, workers, 2, replace(LARGE, layers=layers), LARGE_SAMPLES * seq_len,
+            prepare=lambda _: into_page_cache(folder), op="score", dtype="bfloat16", error=0.0,
+            error_allowed=0.0,
         )  # fmt: skip
-    resident, streamed = (hf.ImportanceTable.load(file) for file in tables.values())
-    for name in ("l1", "l2", "mask", "act", "down_norm"):
-        assert torch.equal(getattr(streamed, name), getattr(resident, name)), name
-    reported(report, "score", shape, tokens, rows, error=0.0, error_allowed=0.0)
+    resident, streamed = (hf.ImportanceTable.load(file).statistics for file in tables.values())
+    assert resident.keys() == streamed.keys()
+    assert all(torch.equal(streamed[name], resident[name]) for name in resident)
+    list(map(report, rows))

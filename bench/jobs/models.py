@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -77,6 +76,7 @@ def random_model(
     shape: Shape, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Return a model made where it will run; its rotary tables are fp32, as always."""
+    torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             shape.config(shape.layers, dtype), dtype=dtype
@@ -96,10 +96,9 @@ def score_band(dtype: str, shape: Shape, samples: int, seq_len: int) -> float:
     """Return what rounding explains of the difference between our l1 and the reference's.
 
     With u half of eps: the reference rounds each product, each sum over the tokens and each of
-    N totals, which ours does not: N + 2. The forward pass is the same. Each gradient went through
-    the roundings of some 14 products a layer, of either sign, which the sum over the tokens
-    averages: sqrt(14 · L / seq_len) on either side, 0.3 for 8 layers at 1024. And both compute
-    log p + H, of order 1, in fp32 from two terms of about ln V: 2 ln V of fp32's u each.
+    N totals: N + 2. Each gradient went through the roundings of some 14 products a layer, of either
+    sign, which the sum over the tokens averages: sqrt(14 · L / seq_len) on either side. And both
+    compute log p + H in fp32 from two terms of about ln V: 2 ln V of fp32's u each.
     """
     u, u_fp32 = (torch.finfo(d).eps / 2 for d in (getattr(torch, dtype), torch.float32))
     averaged = 2 * math.sqrt(14 * max(8, shape.layers) / seq_len)
@@ -107,33 +106,28 @@ def score_band(dtype: str, shape: Shape, samples: int, seq_len: int) -> float:
 
 
 def write_checkpoint(
-    folder: Path, shape: Shape, *, most_layers: int, deadline: float = math.inf,
+    folder: Path, shape: Shape, most_layers: int, deadline: float = math.inf,
     spare_bytes: int = 0, device: torch.device | str = "cpu",
 ) -> int:  # fmt: skip
     """Write a random bf16 checkpoint, a shard a layer, and return how many layers it has.
 
-    Those are 2 at least and most_layers at most, and as many as the time and the disk allow. Each
-    has data of its own, so that a layer that ran with another's weights would show.
+    Those are 2 at least and most_layers at most, and as many as the time and the disk allow.
     """
+    folder.mkdir(exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape.config(1), dtype=torch.bfloat16)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     first = "model.layers.0."
     layer_shapes = {n.removeprefix(first): s for n, s in shapes.items() if n.startswith(first)}
     weight_map: dict[str, str] = {}
-    total = 0
 
     def write(file: str, wanted: dict[str, torch.Size]) -> None:
-        nonlocal total
         tensors = {
             name: fill(name, torch.empty(shape, dtype=torch.bfloat16, device=device)).cpu()
             for name, shape in wanted.items()
         }
         save_file(tensors, folder / file, {"format": "pt"})
-        with (folder / file).open("rb") as written:  # pages that are not on the disk cannot go
-            os.fsync(written.fileno())
         weight_map.update(dict.fromkeys(tensors, file))
-        total += sum(tensor.nbytes for tensor in tensors.values())
 
     for name in sorted(shapes.keys() - {first + name for name in layer_shapes}):
         write(f"{name}.safetensors", {name: shapes[name]})
@@ -146,7 +140,7 @@ def write_checkpoint(
         write(f"layer-{layers:02}.safetensors", {prefix + n: s for n, s in layer_shapes.items()})
         layers += 1
     shape.config(layers).save_pretrained(folder)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return layers
 

@@ -1,10 +1,8 @@
 """A provider of a whole job in a process of its own, so that memory is measured apart.
 
-A suite starts one for each provider and runs them in turn. A thread in the process reads RssAnon,
-its anonymous memory in RAM, every 2 ms. The baseline is taken after imports, after a small model
-has gone through the same provider, so that libraries hold their buffers, and after free memory has
-gone back to the system; for a loaded model with its weights, for a folder without. RssFile, read by
-the same thread, shows weights that are mapped from a file.
+A thread in it reads RssAnon, its anonymous memory in RAM, and RssFile, which shows weights that are
+mapped from a file. The baseline is taken after a small model has gone through the same provider, so
+that libraries hold their buffers; for a loaded model with its weights, for a folder without.
 """
 
 from __future__ import annotations
@@ -26,25 +24,22 @@ import torch
 class Worker:
     """Runs what `module.job(**arguments)` returns, repeatedly, in another process."""
 
-    def __init__(self, module: str, job: str, arguments: dict[str, Any]) -> None:
-        case = json.dumps([module, job, arguments])
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, case], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+    def __init__(self, *job: Any) -> None:
+        self.process: Any = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(job)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
         )  # fmt: skip
         self.answer()
 
     def run(self) -> dict[str, Any]:
         """Run once; return seconds, and memory in bytes."""
-        assert self.process.stdin is not None
         print("run", file=self.process.stdin, flush=True)
         return self.answer()
 
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
+    def answer(self) -> Any:
         for line in self.process.stdout:
             if line.startswith("{"):
-                return json.loads(line)  # type: ignore[no-any-return]
+                return json.loads(line)
         raise RuntimeError(f"a worker ended with exit status {self.process.wait()}")
 
 
@@ -64,20 +59,18 @@ def started(module: str, job: str, arguments: dict[str, Any]) -> Iterator[dict[s
 
 def main() -> None:
     sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
-    from process_meters import Others, PeakMemory
+    from meter import PeakMemory
 
     torch.set_num_threads(2)
     module, job, arguments = json.loads(sys.argv[1])
     run = getattr(importlib.import_module(module), job)(**arguments)
     print("{}", flush=True)
     for _ in sys.stdin:
-        with Others() as others, PeakMemory() as memory:
+        with PeakMemory() as memory:
             begin = time.perf_counter()
             run()
             seconds = time.perf_counter() - begin
-        found = {"s": seconds, "others_cores": others.cores}
-        found |= {"peak_bytes": memory.anon_bytes, "mapped_bytes": memory.file_bytes}
-        print(json.dumps(found), flush=True)
+        print(json.dumps({"s": seconds, **memory.fields}), flush=True)
 
 
 if __name__ == "__main__":

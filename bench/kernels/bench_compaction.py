@@ -2,21 +2,18 @@
 
     .venv/bin/pytest bench/kernels/bench_compaction.py --small
 
-A fifth of the rows or columns is dropped. The floor is a memcpy of the kept bytes by two threads,
-or `cp` of the pruned files and a sync. Peak memory is what torch allocates: the scratch of the C++
-extension, half a megabyte, and numpy's own are not in it. HFPRUNE_BENCH_BYTES is the size of the
-checkpoint.
+A fifth of the rows or columns is dropped. The floor is a copy of the kept bytes, or `cp` of the
+pruned files and a sync. Peak memory is what torch allocates: the scratch of the C++ extension, half
+a megabyte, and numpy's own are not in it. HFPRUNE_BENCH_BYTES is the size of the checkpoint.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,43 +22,19 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Provider, Results, WrongError, by_fixture
+from meter import PeakMemory
 from models import Shape, into_page_cache, write_checkpoint
-from process_meters import PeakMemory
 from records import row
-from safetensors import safe_open
 from shapes import Spec, of_models
 from torch import Tensor
 
 import hfprune_fast
 from hfprune_fast.checkpoint import native
 
-THREADS, KEPT = min(2, len(os.sched_getaffinity(0))), 0.8
+KEPT = 0.8
 BYTES = {"full": 2_000_000_000, "small": 1_000_000_000, "tiny": 0}
 SHAPE = Shape(2048, 8192, 0, 32, 8, 32000)
 TINY = Shape(32, 48, 0, 4, 2, 500)
-
-# A thread a core: the scheduler often wakes both on the same one, where they take twice as long.
-_pools = [
-    ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, {core}))
-    for core in sorted(os.sched_getaffinity(0))[:THREADS]
-]
-_memcpy = ctypes.CDLL(None).memcpy  # a call through ctypes releases the GIL
-_memcpy.argtypes, _memcpy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
-
-
-def memcpy(out: Tensor, source: Tensor, threads: int = THREADS) -> Tensor:
-    """Copy contiguous bytes, each thread a part of them."""
-    parts = (tensor.view(-1).chunk(threads) for tensor in (out, source))
-    copies = [
-        pool.submit(_memcpy, to.data_ptr(), part.data_ptr(), part.nbytes)
-        for pool, to, part in zip(_pools[:threads], *parts, strict=True)
-    ]
-    assert not any(copy.result() for copy in copies)
-    return out
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
 def random_keep(size: int, seed: int) -> Tensor:
@@ -73,7 +46,6 @@ class Weight(Case):
     """A weight on the host, what is kept of it, and buffers whose pages have all been touched."""
 
     computes = "bytes"
-    floor_name = "memcpy"
     most_rounds = 15
     axis = 0
 
@@ -85,7 +57,8 @@ class Weight(Case):
         self.keep = random_keep(spec.sizes["F"], seed=0)
         self.want = self.pristine.index_select(self.axis, self.keep)
         self.weight, self.out = self.pristine.clone(), self.want.clone()
-        self.weight_np, self.out_np = (bits(t).numpy() for t in (self.weight, self.out))
+        bits = {2: torch.int16, 4: torch.int32}[self.dtype.itemsize]
+        self.weight_np, self.out_np = (t.view(bits).numpy() for t in (self.weight, self.out))
         self.mask_np = np.isin(np.arange(spec.sizes["F"]), self.keep)
         self.bytes_moved = 2 * self.want.nbytes  # each kept byte is read once and written once
 
@@ -98,17 +71,18 @@ class Weight(Case):
         time.sleep(0.03)  # torch's threads wait for more by spinning, on a core of the next call
 
     def floor(self) -> None:
-        memcpy(self.out, self.want)
+        self.out.copy_(self.want)
 
     def truth(self, computes: str) -> Results:
         return {"kept": self.want}
 
-    plain = truth
+    def run(self, function: Callable[..., Any]) -> Results:
+        return {"kept": torch.as_tensor(function(self))}
 
     def check(
         self, provider: Provider, results: Results, *, complete: bool = False
     ) -> tuple[float, float]:
-        if not torch.equal(bits(results["kept"]), bits(self.want)):
+        if not torch.equal(results["kept"].view(torch.uint8), self.want.view(torch.uint8)):
             raise WrongError("the kept bytes are others")
         return 0.0, 0.0
 
@@ -122,7 +96,7 @@ class Columns(Weight):
 
 
 def by(function: Callable[[Any], Any]) -> Provider:
-    return Provider(lambda case: lambda: {"kept": torch.as_tensor(function(case))})
+    return Provider(lambda case: partial(case.run, function))
 
 
 Weight.PROVIDERS = {
@@ -133,7 +107,6 @@ Weight.PROVIDERS = {
     # With its default mode, "raise", take() makes a copy of out.
     "numpy.take, out=": by(lambda w: np.take(w.weight_np, w.keep, w.axis, w.out_np, mode="clip")),
     "numpy.compress, out=": by(lambda w: np.compress(w.mask_np, w.weight_np, w.axis, w.out_np)),
-    "memcpy, 1 thread": by(lambda w: memcpy(w.out, w.want, threads=1)),
 }
 CASES = {"compact_rows": Weight, "compact_columns": Columns}
 
@@ -150,19 +123,6 @@ def test_compaction(case: Case, provider: str, measure: Callable[..., None]) -> 
     measure(case, provider)
 
 
-def check_pruned(source: Path, pruned: Path, keep: dict[int, Tensor]) -> None:
-    """Every tensor is index_select of the source's, byte for byte."""
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "pt") as dense, safe_open(pruned / path.name, "pt") as cut:
-            assert set(dense.keys()) == set(cut.keys())
-            for name in dense.keys():  # noqa: SIM118 - safe_open is no mapping
-                want = dense.get_tensor(name)
-                if ".mlp." in name:
-                    kept = keep[int(name.split(".")[2])]
-                    want = want.index_select(int("down_proj" in name), kept)
-                assert torch.equal(bits(cut.get_tensor(name)), bits(want))
-
-
 @pytest.mark.timeout(1800)
 def test_prune_checkpoint(
     benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
@@ -170,13 +130,12 @@ def test_prune_checkpoint(
     source, pruned, out, copy = (checkpoint_folder / n for n in ("source", "pruned", "out", "copy"))
     shape = TINY if scale == "tiny" else SHAPE
     size = int(os.environ.get("HFPRUNE_BENCH_BYTES", BYTES[scale]))
-    source.mkdir()
     layers = max(2, (size - 4 * shape.head_params) // (2 * shape.layer_params))
-    write_checkpoint(source, shape, most_layers=layers)
+    write_checkpoint(source, shape, layers)
     keep = {layer: random_keep(shape.width, seed=layer) for layer in range(layers)}
     with PeakMemory() as memory:
         hfprune_fast.prune_checkpoint(source, pruned, keep)
-    check_pruned(source, pruned, keep)
+    hfprune_fast.prune_checkpoint(source, out, keep, verify=True)
 
     def prepare() -> None:
         for target in (out, copy):
@@ -199,5 +158,5 @@ def test_prune_checkpoint(
     report(row(
         identity, times_ms, floors_ms, floor="cp", error=0.0, error_allowed=0.0,
         bytes_moved=2 * sum(path.stat().st_size for path in pruned.iterdir()),
-        peak_bytes=memory.anon_bytes, mapped_bytes=memory.file_bytes,
+        **memory.fields,
     ))  # fmt: skip

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hfprune_fast.kernels import softmax_entropy, softmax_entropy_grad_
-from hfprune_fast.kernels._rows import Criterion, judge_rows
+from hfprune_fast.kernels._criterion import Criterion
+from hfprune_fast.kernels._rows import rows_loss_and_grad
 
 
 def eager_entropy(logits: Tensor) -> Tensor:
@@ -47,8 +48,14 @@ def fp64_rows(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
     return losses[:, 0], p.scatter_add(1, labels[:, None], -torch.ones_like(losses))
 
 
-class RowEntropy(Case):
-    """H of each row."""
+class Rows(Case):
+    """The value of each row; for the operations on gradients also that times a scale of the row."""
+
+    EAGER = {  # noqa: RUF012 - nobody changes it
+        "entropy": eager_entropy, "cross_entropy": eager_cross_entropy,
+        "fisher": eager_cross_entropy,
+    }  # fmt: skip
+    labels: Tensor | None = None
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -60,105 +67,71 @@ class RowEntropy(Case):
     def truth(self, computes: str) -> Results:
         return {"loss": fp64_rows(self.logits[self.rows])[0]}
 
-    def plain(self, computes: str) -> Results:
-        return {"loss": eager_entropy(self.logits[self.rows])}
-
     def sampled(self, results: Results) -> Results:
         return {name: result[self.rows] for name, result in results.items()}
 
-    def run(self, entropy: Callable[[Tensor], Tensor]) -> Results:
+    def run(self, entropy: Callable[..., Tensor]) -> Results:
         return {"loss": entropy(self.logits)}
 
     def own(self, backend: str) -> Results:
         return {"loss": softmax_entropy(self.logits, backend=backend)}
 
 
-class RowGrad(RowEntropy):
-    """H of each row and its gradient, times a scale of the row."""
-
+class RowGrad(Rows):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self.bytes_moved = 2 * self.logits.nbytes
-        scale = torch.rand(spec.sizes["T"], device=self.logits.device, generator=self.generator)
-        self.row_scale = scale + 0.5
+        self.bytes_moved *= 2
+        self.row_scale = torch.rand(len(self.logits), device=self.logits.device) + 0.5
         self.buffer = self.logits.clone()
-        self.labels = self.labels_of()
-
-    def labels_of(self) -> Tensor | None:
-        return None
+        self.keys: Tensor | None = None
+        if self.computes == "cross_entropy":
+            self.labels = self.keys = self.integers(*self.logits.shape)
+        elif self.computes == "fisher":
+            # The truth takes the labels that the torch path draws: where the gradient is negative.
+            self.keys = torch.arange(len(self.logits), device=self.logits.device)
+            self.labels = self.own("torch")["d_logits"].argmin(dim=1)
 
     def refill(self) -> None:
         self.buffer.copy_(self.logits)
 
-    def _at_rows(self, values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[self.rows]
-
     def truth(self, computes: str) -> Results:
-        loss, grad = fp64_rows(self.logits[self.rows], self._at_rows(self.labels))
+        labels = None if self.labels is None else self.labels[self.rows]
+        loss, grad = fp64_rows(self.logits[self.rows], labels)
         return {"loss": loss, "d_logits": grad * self.row_scale[self.rows, None]}
 
-    def plain(self, computes: str) -> Results:
-        labels = self._at_rows(self.labels)
-        rows = self.logits[self.rows], self.row_scale[self.rows], labels
-        return differentiated(eager_entropy if labels is None else eager_cross_entropy, *rows)
-
     def run(self, loss: Callable[..., Tensor]) -> Results:
-        return differentiated(loss, self.logits, self.row_scale, self.labels)
+        leaf = self.logits.detach().requires_grad_()
+        made = loss(leaf) if self.labels is None else loss(leaf, self.labels)
+        (grad,) = torch.autograd.grad(made, leaf, self.row_scale.to(made.dtype))
+        return {"loss": made.detach(), "d_logits": grad}
 
     def own(self, backend: str) -> Results:
-        loss = softmax_entropy_grad_(self.buffer, self.row_scale, backend=backend)
+        if self.computes == "entropy":
+            loss = softmax_entropy_grad_(self.buffer, self.row_scale, backend=backend)
+        else:
+            loss = rows_loss_and_grad(
+                self.buffer, self.row_scale, self.buffer, Criterion(self.computes, self.keys),
+                softcap=None, logit_scale=1.0, backend=backend,
+            )  # fmt: skip
         return {"loss": loss, "d_logits": self.buffer}
 
 
 class RowCrossEntropy(RowGrad):
     computes = "cross_entropy"
-
-    def labels_of(self) -> Tensor:
-        vocab, device = self.spec.sizes["V"], self.logits.device
-        return torch.randint(vocab, self.row_scale.shape, device=device, generator=self.generator)
-
-    def own(self, backend: str) -> Results:
-        return {"loss": self.judge(backend, self.labels), "d_logits": self.buffer}
-
-    def judge(self, backend: str, keys: Tensor | None) -> Tensor:
-        return judge_rows(
-            self.buffer, self.row_scale, self.buffer, Criterion(self.computes, keys),
-            softcap=None, logit_scale=1.0, backend=backend,
-        )  # fmt: skip
+    PROVIDERS = providers(RowGrad.own, eager_cross_entropy, None)
 
 
-class RowFisher(RowCrossEntropy):
-    """The truth takes the labels that the torch path draws: where the gradient is negative."""
-
+class RowFisher(RowGrad):
     computes = "fisher"
 
-    def labels_of(self) -> Tensor:
-        self.ids = torch.arange(len(self.logits), device=self.logits.device)
-        self.judge("torch", self.ids)
-        return self.buffer.argmin(dim=1)
 
-    def own(self, backend: str) -> Results:
-        return {"loss": self.judge(backend, self.ids), "d_logits": self.buffer}
-
-
-def differentiated(
-    loss: Callable[..., Tensor], logits: Tensor, row_scale: Tensor, labels: Tensor | None
-) -> Results:
-    leaf = logits.detach().requires_grad_()
-    made = loss(leaf) if labels is None else loss(leaf, labels)
-    (grad,) = torch.autograd.grad(made, leaf, row_scale.to(made.dtype))
-    return {"loss": made.detach(), "d_logits": grad}
-
-
-RowEntropy.PROVIDERS = providers(RowEntropy.own, entropy_of, eager_entropy)
-RowGrad.PROVIDERS = providers(RowGrad.own, entropy_of, eager_entropy) | {
+RowFisher.PROVIDERS = {f"ours, {name}": ours(RowGrad.own, name) for name in ("torch", "triton")}
+Rows.PROVIDERS = providers(Rows.own, eager_entropy, entropy_of)
+RowGrad.PROVIDERS = providers(RowGrad.own, eager_entropy, entropy_of) | {
     "ours, by autograd": by(lambda case: case.run(softmax_entropy))
 }
-RowCrossEntropy.PROVIDERS = providers(RowCrossEntropy.own, eager_cross_entropy, eager_cross_entropy)
-del RowCrossEntropy.PROVIDERS["HFPrune's arithmetic"]
-RowFisher.PROVIDERS = {f"ours, {name}": ours(RowFisher.own, name) for name in ("torch", "triton")}
 CASES = {
-    "softmax_entropy": RowEntropy,
+    "softmax_entropy": Rows,
     "softmax_entropy_grad": RowGrad,
     "cross_entropy_grad": RowCrossEntropy,
     "fisher_grad": RowFisher,

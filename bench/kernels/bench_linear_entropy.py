@@ -12,8 +12,10 @@ products alone, in the chunks that ours takes.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from bench_entropy import eager_cross_entropy, eager_entropy, fp64_rows
@@ -33,9 +35,22 @@ TRUTH_ROWS = 64  # of logits that the truth makes at a time, in fp64
 FILTERED = 0.05
 
 
+def eager_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return eager_entropy(linear(hidden, weight)).mean()
+
+
+def reference_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return entropy_of(linear(hidden, weight)).mean()
+
+
+def cross_entropy_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return eager_cross_entropy(linear(hidden, weight), labels).mean()
+
+
 class Head(Case):
     """Hidden states of a size that makes logits of standard deviation 3, and labels."""
 
+    EAGER = {"entropy": eager_loss, "cross entropy": cross_entropy_loss}  # noqa: RUF012
     floor_name = "products"
 
     def __init__(self, spec: Spec) -> None:
@@ -43,8 +58,7 @@ class Head(Case):
         tokens, width, vocab = (spec.sizes[letter] for letter in "TDV")
         self.hidden = self.normal(tokens, width)
         self.weight = self.normal(vocab, width, std=3 / width**0.5)
-        device = self.hidden.device
-        self.target = torch.randint(vocab, (tokens,), device=device, generator=self.generator)
+        self.target = self.integers(tokens, vocab)
         self.rows = spread_rows(tokens)
         self.summed, self.inner_dtype = vocab, self.dtype  # of the logits
         self.flops = 4 * tokens * width * vocab
@@ -74,19 +88,6 @@ class Head(Case):
         loss = torch.stack([fp64(rows)[0].sum() for rows in each]).sum()
         return {"loss": loss * scale, "d_hidden": scale * fp64(self.rows)[1] @ weight}
 
-    def plain(self, computes: str) -> Results:
-        def losses(hidden: Tensor, rows: Tensor) -> Tensor:
-            logits = linear(hidden, self.weight)
-            if computes == "entropy":
-                return eager_entropy(logits)
-            return eager_cross_entropy(logits, self.target[rows])
-
-        all_rows = torch.arange(len(self.hidden), device=self.hidden.device)
-        each = [losses(self.hidden[rows], rows) for rows in all_rows.split(512)]
-        hidden = self.hidden[self.rows].requires_grad_()
-        loss = losses(hidden, self.rows).sum() / len(self.hidden)
-        return {"loss": torch.cat(each).mean(), "d_hidden": torch.autograd.grad(loss, hidden)[0]}
-
     def sampled(self, results: Results) -> Results:
         return results | {"d_hidden": results["d_hidden"][self.rows]}
 
@@ -104,37 +105,30 @@ class Head(Case):
         return {"loss": loss, "d_hidden": d_hidden}
 
 
-def eager_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    return eager_entropy(linear(hidden, weight)).mean()
-
-
-def reference_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    return entropy_of(linear(hidden, weight)).mean()
-
-
 def peer(load: Callable[[Head], Loss], more_error: float = 0.0) -> Provider:
     """Return a fused cross entropy; load() imports it, or raises AbsentError."""
     return Provider(lambda case: partial(case.run, load(case)), "cross entropy", more_error)
 
 
+def imported(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        raise AbsentError(f"{module.split('.')[0]} is not installed") from None
+
+
 def liger(case: Head) -> Loss:
     needs_triton()
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError:
-        raise AbsentError("liger-kernel is not installed") from None
-    return liger_fused_linear_cross_entropy  # type: ignore[no-any-return]
+    name = "liger_fused_linear_cross_entropy"
+    return imported("liger_kernel.transformers.functional", name)
 
 
 def cut_cross_entropy(filter_eps: str | None, case: Head) -> Loss:
     needs_triton(interpreted=False)  # which multiplies bfloat16 wrongly
     if case.dtype == torch.float32:
         raise AbsentError("its gradients are for bfloat16 and float16")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError:
-        raise AbsentError("cut-cross-entropy is not installed") from None
-    return partial(linear_cross_entropy, filter_eps=filter_eps)
+    function = imported("cut_cross_entropy", "linear_cross_entropy")
+    return partial(function, filter_eps=filter_eps)
 
 
 def torch_linear_cross_entropy(case: Head) -> Loss:
@@ -148,7 +142,7 @@ def torch_linear_cross_entropy(case: Head) -> Loss:
     return partial(function, options=options)
 
 
-Head.PROVIDERS = providers(Head.own, reference_loss, eager_loss) | {
+Head.PROVIDERS = providers(Head.own, eager_loss, reference_loss) | {
     "ours, triton, fp32 logits": ours(partial(Head.own, fp32_logits=True), "triton"),
     "Liger": peer(liger),
     "Cut Cross Entropy": peer(partial(cut_cross_entropy, "high"), more_error=FILTERED),
@@ -161,16 +155,6 @@ CASES = {"linear_entropy": Head}
 def specs(scale: str) -> Iterator[Spec]:
     small = ("Llama-2-7B", "Qwen3-0.6B")
     yield from of_models("linear_entropy", scale, "TDV", small_tokens=128, small=small)
-    fixed = {
-        "full": {"T": 8192, "D": 4096, "V": 128256},
-        "small": {"T": 256, "D": 512, "V": 32000},
-        "tiny": {"T": 16, "D": 8, "V": 200},
-    }[scale]
-    series = {"T": (0.25, 0.5, 1, 2), "V": (0.25, 1, 4)} if scale != "tiny" else {"T": (1,)}
-    for letter, factors in series.items():
-        for factor in factors:
-            sizes = fixed | {letter: int(factor * fixed[letter])}
-            yield Spec("linear_entropy", "", "bfloat16", sizes, sweep=letter)
 
 
 def test_linear_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:

@@ -5,8 +5,8 @@
     gated_taylor        (B, S, F) grad, gate, up -> d_gate, d_up, statistics    5 numbers an element
     taylor_statistics   (B, S, F) grad, act      -> statistics                  2
 
-Statistics are l1 Σ|x|, l2 Σx², mask Σ_seq (Σ_t x)² and act Σa², with x = grad · act; HFPrune's
-arithmetic makes l1 alone, rounded to the dtype. The floor is a copy of as many bytes.
+Statistics are l1 Σ|x|, l2 Σx², fisher_mask Σ_seq (Σ_t x)² and act Σa², with x = grad · act;
+HFPrune's arithmetic makes l1 alone, rounded to the dtype. The floor is a copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,20 @@ SEQUENCES = 2
 Eager = Callable[..., Results]
 
 
-def eager_statistics(grad: Tensor, act: Tensor) -> Results:
-    """Return the four sums as one would write them, in fp32 from bf16."""
-    x, a = grad.float() * act.float(), act.float()
-    return {
-        "l1": x.abs().sum((0, 1)),
-        "l2": x.square().sum((0, 1)),
-        "mask": x.sum(1).square().sum(0),
-        "act": a.square().sum((0, 1)),
-    }
-
-
-def fp64_statistics(grad: Tensor, act: Tensor) -> Results:
+def sums(grad: Tensor, act: Tensor) -> Results:
+    """Return the four statistics, in the dtype of the arguments."""
     x = grad * act
     return {
         "l1": x.abs().sum((0, 1)),
-        "l2": (x * x).sum((0, 1)),
-        "mask": (x.sum(1) ** 2).sum(0),
-        "act": (act * act).sum((0, 1)),
+        "l2": x.square().sum((0, 1)),
+        "fisher_mask": x.sum(1).square().sum(0),
+        "act": act.square().sum((0, 1)),
     }
+
+
+def eager_statistics(grad: Tensor, act: Tensor) -> Results:
+    """Return the four sums as one would write them, in fp32 from bf16."""
+    return sums(grad.float(), act.float())
 
 
 def reference_statistics(grad: Tensor, act: Tensor) -> Results:
@@ -60,6 +55,7 @@ def eager_gated(grad: Tensor, gate: Tensor, up: Tensor, statistics: Eager) -> Re
 class Statistics(Case):
     """The statistics of (grad, act)."""
 
+    EAGER = {"entropy": eager_statistics}  # noqa: RUF012 - nobody changes it
     inputs = 1  # beside grad
     numbers = 2  # read and written an element
 
@@ -73,10 +69,7 @@ class Statistics(Case):
         self.summed = spec.sizes["T"]
 
     def truth(self, computes: str) -> Results:
-        return fp64_statistics(self.grad.double(), self.pristine[0].double())
-
-    def plain(self, computes: str) -> Results:
-        return self.run(eager_statistics)
+        return sums(self.grad.double(), self.pristine[0].double())
 
     def run(self, statistics: Eager) -> Results:
         return statistics(self.grad, *self.pristine)
@@ -99,7 +92,7 @@ class Gated(Statistics):
         value = gate / (1 + torch.exp(-gate))
         slope = value / gate * (1 + gate - value)  # of silu: σ (1 + z (1 - σ)), σ = silu(z) / z
         gradients = {"d_gate": grad * up * slope, "d_up": grad * value}
-        return fp64_statistics(grad, value * up) | gradients
+        return sums(grad, value * up) | gradients
 
     def run(self, statistics: Eager, gated: Eager = eager_gated) -> Results:
         return gated(self.grad, *self.pristine, statistics)
@@ -115,8 +108,8 @@ class Gated(Statistics):
         return statistics._asdict() | {"d_gate": d_gate, "d_up": d_up}
 
 
-Statistics.PROVIDERS = providers(Statistics.own, reference_statistics, eager_statistics)
-Gated.PROVIDERS = providers(Gated.own, reference_statistics, eager_statistics) | {
+Statistics.PROVIDERS = providers(Statistics.own, eager_statistics, reference_statistics)
+Gated.PROVIDERS = providers(Gated.own, eager_statistics, reference_statistics) | {
     "torch.compile": Provider(Gated.run_compiled)
 }
 CASES = {"gated_taylor": Gated, "taylor_statistics": Statistics}

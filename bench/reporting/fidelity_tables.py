@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from fidelity_variants import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant, variant_of
-from records import RESULTS, ROOT, ResultError
+from records import RESULTS, ROOT, ResultError, Row
 from report_text import commit, hardware, number, table
 
 FOLDER = RESULTS / "fidelity"
@@ -23,7 +21,7 @@ FOLDER = RESULTS / "fidelity"
 # alone, then what allocation and refit add, one after the other.
 SHOWN = (
     RANDOM, MAGNITUDE, PAPER, Variant("entropy", "l2"), Variant("cross_entropy", "l2"),
-    Variant("activation", "act"), Variant("fisher", "mask"), Variant("fisher", "l2"),
+    Variant("activation", "act"), Variant("fisher", "fisher_mask"), Variant("fisher", "l2"),
     Variant("fisher", "obs"), Variant("entropy", "l1", refit=True),
     Variant("fisher", "l2", refit=True), UNIFORM, Variant("entropy", "l1", "global"),
     Variant("fisher", "l2", "global"), Variant("fisher", "l2", "global", refit=True), DEFAULT,
@@ -36,24 +34,15 @@ NEEDED = {
 }
 
 
-@dataclass(frozen=True)
 class Measured:
     """A model's rows: of a variant, at a ratio, with a seed."""
 
-    path: Path
-    headers: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
+    def __init__(self, path: Path, headers: list[Row], rows: list[Row]) -> None:
+        self.path, self.headers, self.rows = path, headers, rows
+        self.header = headers[0]  # later runs have the same settings
+        self.ratios = sorted({row["prune_ratio"] for row in rows})
 
-    @property
-    def header(self) -> dict[str, Any]:
-        """Of the first run; later ones have the same settings."""
-        return self.headers[0]
-
-    @property
-    def ratios(self) -> list[float]:
-        return sorted({row["prune_ratio"] for row in self.rows})
-
-    def of(self, variant: Variant, ratio: float) -> list[dict[str, Any]]:
+    def of(self, variant: Variant, ratio: float) -> list[Row]:
         rows = (row for row in self.rows if row["prune_ratio"] == ratio)
         return [row for row in rows if variant_of(row) == variant]
 
@@ -112,19 +101,17 @@ def span(values: Iterable[float], told: Callable[[float], str]) -> str:
 def markdown(model: Measured) -> str:
     """Return all of a model: KL against the paper's, KL, perplexity and agreement."""
     header, first = model.header, model.rows[0]
-    seeds = sorted({row["seed"] for row in model.rows})
-    calibration = header["calibration"]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
+    calibration, (text, held_out) = header["calibration"], header["texts"]
     runs = dict.fromkeys(f"{each['date'][:10]}, {commit(each)}" for each in model.headers)
-    lines = [
-        f"# {named(model)}",
-        "",
-        f"{hardware(header)}, {'; '.join(runs)}. Calibration: "
-        f"{calibration['samples']} windows of {calibration['seq_len']} tokens of "
-        f"{header['texts'][0]}, drawn with seeds {', '.join(map(str, seeds))}; measured on "
-        f"{first['tokens']} tokens of {header['texts'][1]}, where the dense model's "
-        f"perplexity is {first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest).",
-    ]
-    for title, field, told in (
+    told = (
+        f"{hardware(header)}, {'; '.join(runs)}. Calibration: {calibration['samples']} windows of "
+        f"{calibration['seq_len']} tokens of {text}, drawn with seeds {seeds}; measured on "
+        f"{first['tokens']} tokens of {held_out}, where the dense model's perplexity is "
+        f"{first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest)."
+    )
+    lines = [f"# {named(model)}", "", told]
+    for title, field, form in (
         ("KL(dense ‖ pruned), times that of the paper's recipe with the same seed", "",
          "{:.3f}".format),
         ("KL(dense ‖ pruned), nats", "kl_nats", number),
@@ -133,13 +120,12 @@ def markdown(model: Measured) -> str:
     ):  # fmt: skip
         cells = [HEADER + [f"{ratio:.0%} of neurons" for ratio in model.ratios]]
         for variant in dict.fromkeys(map(variant_of, model.rows)):
-            values = (
-                [row[field] for row in model.of(variant, ratio)]
-                if field
-                else model.against_paper(variant, ratio)
-                for ratio in model.ratios
-            )
-            cells.append(variant_cells(variant) + [span(each, told) for each in values])
+            row = variant_cells(variant)
+            for ratio in model.ratios:
+                against = model.against_paper(variant, ratio)
+                values = [found[field] for found in model.of(variant, ratio)] if field else against
+                row.append(span(values, form))
+            cells.append(row)
         lines += ["", f"## {title}", "", *table(cells, len(HEADER))]
     of_all = {row["prune_ratio"]: row["param_ratio"] for row in model.rows}
     removed = "; ".join(f"{ratio:.0%}: {of_all[ratio]:.2%}" for ratio in model.ratios)

@@ -40,21 +40,18 @@ cross entropy of given labels, not the entropy, on the same shapes. What was ski
 in the files of all rows."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """A committed result file."""
 
     path: Path
     result: Result
-    suffix: str
 
-    @property
-    def machine(self) -> str:
-        return str(self.result["machine"]["name"])
-
-    @property
-    def device(self) -> str:
-        return str(self.result["machine"]["device"])
+    def __post_init__(self) -> None:
+        machine = self.result["machine"]
+        self.machine, self.device = machine["name"], machine["device"]
+        # After the machine's name and the date, such as -large.
+        self.suffix = self.path.stem[len(f"{self.machine}-2026-01-01") :]
 
 
 def path(root: Path) -> Path:
@@ -78,15 +75,10 @@ def markdown(
             if rows:
                 devices[title].add(source.device)
                 names = ("torch",) if source.device == "cpu" else ("torch", "triton")
-                result, date = source.result, str(source.result["date"])[:10]
-                caption = text.hardware(result), text.software(result, names), date
-                lines += [
-                    "",
-                    f"{', '.join(caption)}, {text.commit(result)}. {text.floors(rows)} "
-                    f"[All rows]({link(source.path.with_suffix('.md'))}).",
-                    "",
-                    *text.rows_table(_beside_ours(rows, source.device), text.SHORT),
-                ]
+                caption = f"{text.when(source.result, names)}. {text.floors(rows)}"
+                all_rows = f"[All rows]({link(source.path.with_suffix('.md'))})."
+                table = text.rows_table(_beside_ours(rows, source.device), text.SHORT)
+                lines += ["", f"{caption} {all_rows}", "", *table]
         for device, word in (("cpu", "CPU"), ("cuda", "GPU")):
             if device not in devices[title] and (device == "cpu" or "compact_rows" not in ops):
                 lines += ["", f"Not measured on a {word} yet."]
@@ -100,15 +92,17 @@ def markdown(
 def _shown(rows: list[Row]) -> list[Row]:
     """Return the rows of an operation that the page has.
 
-    Of models' shapes two, in bfloat16 if there are any; of a series of models the largest.
+    Of known shapes two, in bfloat16 if there are any; of other whole models the largest of a dtype.
     """
-    rows = [row for row in rows if "skipped" not in row and row.get("sweep") in (None, "model")]
-    series = [row["sizes"]["params"] for row in rows if row.get("sweep")]
-    others = [row for row in rows if not row["model"]]
-    others = [r for r in others if not r.get("sweep") or r["sizes"]["params"] == max(series)]
+    rows = [row for row in rows if "skipped" not in row]
+    largest: dict[str, int] = {}
+    others = [row for row in rows if not row["model"] and "L" in row["sizes"]]
+    for row in others:
+        params = row["sizes"].get("params", 0)
+        largest[row["dtype"]] = max(params, largest.get(row["dtype"], 0))
+    others = [r for r in others if r["sizes"].get("params", 0) == largest[r["dtype"]]]
     named = [row for row in rows if row["model"]]
-    dtypes = {row["dtype"] for row in named}
-    dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
+    dtype = "bfloat16" if "bfloat16" in {row["dtype"] for row in named} else "float32"
     named = [row for row in named if row["dtype"] == dtype]
     models = sorted({row["model"] for row in named}, key=lambda m: (*MODELS, m).index(m))[:2]
     return [row for model in models for row in named if row["model"] == model] + others
@@ -126,7 +120,7 @@ def _beside_ours(rows: Iterable[Row], device: str) -> list[Row]:
             for name, field in (("times_ours", "ms"), ("memory_ours", "peak_bytes")):
                 if row["provider"] != ours.get("provider") and row.get(field) and ours.get(field):
                     row[name] = row[field] / ours[field]
-            if "times_ours" in row and "times_first" in row:
-                row["times_ours"] = row["times_first"]  # whole jobs are timed in turn
+            if "times_ours" in row:  # whole jobs are timed in turn
+                row["times_ours"] = row.get("times_first", row["times_ours"])
             found.append(row)
     return found

@@ -1,7 +1,6 @@
 """The pictures of a machine, from the newest of its result files, and that of fidelity.
 
 <machine>-kernels.svg     the percentage of its floor's speed that each provider of a kernel reaches
-<machine>-scaling.svg     time and peak memory against T, V and the size of a model
 fidelity/fidelity.svg     KL against the parameters removed, a panel a model
 """
 
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import fidelity_tables
 from fidelity_variants import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant
 from records import Row
-from report_text import DTYPES, FLOORS, count, grouped, hardware, own_provider, provider, shape
+from report_text import FLOORS, hardware, own_provider, provider
 
 if TYPE_CHECKING:
     from page import Source
@@ -28,10 +27,10 @@ PANELS = (
 )  # fmt: skip
 # In the tables alone: a line each would hide the others.
 VARIANTS = ("ours, triton, fp32 logits", "Cut Cross Entropy, unfiltered")
-SERIES = {"T": "linear_entropy", "V": "linear_entropy", "model": "score"}
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a form for each besides.
-OURS, OTHER = ("#0072b2", "o"), ("#8c8c8c", "o")
+OTHER = "#8c8c8c", "o"
 LOOKS = {
+    "ours": ("#0072b2", "o"),
     "HFPrune's arithmetic": ("#d55e00", "s"),
     "eager": ("#4d4d4d", "^"),
     "torch.compile": ("#e69f00", "v"),
@@ -72,16 +71,11 @@ def planned(
         # Of ours, what runs by default.
         hidden = {"ours, torch", "ours, triton", *VARIANTS} - {own_provider(its[0].device)}
         rows = [r for source in its for r in source.result["rows"] if r["provider"] not in hidden]
-        bound = [row for row in rows if "percent_of_floor" in row and "sweep" not in row]
+        bound = [row for row in rows if "percent_of_floor" in row and row["model"]]
         if panels := [of for op in PANELS if (of := [r for r in bound if r["op"] == op])]:
             alt = f"Kernels and their peers beside what bounds them, {where}"
             path = its[0].path.with_name(f"{machine}-kernels.svg")
             found[path] = Picture(alt, partial(kernels, panels, where))
-        if series := {sweep: of for sweep in SERIES if (of := _series(rows, sweep))}:
-            varied = ", ".join(series).replace("model", "model size")
-            alt = f"Time and peak memory against {varied}; {where}"
-            path = its[0].path.with_name(f"{machine}-scaling.svg")
-            found[path] = Picture(alt, partial(scaling, series, where))
     if models:
         alt = "KL against the parameters removed, a panel a model"
         found[fidelity_tables.picture_path(root)] = Picture(alt, partial(fidelity, models))
@@ -103,12 +97,6 @@ def _figure(*grid: int, size: tuple[float, float]) -> tuple[Any, Any]:
     return pyplot.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
 
 
-def _look(name: str) -> dict[str, Any]:
-    ours = name.startswith("ours")
-    color, marker = OURS if ours else LOOKS.get(name, OTHER)
-    return {"color": color, "marker": marker, "zorder": 3 if ours else 2}
-
-
 def kernels(panels: list[list[Row]], where: str) -> Any:
     """Draw a panel for each kernel: a point is a row, a line a provider."""
     down = (len(panels) + 1) // 2
@@ -119,7 +107,8 @@ def kernels(panels: list[list[Row]], where: str) -> Any:
         for row in rows:
             fill = "none" if row["dtype"] == "float32" else "full"
             at = row["percent_of_floor"], names.index(provider(row))
-            axis.plot(*at, linestyle="", fillstyle=fill, **_look(row["provider"]))
+            color, marker = LOOKS.get(row["provider"].partition(",")[0], OTHER)
+            axis.plot(*at, linestyle="", fillstyle=fill, color=color, marker=marker)
         axis.axvline(100, color="black", linestyle="--", linewidth=1)
         axis.set(title=rows[0]["op"], xlabel=f"% of the speed of {FLOORS[rows[0]['floor']]}")
         axis.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
@@ -127,59 +116,6 @@ def kernels(panels: list[list[Row]], where: str) -> Any:
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     return figure
-
-
-def _series(rows: list[Row], sweep: str) -> list[Row]:
-    """Return the rows of a series of sizes, in one dtype; those that failed too."""
-    found = [row for row in rows if row["op"] == SERIES[sweep] and row.get("sweep") == sweep]
-    dtypes = [row["dtype"] for row in found if "ms" in row]
-    dtype = "bfloat16" if "bfloat16" in dtypes or not dtypes else dtypes[0]
-    return [row for row in found if "skipped" not in row and row["dtype"] == dtype and dtypes]
-
-
-def scaling(series: dict[str, list[Row]], where: str) -> Any:
-    """Draw time above, peak memory below, a column for each size that is varied."""
-    from matplotlib.ticker import LogLocator
-
-    figure, axes = _figure(2, len(series), size=(3 * len(series), 5.5))
-    figure.suptitle(where, size=9)
-    lines: dict[str, Any] = {}
-    for column, (sweep, rows) in zip(axes.T, series.items(), strict=True):
-        varied = "params" if sweep == "model" else sweep
-        for name, its in grouped((row for row in rows if "ms" in row), provider).items():
-            label = "ours" if name.startswith("ours") else name
-            its.sort(key=lambda row: row["sizes"][varied])
-            style = {"linestyle": "--" if name.endswith(")") else "-", **_look(its[0]["provider"])}
-            for axis, field, scale in zip(column, ("ms", "peak_bytes"), (1, 1e6), strict=True):
-                shown = [row for row in its if row.get(field)]  # a logarithm has no place for 0
-                x, y = [r["sizes"][varied] for r in shown], [r[field] / scale for r in shown]
-                lines[label] = axis.plot(x, y, linewidth=2.2 if label == "ours" else 1.2, **style)[
-                    0
-                ]
-        common = set.intersection(*(set(row["sizes"].items()) for row in rows))
-        sizes = {k: v for k, v in rows[0]["sizes"].items() if (k, v) in common and k != varied}
-        dtype = DTYPES.get(rows[0]["dtype"], rows[0]["dtype"])
-        column[0].set_title(f"{rows[0]['op']}, {dtype}\n{shape({'model': '', 'sizes': sizes})}")
-        ticks = sorted({row["sizes"][varied] for row in rows})
-        for axis in column:
-            axis.set(xscale="log", yscale="log", xticks=ticks)
-            axis.set_xticklabels([_size(value, varied) for value in ticks])
-            axis.minorticks_off()
-            axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
-        failed = grouped((row for row in rows if "failed" in row), provider)
-        notes = [f"{n} failed at {_size(i[0]['sizes'][varied], varied)}" for n, i in failed.items()]
-        column[1].set_xlabel("\n".join(["parameters" if sweep == "model" else sweep, *notes]))
-    axes[0, 0].set_ylabel("time, ms")
-    axes[1, 0].set_ylabel("peak memory, MB")
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3)
-    return figure
-
-
-def _size(value: float, varied: str) -> str:
-    """Write 512, 32k, 128k; of parameters 1.24 B."""
-    if varied == "params":
-        return count(value)
-    return f"{value / 1000:.0f}k" if value >= 10_000 else f"{value:.0f}"
 
 
 def fidelity(models: list[fidelity_tables.Measured]) -> Any:

@@ -16,7 +16,6 @@ The exit status is 2 when a file is no result, with one line that says why.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -33,8 +32,7 @@ from records import ROOT, Result, ResultError, read
 NOTE = """\
 % of floor compares neighbours in time, so that it holds where the machine's speed does not. \
 Memory is what was taken beside the inputs; what is returned counts. An error is relative to the \
-result's norm and was checked before the timing. Providers marked (cross entropy) compute that of \
-given labels, not the entropy, on the same shapes."""
+result's norm. Providers marked (cross entropy) compute that of given labels, not the entropy."""
 HINT = "tables and docs/benchmarks.md are written by: python bench/reporting/report.py"
 
 
@@ -53,7 +51,11 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             print(path.with_suffix(".md"))
         if not args.files and not args.check:
             write(root)
-            draw(root)
+            try:
+                for path, picture in expected(root)[1].items():
+                    pictures.save(picture, path)
+            except ImportError as error:
+                print(f"the pictures are as they were: {error}", file=sys.stderr)
         wrong = [] if args.files else list(disagreements(root))
     except ResultError as error:
         print(f"report.py: {error}", file=sys.stderr)
@@ -65,12 +67,12 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 def newest(root: Path) -> tuple[list[Source], list[Source]]:
     """Return all files of bench/results, and the last of each machine and suffix, CPUs first."""
     found, last = [], {}
-    for path in sorted((root / "bench" / "results").glob("*.json")):
+    for path in (root / "bench" / "results").glob("*.json"):
         result = read(path)
         start = f"{result['machine']['name']}-{result['date'][:10]}"
-        if not (named := re.fullmatch(rf"{re.escape(start)}(-.+)?", path.stem)):
+        if not path.stem.startswith(start):
             raise ResultError(f"{path}: its name must begin with {start}, its machine and date")
-        found.append(Source(path, result, named[1] or ""))
+        found.append(Source(path, result))
     for source in sorted(found, key=lambda source: str(source.result["date"])):
         last[source.device != "cpu", source.machine, source.suffix] = source
     return found, [last[key] for key in sorted(last)]
@@ -93,14 +95,6 @@ def write(root: Path) -> None:
             print(path.relative_to(root))
 
 
-def draw(root: Path) -> None:
-    try:
-        for path, picture in expected(root)[1].items():
-            pictures.save(picture, path)
-    except ImportError as error:
-        print(f"the pictures are as they were: {error}; pip install '.[bench]'", file=sys.stderr)
-
-
 def disagreements(root: Path) -> Iterator[str]:
     """Yield a line for each Markdown file that is not what the result files give, and how.
 
@@ -113,9 +107,7 @@ def disagreements(root: Path) -> Iterator[str]:
             yield f"{path.relative_to(root)}: missing"
         elif want and now != want:
             lines = zip_longest(now.splitlines(), want.splitlines(), fillvalue="nothing")
-            i, has, gives = next(
-                (i, *both) for i, both in enumerate(lines, 1) if both[0] != both[1]
-            )
+            i, (has, gives) = next((i, two) for i, two in enumerate(lines, 1) if two[0] != two[1])
             yield f"{path.relative_to(root)}: line {i} has {has!r}, the results give {gives!r}"
     patterns = "*.svg", "fidelity/*.svg", "fidelity/*.md", "*-20[0-9][0-9]-*.md"
     for path in sorted(p for each in patterns for p in (root / "bench" / "results").glob(each)):
@@ -139,15 +131,14 @@ def markdown(result: Result) -> str:
         names = [name for name in text.COLUMNS if name != "op"]
         lines += text.rows_table(measured, names, 2) if measured else ["Nothing was measured."]
     for state in ("skipped", "failed"):
-        reasons = text.grouped(
-            (row for row in result["rows"] if state in row),
-            lambda row: f"- {text.provider(row)}: {text.escaped(row[state])}",  # noqa: B023
-        )
+        reasons: dict[str, list[str]] = {}
+        for row in (row for row in result["rows"] if state in row):
+            reason = f"- {text.provider(row)}: {text.escaped(row[state])}"
+            shape = f" {text.COLUMNS['shape'](row)}" if state == "failed" else ""
+            reasons.setdefault(reason, []).append(f"`{row['op']}`{shape}")
         lines += ["", f"## {state.title()}", ""] if reasons else []
-        for start, rows in reasons.items():
-            shapes = (f" {text.COLUMNS['shape'](row)}" if state == "failed" else "" for row in rows)
-            of = (f"`{row['op']}`{shape}" for row, shape in zip(rows, shapes, strict=True))
-            lines.append(f"{start} ({'; '.join(dict.fromkeys(of))}; {len(rows)} rows)")
+        for start, of in reasons.items():
+            lines.append(f"{start} ({'; '.join(dict.fromkeys(of))}; {len(of)} rows)")
     return "\n".join(lines) + "\n"
 
 

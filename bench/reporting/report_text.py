@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 
 from records import Result, Row
 
-CROSS_ENTROPY = "cross entropy"
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 FLOORS = {
     "copy": "a copy of the bytes that must be moved",
@@ -51,11 +50,11 @@ def count(value: float) -> str:
 
 def shape(row: Row) -> str:
     """Write Llama-3.1-8B, T 256; without a model the sizes."""
-    sizes = {name: value for name, value in row["sizes"].items() if name != "params"}
+    sizes = row["sizes"]
+    told = [f"{name} {value}" for name, value in sizes.items() if name != "params"]
     if row["model"]:
-        return ", ".join([row["model"], *(f"T {t}" for t in [sizes.get("T")] if t)])
-    params = row["sizes"].get("params")
-    told = [f"{name} {value}" for name, value in sizes.items()]
+        return ", ".join([row["model"], *(part for part in told if part[0] == "T")])
+    params = sizes.get("params")
     return ", ".join(([f"{count(params)} parameters"] if params else []) + told)
 
 
@@ -66,8 +65,8 @@ def own_provider(device: str) -> str:
 
 def provider(row: Row) -> str:
     """Return the name, with what it computes if that is not what the operation does."""
-    marked = row.get("computes") == CROSS_ENTROPY
-    return row["provider"] + (f" ({CROSS_ENTROPY})" if marked else "")
+    marked = row.get("computes") == "cross entropy"
+    return row["provider"] + (" (cross entropy)" if marked else "")
 
 
 def escaped(text: str) -> str:
@@ -95,10 +94,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "floor": lambda row: duration(row.get("floor_ms")),
     "% of floor": lambda row: percent(row.get("percent_of_floor")),
     "target": lambda row: percent(row.get("target_percent")),
-    "% at 6 B": lambda row: percent(row.get("percent_of_6_bytes")),
-    "registers": lambda row: "; ".join(
-        f"{k['registers']}, {k['programs']} a multiprocessor" for k in row.get("kernels", ())
-    ),
     "% executed": lambda row: percent(row.get("executed_percent")),
     "GB/s": lambda row: number(row.get("gb_per_s")),
     "GFLOP/s": lambda row: number(row.get("gflop_per_s")),
@@ -111,7 +106,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "extrapolated": lambda row: "".join(
         f"{layers} layers: {number(s)} s" for layers, s in row.get("extrapolated_s", {}).items()
     ),
-    "others' cores": lambda row: number(row.get("others_cores")),
     "error (allowed)": lambda row: _error(row) if "error" in row else "",
     "verdict": lambda row: row.get("verdict", ""),
 }
@@ -133,19 +127,21 @@ def table(rows: list[list[str]], left: int = 1) -> list[str]:
         " | ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True))
         for row in rows
     ]
-    rule = [
-        f"{'-' * (w + 1)}{'-' if s == '<' else ':'}" for s, w in zip(sides, widths, strict=True)
-    ]
+    rule = ["-" * (w + 1) + ("-" if s == "<" else ":") for s, w in zip(sides, widths, strict=True)]
     return [f"| {lines[0]} |", f"|{'|'.join(rule)}|", *(f"| {line} |" for line in lines[1:])]
 
 
 def hardware(result: Result) -> str:
     machine = result["machine"]
-    cores = f", {machine['cores']} cores" if machine.get("cores") else ""
-    memory = machine.get("memory_bytes")
-    return f"{machine['processor']}{cores}" + (
-        f", {memory / 1e9:.0f} GB of memory" if memory else ""
-    )
+    parts = [machine["processor"], f"{machine['cores']} cores" if machine.get("cores") else ""]
+    if memory := machine.get("memory_bytes"):
+        parts.append(f"{memory / 1e9:.0f} GB of memory")
+    return ", ".join(filter(None, parts))
+
+
+def when(result: Result, names: tuple[str, ...]) -> str:
+    date = result["date"][:10]
+    return f"{hardware(result)}, {software(result, names)}, {date}, {commit(result)}"
 
 
 def software(result: Result, names: tuple[str, ...] = ()) -> str:
@@ -173,8 +169,10 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Ro
 
 def floors(rows: Iterable[Row]) -> str:
     """Say what the floors of some rows are."""
-    of = grouped((row for row in rows if row.get("floor")), lambda row: FLOORS[row["floor"]])
-    ops = {floor: dict.fromkeys(f"`{row['op']}`" for row in its) for floor, its in of.items()}
+    ops: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("floor"):
+            ops.setdefault(FLOORS[row["floor"]], {})[f"`{row['op']}`"] = None
     if len(ops) < 2:
         return f"Floor: {next(iter(ops))}." if ops else ""
     told = (f"for {', '.join(names)} {floor}" for floor, names in ops.items())

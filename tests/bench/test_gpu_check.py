@@ -14,7 +14,7 @@ from records import read
 from report import markdown
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune_fast.engine import streaming
+from hfprune_fast.engine import weights
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
@@ -62,8 +62,8 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
     errors = {name: phase["error"] for name, phase in result["phases"].items()}
     assert errors == dict.fromkeys(["build", "compile", *phases])
     assert (result["rehearsal"], result["commit"]) == (True, "abc123")
-    assert f"## {result['rows'][0]['op']}" in markdown(result)
     (table,) = (check.read_text() for check in out.glob("*.check/check.md"))
+    assert table.endswith(markdown(result))
     assert done.stdout.endswith(table)
     assert "numbers mean nothing" in table
     return result
@@ -71,7 +71,7 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
-    result = rehearsed(tmp_path, "correctness", "timing", "refit", "tune")
+    result = rehearsed(tmp_path, "correctness", "timing", "refit")
     assert result["correctness"]["failed"] == 0
     assert result["correctness"]["skipped"] > 70
     assert all("CUDA device" in text for text in result["correctness"]["skips"])
@@ -95,12 +95,6 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert measured >= {"softmax_entropy_grad", "linear_entropy", "gated_taylor"}
     assert {row["op"] for row in rows if "verdict" in row} <= measured
 
-    tuned = result["phases"]["tune"]["tuned"]
-    assert set(tuned) == {"softmax_entropy_grad", "gated_taylor"}
-    for candidates in tuned.values():
-        assert sum(candidate["current"] for candidate in candidates) == 1
-        assert all("median_ms" in candidate for candidate in candidates)
-
 
 @pytest.mark.slow
 def test_rehearsal_of_what_scores(tmp_path: Path) -> None:
@@ -118,10 +112,7 @@ def test_rehearsal_of_what_scores(tmp_path: Path) -> None:
     streamed = rows[6:]
     assert [row["sizes"]["T"] for row in streamed] == [128, 192, 128, 192]
     for row in streamed:
-        assert len(row["passes"]) >= 2
-        for a_pass in row["passes"]:
-            parts = a_pass["forward_s"] + a_pass["head_s"] + a_pass["backward_s"]
-            assert 0 < parts <= a_pass["s"]
+        assert len(row["passes_s"]) >= 2
         assert row["extrapolated_s"]["6"] > row["ms"] / 1e3
 
 
@@ -139,19 +130,14 @@ def phase(folder: Path) -> Any:
 
 
 def test_what_missed_its_targets_says_so() -> None:
-    judged = bench("gpu_scoring").judged
-    row = {
-        "peak_bytes": 2.5e9,
-        "planned_ratio": 0.5,
-        "times_reference": 1.0,
-        "percent_of_floor": 59,
-    }
-    assert judged(row, False, True) == "0.50 of the peak was planned, not 0.8; 2.50 GB beside the weights, not 2"  # fmt: skip  # noqa: E501
-    assert judged(row | {"planned_ratio": 1}, True, False).startswith(
-        "1.00 x the reference's speed"
-    )
-    row |= {"planned_ratio": 1.9, "times_reference": 1.9, "percent_of_floor": 60}
-    assert judged(row, True, False) == "pass"
+    scoring = bench("gpu_scoring")
+    row = {"peak_bytes": 2.5e9, "planned_ratio": 0.5, "times_reference": 1.0}
+    lean = row | {"percent_of_floor": 59, "provider": scoring.LEAN}
+    told = "0.50 of the peak was planned, not 0.8; 2.50 GB beside the weights, not 2"
+    assert scoring.judged(lean) == told
+    row |= {"planned_ratio": 1.9, "percent_of_floor": 60, "provider": scoring.OURS}
+    assert scoring.judged(row) == "1.00 x the reference's speed, not 1.8"
+    assert scoring.judged(row | {"times_reference": 1.9}) == "pass"
 
 
 def test_wrong_scores_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,19 +145,17 @@ def test_wrong_scores_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.Mo
     module = bench("gpu_scoring")
     subject, right = module.Subject(), module.Subject.ours
 
-    def ours(self: Any, variant: Any) -> Any:
-        l1 = right(self, variant)
-        if variant.batch_size == 4:
+    def ours(self: Any, plan: Any) -> Any:
+        l1 = right(self, plan)
+        if plan.batch_size == 4:
             l1[1] *= 7 / 8
         return l1
 
     monkeypatch.setattr(module.Subject, "ours", ours)
-    made, variants = phase(tmp_path), {each.name: each for each in subject.variants()}
-    wrong = {name for name, each in variants.items() if each.batch_size == 4}
-    assert set(module.checked(subject, variants, made)) == {module.REFERENCE, *variants} - wrong
-    assert [error.split(": ")[0] for error in made.result["errors"]] == [
-        name for name in variants if name in wrong
-    ]
+    made, plans = phase(tmp_path), subject.plans()
+    wrong = [name for name, plan in plans.items() if plan.batch_size == 4]
+    assert set(module.checked(subject, plans, made)) == {module.REFERENCE, *plans} - {*wrong}
+    assert [error.split(": ")[0] for error in made.result["errors"]] == wrong
     assert all("layer 1 is off" in error for error in made.result["errors"])
     with pytest.raises(ValueError, match="layer 1"):
         bench("gpu_phase").checked("nan", torch.tensor([0.0, torch.nan]), torch.ones(2))
@@ -181,11 +165,8 @@ def test_wrong_scores_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.Mo
 def streamed(tmp_path: Path) -> Any:
     """A tiny checkpoint and what its resident model scores."""
     folder = tmp_path / "model"
-    folder.mkdir()
     module = bench("gpu_streamed")
-    layers = bench("models").write_checkpoint(
-        folder, module.SHAPE, most_layers=3, deadline=time.monotonic() - 1
-    )
+    layers = bench("models").write_checkpoint(folder, module.SHAPE, 3, time.monotonic() - 1)
     assert layers == 2  # the least, as there is no time
     return module.Streamed(folder, layers)
 
@@ -196,12 +177,12 @@ def test_a_layer_with_the_weights_of_another_is_seen(
     made = phase(tmp_path)
     streamed.measure("cpu", made, time.monotonic() - 1)
     assert len(made.rows) == len(made.result["skipped"]) == 1  # out of time
-    fill = streaming._Buffered._fill
+    fill = weights.BufferedWeights._fill
 
     def mistaken(self: Any, slot: Any, layer: int) -> None:
         fill(self, slot, 0 if layer == 1 else layer)
 
-    monkeypatch.setattr(streaming._Buffered, "_fill", mistaken)
+    monkeypatch.setattr(weights.BufferedWeights, "_fill", mistaken)
     with pytest.raises(ValueError, match=r"offload cpu, .*: the l1 of layer 1 is off"):
         streamed.measure("cpu", made, time.monotonic())
 

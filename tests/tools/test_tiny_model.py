@@ -46,7 +46,7 @@ def test_qwen3_has_another_shape_an_untied_head_and_norms() -> None:
 def test_a_few_steps_lower_the_loss(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ["tiny_model.py", "--family", family, "--steps", "4", "--batch", "4"]
+    argv = ["tiny_model.py", "--family", family, "--steps", "4"]
     monkeypatch.setattr("sys.argv", [*argv, "--out", str(tmp_path / "new")])
     torch.manual_seed(0)
     model = new_model(RECIPES[family], bos=0, eos=1)
