@@ -21,7 +21,8 @@ from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import TINY_MODEL, Budget, CalibrationOptions, OutputOptions
 from hfprune_fast.console import say, text_table
 from hfprune_fast.data.calibration import calibrate
-from hfprune_fast.evaluation.fidelity import evaluate
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.in_memory import prune
 from hfprune_fast.pruning.oneshot import check_output, oneshot
 from hfprune_fast.pruning.selection import WidthBudget, keep_top
@@ -46,9 +47,9 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
     source, text = open_source(TINY_MODEL), TINY_MODEL / "calibration.txt"
-    options: dict[str, Any] = {
-        "seq_len": SEQ_LEN, "samples": 64, "batch_size": _BATCH_SIZE, "device": "cpu",
-    }  # fmt: skip
+    # In float32, which every CPU is fast in; the stored bfloat16 takes minutes on some.
+    on_cpu: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    options = {"seq_len": SEQ_LEN, "samples": 64, "batch_size": _BATCH_SIZE, **on_cpu}
     width = WidthBudget.of(source.spec, Budget(prune_ratio=prune_ratio)).width
     pruned = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,15 +60,19 @@ def run(
         )
         budget: dict[str, Any] = {"scores": table, "prune_ratio": prune_ratio, **options}
         achieved = oneshot(source, text, folder, force=force, **budget)
-        pruned["default"] = load_model(folder, device="cpu")
+        pruned["default"] = load_model(folder, **on_cpu)
         oneshot(source, text, uniform, allocation="uniform", **budget)
-        pruned["uniform"] = load_model(uniform, device="cpu")
-    dense = load_model(source, device="cpu")
+        pruned["uniform"] = load_model(uniform, **on_cpu)
+    dense = load_model(source, **on_cpu)
     held_out = calibrate(source.folder / "heldout.txt", source, CalibrationOptions(None, SEQ_LEN))
-    batches = [batch.ids for batch in held_out.split(_BATCH_SIZE)]
+    batches = held_out.split(_BATCH_SIZE)
+    with ResidentModel(dense) as opened:  # once for all models that are compared with it
+        hidden, head = list(opened.final_hidden(batches)), opened.head()
 
     def measure(model: Any) -> dict[str, Any]:
-        return asdict(evaluate(dense, model, batches))
+        with ResidentModel(model) as pruned:
+            final = pruned.final_hidden(batches)
+            return asdict(compare(batches, hidden, final, head, pruned.head()))
 
     def measure_kept(importance: torch.Tensor) -> dict[str, Any]:
         model = copy.deepcopy(dense)

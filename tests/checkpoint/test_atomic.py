@@ -68,6 +68,7 @@ print(counts)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment(large: Path, tmp_path: Path, measured: Callable[[str], None]) -> None:
     counts = ast.literal_eval(in_another_process(KILLED, large, tmp_path, 20))
