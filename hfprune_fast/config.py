@@ -69,7 +69,11 @@ class RunOptions:
     """Where a model runs, and in how much memory."""
 
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one.")
-    dtype: str = _option("auto", "Dtype to run in; auto is the checkpoint's own.", choices=DTYPES)
+    dtype: str = _option(
+        "auto",
+        "Dtype to run in; auto is the checkpoint's own, float32 on a CPU slow in it.",
+        choices=DTYPES,
+    )
     batch_size: int | None = _option(
         None, "Samples at once. [default: what suits the device and fits]"
     )

@@ -84,8 +84,8 @@ def blueprint(
 
     Args:
         model_or_path: a model folder, hub name or `demo`, or an open one.
-        dtype: "auto" (that of most of the checkpoint's parameters, but float32 for float16 on a
-            CPU, which is slow in it) or "float32", "bfloat16", "float16", "float64".
+        dtype: "auto" (that of most of the checkpoint's parameters, but float32 on a CPU that is
+            slow in it) or "float32", "bfloat16", "float16", "float64".
         device: "auto" (cuda where there is one) or any torch device.
 
     Raises:
@@ -168,7 +168,18 @@ def dtype_to_run_in(dtype: str, stored: torch.dtype, device: torch.device) -> to
     """Return the dtype that a name stands for; "auto" depends on what a checkpoint is stored in."""
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
-    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+    slow = device.type == "cpu" and stored in _slow_on_this_cpu()
+    return torch.float32 if slow else stored
+
+
+def _slow_on_this_cpu() -> tuple[torch.dtype, ...]:
+    """Return the dtypes in which products take many times as long as in float32.
+
+    Without AVX-512 or the like, bfloat16 takes a hundred times as long (0.5 GFLOP/s, not 40).
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    fast_bfloat16 = supported is None or supported()
+    return (torch.float16,) if fast_bfloat16 else (torch.float16, torch.bfloat16)
 
 
 def torch_device(device: str) -> torch.device:

@@ -47,7 +47,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
     source, text = open_source(TINY_MODEL), TINY_MODEL / "calibration.txt"
-    # In float32, which every CPU is fast in; the stored bfloat16 takes minutes on some.
+    # In float32, so that every CPU gives the same numbers.
     on_cpu: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
     options = {"seq_len": SEQ_LEN, "samples": 64, "batch_size": _BATCH_SIZE, **on_cpu}
     width = WidthBudget.of(source.spec, Budget(prune_ratio=prune_ratio)).width

@@ -222,6 +222,16 @@ def test_auto_dtype_is_that_of_the_weights(llama_dir: Path, config_dtype: str | 
     assert torch.equal(model.lm_head.weight, random_llama().lm_head.weight)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_runs_in_float32_on_a_cpu_without_instructions_for_it(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    expected = torch.bfloat16 if fast else torch.float32
+    assert blueprint("demo", device="cpu").dtype == expected
+    assert blueprint("demo", device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
 def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_model("demo") == TINY_MODEL

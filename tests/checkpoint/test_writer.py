@@ -203,9 +203,7 @@ def test_memory_does_not_grow_with_the_model(
     assert transformers == "False"
 
 
-def test_the_command_imports_no_model_code(
-    large: Path, tmp_path: Path, llama_dir: Path
-) -> None:
+def test_the_command_imports_no_model_code(large: Path, tmp_path: Path, llama_dir: Path) -> None:
     table = hf.score(loading.load_model(llama_dir, device="cpu"), torch.arange(32)[None])
     table.save(tmp_path / "scores")
     code = """
