@@ -19,7 +19,7 @@ _muted = False
 
 
 def mute() -> None:
-    """Say and show nothing from now on: another process of this run does."""
+    """Print nothing from now on; the first process of this run does."""
     global _muted
     _muted = True
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Rows of logits compared at a time, over this many elements, bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 24
-# exp of more is no finite number; a model that far off is told by its KL.
-_MOST_NATS = 700.0
+# exp of more overflows; for a model that far off, KL is the number to read.
+_MAX_CROSS_ENTROPY_NATS = 700.0
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def compare(
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
     return Fidelity(
         kl_nats=kl / positions,
-        ppl_dense=math.exp(min(ce_dense / predicted, _MOST_NATS)),
-        ppl_pruned=math.exp(min(ce_pruned / predicted, _MOST_NATS)),
+        ppl_dense=math.exp(min(ce_dense / predicted, _MAX_CROSS_ENTROPY_NATS)),
+        ppl_pruned=math.exp(min(ce_pruned / predicted, _MAX_CROSS_ENTROPY_NATS)),
         top1_agreement=agreements / positions,
         tokens=positions,
     )

@@ -8,7 +8,7 @@ and x the dense model's residual stream after the same MLP, down_proj becomes th
 
 over the tokens, so that a layer makes up for what the layers before it have lost, as far as its
 kept neurons can. (Fitting V a to the dense MLP's own output instead leaves their error in the
-stream: on the models of bench/fidelity.py, 15 to 20 % more KL.)
+stream: on the models of bench/fidelity, 15 to 20 % more KL.)
 
 The second moments of one layer are in memory at a time, and the streams: for the dense and each
 pruned model a tensor of all tokens by hidden_size, on the host if the model is on a GPU.

@@ -56,7 +56,7 @@ def greedy_removal_costs(
 
     O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
     """
-    # In the caller's memory, which the caller holds anyway.
+    # Written over gram, to need no further matrix.
     inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)
     wide = weight.to(gram.dtype)
     through = wide if metric is None else metric.to(gram.dtype) @ wide

@@ -43,7 +43,7 @@ _ACT = TaylorStatistics._fields.index("act")
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What a run adds up, and how; the how changes the sums only by rounding."""
+    """What a run sums, and how; options of the second kind change the sums only by rounding."""
 
     backend: str = "torch"
     criteria: tuple[str, ...] = ("entropy",)  # of CRITERIA, those with a loss; none: only act
@@ -59,10 +59,8 @@ class PassOptions:
 def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumulator:
     """Return the accumulator of no sequence, on the model's device."""
     mlps, device = model.parts.mlps, model.device
-    hidden, shape = (
-        mlps[0].down.weight.shape[0],
-        (len(mlps), max(mlp.gate.weight.shape[0] for mlp in mlps)),
-    )
+    hidden = mlps[0].down.weight.shape[0]
+    shape = len(mlps), max(mlp.gate.weight.shape[0] for mlp in mlps)
     criteria = max(1, len(options.criteria)), len(TaylorStatistics._fields)
     dtype = model.dtype if options.parity else torch.float64
     return ScoreAccumulator(
@@ -114,7 +112,7 @@ class Pass:
         )
 
     def clear(self) -> None:
-        """Free what the pass holds, and take back the progress that it has reported."""
+        """Free the graphs of the pass, and subtract the progress that it has reported."""
         self._graphs = [[] for _ in self.batches]
         self._on_progress(-self._reported)
         self._reported = 0.0

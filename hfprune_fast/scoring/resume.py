@@ -85,7 +85,7 @@ class ResumeFile:
             if self._saved_samples:
                 say(
                     f"{self._saved_samples} of {sequences} sequences are kept in {self._file}; "
-                    "the same command with --resume goes on from there"
+                    "the same command with --resume continues from there"
                 )
             raise
 
@@ -128,7 +128,7 @@ class ResumeFile:
                 "--force discards it and starts anew"
             )
         self._saved_samples = header["samples"]
-        say(f"going on after {self._saved_samples} sequences, from {self._file}")
+        say(f"continuing after {self._saved_samples} sequences, from {self._file}")
         values["loss_nats"] = tuple(values["loss_nats"])
         return ScoreAccumulator(**values), header["most"]
 

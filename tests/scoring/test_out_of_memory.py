@@ -139,7 +139,7 @@ def test_the_pass_is_run_again_in_halves_and_nothing_counts_twice(
     assert min(counts) >= 0
     assert max(counts) <= totals.tokens + 1e-9
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("hfprune: out of memory; going on with micro-batches of 2")
+    assert line.startswith("hfprune: out of memory; continuing with micro-batches of 2")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_at_one_sequence_layers_are_recomputed(
         fail(monkeypatch, passes, "ScoredGraph", storing, allocation_error())
         assert_same(score_batches(scored, ones, STORED), expected)
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == "hfprune: out of memory; going on with layers recomputed in the backward"
+    assert line == "hfprune: out of memory; continuing with layers recomputed in the backward"
 
 
 @WAYS
