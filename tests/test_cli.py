@@ -285,7 +285,7 @@ def test_output_exists(
     assert_refused(hfprune(*scoring), "exists; --force")
 
 
-def test_score_never_overwrites_what_it_reads(
+def test_score_never_overwrites_its_inputs(
     llama_dir: Path, text_file: Path, hfprune: Hfprune
 ) -> None:
     weights, text = (llama_dir / "model.safetensors").read_bytes(), text_file.read_bytes()
@@ -320,7 +320,7 @@ def test_out_of_memory_says_what_to_do(
     assert_refused(run, "out of memory with one sequence at a time; try a smaller --seq-len")
 
 
-def test_activations_that_overflow_are_told_on_the_last_line(
+def test_activations_that_overflow_are_reported_on_the_last_line(
     save_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path, hfprune: Hfprune
 ) -> None:
     model = random_llama()

@@ -157,7 +157,7 @@ class TokenData:
         return digest.hexdigest()
 
     def split(self, batch_size: int) -> list[MicroBatch]:
-        """Return micro-batches of at most so many sequences."""
+        """Return micro-batches of at most `batch_size` sequences."""
         return [part for batch in self.batches for part in batch.split(batch_size)]
 
 

@@ -199,7 +199,7 @@ class MemoryEstimator:
         return self._plan(batch_size, offload, True, weights, max(rows, tokens))
 
     def _unit_bytes(self) -> tuple[int, int]:
-        """Return the bytes of what is fetched at a time: a layer, or the final norm and the head."""
+        """Return the bytes of a unit of weights: of a layer, and of the final norm and the head."""
         head = (self.spec.vocab_size + 1) * self.hidden
         return self.spec.layer_params * self.s, head * self.s
 
@@ -254,7 +254,7 @@ class MemoryEstimator:
         )
 
     def _logits(self, weights: int) -> int | None:
-        """Return an eighth of what the weights leave free; None if the default is no more than that."""
+        """Return an eighth of what the weights leave free, None if that reaches the default."""
         eighth = (self.free - weights) // 8
         return None if eighth >= _MAX_LOGITS_BYTES else max(_MIN_LOGITS_BYTES, eighth)
 

@@ -121,7 +121,7 @@ class StreamedModel(ResidentModel):
     def final_hidden(
         self, batches: Sequence[MicroBatch], on_progress: OnProgress = no_progress
     ) -> Iterator[Tensor]:
-        """Yield what `ResidentModel.final_hidden` does; all of it is computed first."""
+        """Yield as `ResidentModel.final_hidden` does, after all micro-batches are computed."""
         yield from self._final_hidden(batches, on_progress)
 
     def _offload(self, hidden: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ _MAX_CROSS_ENTROPY_NATS = 700.0
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The head of this file defines the values."""
+    """What `evaluate` measures; the head of this file defines each value."""
 
     kl_nats: float
     ppl_dense: float
@@ -42,7 +42,7 @@ class Fidelity:
 
 
 def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Any]) -> Fidelity:
-    """Compare two loaded models, left as they are, over the batches that `hf.score` takes.
+    """Compare two loaded models over token batches as `hf.score` takes them; neither is changed.
 
     Raises:
         ArgumentError: the models have different vocabularies, or one is spread over devices.

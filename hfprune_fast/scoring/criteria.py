@@ -56,8 +56,8 @@ class Criterion:
     """One criterion.
 
     Args:
-        default_statistic: what its scores are ranked by unless another statistic is requested: for
-            entropy the paper's, for the others the best in bench/results/fidelity.
+        default_statistic: what ranks its scores unless another statistic is requested: for entropy
+            the paper's, for the others the best in bench/results/fidelity.
         head_loss: its loss and gradient at the head; None if it needs no gradient.
         loss_name: the name in a table's provenance of the mean of the sequences' losses.
         unlabelled: positions at the end of each sequence that have no loss.

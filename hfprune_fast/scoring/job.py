@@ -1,4 +1,4 @@
-"""One run of scoring: planned, saved on the way, added up over processes, made into a table."""
+"""One run of scoring: plan, passes, saved state, sums over processes, table."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ScoringJob:
         """
         file = None if state_file is None or self.processes.count > 1 else Path(state_file)
         resume_file = ResumeFile(file, self.options.save_seconds)
-        # A resumed run keeps the batch size and logits budget that it began with, whatever is free now.
+        # A resumed run keeps the batch size and logits budget that it began with.
         saved = resume_file.saved_identity() if self.options.resume else {}
 
         def plan_for(batch_size: int | None) -> Plan:
@@ -97,7 +97,7 @@ class ScoringJob:
         return plan, resume_file
 
     def _identity(self, plan: Plan) -> dict[str, Any]:
-        """Return what tells this run from others."""
+        """Return what distinguishes this run from others."""
         batches, versions = self.data.split(plan.batch_size), _versions()
         return {
             "model_fingerprint": self._source.fingerprint if self._source else None,

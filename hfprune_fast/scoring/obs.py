@@ -48,8 +48,8 @@ def greedy_removal_costs(
         block: removals between two updates of the F × F matrices; changes only rounding.
 
     Returns:
-        (F,) float64, not falling in the order of removal: a removal that costs less than an
-        earlier one is given the earlier one's cost. The last neuron has its own cost too.
+        (F,) float64, never decreasing in the order of removal: a removal that costs less than an
+        earlier one gets the earlier one's cost. The last neuron has a cost too.
 
     Raises:
         NumericsError: gram holds NaN, or is no matrix of second moments.
@@ -119,7 +119,7 @@ def least_squares(
     Args:
         gram: (K, K) float64, mean of a aᵀ; overwritten.
         cross: (D, K) float64, mean of y aᵀ.
-        weight: (D, K), what V is drawn towards.
+        weight: (D, K), what the ridge pulls V towards.
         ridge: λ.
 
     Returns:

@@ -30,7 +30,7 @@ _NUMBERS = ("samples", "tokens", "loss_nats")
 
 
 class ResumeFile:
-    """Saves the accumulator of a run, every so many seconds and at an interruption.
+    """Saves the accumulator of a run, every `seconds` and at an interruption.
 
     Args:
         file: the file; None saves nothing.
@@ -43,17 +43,17 @@ class ResumeFile:
         self._unwritten: tuple[ScoreAccumulator, int] | None = None
         self._saved_samples = 0  # sequences of this run that are in the file
         self._warned = False
-        # What tells this run from others: a JSON mapping, in which "batch_size" must be.
+        # What distinguishes this run from others: a JSON mapping with "batch_size" in it.
         self.identity: Mapping[str, Any] = {}
 
     def on_commit(self, total: ScoreAccumulator, max_batch_size: int) -> None:
-        """Take new sums, and how many sequences a micro-batch may have from now on."""
+        """Take new sums and the current limit of a micro-batch's sequences."""
         self._unwritten = total, max_batch_size
         if time.monotonic() - self._written_at >= self._seconds:
             self.write()
 
     def write(self) -> None:
-        """Write what is unwritten; a failure to write is reported once and does not end the run."""
+        """Write the latest sums; a failure to write is reported once and does not end the run."""
         if self._file is None or self._unwritten is None:
             return
         self._written_at = time.monotonic()
@@ -109,11 +109,11 @@ class ResumeFile:
             return None
         header, tensors = _read(self._file)
         # The identity as it comes back from JSON, in which a tuple is a list.
-        wanted, found = json.loads(json.dumps(self.identity)), header["identity"]
+        expected, found = json.loads(json.dumps(self.identity)), header["identity"]
         differing = [
-            f"{key} {_short(found.get(key))}, not {_short(wanted.get(key))}"
-            for key in dict.fromkeys([*wanted, *found])
-            if found.get(key) != wanted.get(key)
+            f"{key} {_short(found.get(key))}, not {_short(expected.get(key))}"
+            for key in dict.fromkeys([*expected, *found])
+            if found.get(key) != expected.get(key)
         ]
         values: dict[str, Any] = {name: header[name] for name in _NUMBERS}
         for name, tensor in tensors.items():
@@ -139,7 +139,7 @@ def state_of(out: Path) -> Path:
 
 
 def check_state(out: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to run over what an interrupted run has left; `force` deletes it."""
+    """Raise ResumeError over a state of an interrupted run unless `resume`; `force` deletes it."""
     left = state_of(out)
     if not resume and force:
         left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A run that ends before its end is gone on with, and nobody can tell from the scores."""
+"""An interrupted run is resumed, and gives the same bits as an uninterrupted one."""
 
 import random
 import signal

@@ -25,7 +25,7 @@ Hfprune = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread", "small_inputs")
 
 
-def test_the_state_is_written_as_often_as_asked(
+def test_the_state_is_written_as_often_as_requested(
     hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, written = [0.0], []
@@ -45,7 +45,7 @@ def test_the_state_is_written_as_often_as_asked(
     assert written == [5, 10]
 
 
-def test_a_state_left_over_is_gone_on_from_or_discarded_but_never_run_over(
+def test_a_leftover_state_is_resumed_or_discarded_but_never_overwritten(
     hfprune: Hfprune, interrupted: Hfprune
 ) -> None:
     assert hfprune(*score_args("--seed", 1, out="whole")).code == 0
