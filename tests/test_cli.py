@@ -411,7 +411,7 @@ def test_scores_survive_an_output_that_fails(
         "--prune-ratio", 0.1, "--out", tmp_path / "out",
     )  # fmt: skip
     assert_refused(run, "No space left on device")
-    kept = re.search(r"the scores are kept in (.*)", run.err)[1]  # type: ignore[index]
+    kept = re.search(r"the scores are saved in (.*)", run.err)[1]  # type: ignore[index]
     assert hf.ImportanceTable.load(kept).l1.shape == (3, 96)
     assert not (tmp_path / "out").exists()
 

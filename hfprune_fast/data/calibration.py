@@ -32,7 +32,7 @@ _CANDIDATES = 8
 
 
 class TextModel(Protocol):
-    """The part of `checkpoint.source.ModelSource` that text is read for."""
+    """The part of `checkpoint.source.ModelSource` that reading text needs."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...

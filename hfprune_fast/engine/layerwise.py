@@ -6,7 +6,7 @@ micro-batch with stubs in place of the layers, which record how each layer is ca
 runs needs its weights in memory. `ResidentModel` keeps all there; `StreamedModel` fetches them.
 
 Sequences of a micro-batch are padded on the right. Under causal attention no token sees a later
-one, so padding needs no attention mask; it only must not be counted.
+one, so padding needs no attention mask; it is only left out of the sums.
 """
 
 from __future__ import annotations

@@ -165,9 +165,7 @@ def _scored(
         with mlp.down.register_forward_pre_hook(_at_down_proj(target, options, needs_grad)):
             yield
         return
-    anchor = torch.empty(
-        0, requires_grad=True
-    )  # there must be a backward, also where x needs none
+    anchor = torch.empty(0, requires_grad=True)  # so that there always is a backward
 
     def forward(x: Tensor) -> Tensor:
         output: Tensor = _ScoredMLP.apply(  # type: ignore[no-untyped-call]

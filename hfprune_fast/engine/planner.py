@@ -98,12 +98,12 @@ def plan_run(
         device, dtype: where and in what it will run.
         seq_len, sequences: tokens of the longest sequence, and how many there are.
         largest: the batches are given, and this is the largest of them; it is halved to fit.
-        loaded: the weights are in memory already, and not to be moved.
+        loaded: the weights are in memory already and stay where they are.
         parity, criteria: one sequence at a time; how many criteria share the forward.
         refit: removal costs or a refit follow, with the weights still in memory.
 
     Raises:
-        ArgumentError: a memory budget that is no size, or offload of a loaded model.
+        ArgumentError: a memory budget that is not a size, or offload of a loaded model.
         MemoryShortageError: nothing fits the memory budget.
     """
     if loaded and run.offload in ("cpu", "disk"):

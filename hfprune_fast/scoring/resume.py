@@ -1,7 +1,7 @@
 """The file from which an interrupted scoring run is resumed.
 
-It is a safetensors file of the tensors of `ScoreAccumulator`; its metadata hold the other fields
-and the identity of the run. It is replaced atomically, so a kill leaves the state after some pass.
+It is a safetensors file of the tensors of `ScoreAccumulator`; its metadata contain the other fields
+and the identity of the run. It is replaced atomically, so a killed run leaves the state after a whole pass.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ResumeFile:
             write_whole(self._file, save(tensors, {_FORMAT: json.dumps(header)}))
         except OutputError as error:
             if not self._warned:
-                say(f"what is scored so far is only in memory, not kept for --resume: {error}")
+                say(f"the scores so far are only in memory, not saved for --resume: {error}")
             self._warned = True
         else:
             self._saved_samples, self._unwritten = total.samples, None
@@ -84,7 +84,7 @@ class ResumeFile:
             self.write()
             if self._saved_samples:
                 say(
-                    f"{self._saved_samples} of {sequences} sequences are kept in {self._file}; "
+                    f"{self._saved_samples} of {sequences} sequences are saved in {self._file}; "
                     "the same command with --resume continues from there"
                 )
             raise
@@ -125,7 +125,7 @@ class ResumeFile:
         if differing:
             raise ResumeError(
                 f"{self._file} is of another run: {'; '.join(differing)}; "
-                "--force discards it and starts anew"
+                "--force discards it and starts again"
             )
         self._saved_samples = header["samples"]
         say(f"continuing after {self._saved_samples} sequences, from {self._file}")
@@ -174,6 +174,6 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ResumeError(
             f"{file} is not what an interrupted `hfprune score` left, or is damaged "
-            f"({one_line(error)}); --force discards it and starts anew"
+            f"({one_line(error)}); --force discards it and starts again"
         ) from None
     return header, tensors

@@ -101,7 +101,7 @@ def _remaining(
 ) -> list[MicroBatch]:
     """Return the micro-batches that remain after the first `samples` sequences.
 
-    They depend on nothing else, so that a resumed run continues with the same ones.
+    They depend on the arguments alone, so that a resumed run continues with the same ones.
     """
     remaining: list[MicroBatch] = []
     for batch in batches:

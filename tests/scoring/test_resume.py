@@ -85,11 +85,11 @@ def test_an_interruption_keeps_what_is_scored_and_says_how_to_go_on(
 ) -> None:
     assert hfprune(*score_args(out="whole")).code == 0
     run = interrupted(*score_args(), how=how)
-    assert "hfprune: 8 of 24 sequences are kept in scores.state; the same command wi" in run.err
+    assert "hfprune: 8 of 24 sequences are saved in scores.state; the same command wi" in run.err
     assert not Path("scores").exists()
     run = interrupted(*score_args("--resume"), how=how)
     assert "hfprune: continuing after 8 sequences, from scores.state" in run.err.splitlines()
-    assert "hfprune: 16 of 24 sequences are kept in scores.state" in run.err
+    assert "hfprune: 16 of 24 sequences are saved in scores.state" in run.err
     assert_whole(hfprune(*score_args("--resume")))
 
 

@@ -190,6 +190,6 @@ def test_a_state_that_cannot_be_written_ends_nothing(
     monkeypatch.setattr(resume, "write_whole", full)
     run = interrupted(*score_args("--save-seconds", 0), at_pass=8)  # which stays one, exit code 130
     assert run.err.count("only in memory") == 1
-    assert "hfprune: 6 of 24 sequences are kept in scores.state" in run.err
+    assert "hfprune: 6 of 24 sequences are saved in scores.state" in run.err
     monkeypatch.setattr(resume, "write_whole", write)
     assert_whole(hfprune(*score_args("--resume")))
