@@ -90,9 +90,7 @@ def _parse_header(file: mmap.mmap) -> tuple[dict[str, str] | None, dict[str, Any
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if (
-            math.prod(max(1, size) for size in shape) > sys.maxsize // 8
-        ):  # possible for an empty array
+        if math.prod(max(1, size) for size in shape) > sys.maxsize // 8:  # if the array is empty
             raise ValueError(f"shape of {name!r} is larger than memory")
         tensors[name] = (dtype, shape, *(start + offset for offset in entry["data_offsets"]))
     return metadata, tensors

@@ -52,7 +52,7 @@ def greedy_removal_costs(
         earlier one gets the earlier one's cost. The last neuron has a cost too.
 
     Raises:
-        NumericsError: gram contains NaN or is not positive definite.
+        NumericsError: gram, with the ridge, contains NaN or is not positive definite.
 
     O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
     """
@@ -126,7 +126,7 @@ def least_squares(
         (D, K) float64.
 
     Raises:
-        NumericsError: gram contains NaN or is not positive definite.
+        NumericsError: gram, with the ridge, contains NaN or is not positive definite.
     """
     right = cross + _shift(gram, ridge) * weight.to(gram.dtype)
     solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, ridge))

@@ -46,9 +46,7 @@ class PassOptions:
     """What a run sums, and how; options of the second kind change the sums only by rounding."""
 
     backend: str = "torch"
-    criteria: tuple[str, ...] = (
-        "entropy",
-    )  # those of CRITERIA with a loss; if none, only act is summed
+    criteria: tuple[str, ...] = ("entropy",)  # with a loss; if empty, only act is summed
     output_fisher: bool = False  # needs criterion fisher
     seed: int = 0  # of the tokens that fisher draws
     parity: bool = False  # round as the paper's code does; micro-batches must be one sequence

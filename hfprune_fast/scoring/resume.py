@@ -1,7 +1,8 @@
 """The file from which an interrupted scoring run is resumed.
 
 It is a safetensors file of the tensors of `ScoreAccumulator`; its metadata contain the other fields
-and the identity of the run. It is replaced atomically, so a killed run leaves the state after a whole pass.
+and the identity of the run. It is replaced atomically, so a killed run leaves the state after some
+whole pass.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_a_damaged_state_is_one_line(hfprune: Hfprune, interrupted: Hfprune, dam
     run = hfprune(*score_args("--resume", batch_size=None))
     assert_refused(run, r"scores\.state is not what an interrupted .* left, or is damaged")
     assert len(run.err.splitlines()) == 2  # and how many samples the ids make
-    assert "starts anew" in run.err
+    assert "starts again" in run.err
     assert hfprune(*score_args("--force")).code == 0
 
 
