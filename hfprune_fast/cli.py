@@ -53,7 +53,7 @@ def _flags(
 
     Args:
         without: fields that the command does not use.
-        defaults: of fields whose default is another for this command.
+        defaults: of fields whose default differs for this command.
     """
     types = field_types(group)
 
@@ -188,7 +188,7 @@ def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **f
 @_flags(RunOptions)
 @_common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
-    """Say what pruning would give and how scoring would run; only config.json is read."""
+    """Show the pruned sizes and how scoring would run; only config.json is read."""
     from hfprune_fast.commands import plan as command
 
     result = command.run(model, **flags)
@@ -211,7 +211,7 @@ def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug
 @cli.command()
 @_common
 def doctor(as_json: bool, debug: bool) -> None:
-    """Say what this machine offers and which paths will be used."""
+    """Show versions, devices, memory, and which implementations will be used."""
     from hfprune_fast.commands import doctor as command
 
     result = command.run()
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the line for an error: 2 for what the user can mend, else 1."""
+    """Return the exit code and the line for an error: 2 for what the user can fix, else 1."""
     if isinstance(error, HFPruneError):
         return 2, str(error)
     if isinstance(error, click.ClickException):
@@ -264,7 +264,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         advice = "try a smaller --batch-size or --seq-len, or --dtype bfloat16"
         return 2, f"out of memory; {advice} ({one_line(error)})"
-    if isinstance(error, OSError):  # no permission to read, no room for what is printed: it says so
+    if isinstance(error, OSError):  # its text names the file and the reason
         return 2, one_line(error)
     what = f"{type(error).__name__}: {one_line(error)}"
     return 1, f"unexpected {what}; please report it with the traceback that --debug shows"

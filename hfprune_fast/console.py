@@ -19,7 +19,7 @@ _muted = False
 
 
 def mute() -> None:
-    """Say and show nothing from now on: another process of this run does."""
+    """Print nothing from now on; the first process of this run does."""
     global _muted
     _muted = True
 
@@ -32,7 +32,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def byte_bar(what: str, total_bytes: int, show: bool) -> Iterator[Callable[[int], Any]]:
-    """Count bytes on stderr: the function that is yielded takes those that are done."""
+    """Show a bar of bytes on stderr; yield the function that takes the bytes processed."""
     with _bar(what, total_bytes, "B", show) as bar:
         yield bar.update
 
@@ -53,14 +53,14 @@ def _bar(what: str, total: int, unit: str, show: bool) -> Any:
 def token_bar(
     what: str, total_tokens: int, show: bool, flops_per_token: int = 0
 ) -> Iterator[Callable[[float], None]]:
-    """Count tokens on stderr, with FLOP/s and peak memory: the function that is yielded takes them.
+    """Show a bar of tokens on stderr, with FLOP/s and peak memory; yield what takes the tokens.
 
-    A token that has been through some of the layers counts for that part of it.
+    A token that has passed some of the layers counts as a fraction.
     """
     begun, peak_bytes, counted = time.perf_counter(), 0, 0.0
     with _bar(what, total_tokens, "tok", show) as bar:
 
-        def done(tokens: float) -> None:
+        def on_progress(tokens: float) -> None:
             nonlocal peak_bytes, counted
             counted += tokens
             if bar.disable:
@@ -71,10 +71,10 @@ def token_bar(
                 flops = counted * flops_per_token / (time.perf_counter() - begun)
                 notes["FLOP/s"] = tqdm.format_sizeof(flops)
             bar.set_postfix(notes, refresh=False)
-            # Whole tokens, since the bar prints its count as it is.
+            # Whole tokens, since the bar prints its count unrounded.
             bar.update(min(round(counted), total_tokens) - bar.n)
 
-        yield done
+        yield on_progress
 
 
 def _memory_bytes() -> int:

@@ -1,11 +1,11 @@
-"""What a user can do wrong, one class a kind; messages say what was got and what was expected."""
+"""What a user can do wrong, one class a kind; messages name what was got and what was expected."""
 
 
 def one_line(error: BaseException) -> str:
     """Return what a library's error says as one line of at most 200 printable characters."""
     text = " ".join(str(error).split())
     text = "".join(char if char.isprintable() else "?" for char in text)
-    if not text or isinstance(error, KeyError):  # which says the key alone
+    if not text or isinstance(error, KeyError):  # its text is the key alone
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= 200 else f"{text[:199]}…"
 
@@ -43,11 +43,11 @@ class OutputError(HFPruneError):
 
 
 class ResumeError(HFPruneError):
-    """A saved state that is damaged or of another run, or of which nobody said what to do."""
+    """A saved state that is damaged, of another run, or left over from an interrupted one."""
 
 
 class MemoryShortageError(HFPruneError):
-    """Not enough memory, by the plan or by experience, for the least that the work needs."""
+    """Not enough memory, estimated or met while running, for the smallest plan."""
 
 
 class ProcessError(HFPruneError):

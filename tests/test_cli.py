@@ -285,7 +285,7 @@ def test_output_exists(
     assert_refused(hfprune(*scoring), "exists; --force")
 
 
-def test_score_never_overwrites_what_it_reads(
+def test_score_never_overwrites_its_inputs(
     llama_dir: Path, text_file: Path, hfprune: Hfprune
 ) -> None:
     weights, text = (llama_dir / "model.safetensors").read_bytes(), text_file.read_bytes()
@@ -320,7 +320,7 @@ def test_out_of_memory_says_what_to_do(
     assert_refused(run, "out of memory with one sequence at a time; try a smaller --seq-len")
 
 
-def test_activations_that_overflow_are_told_on_the_last_line(
+def test_activations_that_overflow_are_reported_on_the_last_line(
     save_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path, hfprune: Hfprune
 ) -> None:
     model = random_llama()
@@ -411,7 +411,7 @@ def test_scores_survive_an_output_that_fails(
         "--prune-ratio", 0.1, "--out", tmp_path / "out",
     )  # fmt: skip
     assert_refused(run, "No space left on device")
-    kept = re.search(r"the scores are kept in (.*)", run.err)[1]  # type: ignore[index]
+    kept = re.search(r"the scores are saved in (.*)", run.err)[1]  # type: ignore[index]
     assert hf.ImportanceTable.load(kept).l1.shape == (3, 96)
     assert not (tmp_path / "out").exists()
 

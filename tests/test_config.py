@@ -27,7 +27,7 @@ NO_COSTS = (("entropy",), False)
 
 
 @pytest.mark.parametrize(
-    ("preset", "asked", "scored", "fits", "expected"),
+    ("preset", "changes", "scored", "fits", "expected"),
     [
         ("default", {}, None, True, Recipe()),
         ("default", {}, COSTS, True, Recipe()),
@@ -61,20 +61,20 @@ NO_COSTS = (("entropy",), False)
     ],
 )  # fmt: skip
 def test_what_is_open_follows_the_rest(
-    preset: str | Recipe, asked: dict[str, Any], scored: Any, fits: bool, expected: Recipe
+    preset: str | Recipe, changes: dict[str, Any], scored: Any, fits: bool, expected: Recipe
 ) -> None:
-    assert resolve_recipe(preset, asked, scored, has_text=fits) == expected
+    assert resolve_recipe(preset, changes, scored, has_text=fits) == expected
 
 
-def test_what_was_asked_for_is_never_put_aside() -> None:
-    for asked in (
+def test_requested_fields_are_never_overridden() -> None:
+    for changes in (
         {"criterion": "entropy", "select": "obs"},
         {"statistic": "l2", "select": "obs"},
         {"allocation": "auto", "refit": False},
         {"allocation": "auto"},
     ):
         with pytest.raises(ArgumentError):
-            resolve_recipe("default", asked, has_text=False)
+            resolve_recipe("default", changes, has_text=False)
 
 
 def test_ranking_is_by_removal_costs_or_by_a_statistic() -> None:

@@ -58,10 +58,10 @@ def test_model_card() -> None:
 def test_the_token_bar_says_how_fast_and_how_much_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with token_bar("scoring", 1000, True, flops_per_token=10**9) as done:
+    with token_bar("scoring", 1000, True, flops_per_token=10**9) as on_progress:
         for _ in range(30):
             time.sleep(0.01)
-            done(1000 / 30)
+            on_progress(1000 / 30)
     seen = capsys.readouterr().err
     assert "scoring: 100%" in seen
     assert "1.00k/1.00k" in seen  # thirds of tokens add up to whole ones
@@ -71,11 +71,11 @@ def test_the_token_bar_says_how_fast_and_how_much_memory(
 def test_what_a_failed_attempt_has_counted_is_taken_back(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with token_bar("scoring", 10, True) as done:
-        done(7.5)
-        done(-7.5)
+    with token_bar("scoring", 10, True) as on_progress:
+        on_progress(7.5)
+        on_progress(-7.5)
         for _ in range(4):
-            done(2.5)
+            on_progress(2.5)
     assert "10.0/10.0" in capsys.readouterr().err
 
 
@@ -85,6 +85,6 @@ def test_other_processes_say_and_show_nothing(
     monkeypatch.setattr("hfprune_fast.console._muted", False)  # and again after the test
     mute()
     say("nothing")
-    with token_bar("scoring", 10, True) as done:
-        done(10)
+    with token_bar("scoring", 10, True) as on_progress:
+        on_progress(10)
     assert capsys.readouterr().err == ""

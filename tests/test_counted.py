@@ -100,7 +100,7 @@ def test_products_are_those_documented_and_none_makes_a_gradient_of_a_weight(
     forward = L * layer + V * D
     backward = forward - layer + F * D  # in the first layer, the gradient at down_proj's input
     again = 0 if way == "stored" else L * (layer - F * D)
-    # torch's counter is told what linear_entropy multiplies, Watch sees it.
+    # torch's counter uses linear_entropy's registered formula; Watch counts its products.
     with Watch() as watch, FlopCounterMode(display=False) as counter:
         score()
     counts = counter.get_flop_counts()["Global"]

@@ -34,7 +34,7 @@ def check_writable(out: Path, needed_bytes: int = 0) -> None:
 
 
 def leftovers(out: Path) -> list[str]:
-    """Say what runs killed before their end left beside `out`, a line each."""
+    """Return a line for each thing that killed runs have left beside `out`."""
     target = out.resolve()
     what = {
         "partial": "is left over from a run that was killed; it can be deleted",
@@ -48,7 +48,7 @@ def leftovers(out: Path) -> list[str]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk, to outlast a power cut; Windows has no such call."""
+    """Sync a folder's entries to disk, to survive a power cut; Windows has no such call."""
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -61,7 +61,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that takes its name, perhaps another file's, once it is on the disk."""
+    """Write a file beside `path` and rename it once it is on the disk; replaces an earlier one."""
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or is removed on any error."""
+    """Yield a folder beside `out` that is renamed to it at the end, or removed on any error."""
     # Not the process id, which is 1 for every run in a container.
     run = uuid.uuid4().hex[:8]
     partial = out.with_name(f".{out.name}.partial-{run}")

@@ -126,6 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map_of(folder: Path) -> Mapping[str, str]:
+    """Return {tensor name: file name} of a folder's index."""
     weight_map = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files")

@@ -1,4 +1,4 @@
-"""How a model says that its layers have MLPs of different widths, on disk and in memory.
+"""How a checkpoint declares MLPs of different widths.
 
     custom   classes of `nonuniform`, shipped in the folder; config.json has `mlp_widths`
     native   the family's class and transformers' `per_layer_config`, where it builds such layers
@@ -62,15 +62,15 @@ def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
     """Refuse a native layout that the installed transformers does not build."""
     import transformers
 
-    wanted = config_of(config, widths, "native")
-    why = "its MLPs are all of one width"
+    pruned = config_of(config, widths, "native")
+    reason = "its MLPs are all of one width"
     try:
-        model = skeleton(transformers.AutoConfig.for_model(**wanted))
+        model = skeleton(transformers.AutoConfig.for_model(**pruned))
         if [mlp.gate.out_features for mlp in parts_of(model).mlps] == list(widths):
             return
     except Exception as error:  # whatever a version that does not know it raises
-        why = one_line(error)
+        reason = one_line(error)
     raise ArgumentError(
         f"layout native: transformers {transformers.__version__} does not build "
-        f"{wanted['model_type']} with a width for each layer ({why}); use layout custom or padded"
+        f"{pruned['model_type']} with a width per layer ({reason}); use layout custom or padded"
     )

@@ -28,7 +28,7 @@ from hfprune_fast.models.spec import ModelSpec, spec_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# torch notes the device of such a context in a global too: two at a time would leave it at meta.
+# torch also keeps such a context's device in a global: two at a time would leave it at meta.
 _META_CONTEXT = threading.Lock()
 
 
@@ -43,9 +43,8 @@ def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
 def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the model without weights: parameters on meta, buffers (rotary tables) computed.
 
-    Other threads may run models meanwhile, so nothing that they see is changed: the meta device
-    is a context of this thread, and transformers gets no dtype, which it would make the default
-    of the whole process.
+    Other threads may run models meanwhile, so nothing global changes: the meta device is a context
+    of this thread, and transformers gets no dtype, which it would set for the whole process.
     """
     from transformers import AutoModelForCausalLM
 
@@ -68,7 +67,7 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model without its weights, and where each of them is in its checkpoint."""
+    """A model without weights, and the name of each weight in its checkpoint."""
 
     source: ModelSource
     model: PreTrainedModel
@@ -154,18 +153,18 @@ def build(plan: Blueprint) -> PreTrainedModel:
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """Return a tensor as a parameter that no gradient is wanted of."""
+    """Return a tensor as a parameter that requires no gradient."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Give a model a parameter of that name."""
+    """Set a parameter of a model by its full name."""
     module, _, leaf = name.rpartition(".")
     model.get_submodule(module)._parameters[leaf] = parameter
 
 
 def dtype_to_run_in(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that a name stands for; "auto" depends on what a checkpoint is stored in."""
+    """Return the dtype of a name; "auto" is the checkpoint's, but never float16 on a CPU."""
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
     slow = device.type == "cpu" and stored in _slow_on_this_cpu()
@@ -194,6 +193,6 @@ def torch_device(device: str) -> torch.device:
     if target.type in ("meta", "mps"):  # mps has no float64, in which scores are added
         raise ArgumentError(f"device {device!r} cannot be used here; use cpu or cuda")
     if target.type == "cuda" and target.index is None:
-        # Some of torch asks for the number, and the current device is another in each thread.
+        # Some torch functions need the number, and the current device differs between threads.
         target = torch.device("cuda", torch.cuda.current_device())
     return target

@@ -28,7 +28,7 @@ _CHUNK_BYTES = 16 << 20
 
 
 def description() -> str:
-    """Return in a few words what moves the weights here."""
+    """Return a short text: what moves the weights on this machine."""
     if _C is not None:
         return f"C++ extension ({_C.instructions()})"
     return f"plain torch, slower: the C++ extension is not in use ({UNUSED_REASON})"
@@ -106,7 +106,7 @@ def _compact(
         return result
     row_bytes = max(1, source.shape[1] * source.element_size())
     step = max(1, _CHUNK_BYTES // row_bytes)
-    for rows in range(0, shape[0], step):  # what is written lies before all that is still to read
+    for rows in range(0, shape[0], step):  # each write ends before the next bytes to read
         part = slice(rows, rows + step)
         result[part] = source[kept[part]] if axis == 0 else source[part].index_select(1, kept)
     return result

@@ -75,7 +75,7 @@ class SafetensorsFile:
 
     def _advise(self, advice: str, begin: int, end: int) -> None:
         if begin < end and hasattr(mmap, advice):
-            with contextlib.suppress(OSError):  # a hint that is refused costs time, nothing else
+            with contextlib.suppress(OSError):  # a refused hint only costs time
                 self._mapped.madvise(getattr(mmap, advice), begin, end - begin)
 
 
@@ -90,7 +90,7 @@ def _parse_header(file: mmap.mmap) -> tuple[dict[str, str] | None, dict[str, Any
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if math.prod(max(1, size) for size in shape) > sys.maxsize // 8:  # an array of no items
+        if math.prod(max(1, size) for size in shape) > sys.maxsize // 8:  # if the array is empty
             raise ValueError(f"shape of {name!r} is larger than memory")
         tensors[name] = (dtype, shape, *(start + offset for offset in entry["data_offsets"]))
     return metadata, tensors
@@ -114,7 +114,7 @@ class SafetensorsWriter:
         tensors: (name, dtype, shape) in the order of their data; dtype one of ITEM_BYTES.
 
     Raises:
-        OSError: the file cannot be created, or there is no room for it.
+        OSError: the file cannot be created, or the disk is full.
     """
 
     def __init__(

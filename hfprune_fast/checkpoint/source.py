@@ -1,4 +1,4 @@
-"""ModelSource: a checkpoint that is opened once, by its config and headers alone, without trust."""
+"""ModelSource: a checkpoint opened once; its config and tensor headers are checked, not trusted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BLOCK_BYTES = 16 << 20
 class ModelSource:
     """An opened model folder: its tensors are those of a gated-MLP model of its config's sizes.
 
-    What takes time is made when it is first used, and once.
+    Fingerprint, tokenizer and transformers' config are made once, when first used.
     """
 
     name: str  # the hub name, or the last part of the path
@@ -79,6 +79,10 @@ class ModelSource:
         """Return the bytes of a tensor, mapped; with `prefetch`, reading them starts now."""
         return self.shards[self.tensors[name].file].data(name, prefetch=prefetch)
 
+    def release(self, name: str) -> None:
+        """Let the system drop a tensor's pages; they can be read again."""
+        self.shards[self.tensors[name].file].release(name)
+
     def read(self, name: str) -> torch.Tensor:
         """Return a copy of a tensor."""
         info = self.tensors[name]
@@ -87,7 +91,7 @@ class ModelSource:
 
 
 def open_source(model: str | Path | ModelSource) -> ModelSource:
-    """Open a model folder, hub name or `demo`; an open source stays what it is.
+    """Open a model folder, hub name or `demo`; return an open source unchanged.
 
     Raises:
         CheckpointError: a layer differs from the first in its tensors, an MLP, embedding, norm or
@@ -204,23 +208,24 @@ def _layer_tensors(
 
 
 def _widths(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the width of each layer's MLP that a config.json tells of."""
+    """Return the width of each layer's MLP according to config.json."""
     layers, widest = config["num_hidden_layers"], config["intermediate_size"]
     widths: Any = [widest] * layers
     if str(config["model_type"]).startswith(NON_UNIFORM) and config.get("mlp_widths") is not None:
         widths = config["mlp_widths"]
-    elif config.get("per_layer_config"):  # transformers' own way to say it
+    elif config.get("per_layer_config"):  # transformers' own notation
         try:
-            told = {int(i): dict(of) for i, of in config["per_layer_config"].items()}
+            declared = {int(i): dict(of) for i, of in config["per_layer_config"].items()}
         except (AttributeError, TypeError, ValueError):
-            told = {-1: {}}
-        if any(set(of) != {"intermediate_size"} for of in told.values()):
+            declared = {-1: {}}
+        if any(set(of) != {"intermediate_size"} for of in declared.values()):
             raise CheckpointError(
                 f"{folder}/config.json has a per_layer_config that is not {{layer: "
                 '{"intermediate_size": width}}, and nothing else is known here'
             )
         widths = [
-            told.get(i, {"intermediate_size": widest})["intermediate_size"] for i in range(layers)
+            declared.get(i, {"intermediate_size": widest})["intermediate_size"]
+            for i in range(layers)
         ]
     ok = isinstance(widths, list) and len(widths) == layers
     if not ok or not all(type(w) is int and 1 <= w <= widest for w in widths):

@@ -118,7 +118,7 @@ class Writing:
         else:
             axis, kept = self.cuts.get(name, (0, None))
             finite = writer.write(name, self._stored(name), axis=axis, keep=kept)
-            self._release(name)
+            self.source.release(name)
         if not finite:
             raise NumericsError(f"{self.source.folder}: tensor {name} holds NaN or inf")
 
@@ -127,9 +127,6 @@ class Writing:
         info = self.source.tensors[name]
         bits = np.frombuffer(self.source.data(name), f"u{ITEM_BYTES[info.dtype]}")
         return bits.reshape(info.shape)
-
-    def _release(self, name: str) -> None:
-        self.source.shards[self.source.tensors[name].file].release(name)
 
     def _build(self, name: str) -> Any:
         """Return the bits of a tensor that is replaced or padded; None if the source has them."""
@@ -148,7 +145,7 @@ class Writing:
         else:
             axis, kept = self.cuts[name]
             cut = self._stored(name).take(kept, axis)
-            self._release(name)
+            self.source.release(name)
         if self.shapes[name] == shape:
             return cut
         padded = np.zeros(self.shapes[name], cut.dtype)
@@ -197,7 +194,7 @@ class Writing:
         if not same:
             raise OutputError(f"tensor {name} of {written.path} does not read back as written")
         written.release(name)
-        self._release(name)
+        self.source.release(name)
 
 
 def _equal(found: Any, expected: Any, axis: int, kept: Any) -> bool:

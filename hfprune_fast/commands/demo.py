@@ -1,4 +1,4 @@
-"""hfprune demo: the whole job on the small model that ships with the package, beside baselines.
+"""hfprune demo: the whole job on the small model that ships with the package, with baselines.
 
 Scores the model, prunes it by the default recipe, saves, reloads, and measures fidelity on held-out
 text; then the same with one width for all layers, and with neurons chosen as in the paper, by
@@ -45,7 +45,7 @@ _NAMES = {
 def run(
     out: Path | None = None, *, prune_ratio: float = 0.2, force: bool = False
 ) -> dict[str, Any]:
-    """Run the demo; the pruned checkpoint stays in `out`, or nowhere."""
+    """Run the demo; the pruned checkpoint is kept only if `out` is given."""
     source, text = open_source(TINY_MODEL), TINY_MODEL / "calibration.txt"
     # In float32, so that every CPU gives the same numbers.
     on_cpu: dict[str, Any] = {"device": "cpu", "dtype": "float32"}

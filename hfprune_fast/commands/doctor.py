@@ -1,4 +1,4 @@
-"""hfprune doctor: what this machine offers, and which implementations that selects."""
+"""hfprune doctor: versions and devices of this machine, and which implementations are used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run() -> dict[str, Any]:
     device = "cuda" if gpus else "cpu"
     try:
         kernels = backend_for(torch.empty(0, device=device), None, False)
-    except ValueError as error:  # HFPRUNE_BACKEND asks for what cannot run here
+    except ValueError as error:  # HFPRUNE_BACKEND names a backend that cannot run here
         kernels = one_line(error)
     return {
         "hfprune_fast": __version__,

@@ -1,4 +1,4 @@
-"""hfprune evaluate: a pruned checkpoint beside its dense one, one model in memory at a time."""
+"""hfprune evaluate: a pruned checkpoint against its dense one, one model in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""hfprune prune: `hf.oneshot` with bars, and what it says at the end."""
+"""hfprune prune: `hf.oneshot` with progress bars, and the summary printed at the end."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ _MASK_MUST_BE = "attention_mask must be (B, T) integers"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that run at once."""
+    """Sequences that run together."""
 
-    ids: Tensor  # (B, T) int64, on the CPU, right of each sequence's end 0
+    ids: Tensor  # (B, T) int64, on the CPU; 0 after each sequence's end
     lengths: tuple[int, ...]  # tokens of each sequence, 1 to T
     first: int = 0  # number of its first sequence in the run
 
@@ -52,18 +52,18 @@ class MicroBatch:
         rows, positions = (torch.arange(n) for n in self.ids.shape)
         return ((self.first + rows)[:, None] << _POSITION_BITS) + positions
 
-    def split(self, most: int) -> list[MicroBatch]:
-        """Return the micro-batch in parts of at most `most` sequences, each as long as need be."""
+    def split(self, max_batch_size: int) -> list[MicroBatch]:
+        """Return parts of at most `max_batch_size` sequences, each padded to its own longest."""
         parts = []
-        for i in range(0, len(self.ids), most):
-            lengths = self.lengths[i : i + most]
-            ids = self.ids[i : i + most, : max(lengths)]
+        for i in range(0, len(self.ids), max_batch_size):
+            lengths = self.lengths[i : i + max_batch_size]
+            ids = self.ids[i : i + max_batch_size, : max(lengths)]
             parts.append(MicroBatch(ids, lengths, self.first + i))
         return parts
 
 
 def as_batches(batches: Any, batch_size: int = 1) -> Iterable[Any]:
-    """Split one (N, T) tensor or array into batches; an iterable of batches stays what it is."""
+    """Split one (N, T) tensor or array into batches; return an iterable of batches unchanged."""
     split: Iterable[Any] = batches
     if isinstance(batches, Tensor | np.ndarray) and batches.ndim > 0:
         split = torch.as_tensor(batches).split(batch_size)
@@ -157,7 +157,7 @@ class TokenData:
         return digest.hexdigest()
 
     def split(self, batch_size: int) -> list[MicroBatch]:
-        """Return micro-batches of at most so many sequences."""
+        """Return micro-batches of at most `batch_size` sequences."""
         return [part for batch in self.batches for part in batch.split(batch_size)]
 
 

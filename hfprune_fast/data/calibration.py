@@ -27,12 +27,12 @@ from hfprune_fast.models.spec import ModelSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Windows to choose from, per window asked for.
+# Windows to draw from, for each window requested.
 _CANDIDATES = 8
 
 
 class TextModel(Protocol):
-    """The part of `checkpoint.source.ModelSource` that text is read for."""
+    """The part of `checkpoint.source.ModelSource` that reading text needs."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
@@ -45,7 +45,7 @@ class TextModel(Protocol):
 def calibrate(text: str | Path, source: TextModel, options: CalibrationOptions) -> TokenData:
     """Return token windows of a text for a model, as `token_windows` makes them.
 
-    Says on stderr when the text holds fewer samples than requested.
+    Prints a line on stderr when the text holds fewer samples than requested.
     """
     config, seq_len = source.transformers_config, options.seq_len
     longest = getattr(config, "max_position_embeddings", None)
@@ -107,7 +107,7 @@ def token_windows(
         CalibrationError: no such source, too little text, or bad ids.
         ArgumentError: seq_len or samples below 1.
 
-    Fewer than `samples` windows come back when the text holds fewer; the caller tells the user.
+    Fewer than `samples` windows come back when the text holds fewer; the caller reports it.
     """
     for name, value in (("seq_len", seq_len), ("samples", samples)):
         if value is not None and value < 1:

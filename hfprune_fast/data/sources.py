@@ -89,7 +89,7 @@ def _text_field(record: Any, where: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise CalibrationError(
-            f'{where} has half a surrogate pair in "text"; it is no Unicode text'
+            f'{where} has half a surrogate pair in "text"; it is not Unicode text'
         ) from None
     return text
 

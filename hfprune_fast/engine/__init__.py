@@ -1,1 +1,1 @@
-"""Runs a model layer by layer, in the memory there is."""
+"""Runs a model layer by layer, within the free memory."""

@@ -1,4 +1,4 @@
-"""Several processes on one job, as torchrun starts them: who one is, and the sum over all."""
+"""Several processes on one job, as torchrun starts them: rank, share of the work, sums."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from hfprune_fast.errors import ArgumentError, ProcessError, one_line
 
 T = TypeVar("T")
-# One may be done long before the others; a process that died is noticed at once.
+# One may finish long before the others; a process that died is noticed at once.
 _PATIENCE = timedelta(days=2)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run; 0 of 1 where there is but one."""
+    """This process's rank and the number of processes; by default there is one."""
 
     rank: int = 0
     count: int = 1
@@ -32,7 +32,7 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def as_the_first(self, number: int) -> int:
-        """Return the number of the first process, in each of them."""
+        """Return the first process's number, in every process."""
         if self.count == 1:
             return number
         on = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -42,7 +42,7 @@ class Processes:
         return int(theirs)
 
     def add(self, tensor: Tensor) -> None:
-        """Put the sum over all processes into a tensor, in each of them."""
+        """Replace a tensor by its sum over all processes, in every process."""
         if self.count > 1:
             with _others_alive():
                 dist.all_reduce(tensor)
@@ -60,7 +60,7 @@ def _others_alive() -> Iterator[None]:
 
 
 def launched() -> Processes:
-    """Return what torchrun says about this process."""
+    """Return this process's place among those that torchrun started."""
     return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
@@ -73,7 +73,7 @@ def own_device(device: str, processes: Processes) -> str:
 
 @contextmanager
 def joined(device: torch.device, processes: Processes) -> Iterator[None]:
-    """Let the processes add up inside: with gloo on CPUs, nccl on GPUs."""
+    """Connect the processes for the block, so that they can add up: gloo on CPUs, nccl on GPUs."""
     if processes.count == 1 or dist.is_initialized():
         yield
         return

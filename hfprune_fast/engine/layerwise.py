@@ -1,4 +1,4 @@
-"""Run a loaded model one layer at a time: check it first, leave it as it was found.
+"""Run a loaded model one layer at a time; it is checked first and restored at the end.
 
 A family's own forward does the set-up (embedding, masks, position embeddings): it runs once per
 micro-batch with stubs in place of the layers, which record how each layer is called. Then
@@ -6,7 +6,7 @@ micro-batch with stubs in place of the layers, which record how each layer is ca
 runs needs its weights in memory. `ResidentModel` keeps all there; `StreamedModel` fetches them.
 
 Sequences of a micro-batch are padded on the right. Under causal attention no token sees a later
-one, so padding needs no attention mask; it only must not be counted.
+one, so padding needs no attention mask; it is only left out of the sums.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hfprune_fast.models.sites import parts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OnProgress = Callable[[float], object]  # is given the tokens processed since the last call
+OnProgress = Callable[[float], object]  # takes the tokens processed since the last call
 
 _CACHED_SHAPES = 16  # micro-batch shapes whose recorded calls (masks, position embeddings) are kept
 
@@ -46,7 +46,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer that does not depend on its model."""
+    """A linear layer that outlives its model."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None
@@ -113,7 +113,7 @@ class ResidentModel:
 
     @contextmanager
     def weights_of(self, unit: int, then: int) -> Iterator[None]:
-        """Keep a layer's or `head_unit`'s weights in place inside; those of `then` come next."""
+        """Keep the weights of a unit, a layer or `head_unit`, in place; prefetch `then`'s."""
         yield
 
     def begin(self, batch: MicroBatch) -> Tensor:
@@ -174,8 +174,8 @@ def for_each_layer(
 ) -> None:
     """Call `visit(layer)` for every layer, with that layer's weights in place.
 
-    A callback and not a generator, which an error in a `for` body does not reach: it would hold the
-    layer's weights for as long as the error's traceback lives.
+    A callback and not a generator: an error in a `for` body does not reach a generator, which would
+    keep the layer's weights for as long as the error's traceback lives.
 
     Args:
         then: the unit (see `ResidentModel.weights_of`) that is requested after the last call.

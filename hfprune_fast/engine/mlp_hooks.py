@@ -1,4 +1,4 @@
-"""All that intercepts an MLP: statistics in the backward, the acts, a pruned model's down_proj.
+"""Everything that intercepts an MLP: statistics, acts, and a pruned model's down_proj.
 
 `ScoredGraph` runs a layer with an autograd graph whose backward makes the statistics of the layer's
 MLP. The MLP's forward is the model's own, out = down(act_fn(gate(x)) * up(x)), of which only gate
@@ -9,8 +9,8 @@ and up are kept. Backward, given d_out, with a = act_fn(gate) * up:
     d_x = d_gate · W_gate + d_up · W_up
 
 No weight gets a gradient. Where x needs none either, as in the first layer, a is kept instead and
-only the statistics are made. An MLP that is not known to compute exactly this is left as it is, and
-hooked at the input of down_proj.
+only the statistics are made. An MLP that is not known to compute exactly this keeps its forward
+and is hooked at the input of down_proj.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ScoredGraph:
         hidden: the layer's input.
         needs_grad: whether the backward must give the input a gradient; not so in the first layer.
         only_backward: the output's values are not needed, so a known MLP skips the product with
-            W_down and returns NaN, which shows if the values are used all the same.
+            W_down and returns NaN, so that any use of the values shows.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ def pruned_down_proj(mlp: GatedMLP, kept: Tensor, weight: Tensor) -> Iterator[No
 def known_activation(mlp: GatedMLP) -> str | None:
     """Return the activation's name in our kernels, or None for an MLP that must be hooked.
 
-    Known are the MLP classes of transformers as they are: plain linear layers, no hooks, no forward
-    of the instance's own, the activation's included.
+    Known are transformers' MLP classes, unmodified: plain linear layers, no hooks, and no forward
+    set on an instance, the activation included.
     """
     linears = (mlp.gate, mlp.up, mlp.down)
     act_fn = getattr(mlp.module, "act_fn", None)
@@ -165,7 +165,7 @@ def _scored(
         with mlp.down.register_forward_pre_hook(_at_down_proj(target, options, needs_grad)):
             yield
         return
-    anchor = torch.empty(0, requires_grad=True)  # so that there is a backward, whatever x needs
+    anchor = torch.empty(0, requires_grad=True)  # so that there always is a backward
 
     def forward(x: Tensor) -> Tensor:
         output: Tensor = _ScoredMLP.apply(  # type: ignore[no-untyped-call]

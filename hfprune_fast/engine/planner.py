@@ -1,4 +1,4 @@
-"""How to run in the memory there is: resident or streamed, stored or recomputed, how much at once.
+"""Plan a run for the free memory: resident or streamed, stored or recomputed, how much at once.
 
 Sizes are counted from the model's spec, for the layers of the families in `models`, as
 transformers runs them with SDPA or flash attention; s is the size of an element, w at least fp32's.
@@ -27,11 +27,11 @@ from hfprune_fast.models.spec import ModelSpec
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
 # What a pass must hold for the work to hide the transfers of a large model's weights to a GPU.
 _HIDING_TOKENS = 16384
-# And at most, since only whole passes are kept for a run that is to go on later.
-_MOST_PASS_TOKENS = {"cpu": 16384, "cuda": 65536}
-# As in `kernels.linear_entropy`; the least is what a small budget is cut down to.
-_MOST_LOGITS_BYTES, _LEAST_LOGITS_BYTES, _LEAST_LOGITS_ROWS = 256 << 20, 16 << 20, 512
-# Allocators keep some of what is freed, and reuse less of it where sizes change (measured, CPU).
+# At most, since only whole passes are saved for a run that is resumed.
+_MAX_PASS_TOKENS = {"cpu": 16384, "cuda": 65536}
+# As in `kernels.linear_entropy`; the minimum is for a small memory budget.
+_MAX_LOGITS_BYTES, _MIN_LOGITS_BYTES, _MIN_LOGITS_ROWS = 256 << 20, 16 << 20, 512
+# Allocators retain some freed memory, and reuse less of it where sizes vary (measured, CPU).
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
@@ -39,7 +39,7 @@ _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and
 
 @dataclass(frozen=True)
 class Plan:
-    """How scoring is going to run, and the memory that it is estimated to take at most."""
+    """How scoring will run, and an estimate of its peak memory."""
 
     offload: str  # "none" (resident), "cpu" or "disk"
     recompute: bool
@@ -90,7 +90,7 @@ def plan_run(
     criteria: int = 1,
     refit: bool = False,
 ) -> Plan:
-    """Choose the first way that fits: stored, recomputed, streamed; large batches before small.
+    """Return the first plan that fits: stored, recomputed, streamed; large batches before small.
 
     Args:
         spec: the model.
@@ -98,12 +98,12 @@ def plan_run(
         device, dtype: where and in what it will run.
         seq_len, sequences: tokens of the longest sequence, and how many there are.
         largest: the batches are given, and this is the largest of them; it is halved to fit.
-        loaded: the weights are in memory already, and not to be moved.
+        loaded: the weights are in memory already and stay where they are.
         parity, criteria: one sequence at a time; how many criteria share the forward.
         refit: removal costs or a refit follow, with the weights still in memory.
 
     Raises:
-        ArgumentError: a memory budget that is no size, or offload of a loaded model.
+        ArgumentError: a memory budget that is not a size, or offload of a loaded model.
         MemoryShortageError: nothing fits the memory budget.
     """
     if loaded and run.offload in ("cpu", "disk"):
@@ -131,7 +131,10 @@ def plan_run(
 
 @dataclass
 class MemoryEstimator:
-    """The bytes of each way to run, see the head of this file; arguments as of `plan_run`."""
+    """Estimates the memory of each possible plan, see the head of this file.
+
+    The arguments are those of `plan_run`.
+    """
 
     spec: ModelSpec
     device: torch.device
@@ -162,7 +165,7 @@ class MemoryEstimator:
                 self.refit_bytes += 2 * self.seq_len * self.sequences * self.hidden * self.s
 
     def plans(self, max_batch_size: int, exact: bool, offload: str) -> Iterator[Plan]:
-        """Yield every way that the options allow, the best first."""
+        """Yield every plan that the options allow, the best first."""
         sizes = [max_batch_size]
         while not exact and sizes[-1] > 1:
             sizes.append(sizes[-1] // 2)
@@ -172,10 +175,11 @@ class MemoryEstimator:
                     yield self._plan(batch_size, "none", recompute, self.weights, 0)
         if offload != "none" and (self.weights or offload != "auto"):
             for batch_size in sizes:
-                yield self._streamed(batch_size, offload, 2 * max(self._unit_bytes()))
+                yield self._streamed(batch_size, offload)
 
-    def _streamed(self, batch_size: int, offload: str, weights: int) -> Plan:
-        """As large a pass as there is memory for the layers' inputs."""
+    def _streamed(self, batch_size: int, offload: str) -> Plan:
+        """Return the plan of the largest pass whose layers' inputs fit."""
+        weights = 2 * max(self._unit_bytes())
         on_host = self.device.type != "cpu"
         host = available_bytes(torch.device("cpu")) if on_host else 0
         # torch makes pinned memory a power of two: a layer's takes up to twice its weights.
@@ -190,17 +194,17 @@ class MemoryEstimator:
         if on_host:
             room = (host - (pinned if offload == "cpu" else 2 * max(layer, head))) // 2
         more = max(0, int(room / _RECOMPUTE_SLACK) // self._input_bytes(1))
-        most = _MOST_PASS_TOKENS.get(self.device.type, 16384)
-        tokens = min(rows + more, most, self.sequences * self.seq_len) // rows * rows
+        limit = _MAX_PASS_TOKENS.get(self.device.type, 16384)
+        tokens = min(rows + more, limit, self.sequences * self.seq_len) // rows * rows
         return self._plan(batch_size, offload, True, weights, max(rows, tokens))
 
     def _unit_bytes(self) -> tuple[int, int]:
-        """What is brought at a time: a layer, or the final norm and the head."""
+        """Return the bytes of a unit of weights: of a layer, and of the final norm and the head."""
         head = (self.spec.vocab_size + 1) * self.hidden
         return self.spec.layer_params * self.s, head * self.s
 
     def _input_bytes(self, tokens: int) -> int:
-        """The inputs of all layers and of the head, with the gradient there."""
+        """Return the bytes of the inputs of all layers and the head, with the gradient there."""
         return tokens * (self.layers + 2) * self.hidden * self.s
 
     def _plan(
@@ -212,7 +216,7 @@ class MemoryEstimator:
         qk_norm = 2 * w * attention if FAMILIES[self.spec.model_type].qk_norm else 0
         per_token = 2 * (w + s) * hidden + 4 * s * attention + 2 * s * width + qk_norm
         graph = rows * per_token
-        # Beside the graph, in the layer that is being gone through: forward, two of the MLP's
+        # Beside the graph, in the layer that is running: forward, two of the MLP's
         # width and the norm's; backward, the gradient at act, and those around attention.
         passing = rows * max(
             2 * s * width + 3 * w * hidden,
@@ -223,7 +227,7 @@ class MemoryEstimator:
             passing += _PIECE_ROWS * width * 56
         logits = self._logits(weights)
         row = self.spec.vocab_size * s
-        buffer = max(_MOST_LOGITS_BYTES, _LEAST_LOGITS_ROWS * row) if logits is None else logits
+        buffer = max(_MAX_LOGITS_BYTES, _MIN_LOGITS_ROWS * row) if logits is None else logits
         head = min(buffer, rows * row) + rows * hidden * (3 * s + 3 * w)
         held = (1 if recompute else self.layers) * graph
         if recompute:
@@ -250,16 +254,16 @@ class MemoryEstimator:
         )
 
     def _logits(self, weights: int) -> int | None:
-        """An eighth of what the weights leave, if that is less than the default."""
+        """Return an eighth of what the weights leave free, None if that reaches the default."""
         eighth = (self.free - weights) // 8
-        return None if eighth >= _MOST_LOGITS_BYTES else max(_LEAST_LOGITS_BYTES, eighth)
+        return None if eighth >= _MAX_LOGITS_BYTES else max(_MIN_LOGITS_BYTES, eighth)
 
 
 def pruning_flops(spec: ModelSpec, tokens: int) -> int:
-    """Return the FLOPs of the default recipe's products, without attention's, about.
+    """Return about the FLOPs of the default recipe's matrix products, without attention's.
 
-    Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 3 of the refit and as
-    many as 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
+    Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 3 of the refit and up
+    to 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
     greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
     """
     width, forward = spec.intermediate_size, 2 * spec.linear_params * tokens

@@ -1,6 +1,6 @@
-"""A model whose weights do not fit: each layer's weights are fetched when the layer is to run.
+"""A model whose weights do not fit: each layer's weights are fetched before the layer runs.
 
-`weights.py` says from where. On a CPU the last bits of a product can depend on where in a cache
+`weights.py` fetches them. On a CPU the last bits of a product can depend on where in a cache
 line its weight begins, so a weight keeps its offset from the file wherever it is put; a weight that
 had to be copied because of its dtype or alignment begins at the start of a line.
 """
@@ -31,7 +31,7 @@ from hfprune_fast.engine.weights import (
 
 
 def open_model(subject: Blueprint | ResidentModel, offload: str) -> ResidentModel:
-    """Return a blueprint's model, resident ("none") or streamed; a loaded one stays what it is."""
+    """Return a blueprint's model, resident ("none") or streamed; return a loaded one unchanged."""
     if isinstance(subject, ResidentModel):
         return subject
     if offload == "none":
@@ -53,7 +53,7 @@ class StreamedModel(ResidentModel):
     def __init__(self, blueprint: Blueprint, offload: str) -> None:
         super().__init__(blueprint.model)
         self.device, self.dtype = blueprint.device, blueprint.dtype
-        for module in self.model.modules():  # rotary tables and others that no file holds
+        for module in self.model.modules():  # rotary tables and others that are in no file
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
         names, family = blueprint.names, blueprint.source.family
@@ -121,7 +121,7 @@ class StreamedModel(ResidentModel):
     def final_hidden(
         self, batches: Sequence[MicroBatch], on_progress: OnProgress = no_progress
     ) -> Iterator[Tensor]:
-        """Yield what `ResidentModel.final_hidden` does; all of it is computed first."""
+        """Yield as `ResidentModel.final_hidden` does, after all micro-batches are computed."""
         yield from self._final_hidden(batches, on_progress)
 
     def _offload(self, hidden: Tensor) -> Tensor:

@@ -61,12 +61,12 @@ class CheckpointTensors:
         return begin
 
     def prefetch(self, name: str) -> None:
-        """Have a tensor's pages read ahead."""
+        """Start to read a tensor's pages."""
         self._source.data(name)
 
     def release(self, name: str) -> None:
         """Let the system drop a tensor's pages."""
-        self._source.shards[self._source.tensors[name].file].release(name)
+        self._source.release(name)
 
 
 class MappedWeights:
@@ -87,7 +87,7 @@ class MappedWeights:
             self._tensors.release(name)
 
     def close(self) -> None:
-        """Do nothing: no memory is held."""
+        """Do nothing: the file stays mapped."""
 
 
 @dataclass
@@ -159,7 +159,7 @@ class BufferedWeights:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         if self._stream is not None:
-            # A copy that was read ahead in vain may still run. The allocator reuses the buffers'
+            # A copy that nothing will use may still run. The allocator reuses the buffers'
             # memory as soon as it is free and does not know this stream.
             self._stream.synchronize()
         self._slots.clear()

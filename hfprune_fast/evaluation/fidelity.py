@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 # Rows of logits compared at a time, over this many elements, bound the extra memory.
 _CHUNK_ELEMENTS = 1 << 24
-# exp of more is no finite number; a model that far off is told by its KL.
-_MOST_NATS = 700.0
+# exp of more overflows; for a model that far off, KL is the number to read.
+_MAX_CROSS_ENTROPY_NATS = 700.0
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The head of this file defines the values."""
+    """What `evaluate` measures; the head of this file defines each value."""
 
     kl_nats: float
     ppl_dense: float
@@ -42,7 +42,7 @@ class Fidelity:
 
 
 def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Any]) -> Fidelity:
-    """Compare two loaded models, left as they are, over the batches that `hf.score` takes.
+    """Compare two loaded models over token batches as `hf.score` takes them; neither is changed.
 
     Raises:
         ArgumentError: the models have different vocabularies, or one is spread over devices.
@@ -100,8 +100,8 @@ def compare(
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
     return Fidelity(
         kl_nats=kl / positions,
-        ppl_dense=math.exp(min(ce_dense / predicted, _MOST_NATS)),
-        ppl_pruned=math.exp(min(ce_pruned / predicted, _MOST_NATS)),
+        ppl_dense=math.exp(min(ce_dense / predicted, _MAX_CROSS_ENTROPY_NATS)),
+        ppl_pruned=math.exp(min(ce_pruned / predicted, _MAX_CROSS_ENTROPY_NATS)),
         top1_agreement=agreements / positions,
         tokens=positions,
     )

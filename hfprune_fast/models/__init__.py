@@ -1,1 +1,1 @@
-"""What is known of each model family."""
+"""Model families: their names, parts and sizes."""

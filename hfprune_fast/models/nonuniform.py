@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
     """Return HFPruneLlamaConfig, HFPruneLlamaForCausalLM, or the same for any other family.
 
     Each class is made of transformers' own (LlamaConfig, LlamaForCausalLM) when it is first used:
-    this file needs no list of families, and imports the code of no family that is not used.
+    this file needs no list of families, and imports only the families that are used.
     """
     match = re.fullmatch("HFPrune(.+)(Config|ForCausalLM)", name)
     if match is None:

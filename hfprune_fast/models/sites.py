@@ -28,7 +28,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The parts of a loaded model that scoring, pruning and evaluation touch."""
+    """The parts of one model, found by the names in `families`."""
 
     family: Family
     decoder: nn.Module
@@ -69,7 +69,7 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
 
 
 def check_keep(keep: Mapping[int, Tensor], dense: Sequence[int]) -> dict[int, Tensor]:
-    """Return keep as int64 tensors that fit layers of so many neurons."""
+    """Return keep as int64 tensors, or raise ArgumentError; `dense` is each layer's width."""
     if not isinstance(keep, Mapping) or sorted(keep) != list(range(len(dense))):
         got = sorted(keep) if isinstance(keep, Mapping) else f"a {type(keep).__name__}"
         raise ArgumentError(

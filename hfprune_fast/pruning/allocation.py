@@ -1,4 +1,4 @@
-"""Which layer keeps how many neurons: by a rule, or by what held-out calibration text shows."""
+"""How many neurons each layer keeps: by a rule, or by KL measured on held-out calibration text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 
-# What allocation "auto" tries, on at most so many sequences, of which a quarter is held out.
+# What allocation "auto" tries, on at most _TRIAL_SEQUENCES sequences; a quarter is held out.
 ALLOCATIONS_TRIED = {"uniform": 0.0, "halfway": 0.5, "global": 1.0}
 _TRIAL_SEQUENCES = 64
 
@@ -29,7 +29,7 @@ def choose(
     recipe: Recipe,
     progress: bool = False,
 ) -> tuple[dict[int, Tensor], dict[str, Any]]:
-    """Return the neurons to keep, and what the record says about the choice.
+    """Return the neurons to keep, and the choice as it is recorded.
 
     Allocation "auto" takes the one of ALLOCATIONS_TRIED whose refitted model has the lowest
     KL(dense || pruned) on sequences that it was not fitted to.

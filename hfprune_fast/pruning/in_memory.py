@@ -59,7 +59,7 @@ def prune(
         if down_proj and layer in down_proj:
             mlp.down.weight.data.copy_(down_proj[layer])
         mlp.down.in_features = width
-        for module in parts.layers[layer].modules():  # LlamaMLP and its kin repeat the width
+        for module in parts.layers[layer].modules():  # LlamaMLP and the like store it too
             if getattr(module, "intermediate_size", None) == dense[layer]:
                 module.intermediate_size = width  # type: ignore[assignment]
     record_widths(model, [len(keep[layer]) for layer in range(len(keep))])

@@ -26,7 +26,7 @@ from hfprune_fast.models.sites import check_keep
 from hfprune_fast.pruning.model_card import model_card
 
 RECORD = "hfprune.json"
-# Weights in other formats are those of the dense model; the card and the index are made anew.
+# Weights in other formats are those of the dense model; the card and the index are written anew.
 _NOT_COPIED_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     *(".pkl", ".pickle", ".index.json"),
@@ -116,7 +116,7 @@ def _copy_other_files(source: ModelSource, out: Path) -> None:
 
 
 def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: int = 0) -> None:
-    """Refuse an output that would lose something or has no room, before any work is done."""
+    """Refuse an output that would overwrite other files or has no room, before any work is done."""
     target, origin = out.resolve(), source.resolve()
     if target == origin or origin in target.parents or target in origin.parents:
         raise OutputError(
@@ -140,13 +140,13 @@ def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: i
 
 
 def _files_in(folder: Path) -> set[str]:
-    """Relative paths of all files and links in a folder, at any depth."""
+    """Return the relative paths of all files and links in a folder, at any depth."""
     paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
 def _files_written(out: Path) -> set[str]:
-    """What the record of an earlier output says was written into it."""
+    """Return the files of an earlier output, as its record lists them."""
     try:
         return set(read_json_object(out / RECORD)["files"])
     except (CheckpointError, KeyError, TypeError):

@@ -6,9 +6,9 @@ and x the dense model's residual stream after the same MLP, down_proj becomes th
 
     mean‖x - h - V a‖² + λ·mean(a²)·‖V - W‖²
 
-over the tokens, so that a layer makes up for what the layers before it have lost, as far as its
-kept neurons can. (Fitting V a to the dense MLP's own output instead leaves their error in the
-stream: on the models of bench/fidelity.py, 15 to 20 % more KL.)
+over the tokens, so that a layer corrects the error of the layers before it, as far as its kept
+neurons can. (Fitting V a to the dense MLP's own output instead leaves their error in the
+stream: on the models of bench/fidelity, 15 to 20 % more KL.)
 
 The second moments of one layer are in memory at a time, and the streams: for the dense and each
 pruned model a tensor of all tokens by hidden_size, on the host if the model is on a GPU.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hfprune_fast.data.batches import MicroBatch, as_batches, micro_batch, numbered
+from hfprune_fast.data.batches import MicroBatch, as_batches, token_data
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -32,7 +32,6 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, pruned_down_proj
-from hfprune_fast.errors import CalibrationError
 from hfprune_fast.models.sites import check_keep
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.costs import check_moments, moments_dtype, token_rows
@@ -59,11 +58,11 @@ def refit(
     held_out: int = 0,
     on_progress: OnProgress = no_progress,
 ) -> tuple[list[Refitted], list[Tensor]]:
-    """Refit down_proj of each pruned model, all beside one dense model.
+    """Refit down_proj of several pruned models of one dense model.
 
     Args:
         model: the dense model, entered.
-        batches: the calibration, of which the last `held_out` are not fitted to, only run.
+        batches: the calibration; the last `held_out` are run but not fitted to.
         keeps: {layer: kept neurons} of each pruned model.
         on_progress: called with the tokens processed, a layer at a time.
 
@@ -92,7 +91,7 @@ def refit(
             result.weights[layer] = weight.cpu()
             for i, batch in each_batch(batches, on_progress, steps):
                 stream[i] = pruned.run(stream[i], batch, weight).cpu()
-                if i >= fitted:  # which runs through the pruned layer once only
+                if i >= fitted:  # these run through the pruned layer once, the others twice
                     on_progress(batch.tokens / steps)
 
     for_each_layer(model, visit, then=model.head_unit)
@@ -112,7 +111,7 @@ def refit_down_proj(
     """Return {layer: (D, width)}, the refitted down_proj of a loaded model pruned to `keep`.
 
     Args:
-        model: the dense model, which is left as it is; pass the result to `hf.prune`.
+        model: the dense model, which is not changed; pass the result to `hf.prune`.
         batches: the calibration, as `hf.score` takes it.
         keep: {layer: sorted int64 indices}, of `hf.select`.
 
@@ -124,9 +123,7 @@ def refit_down_proj(
         NumericsError: a weight or a layer's activations, named, hold NaN or inf.
     """
     with ResidentModel(model) as dense:
-        items = numbered(micro_batch(batch, dense.vocab) for batch in as_batches(batches))
-        if not items:
-            raise CalibrationError("no token batches to refit on; expected at least one sequence")
+        items = token_data(as_batches(batches), dense.vocab).batches
         keep = check_keep(keep, [mlp.down.in_features for mlp in dense.parts.mlps])
         (result,), _ = refit(dense, items, [keep])
     return result.weights

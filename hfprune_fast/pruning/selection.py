@@ -172,7 +172,7 @@ def target_width(spec: ModelSpec, budget: Budget) -> int:
 
 
 def _round(exact: float, dense: int, step: int) -> int:
-    if exact == dense:  # nothing to remove, also when dense is no multiple of step
+    if exact == dense:  # nothing to remove, even if dense is not a multiple of step
         return dense
     if step > dense:
         raise ArgumentError(f"round_to {step} is more than the dense width {dense}")

@@ -1,4 +1,4 @@
-"""What scoring has added up so far."""
+"""The sums of a scoring run so far."""
 
 from __future__ import annotations
 

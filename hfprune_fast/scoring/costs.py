@@ -1,4 +1,4 @@
-"""Run through the dense model and compute, for each MLP, what removing its neurons would cost."""
+"""Run the dense model layer by layer and compute what removing each MLP's neurons would cost."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ output distribution p there:
                     Fisher information, so half of them is the second-order KL(dense || pruned)
     activation      none: only act is added up, and nothing is differentiated
 
-To add a criterion, write its head loss and add an entry to CRITERIA. A head loss is given h (R, D)
-after the final norm, R = B·T rows with the padding; the head's weight (V, D); row_weights (R,)
-fp64; the batch, for its labels; the seed; and the kernels' other options. It returns the weighted
-sum of the rows' losses, and its gradient (R, D) at h.
+To add a criterion, write its head loss, add an entry to CRITERIA here and its name to CRITERIA in
+`config.py`; docs/add-a-criterion.md lists the other steps. A head loss takes h (R, D) after the
+final norm, R = B·T rows with the padding; the head's weight (V, D); row_weights (R,) fp64; the
+batch, for its labels; the seed; and the kernels' other options. It returns the weighted sum of the
+rows' losses, and its gradient (R, D) at h.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Criterion:
     """One criterion.
 
     Args:
-        default_statistic: what its scores are ranked by unless another statistic is requested: for
-            entropy the paper's, for the others the best in bench/results/fidelity.
+        default_statistic: what ranks its scores unless another statistic is requested: for entropy
+            the paper's, for the others the best in bench/results/fidelity.
         head_loss: its loss and gradient at the head; None if it needs no gradient.
         loss_name: the name in a table's provenance of the mean of the sequences' losses.
         unlabelled: positions at the end of each sequence that have no loss.

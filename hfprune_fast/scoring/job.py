@@ -1,4 +1,4 @@
-"""One run of scoring: planned, saved on the way, added up over processes, made into a table."""
+"""One run of scoring: plan, passes, saved state, sums over processes, table."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ScoringJob:
         """
         file = None if state_file is None or self.processes.count > 1 else Path(state_file)
         resume_file = ResumeFile(file, self.options.save_seconds)
-        # What a run began with in the memory that was free then is what it goes on with.
+        # A resumed run keeps the batch size and logits budget that it began with.
         saved = resume_file.saved_identity() if self.options.resume else {}
 
         def plan_for(batch_size: int | None) -> Plan:
@@ -97,7 +97,7 @@ class ScoringJob:
         return plan, resume_file
 
     def _identity(self, plan: Plan) -> dict[str, Any]:
-        """Return what tells this run from others."""
+        """Return what distinguishes this run from others."""
         batches, versions = self.data.split(plan.batch_size), _versions()
         return {
             "model_fingerprint": self._source.fingerprint if self._source else None,
@@ -193,11 +193,11 @@ def check_criteria(
             f"parity rounds as the paper's code does, which knows criterion entropy alone, {got}"
         )
     if scoring.resume and several:
-        raise ArgumentError("--resume is for one process; several keep no state to go on from")
+        raise ArgumentError("--resume is for one process; several save no state")
     if scoring.parity and several:
         raise ArgumentError("--parity is for one process, in which the paper's code adds up")
     if scoring.resume and state_file is None:
-        raise ArgumentError("resume needs the state_file to go on from, got none")
+        raise ArgumentError("resume needs the state_file of the interrupted run, got none")
 
 
 def _sum(total: ScoreAccumulator, processes: Processes) -> ScoreAccumulator:

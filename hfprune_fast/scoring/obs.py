@@ -48,15 +48,15 @@ def greedy_removal_costs(
         block: removals between two updates of the F × F matrices; changes only rounding.
 
     Returns:
-        (F,) float64, not falling in the order of removal: a removal that costs less than an
-        earlier one is given the earlier one's cost. The last neuron has its own cost too.
+        (F,) float64, never decreasing in the order of removal: a removal that costs less than an
+        earlier one gets the earlier one's cost. The last neuron has a cost too.
 
     Raises:
-        NumericsError: gram holds NaN, or is no matrix of second moments.
+        NumericsError: gram, with the ridge, contains NaN or is not positive definite.
 
     O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
     """
-    # In the caller's memory, which the caller holds anyway.
+    # Written over gram, to need no further matrix.
     inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)
     wide = weight.to(gram.dtype)
     through = wide if metric is None else metric.to(gram.dtype) @ wide
@@ -119,14 +119,14 @@ def least_squares(
     Args:
         gram: (K, K) float64, mean of a aᵀ; overwritten.
         cross: (D, K) float64, mean of y aᵀ.
-        weight: (D, K), what V is drawn towards.
+        weight: (D, K), what the ridge pulls V towards.
         ridge: λ.
 
     Returns:
         (D, K) float64.
 
     Raises:
-        NumericsError: gram holds NaN, or is no matrix of second moments.
+        NumericsError: gram, with the ridge, contains NaN or is not positive definite.
     """
     right = cross + _shift(gram, ridge) * weight.to(gram.dtype)
     solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, ridge))

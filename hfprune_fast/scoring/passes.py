@@ -2,16 +2,16 @@
 
 Micro-batches run in passes, layer by layer: forward through all layers, the head, which never
 holds all logits (`linear_entropy`), and back, where `mlp_hooks` makes the statistics of each layer.
-Each layer has an autograd graph of its own, kept from the forward or made again in the backward
+Each layer has an autograd graph of its own, kept from the forward or built again in the backward
 (`recompute`); all criteria share it. No parameter requires grad, and nothing below the first
 layer's MLP is differentiated.
 
 A pass adds to a copy of the accumulator, layer by layer in the order of its micro-batches. So a
-pass that ran out of memory, or was interrupted, counts nothing, and the sums do not depend on how
+pass that ran out of memory, or was interrupted, adds nothing, and the sums do not depend on how
 micro-batches are grouped into passes.
 
-In float16 the gradients carry a power of two, which the statistics take out again, exactly; where
-it overflows, the pass is run again with a smaller one.
+In float16 the gradients are scaled by a power of two, which is divided out of the statistics
+exactly; if they overflow, the pass is run again with a smaller one.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _ACT = TaylorStatistics._fields.index("act")
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What a run adds up, and how; the how changes the sums only by rounding."""
+    """What a run sums, and how; options of the second kind change the sums only by rounding."""
 
     backend: str = "torch"
-    criteria: tuple[str, ...] = ("entropy",)  # of CRITERIA, those with a loss; none: only act
+    criteria: tuple[str, ...] = ("entropy",)  # with a loss; if empty, only act is summed
     output_fisher: bool = False  # needs criterion fisher
     seed: int = 0  # of the tokens that fisher draws
     parity: bool = False  # round as the paper's code does; micro-batches must be one sequence
@@ -57,12 +57,10 @@ class PassOptions:
 
 
 def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumulator:
-    """Return the accumulator of no sequence, on the model's device."""
+    """Return an accumulator of zeros, on the model's device."""
     mlps, device = model.parts.mlps, model.device
-    hidden, shape = (
-        mlps[0].down.weight.shape[0],
-        (len(mlps), max(mlp.gate.weight.shape[0] for mlp in mlps)),
-    )
+    hidden = mlps[0].down.weight.shape[0]
+    shape = len(mlps), max(mlp.gate.weight.shape[0] for mlp in mlps)
     criteria = max(1, len(options.criteria)), len(TaylorStatistics._fields)
     dtype = model.dtype if options.parity else torch.float64
     return ScoreAccumulator(
@@ -114,7 +112,7 @@ class Pass:
         )
 
     def clear(self) -> None:
-        """Free what the pass holds, and take back the progress that it has reported."""
+        """Free the graphs of the pass, and subtract the progress that it has reported."""
         self._graphs = [[] for _ in self.batches]
         self._on_progress(-self._reported)
         self._reported = 0.0

@@ -1,7 +1,8 @@
 """The file from which an interrupted scoring run is resumed.
 
-It is a safetensors file of the tensors of `ScoreAccumulator`; its metadata hold the other fields
-and the identity of the run. It is replaced atomically, so a kill leaves the state after some pass.
+It is a safetensors file of the tensors of `ScoreAccumulator`; its metadata contain the other fields
+and the identity of the run. It is replaced atomically, so a killed run leaves the state after some
+whole pass.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _NUMBERS = ("samples", "tokens", "loss_nats")
 
 
 class ResumeFile:
-    """Saves the accumulator of a run, every so many seconds and at an interruption.
+    """Saves the accumulator of a run, every `seconds` and at an interruption.
 
     Args:
         file: the file; None saves nothing.
@@ -43,17 +44,17 @@ class ResumeFile:
         self._unwritten: tuple[ScoreAccumulator, int] | None = None
         self._saved_samples = 0  # sequences of this run that are in the file
         self._warned = False
-        # What tells this run from others: a JSON mapping, in which "batch_size" must be.
+        # What distinguishes this run from others: a JSON mapping with "batch_size" in it.
         self.identity: Mapping[str, Any] = {}
 
     def on_commit(self, total: ScoreAccumulator, max_batch_size: int) -> None:
-        """Take new sums, and how many sequences a micro-batch may have from now on."""
+        """Take new sums and the current limit of a micro-batch's sequences."""
         self._unwritten = total, max_batch_size
         if time.monotonic() - self._written_at >= self._seconds:
             self.write()
 
     def write(self) -> None:
-        """Write what is unwritten; a failure to write is reported once and does not end the run."""
+        """Write the latest sums; a failure to write is reported once and does not end the run."""
         if self._file is None or self._unwritten is None:
             return
         self._written_at = time.monotonic()
@@ -70,7 +71,7 @@ class ResumeFile:
             write_whole(self._file, save(tensors, {_FORMAT: json.dumps(header)}))
         except OutputError as error:
             if not self._warned:
-                say(f"what is scored so far is only in memory, not kept for --resume: {error}")
+                say(f"the scores so far are only in memory, not saved for --resume: {error}")
             self._warned = True
         else:
             self._saved_samples, self._unwritten = total.samples, None
@@ -84,8 +85,8 @@ class ResumeFile:
             self.write()
             if self._saved_samples:
                 say(
-                    f"{self._saved_samples} of {sequences} sequences are kept in {self._file}; "
-                    "the same command with --resume goes on from there"
+                    f"{self._saved_samples} of {sequences} sequences are saved in {self._file}; "
+                    "the same command with --resume continues from there"
                 )
             raise
 
@@ -109,11 +110,11 @@ class ResumeFile:
             return None
         header, tensors = _read(self._file)
         # The identity as it comes back from JSON, in which a tuple is a list.
-        wanted, found = json.loads(json.dumps(self.identity)), header["identity"]
+        expected, found = json.loads(json.dumps(self.identity)), header["identity"]
         differing = [
-            f"{key} {_short(found.get(key))}, not {_short(wanted.get(key))}"
-            for key in dict.fromkeys([*wanted, *found])
-            if found.get(key) != wanted.get(key)
+            f"{key} {_short(found.get(key))}, not {_short(expected.get(key))}"
+            for key in dict.fromkeys([*expected, *found])
+            if found.get(key) != expected.get(key)
         ]
         values: dict[str, Any] = {name: header[name] for name in _NUMBERS}
         for name, tensor in tensors.items():
@@ -125,10 +126,10 @@ class ResumeFile:
         if differing:
             raise ResumeError(
                 f"{self._file} is of another run: {'; '.join(differing)}; "
-                "--force discards it and starts anew"
+                "--force discards it and starts again"
             )
         self._saved_samples = header["samples"]
-        say(f"going on after {self._saved_samples} sequences, from {self._file}")
+        say(f"continuing after {self._saved_samples} sequences, from {self._file}")
         values["loss_nats"] = tuple(values["loss_nats"])
         return ScoreAccumulator(**values), header["most"]
 
@@ -139,7 +140,7 @@ def state_of(out: Path) -> Path:
 
 
 def check_state(out: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to run over what an interrupted run has left; `force` deletes it."""
+    """Raise ResumeError over a state of an interrupted run unless `resume`; `force` deletes it."""
     left = state_of(out)
     if not resume and force:
         left.unlink(missing_ok=True)
@@ -174,6 +175,6 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ResumeError(
             f"{file} is not what an interrupted `hfprune score` left, or is damaged "
-            f"({one_line(error)}); --force discards it and starts anew"
+            f"({one_line(error)}); --force discards it and starts again"
         ) from None
     return header, tensors

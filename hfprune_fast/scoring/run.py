@@ -73,10 +73,10 @@ def score_batches(
         if largest > 1 or limit:
             max_batch_size = (largest + 1) // 2
             remaining = _remaining(batches, total.samples, max_batch_size)
-            say(f"out of memory; going on with micro-batches of {max_batch_size}{limit}")
+            say(f"out of memory; continuing with micro-batches of {max_batch_size}{limit}")
         elif not options.recompute:
             options = replace(options, recompute=True)
-            say("out of memory; going on with layers recomputed in the backward")
+            say("out of memory; continuing with layers recomputed in the backward")
         else:
             raise MemoryShortageError(
                 "out of memory with one sequence at a time; try a smaller --seq-len, "
@@ -101,7 +101,7 @@ def _remaining(
 ) -> list[MicroBatch]:
     """Return the micro-batches that remain after the first `samples` sequences.
 
-    They depend on nothing else, so that a resumed run continues with the same ones.
+    They depend on the arguments alone, so that a resumed run continues with the same ones.
     """
     remaining: list[MicroBatch] = []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""ImportanceTable: every statistic of every neuron, with where it came from; save and load.
+"""ImportanceTable: every statistic of every neuron, with its provenance; save and load.
 
 The scores file is a safetensors file of the statistics, (L, F) float64 each, with a JSON header;
 docs/scores-file.md describes it. Row l, column j is neuron j of layer l; F is the widest layer's,
@@ -46,7 +46,7 @@ _VERSION = 3
 _COMPARED = [f.name for f in fields(ModelSpec) if f.name not in ("vocab_size", "attention_width")]
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no single truth of equality
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single bool
 class ImportanceTable:
     """Statistics of all neurons, (L, F) float64 each; the model's size; the scores' provenance.
 
@@ -62,7 +62,7 @@ class ImportanceTable:
         for name, tensor in self.statistics.items():
             criterion, _, statistic = name.rpartition(".")
             if not ((statistic in _OF_A_CRITERION and criterion) or name in _OF_ALL):
-                raise ScoresFileError(f"{name} is the name of no statistic")
+                raise ScoresFileError(f"{name} is not the name of a statistic")
             if tensor.shape != shape or tensor.dtype != torch.float64:
                 raise ScoresFileError(
                     f"{name} must be {shape} float64, got {tuple(tensor.shape)} {tensor.dtype}"
@@ -80,7 +80,7 @@ class ImportanceTable:
 
     @property
     def criteria(self) -> tuple[str, ...]:
-        """What was scored by, the first one first."""
+        """The criteria of these scores; the first is the default."""
         return tuple(self.provenance.get("criteria", ("entropy",)))
 
     def importance(self, statistic: str | None = None, criterion: str | None = None) -> Tensor:
@@ -119,7 +119,7 @@ class ImportanceTable:
 
     @classmethod
     def load(cls, file: str | Path) -> ImportanceTable:
-        """Read a scores file; ScoresFileError says what is wrong with it."""
+        """Read a scores file, or raise ScoresFileError."""
         path = Path(file)
         if not path.is_file():
             raise ScoresFileError(f"no scores file {path}; make one with `hfprune score`")
@@ -196,5 +196,5 @@ def saved_on_failure(table: ImportanceTable) -> Iterator[None]:
     except BaseException:  # Ctrl-C too
         rescued = Path(tempfile.mkdtemp(prefix="hfprune-")) / "scores.safetensors"
         table.save(rescued)
-        say(f"the scores are kept in {rescued}")
+        say(f"the scores are saved in {rescued}")
         raise

@@ -83,7 +83,7 @@ def test_native_layout_only_where_transformers_builds_it(
     assert "per_layer_config" not in json.loads((tmp_path / "even" / "config.json").read_text())
 
 
-def test_what_was_achieved_is_told(llama_dir: Path, tmp_path: Path) -> None:
+def test_achieved_sizes_are_returned(llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = hf.prune_checkpoint(llama_dir, out, keep_of())
     model = loading.load_model(out, device="cpu")

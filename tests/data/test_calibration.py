@@ -62,7 +62,7 @@ def test_seed_zero_counts(text_file: Path, tokenizer: Any) -> None:
     assert not torch.equal(zero, one)
 
 
-def test_fewer_windows_than_asked(tmp_path: Path, tokenizer: Any) -> None:
+def test_fewer_windows_than_requested(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.txt"
     path.write_text(words(40))
     ids = windows(path, tokenizer, samples=10_000)
@@ -136,15 +136,15 @@ def test_documents_are_drawn_from_the_whole_source(tmp_path: Path, tokenizer: An
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    asked: list[Any] = []
+    loaded: list[Any] = []
 
     def load_dataset(path: str, name: str | None, split: str, streaming: bool) -> Any:
-        asked.append((path, name, split))
+        loaded.append((path, name, split))
         return datasets.Dataset.from_dict({"text": [words(50), words(50, 3)]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert windows("org/corpus:en", tokenizer).shape == (4, 16)
-    assert asked == [("org/corpus", "en", "train")]
+    assert loaded == [("org/corpus", "en", "train")]
 
 
 def test_npy_ids(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_model_in_training_mode_is_run_without_dropout() -> None:
 
 
 @pytest.mark.parametrize("option", ["return_dict", "output_hidden_states", "use_cache"])
-def test_a_config_that_asks_for_other_outputs_changes_nothing(option: str) -> None:
+def test_a_config_that_requests_other_outputs_changes_nothing(option: str) -> None:
     model, batch = tiny_model("llama"), sequences(20)[0][None]
     expected = hf.score(model, [batch])
     setattr(model.config, option, option != "return_dict")

@@ -55,7 +55,7 @@ def test_shapes_are_those_models() -> None:
     assert LLAMA_70B.total_params == 70_553_706_496
 
 
-def test_a_large_device_holds_all_and_stores() -> None:
+def test_a_large_device_keeps_weights_resident_and_stores() -> None:
     chosen = plan(LLAMA_8B, "80GiB")
     assert (chosen.offload, chosen.recompute, chosen.batch_size) == ("none", False, 4)
     assert chosen.weights_bytes == 2 * LLAMA_8B.total_params

@@ -1,4 +1,4 @@
-"""How a streamed model's weights come and go; what comes of it is test_streaming.py's."""
+"""Fetching and releasing a streamed model's weights; test_streaming.py tests the results."""
 
 import threading
 import time
@@ -106,7 +106,7 @@ def unit_of(name: str) -> str:
     return "embedding" if "embed_tokens" in name else "head"
 
 
-def test_pages_are_asked_for_ahead_and_given_back(
+def test_pages_are_prefetched_and_released(
     save_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_checkpoint(tiny_model("llama", dtype=torch.float32, num_hidden_layers=2))

@@ -1,4 +1,4 @@
-"""A small job for the command line, ended before its end: what a state is kept of, and where."""
+"""A small job for the command line that is interrupted: its state file and what is in it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pruning a model in memory: what stays is what was kept, and little more memory is taken."""
+"""Pruning a model in memory: the kept neurons stay, and peak memory stays low."""
 
 from collections.abc import Callable
 from pathlib import Path

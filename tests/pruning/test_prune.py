@@ -291,7 +291,7 @@ def test_the_shipped_model_by_name(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_source_that_is_not_what_its_config_says(
+def test_source_that_contradicts_its_config(
     llama_dir: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
 ) -> None:
     path = llama_dir / "model.safetensors"

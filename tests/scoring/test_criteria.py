@@ -170,11 +170,11 @@ def test_activation_alone_runs_forward_only(monkeypatch: pytest.MonkeyPatch) -> 
 def test_streamed_weights_give_the_same_bits(llama_dir: Path, text_file: Path) -> None:
     running: dict[str, Any] = {"samples": 4, "seq_len": 32, "device": "cpu"}
     for criteria, costs in ((("fisher", "entropy", "cross_entropy"), True), ("activation", False)):
-        asked: dict[str, Any] = {**running, "criterion": criteria, "obs": costs, "batch_size": 2}
-        resident = hf.score(llama_dir, text_file, **asked)
+        options: dict[str, Any] = {**running, "criterion": criteria, "obs": costs, "batch_size": 2}
+        resident = hf.score(llama_dir, text_file, **options)
         assert not costs or bool((resident.obs > 0).all())
         for offload in ("disk", "cpu"):
-            streamed = hf.score(llama_dir, text_file, offload=offload, **asked)
+            streamed = hf.score(llama_dir, text_file, offload=offload, **options)
             assert streamed.statistics.keys() == resident.statistics.keys()
             for name, tensor in resident.statistics.items():
                 assert torch.equal(streamed.statistics[name], tensor), name
@@ -205,7 +205,7 @@ def test_state_keeps_all_criteria(
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"criterion": "entropi"}, "criterion must be one of entropy, .*got entropi"),
         ({"criterion": []}, "got none"),
@@ -215,25 +215,25 @@ def test_state_keeps_all_criteria(
         ({"criterion": ["entropy", "activation"], "parity": True}, "got entropy, activation"),
     ],
 )
-def test_what_cannot_be_asked_for(asked: dict[str, Any], message: str) -> None:
+def test_bad_requests(requested: dict[str, Any], message: str) -> None:
     model = tiny_model("llama")
     with pytest.raises(ArgumentError, match=message):
-        hf.score(model, ids_of(model), **asked)
+        hf.score(model, ids_of(model), **requested)
 
 
 def test_the_plan_knows_what_is_scored_by(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    asked: list[tuple[int, bool]] = []
+    planned: list[tuple[int, bool]] = []
     plan_run = job.plan_run
 
     def note(*args: Any, criteria: int, refit: bool, **options: Any) -> planner.Plan:
-        asked.append((criteria, refit))
+        planned.append((criteria, refit))
         return plan_run(*args, criteria=criteria, refit=refit, **options)
 
     monkeypatch.setattr(job, "plan_run", note)
     hf.score(model, ids_of(model), criterion=["activation", "entropy", "fisher"], obs=True)
     hf.score(model, ids_of(model), criterion="activation")
-    assert asked == [(2, True), (1, False)]
+    assert planned == [(2, True), (1, False)]
 
 
 def test_a_table_ranks_by_the_criterions_statistic_and_names_what_it_lacks() -> None:

@@ -62,7 +62,7 @@ def test_costs_are_those_of_solving_anew(width: int, with_metric: bool, block: i
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_what_gets_cheaper_is_told_the_dearer_cost(block: int) -> None:
+def test_a_lower_later_cost_is_raised_to_the_earlier_one(block: int) -> None:
     """Of two that cancel, the first to go leaves the other with less to do: 3/4, then 1/4."""
     gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_what_gets_cheaper_is_told_the_dearer_cost(block: int) -> None:
 
 
 def test_neurons_that_are_alike_cost_alike() -> None:
-    """Uncorrelated acts: each costs ½(1 + λ)|w|², in whatever order those of one price go."""
+    """Uncorrelated acts: each costs ½(1 + λ)|w|², whatever the order of equal costs."""
     weight = torch.ones(4, 200, dtype=torch.float64)
     weight[:, 50:120] = 2
     costs = greedy_removal_costs(torch.eye(200, dtype=torch.float64), weight, ridge=0.25)
@@ -79,11 +79,11 @@ def test_neurons_that_are_alike_cost_alike() -> None:
     assert torch.allclose(costs, expected, rtol=200 * torch.finfo(torch.float64).eps, atol=0)
 
 
-def test_outputs_that_nobody_reads_cost_nothing() -> None:
+def test_outputs_with_a_zero_metric_cost_nothing() -> None:
     """A metric of rank 1 sees one direction; what rounding leaves of the rest is not negative."""
     gram, weight, _ = a_layer(30)
-    nobody = greedy_removal_costs(gram.clone(), weight, torch.zeros(6, 6, dtype=torch.float64))
-    assert nobody.tolist() == [0.0] * 30
+    unread = greedy_removal_costs(gram.clone(), weight, torch.zeros(6, 6, dtype=torch.float64))
+    assert unread.tolist() == [0.0] * 30
     seen = torch.randn(6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     costs = greedy_removal_costs(gram.clone(), weight, seen @ seen.t(), block=4)
     assert bool((costs >= 0).all())

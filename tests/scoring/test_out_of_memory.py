@@ -139,7 +139,7 @@ def test_the_pass_is_run_again_in_halves_and_nothing_counts_twice(
     assert min(counts) >= 0
     assert max(counts) <= totals.tokens + 1e-9
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("hfprune: out of memory; going on with micro-batches of 2")
+    assert line.startswith("hfprune: out of memory; continuing with micro-batches of 2")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_at_one_sequence_layers_are_recomputed(
         fail(monkeypatch, passes, "ScoredGraph", storing, allocation_error())
         assert_same(score_batches(scored, ones, STORED), expected)
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == "hfprune: out of memory; going on with layers recomputed in the backward"
+    assert line == "hfprune: out of memory; continuing with layers recomputed in the backward"
 
 
 @WAYS
@@ -274,7 +274,7 @@ def test_a_pass_whose_inputs_do_not_fit_is_made_shorter(
 
 @WAYS
 @pytest.mark.parametrize("where", ["head", ("forward", LAST), ("backward", MIDDLE)], ids=str)
-def test_nothing_of_the_failed_pass_is_held_when_the_user_is_told(
+def test_the_failed_pass_is_freed_before_the_message(
     model: Make, how: PassOptions, where: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live: list[int] = []
@@ -288,11 +288,11 @@ def test_nothing_of_the_failed_pass_is_held_when_the_user_is_told(
         fail(monkeypatch, passes.Pass, "add_to", count, AssertionError())
         fail(monkeypatch, run, "say", count, AssertionError())
         fail_at(monkeypatch, where, how, allocation_error())
-        gc.disable()  # a cycle would hold its tensors for as long as nobody looks for cycles
+        gc.disable()  # a cycle would keep its tensors until the next collection
         try:
             with watch:
                 score_batches(scored, sequences(4, 4, 4, 4), how)
         finally:
             gc.enable()
-    _, second_pass, told, *_ = live
-    assert told == second_pass
+    _, second_pass, at_message, *_ = live
+    assert at_message == second_pass

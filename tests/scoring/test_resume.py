@@ -1,4 +1,4 @@
-"""A run that ends before its end is gone on with, and nobody can tell from the scores."""
+"""An interrupted run is resumed, and gives the same bits as an uninterrupted one."""
 
 import random
 import signal
@@ -57,7 +57,7 @@ def test_killed_again_and_again_the_scores_are_those_of_one_run(
         assert kept[-2] < kept[-1] < SEQUENCES, (seed, kept)
     run = hfprune(*args, "--resume")
     assert_whole(run)
-    assert f"going on after {kept[-1]} sequences" in run.err
+    assert f"continuing after {kept[-1]} sequences" in run.err
     left_tokens = (SEQUENCES - kept[-1]) * TOKENS
     assert f" {left_tokens}/{left_tokens} " in run.err, (seed, run.err)  # the bar
 
@@ -85,11 +85,11 @@ def test_an_interruption_keeps_what_is_scored_and_says_how_to_go_on(
 ) -> None:
     assert hfprune(*score_args(out="whole")).code == 0
     run = interrupted(*score_args(), how=how)
-    assert "hfprune: 8 of 24 sequences are kept in scores.state; the same command wi" in run.err
+    assert "hfprune: 8 of 24 sequences are saved in scores.state; the same command wi" in run.err
     assert not Path("scores").exists()
     run = interrupted(*score_args("--resume"), how=how)
-    assert "hfprune: going on after 8 sequences, from scores.state" in run.err.splitlines()
-    assert "hfprune: 16 of 24 sequences are kept in scores.state" in run.err
+    assert "hfprune: continuing after 8 sequences, from scores.state" in run.err.splitlines()
+    assert "hfprune: 16 of 24 sequences are saved in scores.state" in run.err
     assert_whole(hfprune(*score_args("--resume")))
 
 
@@ -120,7 +120,7 @@ def test_pruning_goes_on_too(hfprune: Hfprune, interrupted: Hfprune) -> None:
     assert_refused(hfprune(*args), r"an interrupted run has left pruned\.state; --resume")
     run = hfprune(*args, "--resume")
     assert run.code == 0, run.err
-    assert "going on after 8 sequences" in run.err
+    assert "continuing after 8 sequences" in run.err
     for path in Path("whole").iterdir():
         assert (Path("pruned") / path.name).read_bytes() == path.read_bytes()
     assert not state_of("pruned").exists()

@@ -25,7 +25,7 @@ Hfprune = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread", "small_inputs")
 
 
-def test_the_state_is_written_as_often_as_asked(
+def test_the_state_is_written_as_often_as_requested(
     hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, written = [0.0], []
@@ -45,7 +45,7 @@ def test_the_state_is_written_as_often_as_asked(
     assert written == [5, 10]
 
 
-def test_a_state_left_over_is_gone_on_from_or_discarded_but_never_run_over(
+def test_a_leftover_state_is_resumed_or_discarded_but_never_overwritten(
     hfprune: Hfprune, interrupted: Hfprune
 ) -> None:
     assert hfprune(*score_args("--seed", 1, out="whole")).code == 0
@@ -143,7 +143,7 @@ def test_a_damaged_state_is_one_line(hfprune: Hfprune, interrupted: Hfprune, dam
     run = hfprune(*score_args("--resume", batch_size=None))
     assert_refused(run, r"scores\.state is not what an interrupted .* left, or is damaged")
     assert len(run.err.splitlines()) == 2  # and how many samples the ids make
-    assert "starts anew" in run.err
+    assert "starts again" in run.err
     assert hfprune(*score_args("--force")).code == 0
 
 
@@ -190,6 +190,6 @@ def test_a_state_that_cannot_be_written_ends_nothing(
     monkeypatch.setattr(resume, "write_whole", full)
     run = interrupted(*score_args("--save-seconds", 0), at_pass=8)  # which stays one, exit code 130
     assert run.err.count("only in memory") == 1
-    assert "hfprune: 6 of 24 sequences are kept in scores.state" in run.err
+    assert "hfprune: 6 of 24 sequences are saved in scores.state" in run.err
     monkeypatch.setattr(resume, "write_whole", write)
     assert_whole(hfprune(*score_args("--resume")))
