@@ -73,7 +73,6 @@ def test_score_prune_evaluate_in_json(
         "statistic": "l2",
         "allocation": "uniform",
         "refit": False,
-        "steps": 1,
     }
     assert record["provenance"]["samples"] == 3
     card = (out / "README.md").read_text()

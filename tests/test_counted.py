@@ -32,7 +32,14 @@ TRIED = [("torch", FP32), ("torch", BF16), ("triton", BF16)]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 every_way = pytest.mark.parametrize("way", ["stored", "recomputed", "disk", "cpu"])
 every_path = pytest.mark.parametrize(
-    ("backend", "dtype"), [path for path in PATHS if path.values in TRIED]
+    ("backend", "dtype"),
+    [
+        pytest.param(*path.values, marks=[*path.marks, pytest.mark.slow])
+        if path.values[0] == "triton"
+        else path
+        for path in PATHS
+        if path.values in TRIED
+    ],
 )
 
 

@@ -29,6 +29,7 @@ def run(command: list[str | Path], timeout_s: float) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sanitizers", "least"), [("address,undefined", 7000), ("thread", 70)])
 def test_native_code_under_sanitizers(sanitizers: str, least: int, tmp_path: Path) -> None:
     cmake = shutil.which("cmake", path=PATH)

@@ -123,6 +123,7 @@ print("\\n", loud)  # after a question of transformers
 """
 
 
+@pytest.mark.slow
 def test_plain_transformers_fails_loudly(llama_dir: Path, tmp_path: Path) -> None:
     hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of())
     out = in_fresh_process(LOUD, tmp_path / "out", cwd=tmp_path)

@@ -58,7 +58,10 @@ def folders(save_checkpoint: Callable[..., Path], tmp_path: Path) -> dict[str, P
     return found
 
 
-@pytest.mark.parametrize("first", ORDERS)
+@pytest.mark.parametrize(
+    "first",
+    ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ORDERS if f != "llama")],
+)
 def test_any_order_of_imports(folders: dict[str, Path], tmp_path: Path, first: str) -> None:
     rotated = [first, *(family for family in FAMILIES if family != first)]
     code = f"{ORDERS[first]}\n{LOADS}"

@@ -58,6 +58,7 @@ print(before, max(seen), now(), mlp)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_in_memory_takes_one_tensor_more_at_most(
     tmp_path: Path, measured: Callable[[str], None]

@@ -76,6 +76,7 @@ def test_every_kernel_compiles_everywhere_without_a_fault(tmp_path: Path) -> Non
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_every_shipped_configuration_is_reached(tmp_path: Path) -> None:
     code = """
 used = []
@@ -105,6 +106,7 @@ print(json.dumps([tables, used], default=str))
         )
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_what_real_tensors_launch(tmp_path: Path) -> None:
     """Argument types and divisibility: of the cases, and of the operations on real tensors."""
     code = """
@@ -142,6 +144,7 @@ print(json.dumps([
         assert compiled, name
 
 
+@pytest.mark.slow
 def test_narrow_loads_and_stores_are_a_fault(tmp_path: Path) -> None:
     code = """
 def entropy_rows(stride):
@@ -160,6 +163,7 @@ print(json.dumps([
     assert "stores in loops are narrower" in stores
 
 
+@pytest.mark.slow
 def test_spills_too_much_shared_memory_and_errors_are_faults(tmp_path: Path) -> None:
     code = """
 def faults(arch, **configuration):

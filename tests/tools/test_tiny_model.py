@@ -42,6 +42,7 @@ def test_qwen3_has_another_shape_an_untied_head_and_norms() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", RECIPES)
 def test_a_few_steps_lower_the_loss(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
