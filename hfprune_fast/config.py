@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.kernels import BACKENDS
 
+# The table of criteria is scoring/criteria.py; a test compares the names.
 CRITERIA = ("entropy", "cross_entropy", "fisher", "activation")
 DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
@@ -167,14 +168,11 @@ class Recipe:
     )  # fmt: skip
     select: str = _option(
         "obs",
-        "Rank by obs, the cost of removing a neuron when the others are refitted, or by a "
-        "statistic of the criterion.",
+        "Rank by obs, the cost of a removal when the others are refitted, or by a statistic.",
         choices=SELECTS,
     )
     statistic: str | None = _option(
-        None,
-        "Which statistic; l1 is the paper's. [default: the criterion's own]",
-        choices=STATISTICS,
+        None, "Which one; l1 is the paper's. [default: the criterion's own]", choices=STATISTICS
     )
     allocation: str = _option(
         "auto",
@@ -195,7 +193,7 @@ class Recipe:
             raise ArgumentError(f"select obs ranks by no statistic, got {self.statistic}")
         if self.allocation == "auto" and not self.refit:
             raise ArgumentError(
-                "allocation auto is measured after a refit; choose another, or refit"
+                "allocation auto is measured after a refit; choose another or refit"
             )
 
     @property
@@ -204,7 +202,7 @@ class Recipe:
         return "obs" if self.select == "obs" else self.statistic
 
 
-def _left_open(group: type[Any]) -> Any:
+def _all_optional(group: type[Any]) -> Any:
     """Return a class of the same fields that are all None by default."""
     return make_dataclass(
         f"{group.__name__}Changes",
@@ -214,7 +212,7 @@ def _left_open(group: type[Any]) -> Any:
 
 
 # Fields of a recipe that replace those of a preset where they are not None.
-RecipeChanges: Any = _left_open(Recipe)
+RecipeChanges: Any = _all_optional(Recipe)
 
 PRESETS = {
     "default": Recipe(),
