@@ -11,7 +11,6 @@ import copy
 import math
 import os
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,11 +92,7 @@ def blueprint(
     """
     source = open_source(model_or_path)
     target, family = torch_device(device), source.family
-    elements = Counter[str]()
-    for info in source.tensors.values():
-        elements[info.dtype] += math.prod(info.shape)
-    stored = TORCH_DTYPES[elements.most_common(1)[0][0]]
-    to_run_in = dtype_to_run_in(dtype, stored, target)
+    to_run_in = dtype_to_run_in(dtype, source.stored_dtype, target)
     config = source.transformers_config
     with one_line_errors(f"{source.folder}/config.json does not make a model"):
         model = skeleton(config, to_run_in)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,14 @@ class ModelSource:
     @cached_property
     def transformers_config(self) -> Any:
         return load_config(self.folder)
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of most of the parameters."""
+        elements = Counter[str]()
+        for info in self.tensors.values():
+            elements[info.dtype] += prod(info.shape)
+        return TORCH_DTYPES[elements.most_common(1)[0][0]]
 
     @property
     def has_prefix(self) -> bool:

@@ -103,7 +103,10 @@ def open_job(
         data = calibrate(batches_or_text, source, calibration)
     else:
         data = token_data(batches_or_text, source.spec.vocab_size)
-    blueprint = loading.blueprint(source, dtype=run.dtype, device=device)
+    dtype = run.dtype
+    if scoring.parity and dtype == "auto" and source.stored_dtype == torch.bfloat16:
+        dtype = "bfloat16"  # in which the paper's code rounds, however slow this CPU is in it
+    blueprint = loading.blueprint(source, dtype=dtype, device=device)
     return ScoringJob(
         blueprint, source.spec, data, criteria, obs, scoring, calibration.seed, processes
     )

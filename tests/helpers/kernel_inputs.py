@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,17 +20,6 @@ def token_mask(lengths: list[int], seq_len: int, side: str) -> Tensor:
     """(B, S) bool of sequences padded to seq_len on one side."""
     position = torch.arange(seq_len) if side == "right" else torch.arange(seq_len).flip(0)
     return position < torch.tensor(lengths)[:, None]
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[tuple[int, int, int], Tensor | None]:
-    """A shape (B, S, F) around the sizes of chunks and tiles, and a mask of its tokens."""
-    batch, seq_len = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 9, 127, 128, 129]))
-    shape = batch, seq_len, draw(st.sampled_from([1, 5, 127, 128, 130]))
-    if draw(st.booleans()):
-        return shape, None
-    lengths = draw(st.lists(st.integers(0, seq_len), min_size=batch, max_size=batch))
-    return shape, token_mask(lengths, seq_len, draw(st.sampled_from(["left", "right"])))
 
 
 def random(

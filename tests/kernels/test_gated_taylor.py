@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import LAYOUTS, batches, integers, random, sparse_memory
+from kernel_batches import batches
+from kernel_inputs import LAYOUTS, integers, random, sparse_memory
 from paths import every_path
 from taylor_truth import ACTIVATIONS, EXACT_GATES, assert_gated, eager_sums, sums
 from torch import Tensor, nn

@@ -2,7 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import LAYOUTS, batches, integers, random, token_mask
+from kernel_batches import batches
+from kernel_inputs import LAYOUTS, integers, random, token_mask
 from paths import every_path
 from taylor_truth import eager_sums, statistics_bound, sums
 from torch import Tensor
