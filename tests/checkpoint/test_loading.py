@@ -86,8 +86,8 @@ def test_rotary_tables_are_computed_as_transformers_does(
 ) -> None:
     parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
     folder = save_checkpoint(tiny_model(family, dtype=dtype, rope_parameters=parameters))
-    name = str(dtype).removeprefix("torch.")
-    plan = blueprint(folder, dtype=name, device="cpu")
+    stored = str(dtype).removeprefix("torch.")
+    plan = blueprint(folder, dtype=stored, device="cpu")
     assert all(parameter.is_meta for parameter in plan.model.parameters())
     buffers = dict(plan.model.named_buffers())
     assert "model.rotary_emb.inv_freq" in buffers
@@ -97,7 +97,7 @@ def test_rotary_tables_are_computed_as_transformers_does(
         assert torch.equal(buffers[name], buffer), name
     ours, expected = plan.model.model.rotary_emb, other.model.rotary_emb
     assert ours.attention_scaling == expected.attention_scaling
-    assert_same(load_model(folder, dtype=name, device="cpu"), other)
+    assert_same(load_model(folder, dtype=stored, device="cpu"), other)
 
 
 def test_threads_load_and_score_at_once(
