@@ -77,7 +77,8 @@ def score(
         model.requires_grad_(True)  # as it is loaded by transformers, for training
         return lambda: hf.score(model, ids, **options)
     model.save_pretrained(tmp_path)
-    return lambda: hf.score(tmp_path, ids, offload=way, **options)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return lambda: hf.score(tmp_path, ids, offload=way, dtype=dtype, **options)
 
 
 @every_way

@@ -103,7 +103,7 @@ def test_an_error_keeps_what_is_scored_too(
         done = hfprune(*score_args())
     assert done.code == 1
     assert "the device fell off the bus" in done.err.splitlines()[-1]
-    assert "10 of 24 sequences are kept" in done.err
+    assert "10 of 24 sequences are saved" in done.err
     assert_whole(hfprune(*score_args("--resume")))
 
 
