@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.kernels import BACKENDS
 
-# The table of criteria is scoring/criteria.py; a test compares the names.
 CRITERIA = ("entropy", "cross_entropy", "fisher", "activation")
 DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
@@ -46,6 +45,8 @@ def _check_choices(options: Any) -> None:
         value, choices = getattr(options, each.name), each.metadata["choices"]
         if choices and value is not None and value not in choices:
             raise ArgumentError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}")
+        if isinstance(each.default, bool) and not isinstance(value, bool):
+            raise ArgumentError(f"{each.name} must be True or False, got {value!r}")
 
 
 @dataclass(frozen=True)

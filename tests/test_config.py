@@ -129,6 +129,9 @@ def test_options_are_taken_flat_and_a_wrong_name_is_an_error() -> None:
         (RunOptions, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         (RunOptions, {"offload": "moon"}, "offload must be one of auto, none, cpu, disk"),
         (OutputOptions, {"layout": "round"}, "layout must be one of auto, custom, native"),
+        (OutputOptions, {"force": "no"}, "force must be True or False, got 'no'"),
+        (ScoringOptions, {"parity": "false"}, "parity must be True or False, got 'false'"),
+        (Recipe, {"refit": "no"}, "refit must be True or False, got 'no'"),
         (ScoringOptions, {"backend": "cuda"}, "backend must be one of torch, triton"),
     ],
 )
