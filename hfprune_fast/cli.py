@@ -97,8 +97,8 @@ def cli() -> None:
     """Rank the MLP neurons of a language model by output entropy and cut out the least important.
 
     MODEL is a folder, a hub name, or `demo`, the small model that ships with this package. A text
-    SOURCE is a .txt, .jsonl or .parquet file, a folder of them, `demo`, a hub data set, or a .npy
-    file of token ids.
+    SOURCE is a .txt, .jsonl, .json or .parquet file, a folder of them, `demo`, a hub data set, a
+    .npy file of token ids, or - for stdin.
     """
 
 
@@ -184,7 +184,7 @@ def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **f
 @cli.command()
 @click.argument("model")
 @_flags(Budget, without=("min_keep", "protect"))
-@_flags(CalibrationOptions, without=("seed",))
+@_flags(CalibrationOptions, without=("seed", "text_field", "chat_template"))
 @_flags(RunOptions)
 @_common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not debug:  # libraries' warnings and retries must not hide the one line
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        console.hide_libraries()
         for library in ("huggingface_hub", "datasets"):
             logging.getLogger(library).setLevel(logging.ERROR)
     try:

@@ -58,8 +58,15 @@ class CalibrationOptions:
         None, f"Tokens a sample. [default: {DEFAULT_SEQ_LEN}, or the model's longest if less]"
     )
     seed: int = _option(0, "Which samples are drawn, and which tokens criterion fisher draws.")
+    text_field: str | None = _option(
+        None, "The field of records to read. [default: text, messages or conversations]"
+    )
+    chat_template: bool = _option(
+        False, "Read chats by the tokenizer's chat template, not as plain text."
+    )
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name in ("samples", "seq_len"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from hfprune_fast.errors import ArgumentError
 
 _muted = False
+_libraries_hidden = False
 
 
 def mute() -> None:
@@ -28,6 +30,31 @@ def say(message: str) -> None:
     """Print one line to the user on stderr, past a progress bar."""
     if not _muted:
         tqdm.write(f"hfprune: {message}", file=sys.stderr)
+
+
+def hide_libraries() -> None:
+    """Let `library_hidden` work from now on: in a command, which has the process to itself."""
+    global _libraries_hidden
+    _libraries_hidden = True
+
+
+@contextmanager
+def library_hidden() -> Iterator[None]:
+    """Hide what a library writes on stderr meanwhile: panics of Rust print before they raise."""
+    try:
+        stderr = os.dup(2) if _libraries_hidden else None
+    except OSError:  # closed
+        stderr = None
+    if stderr is None:
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @contextmanager
@@ -130,6 +157,10 @@ def parse_bytes(size: int | str, argument: str) -> int:
 
 
 def display_name(model: str | Path) -> str:
-    """A model's or text's name as others know it: hub names stay, paths give their last part."""
+    """A model's or text's name as others know it: hub names stay, paths give their last part.
+
+    Characters that are not printable, or not UTF-8 on disk, become question marks.
+    """
     path = Path(model)
-    return path.resolve().name if path.exists() else str(model)
+    name = path.resolve().name if path.exists() else str(model)
+    return "".join(char if char.isprintable() else "?" for char in name)

@@ -1,5 +1,13 @@
 """What a user can do wrong, one class a kind; messages name what was got and what was expected."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def one_line(error: BaseException) -> str:
     """Return what a library's error says as one line of at most 200 printable characters."""
@@ -52,3 +60,21 @@ class MemoryShortageError(HFPruneError):
 
 class ProcessError(HFPruneError):
     """Another process of the run has ended before its part was done."""
+
+
+@contextmanager
+def one_line_errors(what: str, kind: type[HFPruneError] = CheckpointError) -> Iterator[None]:
+    """Turn what a library raises over bad input into one line; Rust's panics are BaseExceptions."""
+    try:
+        yield
+    except (HFPruneError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # a dozen classes, some of them the library's dependencies'
+        raise kind(f"{what}: {one_line(error)}") from error
+
+
+def refuse_pointer(path: Path, kind: type[HFPruneError]) -> None:
+    """Refuse what git leaves in place of a large file where git-lfs is missing."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise kind(f"{path} is a Git LFS pointer, not the file itself; git lfs pull fetches it")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, check_tensors_are, read_config
-from hfprune_fast.checkpoint.pretrained import load_config, one_line_errors
+from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.errors import ArgumentError, one_line
+from hfprune_fast.errors import ArgumentError, one_line, one_line_errors
 from hfprune_fast.models.spec import ModelSpec, spec_of
 
 if TYPE_CHECKING:

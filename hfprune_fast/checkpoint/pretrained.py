@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.console import library_hidden
+from hfprune_fast.errors import CheckpointError, one_line_errors, refuse_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,18 +20,32 @@ def load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder."""
+def load_tokenizer(folder: Path, vocab_size: int = 0) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or knows less than half of `vocab_size` tokens:
+            transformers makes an empty one where files are missing. (Many vocabularies are padded.)
+    """
     from transformers import AutoTokenizer
 
-    with one_line_errors(f"{folder} has no tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-@contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
-    """Turn what transformers raises over a bad folder into one line."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is a pipe or a device, not a file")
     try:
-        yield
-    except Exception as error:  # it raises a dozen classes, some of them its dependencies'
-        raise CheckpointError(f"{what}: {one_line(error)}") from error
+        with one_line_errors(f"{folder} has no tokenizer that can be loaded"), library_hidden():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            if 2 * len(tokenizer) >= vocab_size:
+                return tokenizer
+            raise CheckpointError(
+                f"the tokenizer of {folder} knows {len(tokenizer)} of the model's {vocab_size} "
+                "tokens; its files (tokenizer.json, tokenizer.model, vocab.json, ...) are missing, "
+                "damaged or another model's: copy those of the model that this one was trained from"
+            )
+    except CheckpointError:
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                refuse_pointer(path, CheckpointError)
+        raise

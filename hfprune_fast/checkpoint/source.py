@@ -60,7 +60,7 @@ class ModelSource:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.spec.vocab_size)
 
     @cached_property
     def transformers_config(self) -> Any:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.checkpoint.folder import read_json_object
+from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions, keyword_options
-from hfprune_fast.console import token_bar
+from hfprune_fast.console import say, token_bar
+from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
+from hfprune_fast.data.sources import STDIN
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.streaming import open_model
+from hfprune_fast.errors import CheckpointError
 from hfprune_fast.evaluation.fidelity import Fidelity, check_vocabularies, check_windows, compare
+from hfprune_fast.pruning.on_disk import RECORD
 
 
 @keyword_options(sampling=CalibrationOptions, options=RunOptions)
@@ -31,6 +36,7 @@ def run(
     sources = [open_source(dense), open_source(pruned)]
     data = calibrate(text_source, sources[0], sampling)
     check_vocabularies(*(source.spec.vocab_size for source in sources))
+    _warn_of_calibration_text(sources[1], data)
     blueprints = [
         loading.blueprint(source, dtype=options.dtype, device=options.device) for source in sources
     ]
@@ -53,6 +59,18 @@ def run(
             return compare(
                 batches, hidden, model.final_hidden(batches, on_progress), head, model.head()
             )
+
+
+def _warn_of_calibration_text(pruned: ModelSource, data: TokenData) -> None:
+    """Say if the pruned model was calibrated on this text, by its name or its tokens."""
+    name = data.description["source"]
+    try:
+        known = read_json_object(pruned.folder / RECORD)["provenance"]["calibration"]
+        is_same = known["source"] == name != STDIN or known["data_sha256"] == data.sha256
+    except (CheckpointError, KeyError, TypeError):
+        return  # no record, or one of another kind
+    if is_same:
+        say(f"{name} calibrated the pruned model, which flatters it; use held-out text")
 
 
 def text(fidelity: Fidelity) -> str:

@@ -1,100 +1,234 @@
-"""Documents from files, folders and hub data sets."""
+"""Documents from files, folders, hub data sets and stdin, read as streams."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import os
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hfprune_fast.config import TINY_MODEL
-from hfprune_fast.errors import CalibrationError, one_line
+from hfprune_fast.console import say
+from hfprune_fast.data.records import FIELDS, Document, document_of
+from hfprune_fast.errors import CalibrationError, one_line, refuse_pointer
 
 DEMO_TEXT = TINY_MODEL / "calibration.txt"
-# A longer file is read as several documents of about this size, cut at line ends, so that samples
+STDIN = "-"
+# A longer text is read as several documents of about this size, cut at line ends, so that samples
 # of a huge file come from all over it without tokenising it whole.
 _DOCUMENT_CHARS = 1 << 20
+_JSON_CHARS = 1 << 26  # of one JSON value; what is longer is no record
 _HUB_ROWS = 100_000
-_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_TEXT = (".txt", ".txt.gz")
+_JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+_SUFFIXES = (*_TEXT, *_JSON, ".parquet")
+# Files and splits that are kept for evaluation by those who name them so.
+_HELD_OUT = re.compile(
+    r"(?<![a-z])(test|testing|valid|validation|val|dev|eval|evaluation|heldout)(?![a-z])"
+)
+_BETWEEN_JSON = re.compile(r"[ \t\r\n,\[\]]*")
+_STARTS_JSON = re.compile(r"\s*(\[\s*)?\{\s*\"")
+
+Values = Iterator[tuple[str, Any]]  # where it is, for messages, and a text or a record
 
 
-def documents_of(source: str | Path) -> list[str]:
-    """Return the texts of a source, long ones cut."""
+def documents_of(
+    source: str | Path, text_field: str | None = None, *, keep_chats: bool = False
+) -> Iterator[Document]:
+    """Yield the texts of a source one by one, long ones cut; chats whole with `keep_chats`.
+
+    Prints one line of what was left out, and one of how chats are read.
+    """
+    fields = FIELDS if text_field is None else (text_field,)
+    left_out = Counter[str]()
+    chats = 0
+    for where, value in _values(source, fields, left_out):
+        document = document_of(value, where, fields)
+        if document is None:
+            left_out["empty or null entries"] += 1
+            continue
+        chats += document.chat is not None
+        if document.chat is not None and keep_chats:
+            yield document
+            continue
+        for piece in _pieces(io.StringIO(document.text)):
+            if piece.strip():
+                yield Document(piece)
+    if left_out:
+        parts = ", ".join(f"{count} {what}" for what, count in left_out.items())
+        say(f"left out of {source}: {parts}")
+    if chats and not keep_chats:
+        say(
+            f"{chats} chats are read as plain text, `role: content`; --chat-template uses the "
+            "tokenizer's chat template"
+        )
+    if keep_chats and not chats:
+        say(f"{source} holds no chats; --chat-template has no effect")
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is not there, or is there and may never end: pipes, devices, links in a ring."""
+    if not os.path.lexists(path):
+        raise CalibrationError(f"no file or folder {path}")
+    if not os.path.isfile(path):
+        raise CalibrationError(
+            f"{path} is no regular file but a pipe, a device, a folder or a broken link; "
+            "give a file, or pipe the text in and give -"
+        )
+
+
+def _values(source: str | Path, fields: Sequence[str], left_out: Counter[str]) -> Values:
     path = Path(source)
     if str(source) == "demo" and not path.exists():
         path = DEMO_TEXT
-    if path.is_dir():
-        files = sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in _TEXT_SUFFIXES and p.is_file()
-        )
-        if not files:
-            raise CalibrationError(
-                f"folder {path} holds no {', '.join(_TEXT_SUFFIXES)} file, at any depth"
-            )
-        texts = [text for file in files for text in _read_file(file)]
-    elif path.is_file():
-        texts = list(_read_file(path))
-    elif path.suffix.lower() in _TEXT_SUFFIXES or path.is_absolute() or str(source).startswith("."):
+    if str(source) == STDIN:
+        yield from _read_stdin()
+    elif not str(source).strip():
+        raise CalibrationError("the name of the calibration source is empty")
+    elif os.path.isdir(path):
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            yield from _read_saved(path, fields, left_out)
+        else:
+            for file in _files_in(path, left_out):
+                yield from _read_file(file, fields)
+    elif os.path.lexists(path) or path.is_absolute() or str(source).startswith("."):
+        yield from _read_file(path, fields)
+    elif path.name.lower().endswith(_SUFFIXES):
         raise CalibrationError(f"no file or folder {path}")
     else:
-        texts = _read_hub(str(source))
-    return [piece for text in texts for piece in _cut(text) if piece.strip()]
+        yield from _read_hub(str(source))
 
 
-def _cut(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > _DOCUMENT_CHARS:
-        line_end = text.rfind("\n", start, start + _DOCUMENT_CHARS) + 1
-        end = line_end if line_end > start else start + _DOCUMENT_CHARS
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _files_in(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Return the files of a folder that are calibration text, sorted."""
+    files = sorted(p for p in folder.rglob("*") if p.name.lower().endswith(_SUFFIXES))
+    files = [path for path in files if path.is_file()]
+    if not files:
+        raise CalibrationError(f"folder {folder} holds no {', '.join(_SUFFIXES)} file")
+    named = {path.relative_to(folder).as_posix(): path for path in files}
+    # What macOS leaves beside each file on other disks is no text.
+    texts = [name for name in named if not named[name].name.startswith("._")]
+    _count(left_out, set(named) - set(texts), "._ files")
+    rows = [name for name in texts if not name.lower().endswith(".json")]
+    if rows:  # .json files beside others describe them
+        _count(left_out, set(texts) - set(rows), ".json files beside texts in other formats")
+    return [named[name] for name in _not_held_out(rows or texts, left_out)]
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    suffix = path.suffix.lower()
-    if suffix not in _TEXT_SUFFIXES:
+def _not_held_out(names: Sequence[str], left_out: Counter[str]) -> list[str]:
+    """Return the names that are not those of text for evaluation; all, if there are no others."""
+    kept = [name for name in names if not _HELD_OUT.search(name.lower())]
+    if kept:
+        _count(left_out, set(names) - set(kept), "files or splits for evaluation by name")
+    return kept or list(names)
+
+
+def _count(left_out: Counter[str], names: set[str], what: str) -> None:
+    if names:
+        left_out[f"{what} ({min(names)}{', ...' if len(names) > 1 else ''})"] += len(names)
+
+
+def _read_file(path: Path, fields: Sequence[str]) -> Values:
+    check_regular(path)
+    name = path.name.lower()
+    if not name.endswith(_SUFFIXES):
         raise CalibrationError(
-            f"{path} is not a calibration source; expected {', '.join(_TEXT_SUFFIXES)} or .npy"
+            f"{path} is not a calibration source; expected {', '.join(_SUFFIXES)} or .npy"
         )
     try:
-        if suffix == ".txt":
-            yield path.read_text(encoding="utf-8-sig")
-        elif suffix == ".jsonl":
-            yield from _read_jsonl(path)
-        else:
-            yield from _read_parquet(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from None
+        refuse_pointer(path, CalibrationError)
+        if name.endswith(".parquet"):
+            yield from _read_parquet(path, fields)
+            return
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            yield from _read_text(file, str(path), is_json=name.endswith(_JSON))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read: {one_line(error)}") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CalibrationError(f"{path}:{number} is not JSON: {one_line(error)}") from None
-            yield _text_field(record, f"{path}:{number}")
-
-
-def _text_field(record: Any, where: str) -> str:
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise CalibrationError(f'{where} has no string field "text"')
+def _read_stdin() -> Values:
+    """Read text, or JSON if it begins like objects or an array of them."""
+    if sys.stdin is None:
+        raise CalibrationError("stdin, which - stands for, is closed")
+    file = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise CalibrationError(
-            f'{where} has half a surrogate pair in "text"; it is not Unicode text'
-        ) from None
-    return text
+        begin = file.read(1024)
+        yield from _read_text(
+            file, "stdin", is_json=_STARTS_JSON.match(begin) is not None, begin=begin
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"stdin cannot be read: {one_line(error)}") from None
+    finally:
+        file.detach()  # which keeps stdin open
 
 
-def _read_parquet(path: Path) -> list[str]:
+def _read_text(file: TextIO, name: str, *, is_json: bool, begin: str = "") -> Values:
+    if is_json:
+        yield from _json_values(file, name, begin)
+    else:
+        yield from ((name, piece) for piece in _pieces(file, begin) if piece.strip())
+
+
+def _pieces(file: TextIO, begin: str = "") -> Iterator[str]:
+    """Cut a text, which starts with `begin`, at line ends, a piece in memory at a time."""
+    text = begin + file.read(_DOCUMENT_CHARS + 1 - len(begin))
+    while len(text) > _DOCUMENT_CHARS:
+        end = text.rfind("\n", 0, _DOCUMENT_CHARS) + 1 or _DOCUMENT_CHARS
+        yield text[:end]
+        text = text[end:] + file.read(end)
+    yield text
+
+
+def _json_values(file: TextIO, name: str, text: str = "") -> Values:
+    """Yield JSON values one after another, on lines of their own or not, or items of an array."""
+    decoder, at, line = json.JSONDecoder(), 0, 1
+    while True:
+        between = _BETWEEN_JSON.match(text, at)
+        start = between.end() if between else at
+        line += text.count("\n", at, start)
+        try:
+            value, at = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            is_whole = not _may_go_on(error, text)
+            more = "" if is_whole else file.read(max(_DOCUMENT_CHARS, len(text) - start))
+            if not more and start == len(text):
+                return
+            if not more or len(text) - start > _JSON_CHARS:
+                what = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+                raise CalibrationError(f"{name}:{line} is not JSON: {what}") from None
+            text, at = text[start:] + more, 0
+            continue
+        yield f"{name}:{line}", value
+        line += text.count("\n", start, at)
+
+
+def _may_go_on(error: Exception, text: str) -> bool:
+    """Whether JSON may be wrong only in that its end has not been read yet."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    longest_token = 16  # of those that may be cut: numbers go on where they are cut
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - longest_token
+
+
+def _rows(name: str, columns: Sequence[str], fields: Sequence[str], rows: Any) -> Values:
+    """Yield the rows of a table; rows(names) reads those columns."""
+    wanted = [field for field in fields if field in columns]
+    if not wanted:
+        yield name, dict.fromkeys(columns)  # which is refused, with the names that there are
+    for i, row in enumerate(rows(wanted)):
+        yield f"{name} row {i}", row
+
+
+def _read_parquet(path: Path, fields: Sequence[str]) -> Values:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -102,14 +236,39 @@ def _read_parquet(path: Path) -> list[str]:
             f"{path} needs pyarrow: pip install 'hfprune_fast[datasets]'"
         ) from None
     try:
-        table = parquet.read_table(path, columns=["text"])
-        texts = table.column("text").to_pylist()
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+
+            def rows(columns: list[str]) -> Iterable[Any]:
+                for batch in file.iter_batches(batch_size=256, columns=columns):
+                    yield from batch.to_pylist()
+
+            yield from _rows(str(path), file.schema_arrow.names, fields, rows)
     except (ArrowException, KeyError) as error:
-        raise CalibrationError(f'{path} has no readable column "text": {error}') from None
-    return [_text_field({"text": text}, f"{path} row {i}") for i, text in enumerate(texts)]
+        raise CalibrationError(f"{path} is not readable as .parquet: {one_line(error)}") from None
 
 
-def _read_hub(name: str) -> list[str]:
+def _read_saved(path: Path, fields: Sequence[str], left_out: Counter[str]) -> Values:
+    """Read what the `datasets` package has written with save_to_disk."""
+    try:
+        from datasets import load_from_disk
+    except ImportError:
+        raise CalibrationError(
+            f"{path} is a saved data set, which needs: pip install 'hfprune_fast[datasets]'"
+        ) from None
+    try:
+        saved = load_from_disk(str(path))
+        splits = saved if isinstance(saved, dict) else {"": saved}
+        for name in _not_held_out(list(splits), left_out):
+            split = splits[name].with_format(None)
+            where = f"{path}/{name}".rstrip("/")
+            yield from _rows(where, split.column_names, fields, split.select_columns)
+    except CalibrationError:
+        raise
+    except Exception as error:  # datasets raises its own and pyarrow's errors
+        raise CalibrationError(f"{path} is not a saved data set: {one_line(error)}") from None
+
+
+def _read_hub(name: str) -> Values:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -120,9 +279,8 @@ def _read_hub(name: str) -> list[str]:
     path, _, config = name.partition(":")
     try:
         dataset = load_dataset(path, config or None, split="train", streaming=True)
-        return [_text_field(row, name) for row in islice(dataset, _HUB_ROWS)]
-    except CalibrationError:
-        raise
+        for i, row in enumerate(islice(dataset, _HUB_ROWS)):
+            yield f"{name} row {i}", row
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
         raise CalibrationError(
             f"no file or folder {name}, and the hub says: {one_line(error)}"

@@ -15,6 +15,7 @@ from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions, ScoringOptions, keyword_options
 from hfprune_fast.data.batches import token_data
 from hfprune_fast.data.calibration import calibrate
+from hfprune_fast.data.sources import STDIN
 from hfprune_fast.engine.distributed import Processes, joined, launched, own_device
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import open_model
@@ -100,6 +101,8 @@ def open_job(
     backend_for(like, scoring.backend, scoring.parity)
     source = open_source(model)
     if isinstance(batches_or_text, str | Path):
+        if str(batches_or_text) == STDIN and processes.count > 1:
+            raise ArgumentError("stdin (-) is read by one process alone; give a file to several")
         data = calibrate(batches_or_text, source, calibration)
     else:
         data = token_data(batches_or_text, source.spec.vocab_size)

@@ -1,5 +1,8 @@
+import gzip
 import json
+import os
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,13 @@ import torch
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
+from hfprune_fast.data import calibration
 from hfprune_fast.data.calibration import token_windows
 from hfprune_fast.data.sources import _DOCUMENT_CHARS
 from hfprune_fast.errors import ArgumentError, CalibrationError
 
 WORDS = ["the", "module", "returns", "a", "string", "and", "raises", "when", "value", "is", "not"]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9084449\n"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +130,45 @@ def test_tokenizer_without_bos_and_eos(tmp_path: Path, tokenizer: Any) -> None:
     assert got.flatten().tolist() == Plain()(words(60))["input_ids"][: got.numel()]
 
 
+def test_a_large_source_takes_no_more_memory_and_is_drawn_as_a_small_one(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.jsonl.gz"
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for i in range(600):
+            file.write(json.dumps({"text": f"number {i} {words(30 + i % 7)}" * 200}) + "\n")
+    whole = windows(path, tokenizer)  # which keeps all 24 MB
+    monkeypatch.setattr(calibration, "_MIN_KEPT_CHARS", 1 << 18)
+    tracemalloc.start()
+    kept = windows(path, tokenizer)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert torch.equal(kept, whole)
+    assert peak_bytes < 6_000_000
+
+
+def test_rows_of_ids_are_read_as_they_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 million rows, of which no list and no order of all is made."""
+    monkeypatch.setattr(calibration, "_MAX_ORDERED", 1 << 10)  # under tracemalloc
+    path = tmp_path / "ids.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint8, (20_000_000, 1))
+    tracemalloc.start()
+    drawn = token_windows(path, None, seq_len=None, samples=2, vocab_size=10)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert drawn.tolist() == [[0], [0]]
+    assert peak_bytes < 1_000_000
+
+
+def test_a_row_longer_than_the_model_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint8, (1, 1 << 40))
+    with pytest.raises(ArgumentError, match="seq_len must be at most 64, the model's longest"):
+        token_windows(path, None, seq_len=None, samples=2, vocab_size=10, longest=64)
+
+
 def test_documents_are_drawn_from_the_whole_source(tmp_path: Path, tokenizer: Any) -> None:
     """Tokenising stops early in a large source; what it read is not simply its beginning."""
     path = tmp_path / "many.jsonl"
@@ -188,15 +232,21 @@ def test_npy_of_another_length(tmp_path: Path) -> None:
         ("short.txt", b"too short", r"holds \d+ tokens, but one sample takes 16; give more text"),
         ("bad.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("bad.jsonl", b'{"text": "a"', "bad.jsonl:1 is not JSON"),
-        ("deep.jsonl", b"[" * 200_000, "deep.jsonl:1 is not JSON"),
+        ("deep.jsonl", b'{"text": ' + b"[" * 200_000, "deep.jsonl:1 is not JSON"),
+        ("cut.json", b'[{"text": "a"},\n\n{"text": "b', "cut.json:3 is not JSON: Unterminated"),
+        ("zeros.jsonl", b"\0" * 20_000, "zeros.jsonl:1 is not JSON: Expecting value"),
         ("digits.jsonl", b'{"text": ' + b"9" * 6000 + b"}", "digits.jsonl:1 is not JSON"),
         ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1 has half a surrogate pair"),
         ("archive.npy", b"PK\x03\x04", "not a .npy file"),
         ("header.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (-1,)}\n", "not a .npy file"),
-        ("field.jsonl", b'{"content": "a"}', 'field.jsonl:1 has no string field "text"'),
-        ("null.jsonl", b'{"text": "a"}\n{"text": null}', 'null.jsonl:2 has no string field "text"'),
+        ("null.jsonl", b'{"text": null}\n', "holds no text"),
+        ("plain.jsonl.gz", b'{"text": "a"}\n', "cannot be read: Not a gzipped file"),
+        ("cut.txt.gz", gzip.compress(b"words " * 99)[:-9], "cannot be read: Compressed file ended"),
+        ("bits.txt.gz", gzip.compress(b"words " * 99)[:12] + b"words", "cannot be read"),
+        ("lfs.txt", POINTER, "lfs.txt is a Git LFS pointer"),
+        ("lfs.npy", POINTER, "lfs.npy is a Git LFS pointer"),
         ("text.md", b"words", "is not a calibration source"),
-        ("bad.parquet", b"PAR1 not really", 'no readable column "text"'),
+        ("bad.parquet", b"PAR1 not really", "is not readable as .parquet"),
         ("bad.npy", b"not numpy", "not a .npy file"),
     ],
 )
@@ -205,6 +255,26 @@ def test_bad_files(tmp_path: Path, tokenizer: Any, name: str, content: bytes, me
     path.write_bytes(content)
     with pytest.raises(CalibrationError, match=message):
         windows(path, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "ring", "broken link"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl.gz", ".npy", ""])
+def test_what_may_never_end_is_no_source(
+    tmp_path: Path, tokenizer: Any, kind: str, suffix: str
+) -> None:
+    path = tmp_path / f"text{suffix}"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"device": "/dev/zero", "ring": path, "broken link": "nowhere"}[kind])
+    with pytest.raises(CalibrationError, match="is no regular file"):
+        windows(path, tokenizer)
+
+
+@pytest.mark.parametrize("source", ["", "  "])
+def test_empty_name(tokenizer: Any, source: str) -> None:
+    with pytest.raises(CalibrationError, match="is empty"):
+        windows(source, tokenizer)
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.txt", "nowhere.npy"])
@@ -220,7 +290,7 @@ def test_missing_hub_data_set(tokenizer: Any) -> None:
 
 
 def test_empty_folder(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(CalibrationError, match=r"holds no .txt, .jsonl, .parquet file"):
+    with pytest.raises(CalibrationError, match=r"holds no .txt, .*, .parquet file"):
         windows(tmp_path, tokenizer)
 
 
