@@ -34,7 +34,8 @@ def run(
     One model is in memory at a time (or a layer of it), with the dense one's final hidden states.
     """
     sources = [open_source(dense), open_source(pruned)]
-    data = calibrate(text_source, sources[0], sampling)
+    data = calibrate(text_source, sources[0], sampling, evaluation=True)
+    check_windows(data.batches)
     check_vocabularies(*(source.spec.vocab_size for source in sources))
     _warn_of_calibration_text(sources[1], data)
     blueprints = [
@@ -49,7 +50,6 @@ def run(
         sequences=data.sequences,
     )
     batches = data.split(plan.batch_size)
-    check_windows(batches)
     with token_bar("evaluating", 2 * data.tokens, progress) as on_progress:
         with open_model(blueprints[0], plan.offload) as model:
             hidden = [h.to("cpu") for h in model.final_hidden(batches, on_progress)]

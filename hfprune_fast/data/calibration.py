@@ -53,7 +53,9 @@ class TextModel(Protocol):
     def spec(self) -> ModelSpec: ...
 
 
-def calibrate(text: str | Path, source: TextModel, options: CalibrationOptions) -> TokenData:
+def calibrate(
+    text: str | Path, source: TextModel, options: CalibrationOptions, *, evaluation: bool = False
+) -> TokenData:
     """Return token windows of a text for a model, as `token_windows` makes them.
 
     Prints a line on stderr when the text holds fewer samples than requested.
@@ -77,6 +79,7 @@ def calibrate(text: str | Path, source: TextModel, options: CalibrationOptions) 
         longest=longest,
         text_field=options.text_field,
         chat_template=options.chat_template,
+        evaluation=evaluation,
     )
     if options.samples is not None and len(ids) < options.samples:
         say(
@@ -100,6 +103,7 @@ def token_windows(
     longest: int | None = None,
     text_field: str | None = None,
     chat_template: bool = False,
+    evaluation: bool = False,
 ) -> Tensor:
     """Return token windows, (N, T) int64, from a source of text or ids.
 
@@ -117,6 +121,7 @@ def token_windows(
         text_field: the field of records that holds text or a chat; None is the first there is of
             `records.FIELDS`.
         chat_template: render chats by the tokenizer's template, with no BOS and EOS but its own.
+        evaluation: read all of a folder, also what is named as text for evaluation.
 
     Raises:
         CalibrationError: no such source, too little text, or bad ids.
@@ -142,7 +147,9 @@ def token_windows(
         raise ArgumentError("text needs a tokenizer and a seq_len; only .npy goes without")
     if chat_template and not tokenizer.chat_template:
         raise ArgumentError("the model's tokenizer has no chat template; leave out --chat-template")
-    documents: Iterable[Document] = documents_of(source, text_field, keep_chats=chat_template)
+    documents: Iterable[Document] = documents_of(
+        source, text_field, keep_chats=chat_template, evaluation=evaluation
+    )
     limit = None if samples is None else samples * _CANDIDATES
     if limit is not None:
         kept_chars = max(_MIN_KEPT_CHARS, limit * seq_len * _CHARS_A_TOKEN)
@@ -241,7 +248,8 @@ def _encode(
         with one_line_errors(
             f"the chat template cannot render a chat of {source}", CalibrationError
         ):
-            text, ends = tokenizer.apply_chat_template(document.chat, tokenize=False), False
+            text = str(tokenizer.apply_chat_template(document.chat, tokenize=False))
+            ends = False
     what = f"the model's tokenizer cannot encode {source}"
     with one_line_errors(what, CalibrationError), library_hidden():
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

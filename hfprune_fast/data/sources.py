@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 
 from hfprune_fast.config import TINY_MODEL
 from hfprune_fast.console import say
+from hfprune_fast.data.json_values import json_values
 from hfprune_fast.data.records import FIELDS, Document, document_of
 from hfprune_fast.errors import CalibrationError, one_line, refuse_pointer
 
@@ -25,32 +25,44 @@ STDIN = "-"
 # A longer text is read as several documents of about this size, cut at line ends, so that samples
 # of a huge file come from all over it without tokenising it whole.
 _DOCUMENT_CHARS = 1 << 20
-_JSON_CHARS = 1 << 26  # of one JSON value; what is longer is no record
 _HUB_ROWS = 100_000
 _TEXT = (".txt", ".txt.gz")
 _JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _SUFFIXES = (*_TEXT, *_JSON, ".parquet")
+# Files of what save_to_disk wrote, of several splits or of one data set.
+_SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
 # Files and splits that are kept for evaluation by those who name them so.
 _HELD_OUT = re.compile(
     r"(?<![a-z])(test|testing|valid|validation|val|dev|eval|evaluation|heldout)(?![a-z])"
 )
-_BETWEEN_JSON = re.compile(r"[ \t\r\n,\[\]]*")
 _STARTS_JSON = re.compile(r"\s*(\[\s*)?\{\s*\"")
+
+_UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 Values = Iterator[tuple[str, Any]]  # where it is, for messages, and a text or a record
 
 
 def documents_of(
-    source: str | Path, text_field: str | None = None, *, keep_chats: bool = False
+    source: str | Path,
+    text_field: str | None = None,
+    *,
+    keep_chats: bool = False,
+    evaluation: bool = False,
 ) -> Iterator[Document]:
-    """Yield the texts of a source one by one, long ones cut; chats whole with `keep_chats`.
+    """Yield the texts of a source one by one, long ones cut.
 
     Prints one line of what was left out, and one of how chats are read.
+
+    Args:
+        source: as of `calibration.token_windows`, but for .npy files.
+        text_field: the field of records to read; None is the first there is of `FIELDS`.
+        keep_chats: yield chats as they are, neither as plain text alone nor cut.
+        evaluation: leave out no files and splits that are named as text for evaluation.
     """
     fields = FIELDS if text_field is None else (text_field,)
     left_out = Counter[str]()
     chats = 0
-    for where, value in _values(source, fields, left_out):
+    for where, value in _values(source, fields, left_out, evaluation):
         document = document_of(value, where, fields)
         if document is None:
             left_out["empty or null entries"] += 1
@@ -85,7 +97,9 @@ def check_regular(path: Path) -> None:
         )
 
 
-def _values(source: str | Path, fields: Sequence[str], left_out: Counter[str]) -> Values:
+def _values(
+    source: str | Path, fields: Sequence[str], left_out: Counter[str], evaluation: bool
+) -> Values:
     path = Path(source)
     if str(source) == "demo" and not path.exists():
         path = DEMO_TEXT
@@ -94,10 +108,10 @@ def _values(source: str | Path, fields: Sequence[str], left_out: Counter[str]) -
     elif not str(source).strip():
         raise CalibrationError("the name of the calibration source is empty")
     elif os.path.isdir(path):
-        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            yield from _read_saved(path, fields, left_out)
+        if any(all(os.path.isfile(path / name) for name in names) for names in _SAVED):
+            yield from _read_saved(path, fields, left_out, evaluation)
         else:
-            for file in _files_in(path, left_out):
+            for file in _files_in(path, left_out, evaluation):
                 yield from _read_file(file, fields)
     elif os.path.lexists(path) or path.is_absolute() or str(source).startswith("."):
         yield from _read_file(path, fields)
@@ -107,7 +121,7 @@ def _values(source: str | Path, fields: Sequence[str], left_out: Counter[str]) -
         yield from _read_hub(str(source))
 
 
-def _files_in(folder: Path, left_out: Counter[str]) -> list[Path]:
+def _files_in(folder: Path, left_out: Counter[str], evaluation: bool) -> list[Path]:
     """Return the files of a folder that are calibration text, sorted."""
     files = sorted(p for p in folder.rglob("*") if p.name.lower().endswith(_SUFFIXES))
     files = [path for path in files if path.is_file()]
@@ -120,12 +134,12 @@ def _files_in(folder: Path, left_out: Counter[str]) -> list[Path]:
     rows = [name for name in texts if not name.lower().endswith(".json")]
     if rows:  # .json files beside others describe them
         _count(left_out, set(texts) - set(rows), ".json files beside texts in other formats")
-    return [named[name] for name in _not_held_out(rows or texts, left_out)]
+    return [named[name] for name in _used(rows or texts, left_out, evaluation)]
 
 
-def _not_held_out(names: Sequence[str], left_out: Counter[str]) -> list[str]:
-    """Return the names that are not those of text for evaluation; all, if there are no others."""
-    kept = [name for name in names if not _HELD_OUT.search(name.lower())]
+def _used(names: Sequence[str], left_out: Counter[str], evaluation: bool) -> list[str]:
+    """Return the names, without those of text for evaluation unless there are no others."""
+    kept = [name for name in names if evaluation or not _HELD_OUT.search(name.lower())]
     if kept:
         _count(left_out, set(names) - set(kept), "files or splits for evaluation by name")
     return kept or list(names)
@@ -151,8 +165,13 @@ def _read_file(path: Path, fields: Sequence[str]) -> Values:
         opened = gzip.open if name.endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8-sig") as file:
             yield from _read_text(file, str(path), is_json=name.endswith(_JSON))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {one_line(error)}") from None
+    except _UNREADABLE as error:
+        raise _unreadable(str(path), error) from None
+
+
+def _unreadable(name: str, error: Exception) -> CalibrationError:
+    expected = "; expected UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+    return CalibrationError(f"{name} cannot be read: {one_line(error)}{expected}")
 
 
 def _read_stdin() -> Values:
@@ -165,15 +184,15 @@ def _read_stdin() -> Values:
         yield from _read_text(
             file, "stdin", is_json=_STARTS_JSON.match(begin) is not None, begin=begin
         )
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"stdin cannot be read: {one_line(error)}") from None
+    except _UNREADABLE as error:
+        raise _unreadable("stdin", error) from None
     finally:
         file.detach()  # which keeps stdin open
 
 
 def _read_text(file: TextIO, name: str, *, is_json: bool, begin: str = "") -> Values:
     if is_json:
-        yield from _json_values(file, name, begin)
+        yield from json_values(file, name, begin)
     else:
         yield from ((name, piece) for piece in _pieces(file, begin) if piece.strip())
 
@@ -186,37 +205,6 @@ def _pieces(file: TextIO, begin: str = "") -> Iterator[str]:
         yield text[:end]
         text = text[end:] + file.read(end)
     yield text
-
-
-def _json_values(file: TextIO, name: str, text: str = "") -> Values:
-    """Yield JSON values one after another, on lines of their own or not, or items of an array."""
-    decoder, at, line = json.JSONDecoder(), 0, 1
-    while True:
-        between = _BETWEEN_JSON.match(text, at)
-        start = between.end() if between else at
-        line += text.count("\n", at, start)
-        try:
-            value, at = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            is_whole = not _may_go_on(error, text)
-            more = "" if is_whole else file.read(max(_DOCUMENT_CHARS, len(text) - start))
-            if not more and start == len(text):
-                return
-            if not more or len(text) - start > _JSON_CHARS:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
-                raise CalibrationError(f"{name}:{line} is not JSON: {what}") from None
-            text, at = text[start:] + more, 0
-            continue
-        yield f"{name}:{line}", value
-        line += text.count("\n", start, at)
-
-
-def _may_go_on(error: Exception, text: str) -> bool:
-    """Whether JSON may be wrong only in that its end has not been read yet."""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
-    longest_token = 16  # of those that may be cut: numbers go on where they are cut
-    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - longest_token
 
 
 def _rows(name: str, columns: Sequence[str], fields: Sequence[str], rows: Any) -> Values:
@@ -247,7 +235,9 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> Values:
         raise CalibrationError(f"{path} is not readable as .parquet: {one_line(error)}") from None
 
 
-def _read_saved(path: Path, fields: Sequence[str], left_out: Counter[str]) -> Values:
+def _read_saved(
+    path: Path, fields: Sequence[str], left_out: Counter[str], evaluation: bool
+) -> Values:
     """Read what the `datasets` package has written with save_to_disk."""
     try:
         from datasets import load_from_disk
@@ -258,7 +248,7 @@ def _read_saved(path: Path, fields: Sequence[str], left_out: Counter[str]) -> Va
     try:
         saved = load_from_disk(str(path))
         splits = saved if isinstance(saved, dict) else {"": saved}
-        for name in _not_held_out(list(splits), left_out):
+        for name in _used(list(splits), left_out, evaluation):
             split = splits[name].with_format(None)
             where = f"{path}/{name}".rstrip("/")
             yield from _rows(where, split.column_names, fields, split.select_columns)

@@ -11,7 +11,7 @@ import pytest
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
-from hfprune_fast.data import sources
+from hfprune_fast.data import json_values, sources
 from hfprune_fast.data.calibration import token_windows
 from hfprune_fast.data.sources import documents_of
 from hfprune_fast.errors import ArgumentError, CalibrationError
@@ -28,8 +28,8 @@ PARTS = [
 PLAIN = "user: Why?\n\nassistant: Because."
 
 
-def texts(source: Path | str, field: str | None = None) -> list[str]:
-    return [document.text for document in documents_of(source, field)]
+def texts(source: Path | str, field: str | None = None, **options: bool) -> list[str]:
+    return [document.text for document in documents_of(source, field, **options)]
 
 
 def lines(records: list[Any]) -> bytes:
@@ -70,6 +70,7 @@ FORMATS: dict[str, Callable[[Path, list[Any]], Any]] = {
 @pytest.fixture(autouse=True)
 def _read_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of JSON are cut anywhere between two reads."""
+    monkeypatch.setattr(json_values, "_CHUNK_CHARS", 300)
     monkeypatch.setattr(sources, "_DOCUMENT_CHARS", 300)
 
 
@@ -107,7 +108,7 @@ def test_chunks_of_any_size_give_the_same_values(
     record = {"n": [1.5e-300, -12, True, None], "text": 'a\\"\u20ac\U0001f600', "o": {"x": "y"}}
     path.write_text(json.dumps(record) + ",\n" + json.dumps([record, record], indent=1))
     for size in range(8, 130):
-        monkeypatch.setattr(sources, "_DOCUMENT_CHARS", size)
+        monkeypatch.setattr(json_values, "_CHUNK_CHARS", size)
         assert texts(path) == [record["text"]] * 3
 
 
@@ -168,6 +169,7 @@ def test_held_out_files_are_left_out_of_a_folder(
     said = capfd.readouterr().err
     assert f"1 files or splits for evaluation by name ({name})" in said
     assert texts(folder / name) == ["held out"]
+    assert sorted(texts(folder, evaluation=True)) == ["held out", "train", "values"]
     for file in ("train.txt", "latest-values.txt"):
         (folder / file).unlink()
     assert texts(folder) == ["held out"]
@@ -221,14 +223,15 @@ def test_tables_without_text(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
 def test_damaged_saved_data_set(tmp_path: Path, name: str) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
-    (tmp_path / name).write_text('{"splits": ["../.."]}')
+    for file in (name, "dataset_info.json"):
+        (tmp_path / file).write_text('{"splits": ["../.."]}')
     with pytest.raises(CalibrationError, match="is not a saved data set") as raised:
         texts(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 def test_saved_data_sets_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match=r"pip install 'hfprune_fast\[datasets\]'"):
         texts(tmp_path)
