@@ -176,9 +176,10 @@ def _unreadable(name: str, error: Exception) -> CalibrationError:
 
 def _read_stdin() -> Values:
     """Read text, or JSON if it begins like objects or an array of them."""
-    if sys.stdin is None:
-        raise CalibrationError("stdin, which - stands for, is closed")
-    file = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
+    stdin = getattr(sys.stdin, "buffer", None)
+    if stdin is None:
+        raise CalibrationError("stdin, which - stands for, is closed or has no bytes")
+    file = io.TextIOWrapper(stdin, encoding="utf-8-sig")
     try:
         begin = file.read(1024)
         yield from _read_text(
@@ -224,7 +225,7 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> Values:
             f"{path} needs pyarrow: pip install 'hfprune_fast[datasets]'"
         ) from None
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
 
             def rows(columns: list[str]) -> Iterable[Any]:
                 for batch in file.iter_batches(batch_size=256, columns=columns):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from truth import tiny_model
 
-from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
+from hfprune_fast.config import TINY_MODEL
 from hfprune_fast.errors import CheckpointError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9084449\n"
@@ -84,6 +84,11 @@ def test_what_tokenizers_raise_is_one_line(
     assert re.search(message, line), line
 
 
+def into_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -93,7 +98,7 @@ def test_what_tokenizers_raise_is_one_line(
             lambda file: file.write_text(POINTER),
             "tokenizer.json is a Git LFS pointer, not the file",
         ),
-        (lambda file: (file.unlink(), os.mkfifo(file)), "tokenizer.json is a pipe or a device"),
+        (into_a_pipe, "tokenizer.json is a pipe or a device"),
     ],
 )
 def test_damaged_tokenizer_files(folder: Path, damage: Callable[[Path], Any], message: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
+from hfprune_fast.config import TINY_MODEL
 from hfprune_fast.data import calibration
 from hfprune_fast.data.calibration import token_windows
 from hfprune_fast.data.sources import _DOCUMENT_CHARS
@@ -266,7 +266,7 @@ def test_what_may_never_end_is_no_source(
     if kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to({"device": "/dev/zero", "ring": path, "broken link": "nowhere"}[kind])
+        path.symlink_to({"device": "/dev/zero", "ring": str(path)}.get(kind, "nowhere"))
     with pytest.raises(CalibrationError, match="is no regular file"):
         windows(path, tokenizer)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
+from hfprune_fast.config import TINY_MODEL
 from hfprune_fast.data import json_values, sources
 from hfprune_fast.data.calibration import token_windows
 from hfprune_fast.data.sources import documents_of
@@ -130,7 +130,7 @@ def test_stdin(monkeypatch: pytest.MonkeyPatch, given: str, expected: str) -> No
 
 
 def test_stdin_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stdin in (io.TextIOWrapper(io.BytesIO(b"\xff\xfe")), None):
+    for stdin in (io.TextIOWrapper(io.BytesIO(b"\xff\xfe")), io.StringIO("words"), None):
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(CalibrationError, match="stdin"):
             texts("-")
