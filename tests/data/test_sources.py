@@ -304,5 +304,5 @@ def test_names_that_are_not_utf8(
         run = hfprune("prune", "demo", "--calibration", source, "--out", tmp_path / "out", *flags)
         assert run.code == 0, run.err
         record = json.loads((tmp_path / "out" / "hfprune.json").read_text(encoding="utf-8"))
-        assert record["provenance"]["calibration"]["source"] in ("fold?r?[31m", "?.txt")
+        assert record["provenance"]["calibration"]["source"].isprintable()
         flags.append("--force")
