@@ -67,7 +67,9 @@ def test_score_prune_evaluate_in_json(
     assert record["requested"] == {
         "param_ratio": 0.05,
         "round_to": 4,
+        "min_keep": 0.05,
         "protect": [],
+        "layout": "auto",
         "criterion": "entropy",
         "select": "statistic",
         "statistic": "l2",
@@ -389,11 +391,46 @@ def test_refusals_come_before_the_scoring(
     monkeypatch.setattr(
         "hfprune_fast.pruning.oneshot.ScoringJob", lambda *_, **__: pytest.fail("scored")
     )
-    arguments = ["prune", llama_dir, "--calibration", "demo"]
-    assert_refused(
-        hfprune(*arguments, "--prune-ratio", 2, "--out", tmp_path / "out"), "prune_ratio"
-    )
-    assert_refused(hfprune(*arguments, "--prune-ratio", 0.2, "--out", llama_dir), "never written")
+    arguments = ["prune", llama_dir, "--calibration", "demo", "--prune-ratio"]
+    for flags, message in (
+        (["2"], "prune_ratio"),
+        (["0.2", "--protect", "3"], r"protect names layer 3; the model has 0\.\.2"),
+        (["0.2", "--protect", "0,1,2"], "protect names every layer"),
+        (["0.2", "--min-keep", "1.5"], "min_keep must be in"),
+        (["0.2", "--layout", "native"], "layout native: .*; use layout custom or padded"),
+        (["0.2", "--criterion", "random", "--resume"], "nothing that could be resumed"),
+    ):
+        assert_refused(hfprune(*arguments, *flags, "--out", tmp_path / "out"), message)
+    assert_refused(hfprune(*arguments, "0.2", "--out", llama_dir), "never written")
+
+
+def test_the_next_command_after_scoring_works(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    run = hfprune(
+        "score", llama_dir, "--calibration", text_file, "--out", tmp_path / "s", "--samples", 4,
+        "--seq-len", 32, "--criterion", "entropy", "--criterion", "fisher", "--obs",
+    )  # fmt: skip
+    program, *command = run.out.splitlines()[-1].removeprefix("next: ").split()
+    assert program == "hfprune"
+    pruned = hfprune(*command[:-1], tmp_path / "out", "--allocation", "global", "--json")
+    assert pruned.code == 0, pruned.err
+    assert pruned.json()["select"] == "obs"  # of several, the criterion that has removal costs
+    assert json.loads((tmp_path / "out/hfprune.json").read_text())["requested"]["refit"]
+    again = hfprune(
+        "score", tmp_path / "out", "--calibration", text_file, "--out", tmp_path / "s2",
+        "--samples", 4, "--seq-len", 32,
+    )  # fmt: skip
+    assert "next: hf.prune_checkpoint with a keep of your own" in again.out
+
+
+def test_only_the_first_process_of_torchrun_prints(
+    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run = hfprune("doctor")
+    assert (run.code, run.out, run.err) == (0, "", "")
 
 
 def test_scores_survive_an_output_that_fails(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
+from hfprune_fast.checkpoint.layouts import check_native
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
     DATA_FREE,
@@ -99,6 +100,9 @@ def oneshot(
     source = open_source(model)
     width = WidthBudget.of(source.spec, budget)
     check_output(source, out, width.width, output, resume=scoring.resume)
+    if output.layout == "native" and (resolved.allocation != "uniform" or budget.protect):
+        dense, layers = source.spec.intermediate_size, source.spec.num_layers
+        check_native(source.config, [dense, *[width.width] * (layers - 1)])
     if given is not None:
         check_table(given, source)
     elif resolved.criterion in DATA_FREE:
@@ -127,7 +131,8 @@ def oneshot(
         keep, chosen = allocation.choose(dense, batches, importance, width, resolved, progress)
         replace = refit_stored(dense, batches, source, keep, progress) if dense else None
         requested = {**budget.size, **asdict(resolved)}
-        requested |= {"round_to": budget.round_to, "protect": sorted(budget.protect)}
+        requested |= {name: getattr(budget, name) for name in ("round_to", "min_keep")}
+        requested |= {"protect": sorted(budget.protect), "layout": output.layout}
         record = {"requested": requested, "chosen": chosen, "provenance": table.provenance}
         achieved = prune_checkpoint(
             source, out, keep, replace=replace, record=record, progress=progress, **asdict(output)
@@ -176,6 +181,8 @@ def _recipe(
         raise ArgumentError(f"criterion {resolved.criterion} takes no --scores")
     if resolved.refit and calibration is None:
         raise ArgumentError("--refit needs --calibration, the text to fit to")
+    if data_free and scoring.resume:
+        raise ArgumentError(f"criterion {resolved.criterion} scores nothing that could be resumed")
     if scores is None and not data_free:
         check_criteria((resolved.criterion,), resolved.select == "obs", scoring, processes, "state")
     return resolved

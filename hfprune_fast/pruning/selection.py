@@ -66,6 +66,9 @@ class WidthBudget:
 
     @classmethod
     def of(cls, spec: ModelSpec, budget: Budget) -> WidthBudget:
+        """Return a model's budget; ArgumentError where no table of scores could meet it."""
+        _check_layers(budget.protect, spec.num_layers)
+        _check_min_keep(budget.min_keep)
         return cls(target_width(spec, budget), budget.min_keep, budget.protect, budget.round_to)
 
     def keep(self, importance: Tensor, allocation: str | float) -> dict[int, Tensor]:
@@ -100,8 +103,7 @@ def _widths(
     ranking compares.
     """
     layers, dense = importance.shape
-    if not 0 <= min_keep <= 1:
-        raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
+    _check_min_keep(min_keep)
     if allocation == 0 or width == dense:
         return [width] * layers
     blocks, mean = dense // step, width // step
@@ -135,6 +137,11 @@ def _check_layers(protect: Collection[int], layers: int) -> set[int]:
     if len(set(protect)) == layers:
         raise ArgumentError("protect names every layer, so none is left to prune")
     return set(protect)
+
+
+def _check_min_keep(min_keep: float) -> None:
+    if not 0 <= min_keep <= 1:
+        raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
 
 
 def target_width(spec: ModelSpec, budget: Budget) -> int:

@@ -198,11 +198,15 @@ def test_torchrun_starts_them(hfprune: Hfprune) -> None:
 def test_torchrun_ends_all_when_one_is_killed(place: str) -> None:
     """In the middle, and before they have joined."""
     Path("driver.py").write_text(
-        "import os, sys\n"
+        "import os, sys, time\n"
         "from forked import kill_at\n"
         "from hfprune_fast.cli import main\n"
         "if __name__ == '__main__':\n"
-        "    if os.environ['RANK'] == '1':\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        open('started', 'w').close()\n"
+        "    else:\n"
+        "        while not os.path.exists('started'):\n"
+        "            time.sleep(0.05)\n"
         f"        kill_at('hfprune_fast.{place}', 0)()\n"
         "    main(sys.argv[1:])\n"
     )
