@@ -522,12 +522,13 @@ from hfprune_fast.cli import main
 shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])
 """
-    command = [sys.executable, "-c", code, *PRUNE_DEMO, "--out", "out"]
+    arguments = ["prune", "demo", "--criterion", "magnitude", "--prune-ratio", "0.2", "--out"]
+    command = [sys.executable, "-c", code, *arguments, "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".out.partial-")
     assert (leftover / "model.safetensors").exists()
-    again = hfprune(*PRUNE_DEMO, "--out", tmp_path / "out")  # the next run says so, and works
+    again = hfprune(*arguments, tmp_path / "out")  # the next run says so, and works
     assert again.code == 0, again.err
     assert f"{leftover} is left over from a run that was killed" in again.err
