@@ -204,7 +204,7 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
 
 @cli.command()
 @click.option("--out", type=Path, metavar="DIR", help="Keep the pruned model here.")
-@click.option("--prune-ratio", type=float, default=0.2, show_default=True)
+@click.option("--prune-ratio", type=float, default=0.25, show_default=True)
 @_force
 @_common
 def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug: bool) -> None:

@@ -119,7 +119,11 @@ class Budget:
     prune_ratio: float | None = _option(None, "Fraction of MLP neurons to remove, in [0, 1).")
     param_ratio: float | None = _option(None, "Fraction of ALL parameters to remove, in [0, 1).")
     intermediate_size: int | None = _option(None, "The (mean) MLP width to prune to.")
-    round_to: int = _option(1, "Make widths multiples of this.")
+    round_to: str | int = _option(
+        "auto",
+        "Make widths multiples of this; auto is what quantisers take: 256 from a dense width of "
+        "4096, 64 from 512, 32 below.",
+    )
     min_keep: float = _option(
         0.05, "Fraction of a layer's neurons that is kept at least, where the budget is above it."
     )
@@ -127,9 +131,13 @@ class Budget:
         (), "Layers that are not pruned, such as 0,1,31.", metavar="LAYERS"
     )
 
+    def __post_init__(self) -> None:
+        if self.round_to != "auto" and not (str(self.round_to).isdecimal() and int(self.round_to)):
+            raise ArgumentError(f"round_to must be auto or at least 1, got {self.round_to!r}")
+
     @property
     def size(self) -> dict[str, float | int]:
-        """The budgets that are given; `target_width` takes exactly one."""
+        """The budgets that are given; `mean_width` takes exactly one."""
         sizes = {name: getattr(self, name) for name in BUDGETS}
         return {name: value for name, value in sizes.items() if value is not None}
 

@@ -135,6 +135,12 @@ def test_pruning_together_writes_one_checkpoint(hfprune: Hfprune) -> None:
     assert Path("log1.out").read_text() == logs[1] == ""
 
 
+def test_what_one_process_does_the_others_leave_to_it() -> None:
+    assert run_together(2, "doctor") == ([0, 0], ["", ""])
+    assert "torch" in Path("log0.out").read_text()
+    assert Path("log1.out").read_text() == ""
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [("--resume", "--resume is for one process"), ("--parity", "--parity is for one process")],
