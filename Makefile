@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests run in as many processes, of a thread each; a process takes about 1 GB.
+JOBS ?= 2
 
 .PHONY: demo test test-all lint types aot bench bench-large tiny-model qwen3-model install clean
 
@@ -10,11 +12,11 @@ demo: install
 
 # The fast tests, in under 6 minutes on 2 idle cores.
 test: $(VENV)/.dev install lint types
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n $(JOBS) -m "not slow"
 
 # All tests: what CI runs.
 test-all: $(VENV)/.dev install lint types
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -74,7 +74,11 @@ def _flags(
                 options["type"] = types[each.name]
             if each.metadata["metavar"]:
                 options["metavar"] = each.metadata["metavar"]
-            options["show_default"] = default not in (None, False, ())
+            usual = each.metadata.get("usual")  # what stands where a change is not given
+            if usual is not None:
+                shown = each.name if usual is True else str(usual)
+                options["help"] += f" [default: {shown}]"
+            options["show_default"] = not any(default is none for none in (None, False, ()))
             command = click.option(*names, **options)(command)
         return command
 
@@ -93,13 +97,16 @@ _force = click.option("--force", is_flag=True, help="Replace an existing output.
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hfprune")
-def cli() -> None:
-    """Rank the MLP neurons of a language model by output entropy and cut out the least important.
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Score the MLP neurons of a language model by its own output, and cut out the least important.
 
     MODEL is a folder, a hub name, or `demo`, the small model that ships with this package. A text
     SOURCE is a .txt, .jsonl, .json or .parquet file, a folder of them, `demo`, a hub data set, a
     .npy file of token ids, or - for stdin.
     """
+    if launched().rank > 0 and ctx.invoked_subcommand not in ("score", "prune"):
+        ctx.exit()  # torchrun started several; the other commands are the first one's work
 
 
 @cli.command()
@@ -131,7 +138,7 @@ def score(
 
     result = command.run(model, calibration, out, **flags)
     if result:
-        _print(as_json, result, command.text(result, model, calibration))
+        _print(as_json, result, command.text(result, model, calibration, flags))
 
 
 @cli.command()
@@ -197,7 +204,7 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
 
 @cli.command()
 @click.option("--out", type=Path, metavar="DIR", help="Keep the pruned model here.")
-@click.option("--prune-ratio", type=float, default=0.2, show_default=True)
+@click.option("--prune-ratio", type=float, default=0.25, show_default=True)
 @_force
 @_common
 def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug: bool) -> None:

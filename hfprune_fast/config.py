@@ -126,15 +126,25 @@ class Budget:
     prune_ratio: float | None = _option(None, "Fraction of MLP neurons to remove, in [0, 1).")
     param_ratio: float | None = _option(None, "Fraction of ALL parameters to remove, in [0, 1).")
     intermediate_size: int | None = _option(None, "The (mean) MLP width to prune to.")
-    round_to: int = _option(1, "Make widths multiples of this.")
-    min_keep: float = _option(0.05, "Fraction of a layer's neurons that is kept at least.")
+    round_to: str | int = _option(
+        "auto",
+        "Make widths multiples of this; auto is what quantisers take: 256 from a dense width of "
+        "4096, 64 from 512, 32 below.",
+    )
+    min_keep: float = _option(
+        0.05, "Fraction of a layer's neurons that is kept at least, where the budget is above it."
+    )
     protect: tuple[int, ...] = _option(
         (), "Layers that are not pruned, such as 0,1,31.", metavar="LAYERS"
     )
 
+    def __post_init__(self) -> None:
+        if self.round_to != "auto" and not (str(self.round_to).isdecimal() and int(self.round_to)):
+            raise ArgumentError(f"round_to must be auto or at least 1, got {self.round_to!r}")
+
     @property
     def size(self) -> dict[str, float | int]:
-        """The budgets that are given; `target_width` takes exactly one."""
+        """The budgets that are given; `mean_width` takes exactly one."""
         sizes = {name: getattr(self, name) for name in BUDGETS}
         return {name: value for name, value in sizes.items() if value is not None}
 
@@ -214,7 +224,10 @@ def _all_optional(group: type[Any]) -> Any:
     """Return a class of the same fields that are all None by default."""
     return make_dataclass(
         f"{group.__name__}Changes",
-        [(f.name, f.type, field(default=None, metadata=f.metadata)) for f in fields(group)],
+        [
+            (f.name, f.type, field(default=None, metadata={**f.metadata, "usual": f.default}))
+            for f in fields(group)
+        ],
         frozen=True,
     )
 
@@ -237,8 +250,8 @@ def resolve_recipe(
 ) -> Recipe:
     """Return a recipe with some fields changed, and those left open made to fit them.
 
-    The default recipe ranks by what the scores hold, by a statistic if a criterion without removal
-    costs or a statistic is given, and neither refits nor measures allocations without text.
+    The default recipe ranks by what the scores hold: by removal costs if they are among it and no
+    other criterion or statistic is given. It neither refits nor measures allocations without text.
 
     Args:
         recipe: a name in PRESETS, or a recipe, which is taken as it is but for `changes`.
@@ -253,7 +266,8 @@ def resolve_recipe(
         raise ArgumentError(f"recipe must be one of {', '.join(PRESETS)}, got {recipe!r}")
     values = asdict(PRESETS[recipe])
     if recipe == "default" and scored is not None:
-        values["criterion"] = scored[0][0]
+        by_costs = scored[1] and "statistic" not in given
+        values["criterion"] = "fisher" if by_costs else scored[0][0]
     values["criterion"] = given.get("criterion", values["criterion"])
     has_costs = values["criterion"] == "fisher" and (scored is None or scored[1])
     if not has_costs or "statistic" in given:

@@ -6,6 +6,8 @@ import os
 # OpenMP's threads, which otherwise spin at every barrier, sleep: tiny products take a sixth of the
 # time where others use the processors too. torch reads it when it is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that fill the machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton's interpreter, which runs kernels on a CPU, is chosen where triton and the kernels are
 # first imported: here. The choice is kept for this process and hidden from those that tests start.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -34,18 +36,22 @@ from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.cli import main
 
-_MEASURED = pytest.StashKey[list[str]]()
-
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Note a figure that is printed after the tests, passed or not."""
-    lines = request.config.stash.setdefault(_MEASURED, [])
-    return lambda line: lines.append(line)
+    return lambda line: record_property("measured", line)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    lines = config.stash.get(_MEASURED, [])
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [report for each in terminalreporter.stats.values() for report in each]
+    lines = [
+        str(line)
+        for report in reports
+        if getattr(report, "when", None) == "teardown"
+        for name, line in getattr(report, "user_properties", [])
+        if name == "measured"
+    ]
     if lines:
         terminalreporter.section("measured")
         terminalreporter.write_line("\n".join(lines))

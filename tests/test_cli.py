@@ -67,7 +67,9 @@ def test_score_prune_evaluate_in_json(
     assert record["requested"] == {
         "param_ratio": 0.05,
         "round_to": 4,
+        "min_keep": 0.05,
         "protect": [],
+        "layout": "auto",
         "criterion": "entropy",
         "select": "statistic",
         "statistic": "l2",
@@ -99,7 +101,8 @@ def test_prune_by_calibration_is_score_then_prune(
         "--out", tmp_path / "b",
     )  # fmt: skip
     assert run.code == 0, run.err
-    assert "intermediate_size 96 -> 67" in run.out
+    assert "intermediate_size 96 -> 64" in run.out
+    assert "33.3% of the neurons are removed, 30.0% were requested" in run.err
     for name in ("model.safetensors", "hfprune.json", "README.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -389,11 +392,37 @@ def test_refusals_come_before_the_scoring(
     monkeypatch.setattr(
         "hfprune_fast.pruning.oneshot.ScoringJob", lambda *_, **__: pytest.fail("scored")
     )
-    arguments = ["prune", llama_dir, "--calibration", "demo"]
-    assert_refused(
-        hfprune(*arguments, "--prune-ratio", 2, "--out", tmp_path / "out"), "prune_ratio"
-    )
-    assert_refused(hfprune(*arguments, "--prune-ratio", 0.2, "--out", llama_dir), "never written")
+    arguments = ["prune", llama_dir, "--calibration", "demo", "--prune-ratio"]
+    for flags, message in (
+        (["2"], "prune_ratio"),
+        (["0.2", "--protect", "3"], r"protect names layer 3; the model has 0\.\.2"),
+        (["0.2", "--protect", "0,1,2"], "protect names every layer"),
+        (["0.2", "--min-keep", "1.5"], "min_keep must be in"),
+        (["0.2", "--layout", "native"], "layout native: .*; use layout custom or padded"),
+        (["0.2", "--criterion", "random", "--resume"], "nothing that could be resumed"),
+    ):
+        assert_refused(hfprune(*arguments, *flags, "--out", tmp_path / "out"), message)
+    assert_refused(hfprune(*arguments, "0.2", "--out", llama_dir), "never written")
+
+
+def test_the_next_command_after_scoring_works(
+    llama_dir: Path, text_file: Path, tmp_path: Path, hfprune: Hfprune
+) -> None:
+    run = hfprune(
+        "score", llama_dir, "--calibration", text_file, "--out", tmp_path / "s", "--samples", 4,
+        "--seq-len", 32, "--criterion", "entropy", "--criterion", "fisher", "--obs",
+    )  # fmt: skip
+    program, *command = run.out.splitlines()[-1].removeprefix("next: ").split()
+    assert program == "hfprune"
+    pruned = hfprune(*command[:-1], tmp_path / "out", "--allocation", "global", "--json")
+    assert pruned.code == 0, pruned.err
+    assert pruned.json()["select"] == "obs"  # of several, the criterion that has removal costs
+    assert json.loads((tmp_path / "out/hfprune.json").read_text())["requested"]["refit"]
+    again = hfprune(
+        "score", tmp_path / "out", "--calibration", text_file, "--out", tmp_path / "s2",
+        "--samples", 4, "--seq-len", 32,
+    )  # fmt: skip
+    assert "next: hf.prune_checkpoint with a keep of your own" in again.out
 
 
 def test_scores_survive_an_output_that_fails(
@@ -439,7 +468,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_help_and_version(hfprune: Hfprune) -> None:
-    assert "Rank the MLP neurons" in hfprune("--help").out
+    assert "Score the MLP neurons" in hfprune("--help").out
     assert hfprune().code == 0
     assert hf.__version__ in hfprune("--version").out
     for command in ("score", "prune", "evaluate", "plan", "demo", "doctor"):
@@ -485,12 +514,13 @@ from hfprune_fast.cli import main
 shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])
 """
-    command = [sys.executable, "-c", code, *PRUNE_DEMO, "--out", "out"]
+    arguments = ["prune", "demo", "--criterion", "magnitude", "--prune-ratio", "0.2", "--out"]
+    command = [sys.executable, "-c", code, *arguments, "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".out.partial-")
     assert (leftover / "model.safetensors").exists()
-    again = hfprune(*PRUNE_DEMO, "--out", tmp_path / "out")  # the next run says so, and works
+    again = hfprune(*arguments, tmp_path / "out")  # the next run says so, and works
     assert again.code == 0, again.err
     assert f"{leftover} is left over from a run that was killed" in again.err

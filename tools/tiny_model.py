@@ -105,6 +105,8 @@ def new_model(recipe: Recipe, bos: int, eos: int) -> PreTrainedModel:
 
 def batches(stream: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Shuffled windows of the stream, (batch, WINDOW_TOKENS + 1), cut elsewhere in each epoch."""
+    if len(stream) <= (batch + 1) * WINDOW_TOKENS:
+        raise ValueError(f"{len(stream)} tokens are too few for batches of {batch} windows")
     while True:
         start = int(torch.randint(WINDOW_TOKENS, (), generator=generator))
         windows = stream[start:].unfold(0, WINDOW_TOKENS + 1, WINDOW_TOKENS)

@@ -76,7 +76,8 @@ class Seed:
 
     def keep(self, variant: Variant, ratio: float) -> Keep:
         """Return the neurons that a variant keeps."""
-        width = WidthBudget.of(self.subject.source.spec, Budget(prune_ratio=ratio))
+        exact = Budget(prune_ratio=ratio, round_to=1)
+        width = WidthBudget.of(self.subject.source.spec, exact)
         importance = self._importance(variant)
         if variant.allocation != "auto":
             return width.keep(importance, variant.allocation)

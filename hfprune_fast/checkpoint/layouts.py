@@ -16,6 +16,7 @@ from typing import Any
 from hfprune_fast.checkpoint.loading import skeleton
 from hfprune_fast.errors import ArgumentError, one_line
 from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
+from hfprune_fast.models.registration import heads_of
 from hfprune_fast.models.sites import parts_of
 
 CODE = Path(__file__).parents[1] / "models" / "nonuniform.py"
@@ -44,7 +45,7 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
         "architectures": [f"HFPrune{name}ForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.HFPrune{name}Config",
-            "AutoModelForCausalLM": f"{module}.HFPrune{name}ForCausalLM",
+            **{auto: f"{module}.HFPrune{name}{head}" for head, auto in heads_of(family).items()},
         },
         "mlp_widths": list(widths),
     }

@@ -25,7 +25,7 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.in_memory import prune
 from hfprune_fast.pruning.oneshot import check_output, oneshot
-from hfprune_fast.pruning.selection import WidthBudget, keep_top
+from hfprune_fast.pruning.selection import WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.score import score
 
@@ -43,18 +43,18 @@ _NAMES = {
 
 
 def run(
-    out: Path | None = None, *, prune_ratio: float = 0.2, force: bool = False
+    out: Path | None = None, *, prune_ratio: float = 0.25, force: bool = False
 ) -> dict[str, Any]:
     """Run the demo; the pruned checkpoint is kept only if `out` is given."""
     source, text = open_source(TINY_MODEL), TINY_MODEL / "calibration.txt"
     # In float32, so that every CPU gives the same numbers.
     on_cpu: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
     options = {"seq_len": SEQ_LEN, "samples": 64, "batch_size": _BATCH_SIZE, **on_cpu}
-    width = WidthBudget.of(source.spec, Budget(prune_ratio=prune_ratio)).width
+    widths = WidthBudget.of(source.spec, Budget(prune_ratio=prune_ratio))
     pruned = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder, uniform = out or Path(scratch) / "pruned", Path(scratch) / "uniform"
-        check_output(source, folder, width, OutputOptions(force=force))
+        check_output(source, folder, widths.even_widths(source.spec), OutputOptions(force=force))
         table = score(
             source, text, criterion=["fisher", "entropy"], obs=True, progress=True, **options
         )
@@ -76,7 +76,7 @@ def run(
 
     def measure_kept(importance: torch.Tensor) -> dict[str, Any]:
         model = copy.deepcopy(dense)
-        prune(model, keep_top(importance, width))
+        prune(model, widths.keep(importance, "uniform"))
         return measure(model)
 
     rows = {"dense": measure(dense), **{name: measure(model) for name, model in pruned.items()}}

@@ -20,7 +20,9 @@ from hfprune_fast.config import (
 )
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
-from hfprune_fast.pruning.selection import target_width
+from hfprune_fast.models.spec import suits_text
+from hfprune_fast.pruning.model_card import neurons_text
+from hfprune_fast.pruning.selection import WidthBudget
 
 
 @keyword_options(budget=Budget, sampling=CalibrationOptions, options=RunOptions)
@@ -34,7 +36,7 @@ def run(
     the default recipe, and its seconds are its products' at the speed of one that is timed here.
     """
     spec, config = loading.spec_from_config(find_model(model, config_only=True))
-    width = target_width(spec, budget)
+    widths = WidthBudget.of(spec, budget).even_widths(spec)
     seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     samples = sampling.samples or 1
     stored = config.dtype or torch.float32
@@ -48,13 +50,14 @@ def run(
     flops = planner.pruning_flops(spec, samples * seq_len)
     seconds = flops / machine.product_flops_per_second(device, dtype)
     attention = 4 * seq_len * spec.attention_width * spec.num_layers
-    result = spec.pruned_to(width)
-    for prefix, neurons in (("dense_", spec.intermediate_size), ("", width)):
+    result = spec.pruned_to(widths)
+    for prefix, neurons in (("dense_", spec.widths), ("", widths)):
         result[f"{prefix}weights_bytes"] = spec.params_at(neurons) * stored.itemsize
         result[f"{prefix}flops_per_token"] = 2 * spec.linear_params_at(neurons) + attention
     return {
         "model": display_name(model),
         **result,
+        "widths_suit": suits_text(widths),
         "dtype": str(stored).removeprefix("torch."),
         "seq_len": seq_len,
         "scoring": {"summary": str(scoring), "device": str(device), **asdict(scoring)},
@@ -69,8 +72,10 @@ def text(result: dict[str, Any]) -> str:
         dense, pruned = result[f"dense_{key}"], result[key]
         return name, show(dense), show(pruned), f"{1 - pruned / dense:.2%}"
 
+    dense, _, pruned = neurons_text(result).rpartition(" of ")[::-1]
+    removed = f"{result['prune_ratio']:.2%}"
     rows = [
-        row("MLP neurons a layer", "intermediate_size", str),
+        ("MLP neurons a layer", dense, pruned, removed),
         row("parameters", "params", "{:,}".format),
         row(f"bytes in {result['dtype']}", "weights_bytes", human_bytes),
         row(
@@ -80,7 +85,8 @@ def text(result: dict[str, Any]) -> str:
     table = text_table((result["model"], "dense", "pruned", "removed"), rows)
     scoring, pruning = result["scoring"], result["pruning"]
     return (
-        f"{table}\n\nscoring on {scoring['device']}: {scoring['summary']}\n"
+        f"{table}\n{result['widths_suit']}\n\n"
+        f"scoring on {scoring['device']}: {scoring['summary']}\n"
         f"prune, by the default recipe: {pruning['summary']}; about "
         f"{human_seconds(pruning['seconds'])} of products at this machine's speed"
     )

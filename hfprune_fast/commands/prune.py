@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hfprune_fast.models.spec import suits_text
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.oneshot import oneshot
 
@@ -24,6 +25,7 @@ def text(result: dict[str, Any], model: str) -> str:
     widths = f"intermediate_size {dense} -> {width}"
     if {"mlp_widths", "dense_mlp_widths"} & result.keys():
         widths = f"MLP neurons a layer {neurons_text(result)}"
+    kept = result.get("mlp_widths", [width])
     loading = ""
     if result.get("layout") == "custom":  # which transformers does not know
         loading = (
@@ -33,6 +35,6 @@ def text(result: dict[str, Any], model: str) -> str:
     return (
         f"{result['out']}: {widths} ({result['prune_ratio']:.2%} of the neurons), "
         f"{result['dense_params']:,} -> {result['params']:,} parameters "
-        f"({result['param_ratio']:.2%} removed)\n"
+        f"({result['param_ratio']:.2%} removed)\n{suits_text(kept)}\n"
         f"{loading}next: hfprune evaluate {model} {result['out']} --text SOURCE"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from hfprune_fast.checkpoint import atomic
 from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.engine.distributed import launched
 from hfprune_fast.errors import OutputError
 from hfprune_fast.models.spec import widths_text
@@ -49,15 +50,24 @@ def run(
     return {"out": str(out), **asdict(table.model), "provenance": table.provenance}
 
 
-def text(result: dict[str, Any], model: str, calibration: str) -> str:
-    """Return what `run` did as people read it."""
+def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[str, Any]) -> str:
+    """Return what `run` did with these flags as people read it."""
     layers, width = result["num_layers"], result["intermediate_size"]
     widths = widths_text(result["mlp_widths"] or [width])
-    return (
+    scored = (
         f"{result['out']}: {layers} layers x {widths} neurons scored on "
-        f"{result['provenance']['tokens']} tokens\n"
-        f"next: hfprune prune {model} --scores {result['out']} --calibration {calibration} "
-        "--prune-ratio 0.2 --out DIR"
+        f"{result['provenance']['tokens']} tokens"
+    )
+    if result["mlp_widths"]:
+        return f"{scored}\nnext: hf.prune_checkpoint with a keep of your own; widths differ"
+    sampling = "".join(
+        f" --{each.name.replace('_', '-')} {flags[each.name]}"
+        for each in fields(CalibrationOptions)
+        if flags[each.name] != each.default
+    )
+    return (
+        f"{scored}\nnext: hfprune prune {model} --scores {result['out']} --calibration "
+        f"{calibration}{sampling} --prune-ratio 0.2 --out DIR"
     )
 
 

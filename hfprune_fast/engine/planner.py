@@ -70,9 +70,9 @@ class Plan:
             f"{self.batch_size} sequence{'s'[: self.batch_size != 1]} at once{a_pass}; about "
             f"{human_bytes(self.total_bytes)} of {human_bytes(self.free_bytes)}: "
             f"weights {human_bytes(self.weights_bytes)}, "
-            f"activations {human_bytes(self.activations_bytes)}, "
-            + (f"or refit {human_bytes(self.refit_bytes)}, " if self.refit_bytes else "")
-            + f"tables {human_bytes(self.tables_bytes)}"
+            f"tables {human_bytes(self.tables_bytes)}, "
+            f"activations {human_bytes(self.activations_bytes)}"
+            + (f", later {human_bytes(self.refit_bytes)} to refit" if self.refit_bytes else "")
         )
 
 

@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from typing import Any
 
 import transformers
 
+# What a family's classes are called beyond its name, and the Auto class of each.
+HEADS = {
+    "Model": "AutoModel",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
 _CLASSES: dict[str, type] = {}  # the classes made so far
 
 
 def __getattr__(name: str) -> Any:
-    """Return HFPruneLlamaConfig, HFPruneLlamaForCausalLM, or the same for any other family.
+    """Return HFPruneLlamaConfig, HFPruneLlamaForCausalLM, or the same for any other family or head.
 
     Each class is made of transformers' own (LlamaConfig, LlamaForCausalLM) when it is first used:
     this file needs no list of families, and imports only the families that are used.
     """
-    match = re.fullmatch("HFPrune(.+)(Config|ForCausalLM)", name)
+    match = re.fullmatch(f"HFPrune(.+?)(Config|{'|'.join(HEADS)})", name)
     if match is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _CLASSES:
@@ -44,14 +52,18 @@ def __getattr__(name: str) -> Any:
     else:
         bases = (_PerLayerWidths, base)
         members["config_class"] = __getattr__(f"HFPrune{family}Config")
+        members["_auto_class"] = HEADS[kind]
     # Two threads may both have made the class; both return the one that was stored first.
-    return _CLASSES.setdefault(name, type(name, bases, members))
+    made = _CLASSES.setdefault(name, type(name, bases, members))
+    if kind == "Model":  # heads of transformers make their decoder by AutoModel
+        transformers.AutoModel.register(made.config_class, made, exist_ok=True)  # type: ignore[attr-defined]
+    elif kind != "Config":
+        __getattr__(f"HFPrune{family}Model")
+    return made
 
 
 class _PerLayerWidths:
-    """Mixin for a family's ForCausalLM that gives each layer's MLP its own width."""
-
-    _auto_class: Any = "AutoModelForCausalLM"  # has save_pretrained ship this file
+    """Mixin for a family's models that gives each layer's MLP its own width."""
 
     def __init__(self, config: Any) -> None:
         widths, widest = config.mlp_widths, config.intermediate_size
@@ -63,9 +75,23 @@ class _PerLayerWidths:
                 f"{config.num_hidden_layers} layers, got {widths}"
             )
         super().__init__(config)  # type: ignore[call-arg]
-        for layer, width in zip(self.model.layers, widths, strict=True):  # type: ignore[attr-defined]
+        tell_peft(config.model_type)
+        decoder = getattr(self, "model", self)
+        if decoder is not self and isinstance(decoder, _PerLayerWidths):
+            return
+        for layer, width in zip(decoder.layers, widths, strict=True):  # type: ignore[attr-defined]
             if width != widest:
                 narrow = copy.copy(config)
                 narrow.intermediate_size = width
                 layer.mlp = type(layer.mlp)(narrow)
         self.post_init()  # type: ignore[attr-defined]  # initialises the new weights
+
+
+def tell_peft(model_type: str) -> None:
+    """Give peft, where it is imported, the family's target modules for ours."""
+    constants = getattr(sys.modules.get("peft.utils"), "constants", None)
+    for name, mapping in vars(constants).items() if constants else ():
+        if name.endswith("_MODULES_MAPPING") and isinstance(mapping, dict):
+            family = mapping.get(model_type.removeprefix("hfprune_"))
+            if family is not None:
+                mapping.setdefault(model_type, family)

@@ -35,16 +35,29 @@ def register_with_transformers() -> None:
 
 def nonuniform_classes(family: str) -> tuple[Any, Any]:
     """Return the config and model class of `nonuniform` for a family, registered."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     from hfprune_fast.models import nonuniform
 
     name = FAMILIES[family].class_name
     config = getattr(nonuniform, f"HFPrune{name}Config")
-    model = getattr(nonuniform, f"HFPrune{name}ForCausalLM")
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
-    return config, model
+    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+    for head, auto in heads_of(family).items():
+        model = getattr(nonuniform, f"HFPrune{name}{head}")
+        getattr(transformers, auto).register(config, model, exist_ok=True)
+    nonuniform.tell_peft(config.model_type)
+    return config, getattr(nonuniform, f"HFPrune{name}ForCausalLM")
+
+
+def heads_of(family: str) -> dict[str, str]:
+    """Return what a family's classes are called beyond its name, with their Auto classes."""
+    import transformers
+
+    from hfprune_fast.models.nonuniform import HEADS
+
+    known = dir(transformers)  # unlike hasattr, it imports no model
+    name = FAMILIES[family].class_name
+    return {head: auto for head, auto in HEADS.items() if name + head in known}
 
 
 def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,16 @@ from hfprune_fast.models.sites import parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# The multiples that formats need in the rows of down_proj; other rows stay in 16 bits and the file
+# grows.
+_TAKEN_BY = (
+    ("K-quants such as Q4_K", 256),
+    ("int4 groups of 128", 128),
+    ("nf4", 64),
+    ("Q4_0 and Q8_0", 32),
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,19 @@ def widths_text(widths: Sequence[int]) -> str:
     if len(set(widths)) == 1:
         return str(widths[0])
     return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"
+
+
+def suits_text(widths: Sequence[int]) -> str:
+    """Say which quantisers and how much tensor parallelism MLPs of these widths suit."""
+    step = math.gcd(*widths)
+    takes = [name for name, multiple in _TAKEN_BY if step % multiple == 0]
+    misses = [f"{name} ({multiple})" for name, multiple in _TAKEN_BY if step % multiple != 0]
+    parallel = [str(n) for n in (2, 4, 8) if step % n == 0]
+    if parallel:
+        takes.append(f"tensor parallelism over {', '.join(parallel)}")
+    multiples = f"widths are multiples of {step}" if step > 1 else "widths are odd"
+    suits = f"suit {'; '.join(takes)}" if takes else "suit no quantiser"
+    return f"{multiples}: they {suits}" + (f"; not {', '.join(misses)}" if misses else "")
 
 
 def spec_of(model: PreTrainedModel) -> ModelSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hfprune_fast._version import __version__
-from hfprune_fast.models.spec import widths_text
+from hfprune_fast.models.spec import suits_text, widths_text
 
 PAPER = "arXiv 2603.08083"
 
@@ -55,6 +55,7 @@ def model_card(record: dict[str, Any]) -> str:
         ("base model", base_model),
         ("MLP neurons a layer", neurons_text(achieved)),
         ("neurons removed", f"{achieved['prune_ratio']:.2%}"),
+        ("widths", suits_text(achieved.get("mlp_widths", [achieved["intermediate_size"]]))),
         ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]

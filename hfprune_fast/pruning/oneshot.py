@@ -6,6 +6,7 @@ scored is the one that allocations are tried on and that down_proj is refitted t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
+from hfprune_fast.checkpoint.layouts import check_native
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
     DATA_FREE,
@@ -97,8 +99,10 @@ def oneshot(
     given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
     resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
-    width = WidthBudget.of(source.spec, budget)
-    check_output(source, out, width.width, output, resume=scoring.resume)
+    spec, widths = source.spec, WidthBudget.of(source.spec, budget)
+    check_output(source, out, widths.even_widths(spec), output, resume=scoring.resume)
+    if output.layout == "native" and (resolved.allocation != "uniform" or budget.protect):
+        check_native(source.config, [2, *[1] * (spec.num_layers - 1)])
     if given is not None:
         check_table(given, source)
     elif resolved.criterion in DATA_FREE:
@@ -124,18 +128,36 @@ def oneshot(
             stack.enter_context(saved_on_failure(table))
         importance = table.importance(resolved.ranks_by, resolved.criterion)
         dense = dense if resolved.refit else None
-        keep, chosen = allocation.choose(dense, batches, importance, width, resolved, progress)
+        keep, chosen = allocation.choose(dense, batches, importance, widths, resolved, progress)
         replace = refit_stored(dense, batches, source, keep, progress) if dense else None
-        requested = {**budget.size, **asdict(resolved)}
-        requested |= {"round_to": budget.round_to, "protect": sorted(budget.protect)}
-        record = {"requested": requested, "chosen": chosen, "provenance": table.provenance}
+        record = {"requested": _requested(resolved, budget, widths.step, output)}
+        record |= {"chosen": chosen, "provenance": table.provenance}
         achieved = prune_checkpoint(
             source, out, keep, replace=replace, record=record, progress=progress, **asdict(output)
         )
     state_of(out).unlink(missing_ok=True)
+    _say_what_could_be_closer(achieved, widths, recipe, calibration)
+    return {"out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify}
+
+
+def _requested(recipe: Recipe, budget: Budget, step: int, output: OutputOptions) -> dict[str, Any]:
+    """Return what hfprune.json says of the request."""
+    protect = sorted(budget.protect)
+    of_widths = {"round_to": step, "min_keep": budget.min_keep, "protect": protect}
+    return {**budget.size, **asdict(recipe), **of_widths, "layout": output.layout}
+
+
+def _say_what_could_be_closer(
+    achieved: dict[str, Any], widths: WidthBudget, recipe: str | Recipe, calibration: object
+) -> None:
     if recipe == "default" and calibration is None:
         say("nothing was refitted; with --calibration as well it stays closer to the dense model")
-    return {"out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify}
+    requested = 1 - widths.mean / achieved["dense_intermediate_size"]
+    if not widths.protect and abs(achieved["prune_ratio"] - requested) > 0.005:
+        say(
+            f"{achieved['prune_ratio']:.1%} of the neurons are removed, {requested:.1%} were "
+            f"requested: widths are multiples of {widths.step}; --round-to 1 is exact"
+        )
 
 
 def _open_and_score(
@@ -176,6 +198,8 @@ def _recipe(
         raise ArgumentError(f"criterion {resolved.criterion} takes no --scores")
     if resolved.refit and calibration is None:
         raise ArgumentError("--refit needs --calibration, the text to fit to")
+    if data_free and scoring.resume:
+        raise ArgumentError(f"criterion {resolved.criterion} scores nothing that could be resumed")
     if scores is None and not data_free:
         check_criteria((resolved.criterion,), resolved.select == "obs", scoring, processes, "state")
     return resolved
@@ -191,11 +215,16 @@ def _warn_of_few_tokens(job: ScoringJob) -> None:
 
 
 def check_output(
-    source: ModelSource, out: Path, width: int, output: OutputOptions, *, resume: bool = False
+    source: ModelSource,
+    out: Path,
+    widths: Sequence[int],
+    output: OutputOptions,
+    *,
+    resume: bool = False,
 ) -> None:
     """Refuse an output before any work, and say what earlier runs have left beside it."""
     dense_bytes = sum(shard.path.stat().st_size for shard in source.shards.values())
-    needed_bytes = dense_bytes * source.spec.params_at(width) // source.spec.total_params
+    needed_bytes = dense_bytes * source.spec.params_at(widths) // source.spec.total_params
     check_output_folder(out, source.folder, force=output.force, needed_bytes=needed_bytes)
     check_state(out, resume=resume, force=output.force)
     for leftover in atomic.leftovers(out):

@@ -4,9 +4,9 @@ An allocation says how many neurons of a budget each layer gets:
 
     uniform    all the same
     global     one ranking across layers
-    a number   between the two, 0 is uniform and 1 global
+    a number   between the two, 1 is global, and 0 uniform but for the steps that the sum takes
 
-In every allocation of a budget the same number of neurons is kept in all. Protected layers keep all
+In every allocation but uniform the same number of neurons is kept in all. Protected layers keep all
 of theirs, on top of it.
 """
 
@@ -42,40 +42,62 @@ def select(
         criterion: which of the table's; by default the first.
         statistic: "l1" (the paper's), "l2", "fisher_mask", "act" or "obs"; by default the
             criterion's own.
-        allocation: "uniform", "global" or a number between 0 (uniform) and 1 (global).
+        allocation: "uniform", "global" or a number between 0 (uniform, but for one step) and 1.
 
     Raises:
         ArgumentError: not exactly one budget, one out of range, or one that cannot be reached; an
             unknown allocation, layer, criterion or statistic.
 
-    Of equally important neurons the one with the lower index is kept. With `round_to`, the mean of
-    the widths is the multiple nearest to what was requested, and none is wider than dense.
+    Of equally important neurons the one with the lower index is kept. Widths are multiples of
+    `round_to`, and none is wider than dense. A uniform width is the multiple nearest to what was
+    requested; otherwise all widths together are.
     """
-    width = WidthBudget.of(table.model, budget)
-    return width.keep(table.importance(statistic, criterion), allocation)
+    widths = WidthBudget.of(table.model, budget)
+    return widths.keep(table.importance(statistic, criterion), allocation)
 
 
 @dataclass(frozen=True)
 class WidthBudget:
-    """A budget as the mean width of the layers that are pruned."""
+    """A budget as the mean width of the layers that are pruned, in multiples of a step."""
 
-    width: int
+    mean: float
+    step: int = 1
     min_keep: float = Budget.min_keep
     protect: Collection[int] = ()
-    round_to: int = 1
 
     @classmethod
     def of(cls, spec: ModelSpec, budget: Budget) -> WidthBudget:
-        return cls(target_width(spec, budget), budget.min_keep, budget.protect, budget.round_to)
+        """Return a model's budget; ArgumentError where no table of scores could meet it."""
+        _check_layers(budget.protect, spec.num_layers)
+        _check_min_keep(budget.min_keep)
+        mean = mean_width(spec, budget)
+        step = _step(budget, spec.intermediate_size)
+        if step > spec.intermediate_size and mean != spec.intermediate_size:
+            raise ArgumentError(
+                f"round_to {step} is more than the dense width {spec.intermediate_size}"
+            )
+        return cls(mean, step, budget.min_keep, budget.protect)
 
     def keep(self, importance: Tensor, allocation: str | float) -> dict[int, Tensor]:
         """Return each layer's most important neurons, see `keep_top`."""
-        return keep_top(importance, allocation=allocation, **vars(self))
+        return keep_top(
+            importance, self.mean, allocation, self.min_keep, self.protect, round_to=self.step
+        )
+
+    def even_widths(self, spec: ModelSpec) -> list[int]:
+        """Return widths of the same sum as those of any allocation but uniform, nearly equal."""
+        layers, dense = spec.num_layers, spec.intermediate_size
+        pruned = layers - len(set(self.protect))
+        if self.mean == dense:
+            return [dense] * layers
+        each, more = divmod(_blocks(self.mean, pruned, dense // self.step, self.step), pruned)
+        widths = iter([(each + (i < more)) * self.step for i in range(pruned)])
+        return [dense if layer in self.protect else next(widths) for layer in range(layers)]
 
 
 def keep_top(
     importance: Tensor,
-    width: int,
+    width: float,
     allocation: str | float = "uniform",
     min_keep: float = Budget.min_keep,
     protect: Collection[int] = (),
@@ -85,38 +107,46 @@ def keep_top(
     layers, dense = importance.shape
     protected = _check_layers(protect, layers)
     pruned = [layer for layer in range(layers) if layer not in protected]
-    allocated = _widths(importance[pruned], width, _as_number(allocation), min_keep, round_to)
+    allocated = _widths(importance[pruned], width, allocation, min_keep, round_to)
     widths = dict.fromkeys(protected, dense) | dict(zip(pruned, allocated, strict=True))
     order = importance.sort(dim=1, descending=True, stable=True).indices.cpu()
     return {layer: order[layer, : widths[layer]].sort().values for layer in range(layers)}
 
 
 def _widths(
-    importance: Tensor, width: int, allocation: float, min_keep: float, step: int
+    importance: Tensor, mean: float, allocation: str | float, min_keep: float, step: int
 ) -> list[int]:
-    """Return a width for each layer of a (L, F) importance: multiples of step, `width` on average.
+    """Return a width for each layer of a (L, F) importance: multiples of step, `mean` on average.
 
     Neurons are dealt in blocks of step, best first in each layer, so whole blocks are what the
     ranking compares.
     """
     layers, dense = importance.shape
-    if not 0 <= min_keep <= 1:
-        raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
-    if allocation == 0 or width == dense:
-        return [width] * layers
-    blocks, mean = dense // step, width // step
+    share = _as_number(allocation)
+    _check_min_keep(min_keep)
+    if mean == dense:  # nothing to remove, even if dense is not a multiple of step
+        return [dense] * layers
+    blocks = dense // step
+    if allocation == "uniform":
+        return [_blocks(mean, 1, blocks, step) * step] * layers
+    total = _blocks(mean, layers, blocks, step)
     ranked = importance.sort(dim=1, descending=True).values[:, : blocks * step]
     worth = ranked.view(layers, blocks, step).mean(dim=2)
-    least = min(mean, max(1, math.ceil(min_keep * dense / step)))
-    worth[:, :least] = torch.inf
-    order = worth.flatten().sort(descending=True, stable=True).indices[: layers * mean]
-    dealt = torch.bincount(order // blocks, minlength=layers).double()
-    shares = mean + allocation * (dealt - mean)
-    # Rounded down, and what is missing then goes to the largest remainders.
-    counts = shares.floor().long()
-    missing = layers * mean - int(counts.sum())
-    counts[(shares - counts).sort(descending=True, stable=True).indices[:missing]] += 1
+    least = min(total // layers, max(1, math.ceil(min_keep * dense / step)))
+    first = torch.arange(blocks, device=worth.device) < least
+    order = worth.masked_fill(first, torch.inf).flatten().sort(descending=True, stable=True).indices
+    dealt = torch.bincount(order[:total] // blocks, minlength=layers).double()
+    counts = ((1 - share) * total / layers + share * dealt).floor().long()
+    # What rounding down has left goes to the layers whose next block is worth most.
+    following = torch.nn.functional.pad(worth, (0, 1), value=-torch.inf).gather(1, counts[:, None])
+    missing = total - int(counts.sum())
+    counts[following[:, 0].sort(descending=True, stable=True).indices[:missing]] += 1
     return [int(count) * step for count in counts]
+
+
+def _blocks(mean: float, layers: int, blocks: int, step: int) -> int:
+    """Return how many blocks of step neurons so many layers keep: one a layer at least."""
+    return min(max(math.floor(layers * mean / step + 0.5), layers), layers * blocks)
 
 
 def _as_number(allocation: str | float) -> float:
@@ -137,8 +167,13 @@ def _check_layers(protect: Collection[int], layers: int) -> set[int]:
     return set(protect)
 
 
-def target_width(spec: ModelSpec, budget: Budget) -> int:
-    """Return the MLP width that a budget gives, the nearest multiple of round_to."""
+def _check_min_keep(min_keep: float) -> None:
+    if not 0 <= min_keep <= 1:
+        raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
+
+
+def mean_width(spec: ModelSpec, budget: Budget) -> float:
+    """Return the mean MLP width that a budget gives, before it is rounded to multiples."""
     dense = spec.intermediate_size
     if spec.mlp_widths is not None:
         raise ArgumentError(
@@ -148,19 +183,17 @@ def target_width(spec: ModelSpec, budget: Budget) -> int:
     if len(budget.size) != 1:
         got = " and ".join(budget.size) or "none"
         raise ArgumentError(f"give exactly one of {', '.join(BUDGETS)}; got {got}")
-    if budget.round_to < 1:
-        raise ArgumentError(f"round_to must be at least 1, got {budget.round_to}")
     ((name, value),) = budget.size.items()
     if name == "intermediate_size":
         if not isinstance(value, int) or not 1 <= value <= dense:
             raise ArgumentError(
                 f"intermediate_size must be in 1..{dense} (the dense width), got {value}"
             )
-        return _round(value, dense, budget.round_to)
+        return value
     if not 0 <= value < 1:
         raise ArgumentError(f"{name} must be in [0, 1), got {value}")
     if name == "prune_ratio":
-        return _round(dense * (1 - value), dense, budget.round_to)
+        return dense * (1 - value)
     neurons_params = spec.num_layers * spec.params_per_neuron  # of one neuron in every layer
     limit = (dense - 1) * neurons_params / spec.total_params
     if value > limit:
@@ -168,13 +201,18 @@ def target_width(spec: ModelSpec, budget: Budget) -> int:
             f"param_ratio {value} cannot be reached: the MLPs hold at most {limit:.4f} of all "
             "parameters"
         )
-    return _round(dense - value * spec.total_params / neurons_params, dense, budget.round_to)
+    return dense - value * spec.total_params / neurons_params
 
 
-def _round(exact: float, dense: int, step: int) -> int:
-    if exact == dense:  # nothing to remove, even if dense is not a multiple of step
-        return dense
-    if step > dense:
-        raise ArgumentError(f"round_to {step} is more than the dense width {dense}")
-    nearest = math.floor(exact / step + 0.5) * step
-    return min(max(nearest, step), dense // step * step)
+def _step(budget: Budget, dense: int) -> int:
+    """Return what widths are multiples of.
+
+    "auto" is 256, which K-quants need, from a dense width of 4096, 64 from 512 and 32 below, but
+    at most an eighth of the width; a width that is named is kept as it is.
+    """
+    if budget.round_to != "auto":
+        return int(budget.round_to)
+    step = 256 if dense >= 4096 else 64 if dense >= 512 else 32
+    while 8 * step > dense and step > 1:
+        step //= 2
+    return math.gcd(step, budget.intermediate_size or step)

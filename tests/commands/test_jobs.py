@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,14 +133,15 @@ def test_a_loaded_models_table_prunes_its_folder(llama_dir: Path, tmp_path: Path
 
 
 def test_plan_counts_what_pruning_gives(llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    planned = plan.run(llama_dir, prune_ratio=0.3, round_to=8, seq_len=64)
+    budget: dict[str, Any] = {"prune_ratio": 0.3, "round_to": 8}
+    planned = plan.run(llama_dir, seq_len=64, **budget)
     table = hf.score(llama_dir, text_file, samples=1, seq_len=16)
     result = hf.oneshot(
-        llama_dir, None, tmp_path / "out", scores=table, recipe="paper", prune_ratio=0.3, round_to=8
+        llama_dir, None, tmp_path / "out", scores=table, allocation="global", **budget
     )
-    assert {key: planned[key] for key in result if key in planned} == {
-        key: value for key, value in result.items() if key in planned
-    }
+    for name in ("params", "dense_params", "prune_ratio", "param_ratio"):
+        assert planned[name] == result[name], name
+    assert sum(planned["mlp_widths"]) == sum(result["mlp_widths"])
     pruned = loading.load_model(tmp_path / "out", device="cpu")
     assert planned["weights_bytes"] == sum(p.nbytes for p in pruned.parameters())
     pruned.set_attn_implementation("eager")  # the counter does not see the fused one on a CPU

@@ -135,6 +135,12 @@ def test_pruning_together_writes_one_checkpoint(hfprune: Hfprune) -> None:
     assert Path("log1.out").read_text() == logs[1] == ""
 
 
+def test_what_one_process_does_the_others_leave_to_it() -> None:
+    assert run_together(2, "doctor") == ([0, 0], ["", ""])
+    assert "torch" in Path("log0.out").read_text()
+    assert Path("log1.out").read_text() == ""
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [("--resume", "--resume is for one process"), ("--parity", "--parity is for one process")],
@@ -198,11 +204,15 @@ def test_torchrun_starts_them(hfprune: Hfprune) -> None:
 def test_torchrun_ends_all_when_one_is_killed(place: str) -> None:
     """In the middle, and before they have joined."""
     Path("driver.py").write_text(
-        "import os, sys\n"
+        "import os, sys, time\n"
         "from forked import kill_at\n"
         "from hfprune_fast.cli import main\n"
         "if __name__ == '__main__':\n"
-        "    if os.environ['RANK'] == '1':\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        open('started', 'w').close()\n"
+        "    else:\n"
+        "        while not os.path.exists('started'):\n"
+        "            time.sleep(0.05)\n"
         f"        kill_at('hfprune_fast.{place}', 0)()\n"
         "    main(sys.argv[1:])\n"
     )

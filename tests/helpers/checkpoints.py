@@ -20,22 +20,23 @@ def random_llama(**overrides: Any) -> PreTrainedModel:
 
 
 def synthetic_checkpoint(
-    folder: Path, *, hidden: int, width: int, layers: int, vocab: int, heads: int = 16
-) -> Path:
-    """Write a random bf16 Llama, a shard a layer, without building it; return the folder."""
+    folder: Path, *, hidden: int, width: int, layers: int, vocab: int, heads: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:  # fmt: skip
+    """Write a random Llama, a shard a layer, without building it; return the folder."""
     folder.mkdir(parents=True)
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
         "intermediate_size": width, "num_hidden_layers": layers, "vocab_size": vocab,
         "num_attention_heads": heads, "num_key_value_heads": heads, "hidden_act": "silu",
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+        return torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
 
     square, tall = (hidden, hidden), (width, hidden)
     layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
@@ -46,17 +47,17 @@ def synthetic_checkpoint(
         prefix = f"model.layers.{i}."
         if i < layers:
             tensors = {f"{prefix}{name}.weight": weight(*shape) for name, shape in layer.items()}
-            tensors |= {f"{prefix}{name}.weight": torch.ones(hidden).bfloat16() for name in norms}
+            tensors |= {f"{prefix}{name}.weight": torch.ones(hidden, dtype=dtype) for name in norms}
         else:
             tensors = {
                 n: weight(vocab, hidden) for n in ("model.embed_tokens.weight", "lm_head.weight")
             }
-            tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
+            tensors["model.norm.weight"] = torch.ones(hidden, dtype=dtype)
         file = f"model-{i + 1:05}-of-{layers + 1:05}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
-    metadata = {"total_size": total, "total_parameters": total // 2, "note": "kept"}
+    metadata = {"total_size": total, "total_parameters": total // dtype.itemsize, "note": "kept"}
     index = {"metadata": metadata, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -145,6 +146,11 @@ def _kill_between(events: int, pass_tokens: int) -> None:
 
     ResumeFile.on_commit = first_commit  # type: ignore[method-assign]
     job.plan_run = short_passes
+
+
+def processor_seconds(seconds: int) -> Prepare:
+    """Kill the process when it has used the processor for so long."""
+    return partial(resource.setrlimit, resource.RLIMIT_CPU, (seconds, seconds))
 
 
 def tokens_at_once(tokens: int) -> Prepare:

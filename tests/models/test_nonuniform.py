@@ -3,12 +3,15 @@
 import copy
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import random_llama
 from fresh_process import in_fresh_process
 from safetensors.torch import load_file
@@ -62,7 +65,7 @@ def test_logits_equal_the_dense_model_with_removed_acts_at_zero(
 
 FRESH = """
 sys.modules["hfprune_fast"] = None  # importing it now raises ImportError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 load = lambda where: AutoModelForCausalLM.from_pretrained(
     where, trust_remote_code=True, output_loading_info=True)
 for folder in sys.argv[1:]:
@@ -76,6 +79,12 @@ for folder in sys.argv[1:]:
     again, info = load(f"{folder}-copy")
     assert not any(info.values()), info
     assert torch.equal(again(ids).logits[0], logits)
+    decoder = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=True, num_labels=3, pad_token_id=0)
+    assert torch.equal(classifier.model(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    assert classifier(ids).logits.shape == (1, 3)
     torch.save((logits, model.state_dict()), f"{folder}.pt")
 """
 
@@ -293,6 +302,33 @@ def test_classes_are_made_once_and_copied_like_any(family: str) -> None:
         assert (type(copied), type(copied.config)) == (model_class, config_class)
         assert copied.config.to_dict() == model.config.to_dict()
         assert torch.equal(logits(copied), logits(model))
+
+
+@families
+def test_other_heads_load_by_their_auto_classes(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, dtype=torch.float32)
+    hf.prune(model, keep_of())
+    model.save_pretrained(tmp_path)
+    ids = IDS[None]
+    expected = model.model(ids).last_hidden_state
+    decoder = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(decoder(ids).last_hidden_state, expected)
+    for head in ("SequenceClassification", "TokenClassification"):
+        auto = getattr(transformers, f"AutoModelFor{head}")
+        loaded = auto.from_pretrained(tmp_path, num_labels=3, pad_token_id=0)
+        assert type(loaded).__name__ == f"HFPrune{FAMILIES[family].class_name}For{head}"
+        assert torch.equal(loaded.model(ids).last_hidden_state, expected)
+
+
+def test_peft_is_told_the_familys_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = SimpleNamespace(
+        SOME_TO_LORA_TARGET_MODULES_MAPPING={"llama": ["q_proj"], "qwen2": ["k_proj"]}, OTHER=3
+    )
+    monkeypatch.setitem(sys.modules, "peft.utils", SimpleNamespace(constants=constants))
+    model = random_llama()
+    hf.prune(model, keep_of())
+    mapping = constants.SOME_TO_LORA_TARGET_MODULES_MAPPING
+    assert mapping == {"llama": ["q_proj"], "qwen2": ["k_proj"], "hfprune_llama": ["q_proj"]}
 
 
 @pytest.mark.parametrize("name", ["__path__", "HFPruneConfigs", "LlamaConfig", "HFPruneNoConfig"])

@@ -9,18 +9,33 @@ import hfprune_fast as hf
 from hfprune_fast.config import Budget
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.spec import ModelSpec
-from hfprune_fast.pruning.selection import keep_top, target_width
+from hfprune_fast.pruning.selection import WidthBudget, keep_top
 
 # meta-llama/Llama-2-7b: 20 % and 30 % of all parameters are the paper's widths.
 LLAMA_2_7B = ModelSpec("llama", 32, 4096, 11008, 6_738_415_616, 6_607_077_376, 3 * 4096)
 
 
+def widths_of(
+    spec: ModelSpec = LLAMA_2_7B, allocation: str | float = "uniform", **budget: Any
+) -> list[int]:
+    """Widths for an importance of which the layers differ."""
+    layers = torch.arange(spec.num_layers, dtype=torch.float64)[:, None]
+    importance = (layers + 2).expand(-1, spec.intermediate_size)
+    widths = WidthBudget.of(spec, Budget(**{"round_to": 1, **budget}))
+    kept = [len(k) for k in widths.keep(importance, allocation).values()]
+    if allocation == 0:
+        assert sorted(widths.even_widths(spec)) == sorted(kept)
+    return kept
+
+
 def width_of(spec: ModelSpec = LLAMA_2_7B, **budget: Any) -> int:
-    return target_width(spec, Budget(**budget))
+    (width,) = set(widths_of(spec, **budget))
+    return width
 
 
-def size_of_width(width: int) -> ModelSpec:
-    return ModelSpec("llama", 2, 8, width, 2 * width * 24 + 1000, 2 * width * 24 + 500, 24)
+def size_of_width(width: int, layers: int = 2) -> ModelSpec:
+    mlps = layers * width * 24
+    return ModelSpec("llama", layers, 8, width, mlps + 1000, mlps + 500, 24)
 
 
 def table_of(l1: torch.Tensor) -> hf.ImportanceTable:
@@ -78,6 +93,43 @@ def test_rounding_stays_within_one_step(width: int, ratio: float, step: int) -> 
     assert abs(got - exact) < step or got == step
 
 
+@pytest.mark.parametrize(
+    ("dense", "ratio", "step", "uniform", "together"),
+    [
+        (11008, 0.2, 256, 8704, 32 * 8806.4),
+        (4096, 0.2, 256, 3328, 32 * 3276.8),
+        (1536, 0.2, 64, 1216, 32 * 1228.8),
+        (512, 0.3, 64, 384, 32 * 358.4),
+        (384, 0.2, 32, 320, 32 * 307.2),
+        (96, 0.2, 8, 80, 32 * 76.8),
+        (13, 0.2, 1, 10, 32 * 10.4),
+    ],
+)
+def test_widths_suit_quantisers_and_together_meet_the_budget(
+    dense: int, ratio: float, step: int, uniform: int, together: float
+) -> None:
+    size = size_of_width(dense, layers=32)
+    options: dict[str, Any] = {"prune_ratio": ratio, "round_to": "auto"}
+    assert width_of(size, **options) == uniform
+    for allocation in (0, 0.3, 0.5, "global"):
+        widths = widths_of(size, allocation, **options)
+        assert all(width % step == 0 for width in widths)
+        assert max(widths) <= dense
+        assert abs(sum(widths) - together) <= step / 2
+    even = widths_of(size, 0, **options)
+    assert max(even) - min(even) <= step
+    assert even == sorted(even)  # what is left goes to the layers that gain most
+
+
+def test_a_width_that_is_named_is_kept() -> None:
+    size = size_of_width(1536, layers=4)
+    for named, step in ((1216, 64), (1200, 16), (1201, 1)):
+        assert width_of(size, intermediate_size=named, round_to="auto") == named
+        widths = widths_of(size, "global", intermediate_size=named, round_to="auto")
+        assert sum(widths) == 4 * named
+        assert all(width % step == 0 for width in widths)
+
+
 def test_nothing_requested_nothing_cut() -> None:
     assert width_of(size_of_width(172), prune_ratio=0.0, round_to=128) == 172
     assert width_of(size_of_width(172), intermediate_size=172) == 172
@@ -95,7 +147,8 @@ def test_nothing_requested_nothing_cut() -> None:
         ({"intermediate_size": 11468}, r"1\.\.11008 \(the dense width\), got 11468"),
         ({"prune_ratio": 0.2, "param_ratio": 0.2}, "exactly one of .* got prune_ratio and param"),
         ({}, "exactly one of .* got none"),
-        ({"prune_ratio": 0.2, "round_to": 0}, "round_to must be at least 1"),
+        ({"prune_ratio": 0.2, "round_to": 0}, "round_to must be auto or at least 1, got 0"),
+        ({"prune_ratio": 0.2, "round_to": "even"}, "round_to must be auto or .* got 'even'"),
     ],
 )
 def test_bad_budgets(arguments: dict[str, Any], message: str) -> None:
@@ -156,15 +209,16 @@ def test_whole_blocks_are_dealt_by_their_mean(dear: float, widths: list[int]) ->
     assert keep[1].tolist() == ([1, 5] if dear == 5 else [0, 1, 3, 5])
 
 
-def test_parts_of_a_block_go_to_the_largest_remainders() -> None:
+def test_parts_of_a_block_go_where_the_next_one_is_worth_most() -> None:
     importance = torch.zeros(3, 10, dtype=torch.float64)
     for layer, strong in enumerate((0, 3, 9)):  # with their floors a global ranking's widths
         importance[layer, :strong] = 5
     importance[1, 3:] = 1e-3
     keep = keep_top(importance, 4, "global", min_keep=0.1)
     assert [len(k) for k in keep.values()] == [1, 3, 8]
-    # 4 + 0.3 · (-3, -1, 4) = 3.1, 3.7, 5.2
-    assert [len(k) for k in keep_top(importance, 4, 0.3, min_keep=0.1).values()] == [3, 4, 5]
+    # 4 + 0.3 · (-3, -1, 4) = 3.1, 3.7, 5.2, and the third's sixth neuron is worth more than the
+    # second's fourth.
+    assert [len(k) for k in keep_top(importance, 4, 0.3, min_keep=0.1).values()] == [3, 3, 6]
 
 
 def test_a_floor_gives_way_to_the_width_and_leaves_no_layer_empty() -> None:

@@ -51,7 +51,7 @@ def test_a_few_steps_lower_the_loss(
     monkeypatch.setattr("sys.argv", [*argv, "--out", str(tmp_path / "new")])
     torch.manual_seed(0)
     model = new_model(RECIPES[family], bos=0, eos=1)
-    stream = torch.arange(2_000) % 16
+    stream = torch.arange(4_000) % 16
     window = stream[None, :257]
     before = next_token_loss(model, window).item()
     train(model, stream, parse_arguments())
