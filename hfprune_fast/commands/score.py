@@ -61,7 +61,8 @@ def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[st
     if result["mlp_widths"]:
         return f"{scored}\nnext: hf.prune_checkpoint with a keep of your own; widths differ"
     sampling = "".join(
-        f" --{each.name.replace('_', '-')} {flags[each.name]}"
+        f" --{each.name.replace('_', '-')}"
+        + ("" if flags[each.name] is True else f" {flags[each.name]}")
         for each in fields(CalibrationOptions)
         if flags[each.name] != each.default
     )

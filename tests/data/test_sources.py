@@ -306,3 +306,21 @@ def test_names_that_are_not_utf8(
         record = json.loads((tmp_path / "out" / "hfprune.json").read_text(encoding="utf-8"))
         assert record["provenance"]["calibration"]["source"].isprintable()
         flags.append("--force")
+
+
+def test_chats_in_the_whole_job(
+    llama_dir: Path, tmp_path: Path, hfprune: Callable[..., Any]
+) -> None:
+    (llama_dir / "chat_template.jinja").write_text("{% for m in messages %}{{ m }}{% endfor %}")
+    (tmp_path / "chats.json").write_text(json.dumps([{"dialogue": PARTS}] * 9, indent=1))
+    flags = ["--samples", 2, "--seq-len", 16, "--text-field", "dialogue", "--chat-template"]
+    source = ["--calibration", tmp_path / "chats.json"]
+    scored = hfprune("score", llama_dir, *source, "--out", tmp_path / "s", *flags)
+    assert scored.code == 0, scored.err
+    next_command = scored.out.splitlines()[-1]
+    assert " --text-field dialogue --chat-template --prune-ratio" in next_command
+    pruned = hfprune(*next_command.removeprefix("next: hfprune ").split()[:-1], tmp_path / "out")
+    assert pruned.code == 0, pruned.err
+    record = json.loads((tmp_path / "out" / "hfprune.json").read_text())
+    calibration = record["provenance"]["calibration"]
+    assert (calibration["text_field"], calibration["chat_template"]) == ("dialogue", True)
