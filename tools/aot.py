@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time, on a machine without a GPU, and read what ptxas made.
+"""Compile every kernel ahead of time, on a machine without a GPU, and read what was made.
 
     python tools/aot.py [--arch sm_90 ...] [--json FILE]
 
@@ -38,7 +38,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
-from assembly import access_bytes, in_loops, resources
+from assembly import access_bytes, resources
 
 from hfprune_fast.kernels import _dispatch, _rows, _rows_triton, _statistics, _statistics_triton
 from hfprune_fast.kernels._activations import ACTIVATIONS, Gated
@@ -222,8 +222,8 @@ def _report(case: Case, arch: str, launch: Launch, only_compile: bool) -> Report
         return report
     made = report._replace(shared_bytes=compiled.metadata.shared)
     if "cubin" in compiled.asm:
-        registers, spills, text = resources(compiled.asm["cubin"])
-        loads, stores = access_bytes(in_loops(text))
+        registers, spills = resources(compiled.asm["cubin"])
+        loads, stores = access_bytes(compiled.asm["ptx"])
         made = made._replace(registers=registers, spills=spills, loads=loads, stores=stores)
     return made._replace(faults=tuple(_faults(case, made)))
 

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from case import told
 from meter import DEVICE, GPU, clock_s
+from models import Shape
 from records import Row
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from hfprune_fast.scoring.passes import PassOptions
 BF16 = torch.bfloat16
 U = torch.finfo(BF16).eps / 2  # the most that one rounding changes, relatively
 SEQ_LEN = 1024 if GPU else 32
+LLAMA_8B = "Llama-3.1-8B" if GPU else ""  # a rehearsal's shapes are nobody's
 
 
 class Phase:
@@ -79,6 +81,14 @@ def milliseconds(call: Callable[[], object]) -> float:
     begin = clock_s()
     call()
     return 1e3 * (clock_s() - begin)
+
+
+def identity(op: str, shape: Shape, tokens: int, provider: str, model: str = "") -> Row:
+    """Return what identifies a row of a bf16 model or layer."""
+    return {
+        "op": op, "model": model, "dtype": "bfloat16", "sizes": {"T": tokens, **shape.sizes},
+        "provider": provider, "computes": "entropy" if op == "score" else op,
+    }  # fmt: skip
 
 
 def verdict(missed: dict[str, bool]) -> str:

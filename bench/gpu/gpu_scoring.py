@@ -97,17 +97,11 @@ def row_of(
     **fields: Any,
 ) -> Row:  # fmt: skip
     """Return a row in the form of result files, with what became of its targets."""
-    for field, over, under in (
-        ("times_first", name, OURS), ("times_reference", REFERENCE, name),
-    ):  # fmt: skip
-        pairs = zip(times.get(over, ()), times.get(under, ()), strict=False)
-        if ratios := [a / b for a, b in pairs]:
+    for field, over, under in ("times_first", name, OURS), ("times_reference", REFERENCE, name):
+        if over in times and under in times:
+            ratios = [a / b for a, b in zip(times[over], times[under], strict=True)]
             fields[field] = statistics.median(ratios)
-    identity = {
-        "op": "score", "model": "Llama-3.1-8B" if GPU else "", "dtype": "bfloat16",
-        "sizes": {"T": SEQUENCES * SEQ_LEN, **SHAPE.sizes}, "provider": name,
-        "computes": "entropy",
-    }  # fmt: skip
+    identity = gpu_phase.identity("score", SHAPE, SEQUENCES * SEQ_LEN, name, gpu_phase.LLAMA_8B)
     found = row(identity, times[name], floors_ms, floor="products", flops=FLOPS, **fields)
     if plan:
         found["planned_bytes"] = plan.total_bytes

@@ -116,11 +116,7 @@ class Streamed:
     ) -> Row:
         """Return a row of the layers that ran, and what a model of all layers would take."""
         tokens = sequences * SEQ_LEN
-        identity = {
-            "op": "score", "model": "", "dtype": "bfloat16", "computes": "entropy",
-            "sizes": {"T": tokens, **self.shape.sizes},
-            "provider": f"ours, offload={offload}",
-        }  # fmt: skip
+        identity = gpu_phase.identity("score", self.shape, tokens, f"ours, offload={offload}")
         times_ms, flops = [1e3 * s for s in passes_s[1:]], self.shape.needed_flops(tokens)
         median_s, needed = statistics.median(passes_s[1:]), executed_flops(self.layers, tokens)
         peak, reserved = (

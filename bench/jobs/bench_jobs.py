@@ -108,10 +108,10 @@ def check(
 
 
 def in_turn(
-    benchmark: Any, workers: dict[str, Run], rounds: int, shape: Shape, tokens: int, *,
-    products: bool = True, prepare: Callable[[str], None] = lambda _: None, **fields: Any,
+    workers: dict[str, Run], rounds: int, shape: Shape, tokens: int, *, products: bool = True,
+    prepare: Callable[[str], None] = lambda _: None, **fields: Any,
 ) -> list[Row]:  # fmt: skip
-    """Run the workers in turn, the fixture timing the first; return a row of each.
+    """Run the workers in turn, the first one last; return a row of each.
 
     `times_first` is how often the first one's time another took, the median over the rounds. Fields
     are those of all rows: `op`, `dtype` and others.
@@ -120,19 +120,13 @@ def in_turn(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     floors_ms: list[float] = []
     first, *others = workers
-
-    def go(name: str) -> None:
-        prepare(name)
-        runs[name].append(workers[name]())
-
-    def setup() -> None:
+    for _ in range(rounds):
         if flops:
             (found,) = ceilings("small" if rounds > 1 else "tiny", (fields["dtype"],))  # just now
             floors_ms.append(flops / float(found["product_gflop_per_s"]) / 1e6)
-        for name in others:
-            go(name)
-
-    benchmark.pedantic(partial(go, first), setup=setup, rounds=rounds)
+        for name in (*others, first):
+            prepare(name)
+            runs[name].append(workers[name]())
     params = shape.layers * shape.layer_params + (1 if shape.tied else 2) * shape.head_params
     sizes = {"T": tokens, **shape.sizes, "params": params}
     rows = []
@@ -149,9 +143,7 @@ def in_turn(
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_score(
-    dtype: str, benchmark: Any, scale: str, report: Callable[..., None], tmp_path: Path
-) -> None:
+def test_score(dtype: str, scale: str, report: Callable[..., None], tmp_path: Path) -> None:
     shape, seq_len = TINY if scale == "tiny" else SHAPE, SEQ_LEN[scale]
     files = {name: tmp_path / f"{i}.safetensors" for i, name in enumerate(PROVIDERS)}
     common = {"shape": shape, "dtype": dtype, "seq_len": seq_len}
@@ -159,18 +151,14 @@ def test_score(
     with started("bench_jobs:score_model", arguments) as workers:
         ours, reference = (load_file(file)["l1"] for file in files.values())
         errors = check(ours, reference, dtype, shape, SAMPLES, seq_len)
-        rows = in_turn(
-            benchmark, workers, ROUNDS[scale], shape, SAMPLES * seq_len, op="score", dtype=dtype,
-            **errors,
-        )  # fmt: skip
+        tokens = SAMPLES * seq_len
+        rows = in_turn(workers, ROUNDS[scale], shape, tokens, op="score", dtype=dtype, **errors)
     list(map(report, rows))
 
 
 @pytest.mark.skipif("HFPRUNE_LARGE" not in os.environ, reason="minutes, 5 GB: HFPRUNE_LARGE=1")
 @pytest.mark.timeout(7200)
-def test_score_from_disk(
-    benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
-) -> None:
+def test_score_from_disk(scale: str, report: Callable[..., None], checkpoint_folder: Path) -> None:
     layers = max(2, (LARGE_BYTES - 4 * LARGE.head_params) // (2 * LARGE.layer_params))
     folder, seq_len = checkpoint_folder / "model", SEQ_LEN[scale]
     write_checkpoint(folder, LARGE, layers)
@@ -181,8 +169,8 @@ def test_score_from_disk(
     }
     with started("bench_jobs:score_folder", arguments) as workers:
         rows = in_turn(
-            benchmark, workers, 2, replace(LARGE, layers=layers), LARGE_SAMPLES * seq_len,
-            prepare=lambda _: into_page_cache(folder), op="score", dtype="bfloat16", error=0.0,
+            workers, 2, replace(LARGE, layers=layers), LARGE_SAMPLES * seq_len, op="score",
+            dtype="bfloat16", prepare=lambda _: into_page_cache(folder), error=0.0,
             error_allowed=0.0,
         )  # fmt: skip
     resident, streamed = (hf.ImportanceTable.load(file).statistics for file in tables.values())
@@ -192,9 +180,7 @@ def test_score_from_disk(
 
 
 @pytest.mark.timeout(1800)
-def test_whole_job(
-    benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
-) -> None:
+def test_whole_job(scale: str, report: Callable[..., None], checkpoint_folder: Path) -> None:
     shape, seq_len = JOB_SHAPES[scale], SEQ_LEN[scale]
     folder, warm_up = checkpoint_folder / "model", checkpoint_folder / "small"
     for path, each in ((folder, shape), (warm_up, JOB_WARM_UP)):
@@ -210,8 +196,8 @@ def test_whole_job(
 
     with started("bench_jobs:prune_folder", arguments) as workers:
         rows = in_turn(
-            benchmark, workers, JOB_ROUNDS[scale], shape, JOB_SAMPLES * seq_len, products=False,
-            prepare=prepare, op="whole_job", dtype="bfloat16",
+            workers, JOB_ROUNDS[scale], shape, JOB_SAMPLES * seq_len, op="whole_job",
+            dtype="bfloat16", products=False, prepare=prepare,
         )  # fmt: skip
     found = [load_file(f"{out}.safetensors") for out in outs.values()]
     scores, kept = ([each[what] for each in found] for what in ("scores", "keep"))

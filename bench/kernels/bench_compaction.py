@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from case import Case, Provider, Results, WrongError, by_fixture
-from meter import PeakMemory
+from case import Case, Provider, Results, WrongError
+from meter import PeakMemory, alternated_ms
 from models import Shape, into_page_cache, write_checkpoint
 from records import row
 from shapes import Spec, of_models
@@ -47,6 +47,7 @@ class Weight(Case):
 
     computes = "bytes"
     most_rounds = 15
+    on_gpu = False
     axis = 0
 
     def __init__(self, spec: Spec) -> None:
@@ -124,9 +125,7 @@ def test_compaction(case: Case, provider: str, measure: Callable[..., None]) -> 
 
 
 @pytest.mark.timeout(1800)
-def test_prune_checkpoint(
-    benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
-) -> None:
+def test_prune_checkpoint(scale: str, report: Callable[..., None], checkpoint_folder: Path) -> None:
     source, pruned, out, copy = (checkpoint_folder / n for n in ("source", "pruned", "out", "copy"))
     shape = TINY if scale == "tiny" else SHAPE
     size = int(os.environ.get("HFPRUNE_BENCH_BYTES", BYTES[scale]))
@@ -150,7 +149,7 @@ def test_prune_checkpoint(
 
     copied = ["sh", "-c", 'cp -r --reflink=never "$0" "$1" && sync', pruned, copy]
     floor = partial(subprocess.run, copied, check=True)
-    times_ms, floors_ms = by_fixture(benchmark, prune, floor, prepare, 3 if size else 1)
+    times_ms, floors_ms = alternated_ms(prune, floor, prepare, 3 if size else 1, on_gpu=False)
     identity = {
         "op": "prune_checkpoint", "model": "", "dtype": "bfloat16", "provider": "ours",
         "sizes": {**shape.sizes, "L": layers}, "computes": "bytes",

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
     """Return the result of a rehearsal without errors, in an image without what it may lack."""
     absent = tmp_path / "absent"
     absent.mkdir()
-    for name in ("hypothesis", "pytest_timeout", "pytest_benchmark", "matplotlib", "datasets"):
+    for name in ("hypothesis", "pytest_timeout", "matplotlib", "datasets"):
         (absent / f"{name}.py").write_text("raise ImportError('not in a stock image')\n")
     out = tmp_path / "out"
     done = gpu_check(
@@ -72,9 +73,9 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
     result = rehearsed(tmp_path, "correctness", "timing", "refit")
-    assert result["correctness"]["failed"] == 0
-    assert result["correctness"]["skipped"] > 70
-    assert all("CUDA device" in text for text in result["correctness"]["skips"])
+    count, *reasons = result["phases"]["correctness"]["tests"]
+    assert re.match(r"[789]\d skipped in ", count)
+    assert all("needs a CUDA device" in reason for reason in reasons)
 
     rows = result["rows"]
     kernels = [row for row in rows if row["op"] not in ("refit", "removal_costs")]

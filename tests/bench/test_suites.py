@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-pytest.importorskip("pytest_benchmark")
 import bench_entropy
 import bench_linear_entropy
 import bench_taylor
 import meter
+import pytest
+import torch
 from case import AbsentError, Case, Provider, measured
 from records import read
 
