@@ -55,12 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test of `case` and `provider` for every spec of its module and all its providers."""
-    module = metafunc.module
-    if "provider" in metafunc.fixturenames and hasattr(module, "specs"):
+    from shapes import specs_of
+
+    if "provider" in metafunc.fixturenames:
+        cases = metafunc.module.CASES
         pairs = [
             pytest.param(spec, name, id=f"{spec}, {name}")
-            for spec in module.specs(metafunc.config.getoption("scale"))
-            for name in module.CASES[spec.op].PROVIDERS
+            for spec in specs_of(cases, metafunc.config.getoption("scale"))
+            for name in cases[spec.op].PROVIDERS
         ]
         metafunc.parametrize(("case", "provider"), pairs, indirect=["case"], scope="module")
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from case import told
-from meter import DEVICE, GPU, clock_s
+from meter import DEVICE, GPU, ceilings, clock_s
 from models import Shape
 from records import Row
 from torch import Tensor
@@ -62,18 +62,10 @@ class Phase:
             torch.cuda.empty_cache()
 
 
-def products() -> tuple[Callable[[], object], int]:
-    """Return the yardstick: a call that makes some large bf16 products, and their FLOPs."""
-    n, count = (8192, 50) if GPU else (32, 2)
-    a, b = torch.randn(2, n, n, dtype=BF16, device=DEVICE)
-    out = torch.empty_like(a)
-
-    def call() -> None:
-        for _ in range(count):
-            torch.mm(a, b, out=out)
-
-    call()
-    return call, count * 2 * n**3
+def products_per_s() -> float:
+    """Return the yardstick, at this moment: the FLOP/s of large bf16 products."""
+    (found,) = ceilings("full" if GPU else "tiny", ("bfloat16",))
+    return 1e9 * float(found["product_gflop_per_s"])
 
 
 def milliseconds(call: Callable[[], object]) -> float:

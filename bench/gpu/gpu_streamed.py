@@ -59,8 +59,9 @@ def executed_flops(layers: int, tokens: int) -> int:
 class Streamed:
     """The checkpoint, and what the resident model makes of it."""
 
-    def __init__(self, folder: Path, layers: int) -> None:
+    def __init__(self, folder: Path, layers: int, rate: float) -> None:
         self.folder, self.layers, self.shape = folder, layers, replace(SHAPE, layers=layers)
+        self.rate = rate  # of products, FLOP/s
         self.ids = random_ids(max(PASS_SEQUENCES), SEQ_LEN, SHAPE.vocab)
         self.wanted = {n: self.resident_l1(self.plan("none", n), n) for n in PASS_SEQUENCES}
         # What two runs of the same arithmetic may differ by: twice what micro-batches of half the
@@ -108,12 +109,9 @@ class Streamed:
                     error = error or checked(
                         name, relative_errors(found, self.wanted[sequences]), self.band
                     )
-                rate = phase.result["products_tflops"] * 1e12
-                phase.rows.append(self.row_of(offload, plan, passes_s, sequences, rate) | error)
+                phase.rows.append(self.row_of(offload, plan, passes_s, sequences) | error)
 
-    def row_of(
-        self, offload: str, plan: Plan, passes_s: list[float], sequences: int, rate: float
-    ) -> Row:
+    def row_of(self, offload: str, plan: Plan, passes_s: list[float], sequences: int) -> Row:
         """Return a row of the layers that ran, and what a model of all layers would take."""
         tokens = sequences * SEQ_LEN
         identity = gpu_phase.identity("score", self.shape, tokens, f"ours, offload={offload}")
@@ -123,9 +121,9 @@ class Streamed:
             (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if GPU else (0, 0)
         )
         whole_s = median_s * executed_flops(SHAPE.layers, tokens) / needed
-        executed = 100 * needed / median_s / rate
+        executed = 100 * needed / median_s / self.rate
         return row(
-            identity, times_ms, len(times_ms) * [1e3 * flops / rate], floor="products",
+            identity, times_ms, len(times_ms) * [1e3 * flops / self.rate], floor="products",
             flops=flops, peak_bytes=peak, passes_s=passes_s, planned_bytes=plan.total_bytes,
             **({"planned_ratio": plan.total_bytes / peak} if peak else {}),
             executed_percent=executed, extrapolated_s={str(SHAPE.layers): whole_s},
@@ -139,9 +137,8 @@ class Streamed:
 
 def main() -> None:
     phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
-    gemm, flops = gpu_phase.products()
-    rate = flops / statistics.median(gpu_phase.milliseconds(gemm) for _ in range(5)) / 1e9
-    phase.result["products_tflops"] = rate
+    rate = gpu_phase.products_per_s()
+    phase.result["products_tflops"] = rate / 1e12
     folder = phase.out.parent / "streamed"  # which gpu_check.py removes, however this ends
     folder.mkdir()
     least = 4 * (SHAPE.head_params + SHAPE.layer_params) + SPARE_BYTES
@@ -153,7 +150,7 @@ def main() -> None:
     until = time.monotonic() + WRITE_SECONDS
     layers = write_checkpoint(folder, SHAPE, MOST_LAYERS, until, SPARE_BYTES, DEVICE)
     phase.note("the scores of the resident model")
-    streamed = Streamed(folder, layers)
+    streamed = Streamed(folder, layers, rate)
     if GPU:
         gc.collect()
         torch.cuda.empty_cache()

@@ -17,11 +17,10 @@ from case import Case, measured
 from gpu_phase import Phase, verdict
 from meter import GPU, ceilings
 from records import Row
-from shapes import Spec
+from shapes import Spec, specs_of
 
 SCALE = "full" if GPU else "tiny"
-SUITES = (bench_entropy, bench_linear_entropy, bench_taylor)
-CASES: dict[str, type[Case]] = {op: case for suite in SUITES for op, case in suite.CASES.items()}
+CASES: dict[str, type[Case]] = bench_entropy.CASES | bench_linear_entropy.CASES | bench_taylor.CASES
 OURS = "ours, triton"
 # {operation: % of the floor} that ours should reach at Llama-3.1-8B's shape in bf16. The entropy's
 # kernel moves 3 bytes where its floor counts 2, if a row does not stay in the cache: 85 % of that.
@@ -40,9 +39,8 @@ def wanted() -> list[tuple[Spec, str]]:
             spec.dtype == "float32", spec.model != "Llama-3.1-8B",
         )  # fmt: skip
 
-    specs = [spec for suite in SUITES for spec in suite.specs(SCALE)]
-    pairs = [(spec, name) for spec in specs for name in CASES[spec.op].PROVIDERS]
-    return sorted(pairs, key=order)
+    specs = specs_of(CASES, SCALE)
+    return sorted(((s, name) for s in specs for name in CASES[s.op].PROVIDERS), key=order)
 
 
 def has_target(spec: Spec) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from meter import DEVICE, GPU, Evictor, alternated_ms, peak_bytes, rounds_for
 from records import Row, row
-from shapes import Spec
+from shapes import DTYPES, Spec
 from torch import Tensor
 
 from hfprune_fast.kernels._triton import INTERPRETED
@@ -50,6 +50,10 @@ class Case(ABC):
 
     PROVIDERS: ClassVar[dict[str, Provider]]
     EAGER: ClassVar[dict[str, Callable[..., Any]]]  # plain torch, for what each computes
+    letters: ClassVar[str]  # of the sizes T, D, F and V
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
+    small: ClassVar[tuple[str, ...]] = ("Llama-2-7B", "Llama-3.1-8B")  # whose shapes a CPU takes
+    small_tokens: ClassVar[int] = 0
     computes: ClassVar[str] = "entropy"
     floor_name: ClassVar[str] = "copy"
     bytes_moved: int = 0  # by any provider that reads its input once and writes its output once

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from case import Case, Provider, Results, WrongError
 from meter import PeakMemory, alternated_ms
 from models import Shape, into_page_cache, write_checkpoint
 from records import row
-from shapes import Spec, of_models
+from shapes import Spec
 from torch import Tensor
 
 import hfprune_fast
@@ -46,6 +46,7 @@ class Weight(Case):
     """A weight on the host, what is kept of it, and buffers whose pages have all been touched."""
 
     computes = "bytes"
+    letters, dtypes, small = "DF", ("bfloat16",), ("Llama-3.1-8B",)
     most_rounds = 15
     on_gpu = False
     axis = 0
@@ -110,14 +111,6 @@ Weight.PROVIDERS = {
     "numpy.compress, out=": by(lambda w: np.compress(w.mask_np, w.weight_np, w.axis, w.out_np)),
 }
 CASES = {"compact_rows": Weight, "compact_columns": Columns}
-
-
-def specs(scale: str) -> Iterator[Spec]:
-    """Rows of gate_proj, columns of down_proj."""
-    for op in CASES:
-        for spec in of_models(op, scale, "DF", small_tokens=0, small=("Llama-3.1-8B",)):
-            if spec.dtype == "bfloat16" or scale == "full":
-                yield spec
 
 
 def test_compaction(case: Case, provider: str, measure: Callable[..., None]) -> None:

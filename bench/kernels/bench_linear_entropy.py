@@ -13,7 +13,7 @@ products alone, in the chunks that ours takes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from bench_entropy import eager_cross_entropy, eager_entropy, fp64_rows
 from case import AbsentError, Case, Provider, Results, needs_triton, ours, providers, spread_rows
 from hfprune_reference import entropy_of
-from shapes import Spec, of_models
+from shapes import Spec
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -52,6 +52,7 @@ class Head(Case):
 
     EAGER = {"entropy": eager_loss, "cross entropy": cross_entropy_loss}  # noqa: RUF012
     floor_name = "products"
+    letters, small_tokens, small = "TDV", 128, ("Llama-2-7B", "Qwen3-0.6B")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -150,11 +151,6 @@ Head.PROVIDERS = providers(Head.own, eager_loss, reference_loss) | {
     "torch linear_cross_entropy": peer(torch_linear_cross_entropy),
 }
 CASES = {"linear_entropy": Head}
-
-
-def specs(scale: str) -> Iterator[Spec]:
-    small = ("Llama-2-7B", "Qwen3-0.6B")
-    yield from of_models("linear_entropy", scale, "TDV", small_tokens=128, small=small)
 
 
 def test_linear_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:

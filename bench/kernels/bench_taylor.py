@@ -11,11 +11,11 @@ HFPrune's arithmetic makes l1 alone, rounded to the dtype. The floor is a copy o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from case import Case, Provider, Results, compiled, providers
-from shapes import Spec, of_models
+from shapes import Spec
 from torch import Tensor
 from torch.nn import functional
 
@@ -56,6 +56,7 @@ class Statistics(Case):
     """The statistics of (grad, act)."""
 
     EAGER = {"entropy": eager_statistics}  # noqa: RUF012 - nobody changes it
+    letters, small_tokens = "TF", 1024
     inputs = 1  # beside grad
     numbers = 2  # read and written an element
 
@@ -113,12 +114,6 @@ Gated.PROVIDERS = providers(Gated.own, eager_statistics, reference_statistics) |
     "torch.compile": Provider(Gated.run_compiled)
 }
 CASES = {"gated_taylor": Gated, "taylor_statistics": Statistics}
-
-
-def specs(scale: str) -> Iterator[Spec]:
-    for op in CASES:
-        small = ("Llama-2-7B", "Llama-3.1-8B")
-        yield from of_models(op, scale, "TF", small_tokens=1024, small=small)
 
 
 def test_taylor(case: Case, provider: str, measure: Callable[..., None]) -> None:
