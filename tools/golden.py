@@ -1,7 +1,7 @@
 """Record what the `hfprune` command line gives, and compare two records: a net under refactoring.
 
     python tools/golden.py --out before.json demo path/to/model:path/to/text.txt
-    python tools/golden.py --compare before.json after.json --rename mask=fisher_mask
+    python tools/golden.py --compare before.json after.json
 
 Each case runs with public flags only, on one CPU thread and within a fixed memory budget, so that
 the same code gives the same record: tensors and files as sha256, JSON documents as they are.
@@ -154,16 +154,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path[1:]}: {str(old)[:200]} -> {str(new)[:200]}"]
 
 
-def renamed(value: Any, old: str, new: str) -> Any:
-    """Return a JSON value with a name replaced: a key, a part of a dotted key, or a string."""
-    if isinstance(value, dict):
-        keys = (".".join(new if p == old else p for p in key.split(".")) for key in value)
-        return {k: renamed(v, old, new) for k, v in zip(keys, value.values(), strict=True)}
-    if isinstance(value, list):
-        return [renamed(item, old, new) for item in value]
-    return new if value == old else value
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("models", nargs="*", metavar="MODEL[:TEXT]", help="TEXT is by default demo")
@@ -171,16 +161,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="models at once")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of names of cases")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
-    parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="in OLD")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="of paths")
     args = parser.parse_args()
     if args.compare:
         old, new = (json.loads(path.read_text(encoding="utf-8")) for path in args.compare)
-        for pair in args.rename:
-            old = renamed(old, *pair.split("=", 1))
-        lines = differences(old, new)
-        for ignored in args.ignore:
-            lines = [line for line in lines if not fnmatch(line.split(": ")[0], ignored)]
+        lines = [
+            line
+            for line in differences(old, new)
+            if not any(fnmatch(line.split(": ")[0], ignored) for ignored in args.ignore)
+        ]
         print("\n".join(lines) or f"{len(new)} cases are the same")
         return 1 if lines else 0
     if args.out is None or not args.models:
