@@ -105,20 +105,3 @@ def l1_scores(model: ResidentModel, ids: Tensor, plan: Plan, **how: Any) -> Tens
     batches = micro_batch(ids, model.vocab).split(plan.batch_size)
     with mock.patch.object(run, "say", refuse):
         return run.score_batches(model, batches, options).statistics[0, 0]
-
-
-def relative_errors(got: Tensor, want: Tensor) -> Tensor:
-    """Return ‖got - want‖ / ‖want‖ of each layer, (L,) fp64 on the CPU; NaN where there is one."""
-    got, want = got.double().cpu(), want.double().cpu()
-    return (got - want).norm(dim=1) / want.norm(dim=1)
-
-
-def checked(name: str, error: Tensor, allowed: Tensor) -> dict[str, float]:
-    """Return the error that comes closest to what is allowed; raise where one is beyond."""
-    worst = int((error / allowed).nan_to_num(nan=torch.inf).argmax())
-    if not bool((error <= allowed).all()):  # so NaN is refused, too
-        raise ValueError(
-            f"{name}: the l1 of layer {worst} is off by {float(error[worst]):.1e} of its norm; "
-            f"{float(allowed[worst]):.1e} would be rounding"
-        )
-    return {"error": float(error[worst]), "error_allowed": float(allowed[worst])}

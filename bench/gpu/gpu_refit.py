@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_phase import BF16, LLAMA_8B, SEQ_LEN, Phase, U, identity, milliseconds, relative_errors
+from gpu_phase import BF16, LLAMA_8B, SEQ_LEN, Phase, U, identity, milliseconds
 from meter import DEVICE, GPU, peak_bytes
-from models import Shape, random_ids, random_model
+from models import Shape, random_ids, random_model, relative_errors
 from records import row
 from torch import Tensor
 

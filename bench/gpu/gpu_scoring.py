@@ -15,10 +15,9 @@ from typing import Any
 
 import gpu_phase
 import hfprune_reference
-import torch
 from gpu_phase import BF16, SEQ_LEN, Phase
 from meter import DEVICE, GPU, peak_bytes
-from models import Shape, random_ids, random_model, score_band
+from models import Shape, checked_scores, random_ids, random_model
 from records import Row, row
 from torch import Tensor
 
@@ -75,18 +74,17 @@ def checked(
     """Return the calls whose scores were right, each with what was found of it."""
     phase.note(f"{REFERENCE}: scores")
     wanted = subject.reference()
-    band = score_band("bfloat16", SHAPE, SEQUENCES, SEQ_LEN)
     found: dict[str, Any] = {}
     for name, plan in plans.items():
         phase.note(f"{name}: checked")
         try:
-            error = gpu_phase.relative_errors(wanted, subject.ours(plan))
-            fields = gpu_phase.checked(name, error, torch.full_like(error, band))
+            got = subject.ours(plan)
+            fields = checked_scores(name, got, wanted, SHAPE, SEQUENCES, SEQ_LEN)
             found[name] = partial(subject.ours, plan), fields
         except Exception as error:
             phase.failed(name, error)
-    worst = max(error["error"] for _, error in found.values())
-    found[REFERENCE] = subject.reference, {"error": worst, "error_allowed": band}
+    worst = max((fields for _, fields in found.values()), key=lambda fields: fields["error"])
+    found[REFERENCE] = subject.reference, dict(worst)
     for call, fields in found.values():
         fields["peak_bytes"] = peak_bytes(call) if GPU else 0  # a rehearsal's would tell nothing
     return found

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import gpu_phase
 import torch
-from gpu_phase import BF16, SEQ_LEN, Phase, U, checked, l1_scores, relative_errors
+from gpu_phase import BF16, SEQ_LEN, Phase, U, l1_scores
 from meter import DEVICE, GPU, clock_s
-from models import Shape, random_ids, write_checkpoint
+from models import Shape, checked, random_ids, relative_errors, write_checkpoint
 from records import Row, row
 from torch import Tensor
 

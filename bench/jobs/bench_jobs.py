@@ -28,7 +28,14 @@ import hfprune_reference
 import pytest
 import torch
 from meter import ceilings
-from models import Shape, into_page_cache, random_ids, random_model, score_band, write_checkpoint
+from models import (
+    Shape,
+    checked_scores,
+    into_page_cache,
+    random_ids,
+    random_model,
+    write_checkpoint,
+)
 from records import Row, row
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -97,16 +104,6 @@ def prune_folder(
     return partial(run, folder, random_ids(JOB_SAMPLES, seq_len, vocab))
 
 
-def check(
-    ours: Tensor, reference: Tensor, dtype: str, shape: Shape, *ids_shape: int
-) -> dict[str, float]:
-    """Compare each layer's scores, by the norm of the difference, with what rounding explains."""
-    error = torch.linalg.vector_norm(ours - reference.double(), dim=1) / ours.norm(dim=1)
-    band = score_band(dtype, shape, *ids_shape)
-    assert bool((error < band).all()), f"errors {error.tolist()}, allowed {band}"
-    return {"error": float(error.max()), "error_allowed": band}
-
-
 def in_turn(
     workers: dict[str, Run], rounds: int, shape: Shape, tokens: int, *, products: bool = True,
     prepare: Callable[[str], None] = lambda _: None, **fields: Any,
@@ -149,8 +146,8 @@ def test_score(dtype: str, scale: str, report: Callable[..., None], tmp_path: Pa
     common = {"shape": shape, "dtype": dtype, "seq_len": seq_len}
     arguments = {n: {**common, "provider": n, "out": file} for n, file in files.items()}
     with started("bench_jobs:score_model", arguments) as workers:
-        ours, reference = (load_file(file)["l1"] for file in files.values())
-        errors = check(ours, reference, dtype, shape, SAMPLES, seq_len)
+        scores = [load_file(file)["l1"] for file in files.values()]
+        errors = checked_scores("ours", *scores, shape, SAMPLES, seq_len, dtype)
         tokens = SAMPLES * seq_len
         rows = in_turn(workers, ROUNDS[scale], shape, tokens, op="score", dtype=dtype, **errors)
     list(map(report, rows))
@@ -201,7 +198,7 @@ def test_whole_job(scale: str, report: Callable[..., None], checkpoint_folder: P
         )  # fmt: skip
     found = [load_file(f"{out}.safetensors") for out in outs.values()]
     scores, kept = ([each[what] for each in found] for what in ("scores", "keep"))
-    errors = check(*scores, "bfloat16", shape, JOB_SAMPLES, seq_len)
+    errors = checked_scores("ours", *scores, shape, JOB_SAMPLES, seq_len)
     sizes = [sum(f.stat().st_size for f in out.glob("*.safetensors")) for out in outs.values()]
     assert abs(sizes[0] / sizes[1] - 1) < 0.01, "the pruned checkpoints differ in size"
     common_neurons = torch.stack([torch.isin(a, b) for a, b in zip(*kept, strict=True)])

@@ -117,7 +117,7 @@ def test_rows_of_a_run_and_what_a_rerun_adds(
 ) -> None:
     code, said = measure("--seeds", 0, "--ratios", 0.2, 0.5)
     assert code == 0, said
-    assert said.count(" to go\n") == len(QUICK)
+    assert said.count(" min to go\n") == len(QUICK)
     header, *rows = found = lines(tmp_path)
     assert header["model"] == "demo"
     assert header["params"] == 1_049_728

@@ -157,7 +157,7 @@ def test_wrong_scores_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert [error.split(": ")[0] for error in made.result["errors"]] == wrong
     assert all("layer 1 is off" in error for error in made.result["errors"])
     with pytest.raises(ValueError, match="layer 1"):
-        bench("gpu_phase").checked("nan", torch.tensor([0.0, torch.nan]), torch.ones(2))
+        bench("models").checked("nan", torch.tensor([0.0, torch.nan]), torch.ones(2))
 
 
 @pytest.fixture
