@@ -14,6 +14,7 @@ import report
 import torch
 from fidelity_subject import Seed, Subject
 from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, Variant, variant_of
+from invented_results import cells
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
@@ -216,15 +217,6 @@ def root(tmp_path: Path) -> Path:
     (folder / "fidelity.svg").write_text("<svg/>")
     report.write(tmp_path)
     return tmp_path
-
-
-def cells(text: str, *names: str) -> list[str]:
-    """Return what the first line of a table that begins with these cells has after them."""
-    for line in text.splitlines():
-        found = [part.strip().strip("*") for part in line.strip("|").split("|")]
-        if tuple(found[: len(names)]) == names:
-            return found[len(names) :]
-    raise AssertionError(f"no line of {names}")
 
 
 def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:

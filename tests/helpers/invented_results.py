@@ -113,3 +113,12 @@ def _row(
         identity, times_ms, [floor_ms] * 7, floor=floor, bytes_moved=moved, flops=flops,
         peak_bytes=peak, error=0.0012, error_allowed=0.0031,
     )  # fmt: skip
+
+
+def cells(text: str, *starts: str) -> list[str]:
+    """Return what the first line of a table that begins with these cells has after them."""
+    for line in text.splitlines():
+        found = [part.strip().strip("*") for part in line.strip("|").split("|")]
+        if tuple(found[: len(starts)]) == starts:
+            return found[len(starts) :]
+    raise AssertionError(f"no line of {starts}")
