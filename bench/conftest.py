@@ -55,12 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test of `case` and `provider` for every spec of its module and all its providers."""
-    module = metafunc.module
-    if "provider" in metafunc.fixturenames and hasattr(module, "specs"):
+    from shapes import specs_of
+
+    if "provider" in metafunc.fixturenames:
+        cases = metafunc.module.CASES
         pairs = [
             pytest.param(spec, name, id=f"{spec}, {name}")
-            for spec in module.specs(metafunc.config.getoption("scale"))
-            for name in module.CASES[spec.op].PROVIDERS
+            for spec in specs_of(cases, metafunc.config.getoption("scale"))
+            for name in cases[spec.op].PROVIDERS
         ]
         metafunc.parametrize(("case", "provider"), pairs, indirect=["case"], scope="module")
 
@@ -84,13 +86,12 @@ def report(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.fixture
-def measure(benchmark: Any, report: Callable[..., None]) -> Callable[..., None]:
+def measure(report: Callable[..., None]) -> Callable[..., None]:
     """Measure a provider of a case, if it can run and is right."""
     from case import OUT_OF_MEMORY, measured
 
     def measure(case: Any, provider: str) -> None:
-        benchmark.group = str(case.spec)
-        row = measured(case, provider, benchmark)
+        row = measured(case, provider)
         report(row)
         reason = row.get("skipped", row.get("failed"))
         if "skipped" in row or reason == OUT_OF_MEMORY:
@@ -109,14 +110,17 @@ def checkpoint_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    config = session.config
-    folder, rows = config.getoption("rows"), config.stash[ROWS]
-    if folder is None or not rows:
-        return
     import records
     from meter import ceilings
     from report import markdown
+    from report_text import SHORT, rows_table
 
+    config = session.config
+    folder, rows = config.getoption("rows"), config.stash[ROWS]
+    if measured := [row for row in rows if "ms" in row]:
+        print("", *rows_table(measured, SHORT), sep="\n")
+    if folder is None or not rows:
+        return
     result = {**config.stash[RESULT], "ceilings": ceilings(config.getoption("scale")), "rows": rows}
     path = records.write(result, folder, config.getoption("rows_suffix"))
     path.with_suffix(".md").write_text(markdown(records.read(path)), encoding="utf-8")

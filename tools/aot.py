@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time, on a machine without a GPU, and read what ptxas made.
+"""Compile every kernel ahead of time, on a machine without a GPU, and read what was made.
 
     python tools/aot.py [--arch sm_90 ...] [--json FILE]
 
@@ -38,9 +38,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
-from assembly import access_bytes, in_loops, resources
+from assembly import access_bytes, resources
 
-from hfprune_fast.kernels import _dispatch, _rows, _rows_triton, _statistics, _statistics_triton
+from hfprune_fast.kernels import _dispatch, _rows, _statistics
 from hfprune_fast.kernels._activations import ACTIVATIONS, Gated
 from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._triton import INTERPRETED, cdiv
@@ -55,7 +55,6 @@ SHARED_LIMIT_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gf
 # Of the bytes loaded in loops, and of those stored there: the remainder leaves room for a byte of
 # token_mask beside 32 or more of the rows. One tensor of three in narrow loads leaves 2 in 3.
 WIDE_SHARE = 0.9
-LAUNCHING_MODULES = (_rows_triton, _statistics_triton)
 ROW = "{:<32} {:<24} {:<7} {:>5} {:>10} {:>8} {:>7} {:>10} {:>10}"
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -222,8 +221,8 @@ def _report(case: Case, arch: str, launch: Launch, only_compile: bool) -> Report
         return report
     made = report._replace(shared_bytes=compiled.metadata.shared)
     if "cubin" in compiled.asm:
-        registers, spills, text = resources(compiled.asm["cubin"])
-        loads, stores = access_bytes(in_loops(text))
+        registers, spills = resources(compiled.asm["cubin"])
+        loads, stores = access_bytes(compiled.asm["ptx"])
         made = made._replace(registers=registers, spills=spills, loads=loads, stores=stores)
     return made._replace(faults=tuple(_faults(case, made)))
 
@@ -245,10 +244,6 @@ def _faults(case: Case, report: Report) -> Iterator[str]:
             yield f"{len(narrow)} of {len(sizes)} {what} in loops are narrower than 16 bytes"
 
 
-def _check_job(job: tuple[int, str, bool]) -> list[Report]:
-    return check(CASES[job[0]], *job[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -261,12 +256,13 @@ def main() -> None:
     header = "case", "kernel", "arch", "warps", "registers", "shared", "spills", "loads", "stores"
     print(ROW.format(*header), "  (loads and stores in loops: 16 bytes / all)", sep="")
     reports = []
-    cases = [i for i, case in enumerate(CASES) if args.match in case.name]
+    cases = [case for case in CASES if args.match in case.name]
+    jobs = list(product(cases, args.arch, [args.only_compile]))
     # A cache of its own, where none is named: nothing stale is read, and no home is needed.
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
         with ProcessPoolExecutor() as pool:
-            for made in pool.map(_check_job, product(cases, args.arch, [args.only_compile])):
+            for made in pool.map(check, *zip(*jobs, strict=True)):
                 reports += made
                 print(*(report.row() for report in made), sep="\n", flush=True)
     if args.json:

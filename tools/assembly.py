@@ -5,75 +5,44 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from typing import Any
 
 import triton
 
 
-def resources(cubin: bytes) -> tuple[int, int, str]:
-    """(registers, bytes of stack and local memory, disassembly), by NVIDIA's own tools."""
-
-    def output(tool: Any, option: str) -> str:
-        command = [tool.path, option, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory), by NVIDIA's own tool."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = output(triton.knobs.nvidia.cuobjdump, "-res-usage")
-        assembly = output(triton.knobs.nvidia.nvdisasm, "-c")
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = (
         int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL")
     )
-    return registers, stack + local, assembly
+    return registers, stack + local
 
 
-_LABEL = re.compile(r"(\.L_x_\w+):")
-_TARGET = re.compile(r"\.L_x_\w+\b(?!:)")
-_NO_FALL_THROUGH = re.compile(r"\*/\s+(?:BRA\s+`|EXIT|RET)")
+_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s")
+_COPY = re.compile(r"\bcp\.async\.\S*global .*?\], (\w+)")
 
 
-def in_loops(assembly: str) -> Iterator[str]:
-    """The instructions that can run more than once: the hot path of kernels like ours.
+def access_bytes(ptx: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes a thread moves by each load from global memory in a loop, and by each store there.
 
-    The rest is done once a program: a pipeline's first loads, a row's masked end, a program's sums.
-    A block of instructions is in a loop if it can be reached from itself. Order in the text says
-    little, as compilers move blocks.
+    Loops are the hot path of kernels like ours. The rest is done once a program: a pipeline's first
+    loads, a row's masked end, a program's sums. A loop is what lies between a label and a jump back
+    to it.
     """
-    blocks = [[""]]
-    for line in assembly.splitlines():
-        code, last = line.partition(";")[0], blocks[-1][-1]  # a comment or nothing after ";"
-        if _LABEL.match(code) or _TARGET.search(last) or _NO_FALL_THROUGH.search(last):
-            blocks.append([])
-        blocks[-1].append(code)
-    starts = {found[1]: i for i, block in enumerate(blocks) if (found := _LABEL.match(block[0]))}
-    followers: list[set[int]] = [set() for _ in range(len(blocks) + 1)]
-    for i, block in enumerate(blocks):
-        followers[i] = {starts[name] for name in _TARGET.findall(block[-1]) if name in starts}
-        if not _NO_FALL_THROUGH.search(block[-1]):
-            followers[i].add(i + 1)
-    for i, block in enumerate(blocks):
-        reached: set[int] = set()
-        ahead = [i]
-        while ahead:
-            new = followers[ahead.pop()] - reached
-            reached |= new
-            ahead += new
-        if i in reached:
-            yield from block
-
-
-_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)((?:\.\w+)*)\s")
-_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-
-
-def access_bytes(instructions: Iterator[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bytes a thread moves by each load from global memory, and by each store to it."""
-    loads: list[int] = []
-    stores: list[int] = []
-    for line in instructions:
+    lines = ptx.splitlines()
+    starts = {line.partition(":")[0]: i for i, line in enumerate(lines) if line[:5] == "$L__B"}
+    looped: set[int] = set()
+    for i, line in enumerate(lines):
+        if found := re.search(r"\bbra\S*\s+(\$L__B\w+)", line):
+            looped.update(range(starts[found[1]], i))
+    accesses: dict[str, list[int]] = {"ld": [], "st": []}
+    for line in (lines[i] for i in sorted(looped)):
         if found := _ACCESS.search(line):
-            sizes = (_BYTES[suffix] for suffix in found[2].split(".") if suffix in _BYTES)
-            (stores if found[1] == "STG" else loads).append(next(sizes, 4))
-    return tuple(loads), tuple(stores)
+            accesses[found[1]].append(int(found[2] or 1) * int(found[3]) // 8)
+        elif found := _COPY.search(line):
+            accesses["ld"].append(int(found[1], 0))
+    return tuple(accesses["ld"]), tuple(accesses["st"])

@@ -12,17 +12,21 @@ with the product, the sum and the total all rounded to the model's dtype. Kept a
   product are each made whole, (T, V) fp32; autograd makes as many again;
 - logits, probabilities, their logarithms and a KV cache that nobody asked for are held, by their
   names, through the backward pass and until the next sequence's take their place.
+
+The whole job loads the model twice, to score it and to prune it. Not taken over: the script makes
+the number of neurons from `hidden_size`, here it is of the ratio asked for, and unpickles scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Tensors = dict[int, Tensor]
 
@@ -85,3 +89,22 @@ def _hooked(mlps: list[Any], acts: Tensors, grads: Tensors) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def prune(folder: Path, ids: Tensor, out: Path, prune_ratio: float) -> tuple[Tensor, Tensor]:
+    """Write the pruned checkpoint to out; return the scores and (L, K) the neurons kept."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    scores = score(model, ids)
+    del model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    width = round((1 - prune_ratio) * scores.shape[1])
+    keep = torch.topk(scores, width, dim=1).indices.sort(dim=1).values
+    for layer, kept in zip(model.get_decoder().layers, keep, strict=True):
+        for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            weight = getattr(layer.mlp, name).weight.index_select(axis, kept)
+            linear = nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+            linear.weight.data.copy_(weight)
+            setattr(layer.mlp, name, linear)
+    model.config.intermediate_size = width
+    model.save_pretrained(out)
+    return scores, keep

@@ -84,10 +84,9 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
             scored = Seed(subject, drawn[seed], seed)
         for row in scored.rows(variant, ratios):
             _append(file, row)
-        minutes = (time.monotonic() - begun) / 60
-        left = minutes * (len(remaining) - i) / i
+        left = (time.monotonic() - begun) / 60 * (len(remaining) - i) / i
         progress = f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}"
-        told(f"{progress}; {minutes:.1f} min, about {left:.0f} to go")
+        told(f"{progress}; about {left:.0f} min to go")
     return file
 
 

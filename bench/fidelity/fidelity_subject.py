@@ -24,7 +24,6 @@ from hfprune_fast.pruning.selection import Keep, WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
 
 BATCH = 16
-Pruned = tuple[bool, tuple[bytes, ...]]  # refitted or not, and the neurons of each layer
 
 
 class Subject:
@@ -53,26 +52,21 @@ class Seed:
     def __init__(self, subject: Subject, calibration: TokenData, seed: int) -> None:
         self.subject, self.seed = subject, seed
         self.ids, self._batches = calibration.batches[0].ids, calibration.split(BATCH)
-        self._measured: dict[Pruned, fidelity.Fidelity] = {}
 
     def rows(self, variant: Variant, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Measure a variant at all ratios, whose refits share the dense model's run."""
         keeps = [self.keep(variant, ratio) for ratio in ratios]
-        # An allocation that is chosen is often one that was measured as itself.
-        models = [(variant.refit, tuple(k.numpy().tobytes() for k in v.values())) for v in keeps]
-        new = {m: keep for m, keep in zip(models, keeps, strict=True) if m not in self._measured}
-        fitted: list[Any] = [None] * len(new)
-        if variant.refit and new:
+        fitted: list[Any] = [None] * len(keeps)
+        if variant.refit:
             with ResidentModel(self.subject.model) as model:
-                fitted = [r.weights for r in refit(model, self._batches, [*new.values()])[0]]
-        for (pruned, keep), weights in zip(new.items(), fitted, strict=True):
-            self._measured[pruned] = self.subject.measure(keep, weights)
-        for ratio, keep, pruned in zip(ratios, keeps, models, strict=True):
+                fitted = [r.weights for r in refit(model, self._batches, keeps)[0]]
+        for ratio, keep, weights in zip(ratios, keeps, fitted, strict=True):
             widths = [len(keep[layer]) for layer in range(len(keep))]
             param_ratio = self.subject.source.spec.pruned_to(widths)["param_ratio"]
-            sizes = {"widths": widths, "param_ratio": param_ratio}
-            identity = {**asdict(variant), "prune_ratio": ratio, "seed": self.seed}
-            yield {**identity, **sizes, **asdict(self._measured[pruned])}
+            yield {
+                **asdict(variant), "prune_ratio": ratio, "seed": self.seed, "widths": widths,
+                "param_ratio": param_ratio, **asdict(self.subject.measure(keep, weights)),
+            }  # fmt: skip
 
     def keep(self, variant: Variant, ratio: float) -> Keep:
         """Return the neurons that a variant keeps."""

@@ -7,11 +7,11 @@
 It needs what a stock CUDA image has: torch, triton, transformers, pytest, pip and setuptools. It
 builds the package into a temporary folder, compiles the kernels in as many processes as there are
 cores, runs `tests/gpu`, and times each kernel beside its floor and its peers (liger-kernel and
-cut-cross-entropy where they are installed). It writes DIR/<machine>-<date>.json, in the form that
-`report.py` makes tables of, and in DIR/<machine>-<date>.check/ the verdicts on targets (check.md)
-and a log of each phase. A second run of the same commit on the same day keeps what the first found
-and it does not measure anew. Each phase has a process and a time limit of its own (`--limit`), so
-one that fails loses no other. `--only` names the phases to run after build and compile:
+cut-cross-entropy where they are installed). It writes DIR/<machine>-<date>-<phases>.json, in the
+form that `report.py` makes tables of, and in the folder of that name with .check the verdicts on
+targets (check.md) and a log of each phase. Each phase has a process and a time limit of its own
+(`--limit`), so one that fails loses no other. `--only` names the phases to run after build and
+compile:
 
     correctness  tests/gpu
     timing       the kernels' rows; those with no time left say so
@@ -29,22 +29,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 import torch
-from records import RESULTS, ROOT, Result, ResultError, described, key, read, write
+from records import RESULTS, ROOT, Result, described, write
 from report import markdown
 
 # Seconds a phase may take; build, compile, correctness and timing are under 8 minutes together.
@@ -77,21 +77,17 @@ def main() -> None:
         parser.error(f"no CUDA device ({built}); --rehearse runs all of it on a CPU")
     LIMITS_S.update(args.limit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
-    result = provenance(args.rehearse, args.commit)
-    path = out / f"{result['machine']['name']}-{result['date'][:10]}.json"
-    try:
-        before = earlier(path, result["commit"])
-    except ResultError as error:
-        parser.error(str(error))
-    beside = path.with_suffix(".check")
-    beside.mkdir(parents=True, exist_ok=True)
+    result = described() | {"rehearsal": args.rehearse, "phases": {}, "ceilings": [], "rows": []}
+    if args.commit:
+        result |= {"commit": args.commit, "uncommitted_changes": None}
+    phases = [name for name in choices if name in args.only]
     with tempfile.TemporaryDirectory(prefix="hfprune_gpu_check_") as folder:
-        run = Run(Path(folder), beside, args.rehearse, result, before)
+        run = Run(Path(folder), out, args.rehearse, result, "".join(f"-{name}" for name in phases))
         if run.phase("build"):
-            for phase in ("compile", *(name for name in choices if name in args.only)):
+            for phase in ("compile", *phases):
                 run.phase(phase)
-    table = report(joined(before, result))
-    (beside / "check.md").write_text(table, encoding="utf-8")
+    table = report(result)
+    (run.logs / "check.md").write_text(table, encoding="utf-8")
     print("\n" + table, end="")
     sys.exit(any(phase["error"] for phase in result["phases"].values()))
 
@@ -105,47 +101,13 @@ def _limit(text: str) -> tuple[str, float]:
     return name, float(seconds)
 
 
-def provenance(rehearsal: bool, commit: str | None) -> Result:
-    sources = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        sources.update(path.read_bytes())
-    found = described() | {"rehearsal": rehearsal, "phases": {}, "ceilings": [], "rows": []}
-    if commit:
-        found |= {"commit": commit, "uncommitted_changes": None}
-    return {**found, "kernels_sha256": sources.hexdigest()}
-
-
-def earlier(path: Path, commit: str | None) -> Result | None:
-    """Return the file of the same day, if there is one; refuse to lose another commit's."""
-    found = read(path) if path.exists() else None
-    if found and found["commit"] != commit:
-        raise ResultError(f"{path} is of another commit; give another --out, or remove it")
-    return found
-
-
-def joined(before: Result | None, result: Result) -> Result:
-    """Return the result with what before has that it has not measured anew."""
-    if before is None:
-        return result
-    rows = {key(row): row for row in before["rows"]}
-    new = {key(row): row for row in result["rows"]}
-    rows |= {k: row for k, row in new.items() if "skipped" not in row or k not in rows}
-    phases = {**before["phases"], **result["phases"]}
-    ceilings = result["ceilings"] or before["ceilings"]
-    found = {"phases": phases, "rows": list(rows.values()), "ceilings": ceilings}
-    return {**before, **result, **found}
-
-
 def report(result: Result) -> str:
-    """Return what became of the phases and tests, and all rows."""
+    """Return what became of the phases, and all rows."""
     lines = ["A rehearsal: its numbers mean nothing.", ""] if result["rehearsal"] else []
     for name, phase in result["phases"].items():
         lines.append(f"- {name}: {phase['error'] or 'ok'} ({phase['seconds']:.0f} s)")
         lines += [f"  - skipped: {reason}" for reason in phase.get("skipped", ())]
-    if counts := result.get("correctness"):
-        told = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
-        lines += [f"- tests: {told}"]
-        lines += [f"  - {line}" for line in (*counts["failures"][:10], *counts["skips"][:3])]
+        lines += [f"  - {line}" for line in phase.get("tests", ())]
     return "\n".join(lines) + "\n\n" + markdown(result)
 
 
@@ -153,10 +115,12 @@ class Run:
     """The phases; each writes what it found into result, and the result file is kept up to date."""
 
     def __init__(
-        self, folder: Path, out: Path, rehearse: bool, result: Result, before: Result | None
+        self, folder: Path, out: Path, rehearse: bool, result: Result, suffix: str
     ) -> None:
-        self.folder, self.out, self.result, self.before = folder, out, result, before
+        self.folder, self.out, self.result, self.suffix = folder, out, result, suffix
         self.site, self.rehearse = folder / "site", rehearse
+        self.logs = write(result, out, suffix).with_suffix(".check")
+        self.logs.mkdir(exist_ok=True)
         path = [self.site, *(ROOT / "bench").glob("*/"), os.environ.get("PYTHONPATH", "")]
         self.env = {
             **os.environ,
@@ -179,22 +143,22 @@ class Run:
         print(f"{name} ...", flush=True)
         start = time.monotonic()
         self.deadline = start + LIMITS_S[name]
-        (self.out / f"{name}.log").unlink(missing_ok=True)
+        (self.logs / f"{name}.log").unlink(missing_ok=True)
         entry: dict[str, Any] = {"error": None}
         self.result["phases"][name] = entry
         try:
-            run = {"build": self.build, "compile": self.compile, "correctness": self.correctness}
-            entry["error"] = run[name]() if name in run else self.worker(name, entry)
+            own = {"build": self.build, "compile": self.compile, "correctness": self.correctness}
+            entry["error"] = own.get(name, partial(self.worker, name))(entry)
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"
         entry["seconds"] = round(time.monotonic() - start, 1)
         print(f"{name}: {entry['seconds']:.0f} s, {entry['error'] or 'ok'}", flush=True)
-        write(joined(self.before, self.result), self.out.parent)
+        write(self.result, self.out, self.suffix)
         return entry["error"] is None
 
     def command(self, name: str, *command: str | Path, **env: str) -> str | None:
         """Run to the end or the limit; say in a line what went wrong, and print the log's end."""
-        log, error = self.out / f"{name}.log", None
+        log, error = self.logs / f"{name}.log", None
         with log.open("ab") as stream:
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)], env=self.env | env, cwd=self.folder,
@@ -217,7 +181,7 @@ class Run:
         print("\n".join(f"  {name}| {line[:200]}" for line in lines[-25:]), flush=True)
         return error or f"exit status {process.returncode}; the log's last line: {lines[-1:]}"
 
-    def build(self) -> str | None:
+    def build(self, _: dict[str, Any]) -> str | None:
         """Build as pip does for any user, from a copy, so that nothing is written beside it."""
         tree = self.folder / "tree"
         skipped = ".*", "build", "tests", "bench", "*.egg-info", "__pycache__"
@@ -228,7 +192,7 @@ class Run:
         code += f"pathlib.Path(k.__file__).resolve().is_relative_to({str(self.site.resolve())!r})"
         return error or self.command("build", "-c", code + " else 0)")
 
-    def compile(self) -> str | None:
+    def compile(self, _: dict[str, Any]) -> str | None:
         """Compile the launches of tools/aot.py, a process a core, into the cache of this run."""
         capability = self.result["machine"].get("capability", "9.0")
         few = ("--match", "bf16 forward") if self.rehearse else ()
@@ -236,28 +200,18 @@ class Run:
         command = (ROOT / "tools" / "aot.py", "--only-compile", "--arch", arch, *few)
         return self.command("compile", *command, TRITON_INTERPRET="0")
 
-    def correctness(self) -> str | None:
-        xml, tests = self.folder / "junit.xml", ROOT / "tests" / "gpu"
+    def correctness(self, entry: dict[str, Any]) -> str | None:
+        """Run the tests; keep pytest's count, what failed and why some were skipped."""
         error = self.command(
-            "correctness", "-m", "pytest", *(tests / f"test_{name}.py" for name in TESTS),
+            "correctness", "-m", "pytest", *(ROOT / f"tests/gpu/test_{name}.py" for name in TESTS),
             "--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-q", "--durations=15",
-            "--tb=short", "-p", "no:cacheprovider", f"--junitxml={xml}",
+            "--tb=short", "-p", "no:cacheprovider",
         )  # fmt: skip
-        if not xml.exists():
-            return error or "pytest left no report"
-        found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-        for case in ElementTree.parse(xml).iter("testcase"):
-            state, message = "passed", ""
-            for problem in case:
-                if problem.tag in ("failure", "error", "skipped"):
-                    state = "skipped" if problem.tag == "skipped" else "failed"
-                    message = (problem.get("message") or "").partition("\n")[0][:300]
-            found[state].append(f"{case.get('name')}: {message}")
-        self.result["correctness"] = {name: len(texts) for name, texts in found.items()} | {
-            "failures": found["failed"], "skips": found["skipped"],
-        }  # fmt: skip
-        if not found["passed"] and not self.rehearse:
-            return error or "no test ran"
+        log = (self.logs / "correctness.log").read_text(errors="replace").splitlines()
+        told = [line for line in log if re.match("ERROR |FAILED |SKIPPED ", line)]
+        entry["tests"] = [*log[-1:], *sorted(told)[:12]]  # failures first
+        if not self.rehearse and not re.search(r"\d passed", entry["tests"][0]):
+            return error or "no test passed"
         return error
 
     def worker(self, name: str, entry: dict[str, Any]) -> str | None:

@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 from case import told
-from meter import DEVICE, GPU, clock_s
+from meter import DEVICE, GPU, ceilings, clock_s
+from models import Shape
 from records import Row
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from hfprune_fast.scoring.passes import PassOptions
 BF16 = torch.bfloat16
 U = torch.finfo(BF16).eps / 2  # the most that one rounding changes, relatively
 SEQ_LEN = 1024 if GPU else 32
+LLAMA_8B = "Llama-3.1-8B" if GPU else ""  # a rehearsal's shapes are nobody's
 
 
 class Phase:
@@ -60,18 +62,10 @@ class Phase:
             torch.cuda.empty_cache()
 
 
-def products() -> tuple[Callable[[], object], int]:
-    """Return the yardstick: a call that makes some large bf16 products, and their FLOPs."""
-    n, count = (8192, 50) if GPU else (32, 2)
-    a, b = torch.randn(2, n, n, dtype=BF16, device=DEVICE)
-    out = torch.empty_like(a)
-
-    def call() -> None:
-        for _ in range(count):
-            torch.mm(a, b, out=out)
-
-    call()
-    return call, count * 2 * n**3
+def products_per_s() -> float:
+    """Return the yardstick, at this moment: the FLOP/s of large bf16 products."""
+    (found,) = ceilings("full" if GPU else "tiny", ("bfloat16",))
+    return 1e9 * float(found["product_gflop_per_s"])
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -79,6 +73,14 @@ def milliseconds(call: Callable[[], object]) -> float:
     begin = clock_s()
     call()
     return 1e3 * (clock_s() - begin)
+
+
+def identity(op: str, shape: Shape, tokens: int, provider: str, model: str = "") -> Row:
+    """Return what identifies a row of a bf16 model or layer."""
+    return {
+        "op": op, "model": model, "dtype": "bfloat16", "sizes": {"T": tokens, **shape.sizes},
+        "provider": provider, "computes": "entropy" if op == "score" else op,
+    }  # fmt: skip
 
 
 def verdict(missed: dict[str, bool]) -> str:
@@ -103,20 +105,3 @@ def l1_scores(model: ResidentModel, ids: Tensor, plan: Plan, **how: Any) -> Tens
     batches = micro_batch(ids, model.vocab).split(plan.batch_size)
     with mock.patch.object(run, "say", refuse):
         return run.score_batches(model, batches, options).statistics[0, 0]
-
-
-def relative_errors(got: Tensor, want: Tensor) -> Tensor:
-    """Return ‖got - want‖ / ‖want‖ of each layer, (L,) fp64 on the CPU; NaN where there is one."""
-    got, want = got.double().cpu(), want.double().cpu()
-    return (got - want).norm(dim=1) / want.norm(dim=1)
-
-
-def checked(name: str, error: Tensor, allowed: Tensor) -> dict[str, float]:
-    """Return the error that comes closest to what is allowed; raise where one is beyond."""
-    worst = int((error / allowed).nan_to_num(nan=torch.inf).argmax())
-    if not bool((error <= allowed).all()):  # so NaN is refused, too
-        raise ValueError(
-            f"{name}: the l1 of layer {worst} is off by {float(error[worst]):.1e} of its norm; "
-            f"{float(allowed[worst]):.1e} would be rounding"
-        )
-    return {"error": float(error[worst]), "error_allowed": float(allowed[worst])}

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_phase import BF16, SEQ_LEN, Phase, U, milliseconds, relative_errors
+from gpu_phase import BF16, LLAMA_8B, SEQ_LEN, Phase, U, identity, milliseconds
 from meter import DEVICE, GPU, peak_bytes
-from models import Shape, random_ids, random_model
+from models import Shape, random_ids, random_model, relative_errors
 from records import row
 from torch import Tensor
 
@@ -47,14 +47,10 @@ def main() -> None:
         times_ms: list[float] = []
         while not times_ms or (len(times_ms) < ROUNDS and not phase.late):
             times_ms.append(milliseconds(call))
-        identity = {
-            "op": op, "model": "Llama-3.1-8B" if GPU else "", "dtype": "bfloat16",
-            "sizes": {"T": TOKENS, **SHAPE.sizes}, "provider": "ours", "computes": op,
-        }  # fmt: skip
+        found = identity(op, SHAPE, TOKENS, "ours", LLAMA_8B)
         peak = peak_bytes(call) if GPU and not phase.late else 0
-        phase.rows.append(
-            row(identity, times_ms, [], floor="", flops=flops, peak_bytes=peak, **checked)
-        )
+        found = row(found, times_ms, [], floor="", flops=flops, peak_bytes=peak, **checked)
+        phase.rows.append(found)
         phase.note(f"{op}: {times_ms}")
 
     width, kept = SHAPE.width, len(keep)

@@ -2,7 +2,7 @@
 
 The model has Llama-3.1-8B's shape and random weights; sequences are of 1024 tokens. Every provider
 scores the same sequences, and ours must agree with the reference as far as rounding explains. Then
-they are timed in turn with large bf16 products, so that the clocks are the same for all.
+they are timed in turn, with large bf16 products in each round, so that the clocks are the same.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 
 import gpu_phase
 import hfprune_reference
-import torch
 from gpu_phase import BF16, SEQ_LEN, Phase
 from meter import DEVICE, GPU, peak_bytes
-from models import Shape, random_ids, random_model, score_band
+from models import Shape, checked_scores, random_ids, random_model
 from records import Row, row
 from torch import Tensor
 
@@ -75,18 +74,17 @@ def checked(
     """Return the calls whose scores were right, each with what was found of it."""
     phase.note(f"{REFERENCE}: scores")
     wanted = subject.reference()
-    band = score_band("bfloat16", SHAPE, SEQUENCES, SEQ_LEN)
     found: dict[str, Any] = {}
     for name, plan in plans.items():
         phase.note(f"{name}: checked")
         try:
-            error = gpu_phase.relative_errors(wanted, subject.ours(plan))
-            fields = gpu_phase.checked(name, error, torch.full_like(error, band))
+            got = subject.ours(plan)
+            fields = checked_scores(name, got, wanted, SHAPE, SEQUENCES, SEQ_LEN)
             found[name] = partial(subject.ours, plan), fields
         except Exception as error:
             phase.failed(name, error)
-    worst = max(error["error"] for _, error in found.values())
-    found[REFERENCE] = subject.reference, {"error": worst, "error_allowed": band}
+    worst = max((fields for _, fields in found.values()), key=lambda fields: fields["error"])
+    found[REFERENCE] = subject.reference, dict(worst)
     for call, fields in found.values():
         fields["peak_bytes"] = peak_bytes(call) if GPU else 0  # a rehearsal's would tell nothing
     return found
@@ -97,17 +95,11 @@ def row_of(
     **fields: Any,
 ) -> Row:  # fmt: skip
     """Return a row in the form of result files, with what became of its targets."""
-    for field, over, under in (
-        ("times_first", name, OURS), ("times_reference", REFERENCE, name),
-    ):  # fmt: skip
-        pairs = zip(times.get(over, ()), times.get(under, ()), strict=False)
-        if ratios := [a / b for a, b in pairs]:
+    for field, over, under in ("times_first", name, OURS), ("times_reference", REFERENCE, name):
+        if over in times and under in times:
+            ratios = [a / b for a, b in zip(times[over], times[under], strict=True)]
             fields[field] = statistics.median(ratios)
-    identity = {
-        "op": "score", "model": "Llama-3.1-8B" if GPU else "", "dtype": "bfloat16",
-        "sizes": {"T": SEQUENCES * SEQ_LEN, **SHAPE.sizes}, "provider": name,
-        "computes": "entropy",
-    }  # fmt: skip
+    identity = gpu_phase.identity("score", SHAPE, SEQUENCES * SEQ_LEN, name, gpu_phase.LLAMA_8B)
     found = row(identity, times[name], floors_ms, floor="products", flops=FLOPS, **fields)
     if plan:
         found["planned_bytes"] = plan.total_bytes
@@ -138,16 +130,15 @@ def main() -> None:
     subject = Subject()
     plans = subject.plans()
     right = checked(subject, plans, phase)
-    gemm, gemm_flops = gpu_phase.products()
-    calls = {"products": gemm} | {name: call for name, (call, _) in right.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in right}
+    floors_ms: list[float] = []
     for done in range(ROUNDS if GPU else LEAST_ROUNDS):
         if done >= LEAST_ROUNDS and phase.late:
             break
         phase.note(f"round {done}")
-        for name, call in calls.items():
+        floors_ms.append(1e3 * FLOPS / gpu_phase.products_per_s())
+        for name, (call, _) in right.items():
             times[name].append(gpu_phase.milliseconds(call))
-    floors_ms = [ms * FLOPS / gemm_flops for ms in times["products"]]
     for name, (_, fields) in right.items():
         phase.rows.append(row_of(name, plans.get(name), times, floors_ms, **fields))
     phase.note("done")

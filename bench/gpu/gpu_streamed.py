@@ -10,7 +10,6 @@ is not counted. Files are in the system's cache.
 from __future__ import annotations
 
 import gc
-import shutil
 import statistics
 import sys
 import time
@@ -19,9 +18,9 @@ from pathlib import Path
 
 import gpu_phase
 import torch
-from gpu_phase import BF16, SEQ_LEN, Phase, U, checked, l1_scores, relative_errors
+from gpu_phase import BF16, SEQ_LEN, Phase, U, l1_scores
 from meter import DEVICE, GPU, clock_s
-from models import Shape, random_ids, write_checkpoint
+from models import Shape, checked, random_ids, relative_errors, write_checkpoint
 from records import Row, row
 from torch import Tensor
 
@@ -59,8 +58,9 @@ def executed_flops(layers: int, tokens: int) -> int:
 class Streamed:
     """The checkpoint, and what the resident model makes of it."""
 
-    def __init__(self, folder: Path, layers: int) -> None:
+    def __init__(self, folder: Path, layers: int, rate: float) -> None:
         self.folder, self.layers, self.shape = folder, layers, replace(SHAPE, layers=layers)
+        self.rate = rate  # of products, FLOP/s
         self.ids = random_ids(max(PASS_SEQUENCES), SEQ_LEN, SHAPE.vocab)
         self.wanted = {n: self.resident_l1(self.plan("none", n), n) for n in PASS_SEQUENCES}
         # What two runs of the same arithmetic may differ by: twice what micro-batches of half the
@@ -108,28 +108,21 @@ class Streamed:
                     error = error or checked(
                         name, relative_errors(found, self.wanted[sequences]), self.band
                     )
-                rate = phase.result["products_tflops"] * 1e12
-                phase.rows.append(self.row_of(offload, plan, passes_s, sequences, rate) | error)
+                phase.rows.append(self.row_of(offload, plan, passes_s, sequences) | error)
 
-    def row_of(
-        self, offload: str, plan: Plan, passes_s: list[float], sequences: int, rate: float
-    ) -> Row:
+    def row_of(self, offload: str, plan: Plan, passes_s: list[float], sequences: int) -> Row:
         """Return a row of the layers that ran, and what a model of all layers would take."""
         tokens = sequences * SEQ_LEN
-        identity = {
-            "op": "score", "model": "", "dtype": "bfloat16", "computes": "entropy",
-            "sizes": {"T": tokens, **self.shape.sizes},
-            "provider": f"ours, offload={offload}",
-        }  # fmt: skip
+        identity = gpu_phase.identity("score", self.shape, tokens, f"ours, offload={offload}")
         times_ms, flops = [1e3 * s for s in passes_s[1:]], self.shape.needed_flops(tokens)
         median_s, needed = statistics.median(passes_s[1:]), executed_flops(self.layers, tokens)
         peak, reserved = (
             (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if GPU else (0, 0)
         )
         whole_s = median_s * executed_flops(SHAPE.layers, tokens) / needed
-        executed = 100 * needed / median_s / rate
+        executed = 100 * needed / median_s / self.rate
         return row(
-            identity, times_ms, len(times_ms) * [1e3 * flops / rate], floor="products",
+            identity, times_ms, len(times_ms) * [1e3 * flops / self.rate], floor="products",
             flops=flops, peak_bytes=peak, passes_s=passes_s, planned_bytes=plan.total_bytes,
             **({"planned_ratio": plan.total_bytes / peak} if peak else {}),
             executed_percent=executed, extrapolated_s={str(SHAPE.layers): whole_s},
@@ -143,21 +136,15 @@ class Streamed:
 
 def main() -> None:
     phase = Phase(*sys.argv[1:])  # of gpu_check.py: the file, the seconds
-    gemm, flops = gpu_phase.products()
-    rate = flops / statistics.median(gpu_phase.milliseconds(gemm) for _ in range(5)) / 1e9
-    phase.result["products_tflops"] = rate
+    rate = gpu_phase.products_per_s()
+    phase.result["products_tflops"] = rate / 1e12
     folder = phase.out.parent / "streamed"  # which gpu_check.py removes, however this ends
     folder.mkdir()
-    least = 4 * (SHAPE.head_params + SHAPE.layer_params) + SPARE_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < least:
-        phase.skip(f"{least / 1e9:.0f} GB of disk needed, {free / 1e9:.0f} GB free")
-        return
     phase.note("the checkpoint")
     until = time.monotonic() + WRITE_SECONDS
     layers = write_checkpoint(folder, SHAPE, MOST_LAYERS, until, SPARE_BYTES, DEVICE)
     phase.note("the scores of the resident model")
-    streamed = Streamed(folder, layers)
+    streamed = Streamed(folder, layers, rate)
     if GPU:
         gc.collect()
         torch.cuda.empty_cache()

@@ -13,9 +13,9 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from meter import DEVICE, GPU, Call, Evictor, alternated_ms, clock_s, peak_bytes, rounds_for
+from meter import DEVICE, GPU, Evictor, alternated_ms, peak_bytes, rounds_for
 from records import Row, row
-from shapes import Spec
+from shapes import DTYPES, Spec
 from torch import Tensor
 
 from hfprune_fast.kernels._triton import INTERPRETED
@@ -50,11 +50,16 @@ class Case(ABC):
 
     PROVIDERS: ClassVar[dict[str, Provider]]
     EAGER: ClassVar[dict[str, Callable[..., Any]]]  # plain torch, for what each computes
+    letters: ClassVar[str]  # of the sizes T, D, F and V
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
+    small: ClassVar[tuple[str, ...]] = ("Llama-2-7B", "Llama-3.1-8B")  # whose shapes a CPU takes
+    small_tokens: ClassVar[int] = 0
     computes: ClassVar[str] = "entropy"
     floor_name: ClassVar[str] = "copy"
     bytes_moved: int = 0  # by any provider that reads its input once and writes its output once
     flops: int = 0
     most_rounds: int = 50
+    on_gpu: bool = GPU
     summed: int = 1  # terms of a result's largest sum
     inner_dtype: torch.dtype = torch.float64  # of a coarser intermediate that every provider has
 
@@ -179,11 +184,10 @@ def providers(
     }
 
 
-def measured(case: Case, name: str, benchmark: Any = None) -> Row:
+def measured(case: Case, name: str) -> Row:
     """Check a provider of a case, time it beside the floor, and return the row.
 
-    With pytest-benchmark's fixture that has the clock, and prints its own table; else events on the
-    device do. A provider that cannot run, is wrong or runs out of memory has a row that says so.
+    A provider that cannot run, is wrong or runs out of memory has a row that says so.
     """
     provider = case.PROVIDERS[name]
     computes = provider.computes or case.computes
@@ -196,8 +200,7 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
         peak = peak_bytes(call)
         case.floor()
         rounds = rounds_for(call, case.ready, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
-        clock = alternated_ms if benchmark is None else partial(by_fixture, benchmark)
-        times_ms, floors_ms = clock(call, case.floor, case.ready, rounds)
+        times_ms, floors_ms = alternated_ms(call, case.floor, case.ready, rounds, case.on_gpu)
     except AbsentError as reason:
         return {**identity, "skipped": str(reason)}
     except Exception as error:  # a peer's, whose versions are many
@@ -214,21 +217,3 @@ def told(error: Exception) -> str:
         return OUT_OF_MEMORY
     kind = "wrong" if isinstance(error, WrongError) else type(error).__name__
     return f"{kind}: {' '.join(str(error).split())[:300]}"
-
-
-def by_fixture(
-    benchmark: Any, call: Call, floor: Call, ready: Call, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Do as alternated_ms by the fixture's clock: the setup of each round times the floor."""
-    floors_ms = []
-
-    def setup() -> None:
-        ready()
-        begin = clock_s()
-        floor()
-        floors_ms.append(1e3 * (clock_s() - begin))
-        ready()
-        clock_s()
-
-    benchmark.pedantic(lambda: (call(), clock_s()), setup=setup, rounds=rounds)
-    return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms

@@ -43,7 +43,7 @@ class Evictor:
 
 
 def alternated_ms(
-    call: Call, floor: Call, ready: Call, rounds: int
+    call: Call, floor: Call, ready: Call, rounds: int, on_gpu: bool = GPU
 ) -> tuple[list[float], list[float]]:
     """Time call() and floor() alternately, each after ready().
 
@@ -53,11 +53,11 @@ def alternated_ms(
     marks: list[Any] = []
 
     def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True) if GPU else time.perf_counter())
-        if GPU:
+        marks.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
+        if on_gpu:
             marks[-1].record()
 
-    if GPU:
+    if on_gpu:
         # The device spins, 1 ms a round at 2 GHz, while the host queues everything, so that no time
         # includes waiting for the host.
         torch.cuda._sleep(rounds * 2_000_000)
@@ -68,7 +68,7 @@ def alternated_ms(
         mark()
     synchronize()
     pairs = zip(marks[::2], marks[1::2], strict=True)
-    times = [a.elapsed_time(b) if GPU else 1e3 * (b - a) for a, b in pairs]
+    times = [a.elapsed_time(b) if on_gpu else 1e3 * (b - a) for a, b in pairs]
     return times[::2], times[1::2]
 
 

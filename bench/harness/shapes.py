@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 DTYPES = ("bfloat16", "float32")
-
-
 MODELS = {  # D, F, V
     "Llama-2-7B": (4096, 11008, 32000),
     "Llama-3.1-8B": (4096, 14336, 128256),
@@ -35,16 +34,16 @@ class Spec:
         return f"{self.op}, {shape}, {self.dtype}"
 
 
-def of_models(
-    op: str, scale: str, letters: str, small_tokens: int, small: tuple[str, ...] = tuple(MODELS)
-) -> Iterator[Spec]:
-    """Specs of an operation for every model and dtype; letters are of T, D, F and V.
+def specs_of(cases: dict[str, Any], scale: str) -> Iterator[Spec]:
+    """Specs of every operation, for the models, dtypes and sizes that its case names.
 
-    Small ones are in float32 for the first of their models alone.
+    Small ones are in float32 for the first of their models alone, tiny ones never.
     """
-    names = {"full": tuple(MODELS), "small": small, "tiny": ("",)}[scale]
-    tokens = {"full": 8192, "small": small_tokens, "tiny": 24}[scale]
-    for dtype in DTYPES if scale != "tiny" else DTYPES[:1]:
-        for name in names if scale != "small" or dtype == DTYPES[0] else names[:1]:
-            sizes = dict(zip("TDFV", (tokens, *MODELS.get(name, (16, 48, 500))), strict=True))
-            yield Spec(op, name, dtype, {letter: sizes[letter] for letter in letters})
+    for op, case in cases.items():
+        names = {"full": tuple(MODELS), "small": case.small, "tiny": ("",)}[scale]
+        tokens = {"full": 8192, "small": case.small_tokens, "tiny": 24}[scale]
+        for dtype in case.dtypes:
+            some = {"full": names, "small": names[:1], "tiny": ()}[scale]
+            for name in names if dtype == DTYPES[0] else some:
+                sizes = dict(zip("TDFV", (tokens, *MODELS.get(name, (16, 48, 500))), strict=True))
+                yield Spec(op, name, dtype, {letter: sizes[letter] for letter in case.letters})

@@ -92,8 +92,28 @@ def random_ids(sequences: int, seq_len: int, vocab: int) -> Tensor:
     return torch.randint(vocab, (sequences, seq_len), generator=torch.Generator().manual_seed(1))
 
 
-def score_band(dtype: str, shape: Shape, samples: int, seq_len: int) -> float:
-    """Return what rounding explains of the difference between our l1 and the reference's.
+def relative_errors(got: Tensor, want: Tensor) -> Tensor:
+    """Return ‖got - want‖ / ‖want‖ of each layer, (L,) fp64 on the CPU; NaN where there is one."""
+    got, want = got.double().cpu(), want.double().cpu()
+    return (got - want).norm(dim=1) / want.norm(dim=1)
+
+
+def checked(name: str, error: Tensor, allowed: Tensor) -> dict[str, float]:
+    """Return the error that comes closest to what is allowed; raise where one is beyond."""
+    worst = int((error / allowed).nan_to_num(nan=torch.inf).argmax())
+    if not bool((error <= allowed).all()):  # so NaN is refused, too
+        raise ValueError(
+            f"{name}: the l1 of layer {worst} is off by {float(error[worst]):.1e} of its norm; "
+            f"{float(allowed[worst]):.1e} would be rounding"
+        )
+    return {"error": float(error[worst]), "error_allowed": float(allowed[worst])}
+
+
+def checked_scores(
+    name: str, ours: Tensor, reference: Tensor, shape: Shape, samples: int, seq_len: int,
+    dtype: str = "bfloat16",
+) -> dict[str, float]:  # fmt: skip
+    """Compare our l1 with the reference's, both (L, F), by what rounding explains.
 
     With u half of eps: the reference rounds each product, each sum over the tokens and each of
     N totals: N + 2. Each gradient went through the roundings of some 14 products a layer, of either
@@ -102,7 +122,9 @@ def score_band(dtype: str, shape: Shape, samples: int, seq_len: int) -> float:
     """
     u, u_fp32 = (torch.finfo(d).eps / 2 for d in (getattr(torch, dtype), torch.float32))
     averaged = 2 * math.sqrt(14 * max(8, shape.layers) / seq_len)
-    return (samples + 2 + max(1.0, averaged)) * u + 4 * math.log(shape.vocab) * u_fp32
+    band = (samples + 2 + max(1.0, averaged)) * u + 4 * math.log(shape.vocab) * u_fp32
+    error = relative_errors(reference, ours)
+    return checked(name, error, torch.full_like(error, band))
 
 
 def write_checkpoint(

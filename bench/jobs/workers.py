@@ -7,71 +7,47 @@ that libraries hold their buffers; for a loaded model with its weights, for a fo
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from meter import PeakMemory
 
-
-class Worker:
-    """Runs what `module.job(**arguments)` returns, repeatedly, in another process."""
-
-    def __init__(self, *job: Any) -> None:
-        self.process: Any = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(job)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
-        )  # fmt: skip
-        self.answer()
-
-    def run(self) -> dict[str, Any]:
-        """Run once; return seconds, and memory in bytes."""
-        print("run", file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> Any:
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"a worker ended with exit status {self.process.wait()}")
+Run = Callable[[], dict[str, float]]  # returns seconds, and memory in bytes
+_job: Callable[[], object]  # of a worker
 
 
 @contextmanager
-def started(module: str, job: str, arguments: dict[str, Any]) -> Iterator[dict[str, Worker]]:
-    """Yield one worker for each provider, all of them warm; end them afterwards."""
-    workers: dict[str, Worker] = {}
-    try:
+def started(job: str, arguments: dict[str, Any]) -> Iterator[dict[str, Run]]:
+    """Start a warm worker for each provider, which runs what `job(**arguments)` returns.
+
+    Args:
+        job: "module:function", as tests are not importable by their own names.
+        arguments: by provider.
+    """
+    workers: dict[str, Run] = {}
+    with ExitStack() as stack:
         for name, of_one in arguments.items():  # one after the other, as they disturb each other
-            workers[name] = Worker(module, job, of_one)
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            stack.enter_context(pool).submit(_prepare, job, of_one).result()
+            workers[name] = lambda pool=pool: pool.submit(_run).result()  # type: ignore[misc]
         yield workers
-    finally:
-        for worker in workers.values():
-            worker.process.kill()
-            worker.process.communicate()
 
 
-def main() -> None:
-    sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
-    from meter import PeakMemory
-
+def _prepare(job: str, arguments: dict[str, Any]) -> None:
+    global _job
     torch.set_num_threads(2)
-    module, job, arguments = json.loads(sys.argv[1])
-    run = getattr(importlib.import_module(module), job)(**arguments)
-    print("{}", flush=True)
-    for _ in sys.stdin:
-        with PeakMemory() as memory:
-            begin = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - begin
-        print(json.dumps({"s": seconds, **memory.fields}), flush=True)
+    _job = resolve_name(job)(**arguments)
 
 
-if __name__ == "__main__":
-    main()
+def _run() -> dict[str, float]:
+    with PeakMemory() as memory:
+        begin = time.perf_counter()
+        _job()
+        seconds = time.perf_counter() - begin
+    return {"s": seconds, **memory.fields}

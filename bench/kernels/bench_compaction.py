@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from case import Case, Provider, Results, WrongError, by_fixture
-from meter import PeakMemory
+from case import Case, Provider, Results, WrongError
+from meter import PeakMemory, alternated_ms
 from models import Shape, into_page_cache, write_checkpoint
 from records import row
-from shapes import Spec, of_models
+from shapes import Spec
 from torch import Tensor
 
 import hfprune_fast
@@ -46,7 +46,9 @@ class Weight(Case):
     """A weight on the host, what is kept of it, and buffers whose pages have all been touched."""
 
     computes = "bytes"
+    letters, dtypes, small = "DF", ("bfloat16",), ("Llama-3.1-8B",)
     most_rounds = 15
+    on_gpu = False
     axis = 0
 
     def __init__(self, spec: Spec) -> None:
@@ -111,22 +113,12 @@ Weight.PROVIDERS = {
 CASES = {"compact_rows": Weight, "compact_columns": Columns}
 
 
-def specs(scale: str) -> Iterator[Spec]:
-    """Rows of gate_proj, columns of down_proj."""
-    for op in CASES:
-        for spec in of_models(op, scale, "DF", small_tokens=0, small=("Llama-3.1-8B",)):
-            if spec.dtype == "bfloat16" or scale == "full":
-                yield spec
-
-
 def test_compaction(case: Case, provider: str, measure: Callable[..., None]) -> None:
     measure(case, provider)
 
 
 @pytest.mark.timeout(1800)
-def test_prune_checkpoint(
-    benchmark: Any, scale: str, report: Callable[..., None], checkpoint_folder: Path
-) -> None:
+def test_prune_checkpoint(scale: str, report: Callable[..., None], checkpoint_folder: Path) -> None:
     source, pruned, out, copy = (checkpoint_folder / n for n in ("source", "pruned", "out", "copy"))
     shape = TINY if scale == "tiny" else SHAPE
     size = int(os.environ.get("HFPRUNE_BENCH_BYTES", BYTES[scale]))
@@ -150,7 +142,7 @@ def test_prune_checkpoint(
 
     copied = ["sh", "-c", 'cp -r --reflink=never "$0" "$1" && sync', pruned, copy]
     floor = partial(subprocess.run, copied, check=True)
-    times_ms, floors_ms = by_fixture(benchmark, prune, floor, prepare, 3 if size else 1)
+    times_ms, floors_ms = alternated_ms(prune, floor, prepare, 3 if size else 1, on_gpu=False)
     identity = {
         "op": "prune_checkpoint", "model": "", "dtype": "bfloat16", "provider": "ours",
         "sizes": {**shape.sizes, "L": layers}, "computes": "bytes",

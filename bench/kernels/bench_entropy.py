@@ -13,12 +13,12 @@ not stay in the cache between its two reads moves 3 for the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from case import Case, Results, by, ours, providers, spread_rows
 from hfprune_reference import entropy_of
-from shapes import Spec, of_models
+from shapes import Spec
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,6 +55,7 @@ class Rows(Case):
         "entropy": eager_entropy, "cross_entropy": eager_cross_entropy,
         "fisher": eager_cross_entropy,
     }  # fmt: skip
+    letters, small_tokens = "TV", 256
     labels: Tensor | None = None
 
     def __init__(self, spec: Spec) -> None:
@@ -118,11 +119,13 @@ class RowGrad(Rows):
 
 class RowCrossEntropy(RowGrad):
     computes = "cross_entropy"
+    dtypes, small = ("bfloat16",), ()
     PROVIDERS = providers(RowGrad.own, eager_cross_entropy, None)
 
 
 class RowFisher(RowGrad):
     computes = "fisher"
+    dtypes, small = ("bfloat16",), ()
 
 
 RowFisher.PROVIDERS = {f"ours, {name}": ours(RowGrad.own, name) for name in ("torch", "triton")}
@@ -136,14 +139,6 @@ CASES = {
     "cross_entropy_grad": RowCrossEntropy,
     "fisher_grad": RowFisher,
 }
-
-
-def specs(scale: str) -> Iterator[Spec]:
-    for op in CASES if scale != "small" else list(CASES)[:2]:
-        small = ("Llama-2-7B", "Llama-3.1-8B")
-        for spec in of_models(op, scale, "TV", small_tokens=256, small=small):
-            if not op.startswith(("cross", "fisher")) or spec.dtype == "bfloat16":
-                yield spec
 
 
 def test_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:

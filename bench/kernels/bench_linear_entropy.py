@@ -13,7 +13,7 @@ products alone, in the chunks that ours takes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from bench_entropy import eager_cross_entropy, eager_entropy, fp64_rows
 from case import AbsentError, Case, Provider, Results, needs_triton, ours, providers, spread_rows
 from hfprune_reference import entropy_of
-from shapes import Spec, of_models
+from shapes import Spec
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -35,12 +35,8 @@ TRUTH_ROWS = 64  # of logits that the truth makes at a time, in fp64
 FILTERED = 0.05
 
 
-def eager_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    return eager_entropy(linear(hidden, weight)).mean()
-
-
-def reference_loss(hidden: Tensor, weight: Tensor, _: Tensor) -> Tensor:
-    return entropy_of(linear(hidden, weight)).mean()
+def mean_of(entropy: Callable[[Tensor], Tensor]) -> Loss:
+    return lambda hidden, weight, _: entropy(linear(hidden, weight)).mean()
 
 
 def cross_entropy_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -50,8 +46,9 @@ def cross_entropy_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
 class Head(Case):
     """Hidden states of a size that makes logits of standard deviation 3, and labels."""
 
-    EAGER = {"entropy": eager_loss, "cross entropy": cross_entropy_loss}  # noqa: RUF012
+    EAGER = {"entropy": mean_of(eager_entropy), "cross entropy": cross_entropy_loss}  # noqa: RUF012
     floor_name = "products"
+    letters, small_tokens, small = "TDV", 128, ("Llama-2-7B", "Qwen3-0.6B")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -142,7 +139,7 @@ def torch_linear_cross_entropy(case: Head) -> Loss:
     return partial(function, options=options)
 
 
-Head.PROVIDERS = providers(Head.own, eager_loss, reference_loss) | {
+Head.PROVIDERS = providers(Head.own, mean_of(eager_entropy), mean_of(entropy_of)) | {
     "ours, triton, fp32 logits": ours(partial(Head.own, fp32_logits=True), "triton"),
     "Liger": peer(liger),
     "Cut Cross Entropy": peer(partial(cut_cross_entropy, "high"), more_error=FILTERED),
@@ -150,11 +147,6 @@ Head.PROVIDERS = providers(Head.own, eager_loss, reference_loss) | {
     "torch linear_cross_entropy": peer(torch_linear_cross_entropy),
 }
 CASES = {"linear_entropy": Head}
-
-
-def specs(scale: str) -> Iterator[Spec]:
-    small = ("Llama-2-7B", "Qwen3-0.6B")
-    yield from of_models("linear_entropy", scale, "TDV", small_tokens=128, small=small)
 
 
 def test_linear_entropy(case: Case, provider: str, measure: Callable[..., None]) -> None:

@@ -11,18 +11,18 @@ HFPrune's arithmetic makes l1 alone, rounded to the dtype. The floor is a copy o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from case import Case, Provider, Results, compiled, providers
-from shapes import Spec, of_models
+from case import Case, Results, providers
+from shapes import Spec
 from torch import Tensor
 from torch.nn import functional
 
 from hfprune_fast.kernels import gated_taylor, taylor_statistics
 
 SEQUENCES = 2
-Eager = Callable[..., Results]
 
 
 def sums(grad: Tensor, act: Tensor) -> Results:
@@ -45,7 +45,9 @@ def reference_statistics(grad: Tensor, act: Tensor) -> Results:
     return {"l1": (act * grad).abs().sum(dim=(0, 1))}
 
 
-def eager_gated(grad: Tensor, gate: Tensor, up: Tensor, statistics: Eager) -> Results:
+def eager_gated(
+    grad: Tensor, gate: Tensor, up: Tensor, statistics: Callable[..., Results] = eager_statistics
+) -> Results:
     """Do as hooks on down_proj and autograd would: act again, then its gradients."""
     value = functional.silu(gate)
     d_gate = torch.ops.aten.silu_backward(grad * up, gate)
@@ -56,6 +58,7 @@ class Statistics(Case):
     """The statistics of (grad, act)."""
 
     EAGER = {"entropy": eager_statistics}  # noqa: RUF012 - nobody changes it
+    letters, small_tokens = "TF", 1024
     inputs = 1  # beside grad
     numbers = 2  # read and written an element
 
@@ -71,8 +74,8 @@ class Statistics(Case):
     def truth(self, computes: str) -> Results:
         return sums(self.grad.double(), self.pristine[0].double())
 
-    def run(self, statistics: Eager) -> Results:
-        return statistics(self.grad, *self.pristine)
+    def run(self, eager: Callable[..., Results]) -> Results:
+        return eager(self.grad, *self.pristine)
 
     def own(self, backend: str) -> Results:
         return taylor_statistics(self.grad, *self.pristine, backend=backend)._asdict()
@@ -81,6 +84,7 @@ class Statistics(Case):
 class Gated(Statistics):
     """The same with act = silu(gate) · up, and the gradients at gate and up."""
 
+    EAGER = {"entropy": eager_gated}  # noqa: RUF012
     inputs, numbers = 2, 5
 
     def refill(self) -> None:
@@ -94,13 +98,6 @@ class Gated(Statistics):
         gradients = {"d_gate": grad * up * slope, "d_up": grad * value}
         return sums(grad, value * up) | gradients
 
-    def run(self, statistics: Eager, gated: Eager = eager_gated) -> Results:
-        return gated(self.grad, *self.pristine, statistics)
-
-    def run_compiled(self) -> Callable[[], Results]:
-        gated = compiled(eager_gated)
-        return lambda: self.run(eager_statistics, gated)
-
     def own(self, backend: str) -> Results:
         statistics, d_gate, d_up = gated_taylor(
             self.grad, *self.buffers, overwrite=True, backend=backend
@@ -109,16 +106,9 @@ class Gated(Statistics):
 
 
 Statistics.PROVIDERS = providers(Statistics.own, eager_statistics, reference_statistics)
-Gated.PROVIDERS = providers(Gated.own, eager_statistics, reference_statistics) | {
-    "torch.compile": Provider(Gated.run_compiled)
-}
+reference_gated = partial(eager_gated, statistics=reference_statistics)
+Gated.PROVIDERS = providers(Gated.own, eager_gated, reference_gated)
 CASES = {"gated_taylor": Gated, "taylor_statistics": Statistics}
-
-
-def specs(scale: str) -> Iterator[Spec]:
-    for op in CASES:
-        small = ("Llama-2-7B", "Llama-3.1-8B")
-        yield from of_models(op, scale, "TF", small_tokens=1024, small=small)
 
 
 def test_taylor(case: Case, provider: str, measure: Callable[..., None]) -> None:

@@ -90,17 +90,11 @@ def markdown(
 
 
 def _shown(rows: list[Row]) -> list[Row]:
-    """Return the rows of an operation that the page has.
-
-    Of known shapes two, in bfloat16 if there are any; of other whole models the largest of a dtype.
+    """Return the rows of an operation that the page has: of two known shapes, in bfloat16 if there
+    are any, and of all other whole models.
     """
     rows = [row for row in rows if "skipped" not in row]
-    largest: dict[str, int] = {}
     others = [row for row in rows if not row["model"] and "L" in row["sizes"]]
-    for row in others:
-        params = row["sizes"].get("params", 0)
-        largest[row["dtype"]] = max(params, largest.get(row["dtype"], 0))
-    others = [r for r in others if r["sizes"].get("params", 0) == largest[r["dtype"]]]
     named = [row for row in rows if row["model"]]
     dtype = "bfloat16" if "bfloat16" in {row["dtype"] for row in named} else "float32"
     named = [row for row in named if row["dtype"] == dtype]

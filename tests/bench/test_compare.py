@@ -35,12 +35,16 @@ def of(result: Result, provider: str, op: str = "gated_taylor") -> Row:
     return next(r for r in result["rows"] if (r["op"], r["provider"]) == (op, provider))
 
 
-def scaled(row: Row, factor: float, *, floor: bool = True) -> None:
-    """Make a row slower by a factor, and its distance from the floor too or not."""
-    for name in ("ms", "ms_low", "ms_high"):
-        row[name] *= factor
-    for name in ("percent_of_floor", "percent_low", "percent_high"):
-        row[name] /= factor if floor else 1
+def scaled(factor: float, floors: float | None = None) -> Callable[[Row], None]:
+    """Make a row slower by a factor, and its distance from the floor larger by that or another."""
+
+    def change(row: Row) -> None:
+        for name in ("ms", "ms_low", "ms_high"):
+            row[name] *= factor
+        for name in ("percent_of_floor", "percent_low", "percent_high"):
+            row[name] /= floors or factor
+
+    return change
 
 
 def changed(change: Callable[[Row], Any], provider: str = "ours, torch") -> Result:
@@ -57,24 +61,14 @@ def without_floor(result: Result) -> Result:
 
 
 def noisy(row: Row) -> None:
-    scaled(row, 1.4)
+    scaled(1.4)(row)
     row["percent_high"] *= 1.5  # a quarter of the rounds were as fast as ever
 
 
-def slower_on_a_faster_machine(row: Row) -> None:
-    scaled(row, 1.5)
-    scaled(row, 1 / 1.5, floor=False)
-
-
-def faster_as_its_floor_was(row: Row) -> None:
-    scaled(row, 1.5)
-    scaled(row, 1 / 3, floor=False)
-
-
 def failed(row: Row) -> None:
-    reason = {**{name: row[name] for name in records.KEY}, "failed": "wrong: off by 2"}
-    row.clear()
-    row.update(reason)
+    for name in row.keys() - {*records.KEY}:
+        del row[name]
+    row["failed"] = "wrong: off by 2"
 
 
 def more_memory(factor: float) -> Callable[[Row], None]:
@@ -85,14 +79,14 @@ def more_memory(factor: float) -> Callable[[Row], None]:
     ("change", "options", "code"),
     [
         (lambda row: None, (), 0),
-        (lambda row: scaled(row, 1.24), (), 0),
-        (lambda row: scaled(row, 1.26), (), 1),
-        (lambda row: scaled(row, 1.24), ("--threshold", "1.2"), 1),
-        (lambda row: scaled(row, 1.26), ("--threshold", "1.3"), 0),
+        (scaled(1.24), (), 0),
+        (scaled(1.26), (), 1),
+        (scaled(1.24), ("--threshold", "1.2"), 1),
+        (scaled(1.26), ("--threshold", "1.3"), 0),
         (noisy, (), 0),
-        (lambda row: scaled(row, 2.0, floor=False), (), 0),
-        (slower_on_a_faster_machine, (), 1),
-        (faster_as_its_floor_was, (), 0),
+        (scaled(2.0, floors=1), (), 0),
+        (scaled(1.0, floors=1.5), (), 1),
+        (scaled(0.5, floors=1.5), (), 0),  # its floor got faster still
         (more_memory(1.04), (), 0),
         (more_memory(1.06), (), 1),
         (more_memory(1.04), ("--memory-threshold", "1.03"), 1),
@@ -111,19 +105,18 @@ def test_what_is_worse(
     assert compared(invented(), changed(change, "eager"), *options)[0] == 0
 
 
+def test_without_a_floor_the_time_is_judged(compared: Compare) -> None:
+    assert compared(without_floor(invented()), without_floor(changed(scaled(1.4))))[0] == 1
+
+
 def test_a_slower_row_has_its_ratios(compared: Compare) -> None:
-    _, output = compared(invented(), changed(lambda row: scaled(row, 1.4)))
+    _, output = compared(invented(), changed(scaled(1.4)))
     (line,) = (line for line in output.splitlines() if "WORSE" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:4] == ["gated_taylor", "Llama-2-7B, T 256", "bfloat16", "ours, torch"]
     # Times are 0.97 to 1.03 of the median in steps of 0.01, so the quartiles are 0.985 and 1.015.
     low, high = (1.4 * 0.985 / 1.015, 1.4 * 1.015 / 0.985)
     assert cells[4:] == ["1.40", "1.40", f"{low:.2f}–{high:.2f}", "1.00", "WORSE: slower"]
-
-
-def test_without_a_floor_the_time_is_judged(compared: Compare) -> None:
-    after = changed(lambda row: scaled(row, 1.4))
-    assert compared(without_floor(invented()), without_floor(after))[0] == 1
 
 
 def test_a_row_that_failed_before_is_no_worse(compared: Compare) -> None:
@@ -145,11 +138,11 @@ def test_two_machines(compared: Compare) -> None:
     other["machine"]["name"] = "another"
     row = of(other, "ours, torch")
     row["peak_bytes"] *= 10
-    scaled(row, 10, floor=False)
+    scaled(10, floors=1)(row)
     code, output = compared(invented(), other)
     assert code == 0
     assert "WARNING: two machines, so time and memory are not judged" in output
-    scaled(row, 2)
+    scaled(2)(row)
     assert compared(invented(), other)[0] == 1
     assert compared(without_floor(invented()), without_floor(other))[0] == 0
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
     """Return the result of a rehearsal without errors, in an image without what it may lack."""
     absent = tmp_path / "absent"
     absent.mkdir()
-    for name in ("hypothesis", "pytest_timeout", "pytest_benchmark", "matplotlib", "datasets"):
+    for name in ("hypothesis", "pytest_timeout", "matplotlib", "datasets"):
         (absent / f"{name}.py").write_text("raise ImportError('not in a stock image')\n")
     out = tmp_path / "out"
     done = gpu_check(
@@ -72,9 +73,9 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
     result = rehearsed(tmp_path, "correctness", "timing", "refit")
-    assert result["correctness"]["failed"] == 0
-    assert result["correctness"]["skipped"] > 70
-    assert all("CUDA device" in text for text in result["correctness"]["skips"])
+    count, *reasons = result["phases"]["correctness"]["tests"]
+    assert re.match(r"[789]\d skipped\b", count)
+    assert all("CUDA device" in reason for reason in reasons)
 
     rows = result["rows"]
     kernels = [row for row in rows if row["op"] not in ("refit", "removal_costs")]
@@ -124,9 +125,7 @@ def bench(name: str) -> Any:
 
 
 def phase(folder: Path) -> Any:
-    made = bench("gpu_phase").Phase(folder / "found.json", 60)
-    made.result["products_tflops"] = 1.0
-    return made
+    return bench("gpu_phase").Phase(folder / "found.json", 60)
 
 
 def test_what_missed_its_targets_says_so() -> None:
@@ -158,7 +157,7 @@ def test_wrong_scores_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert [error.split(": ")[0] for error in made.result["errors"]] == wrong
     assert all("layer 1 is off" in error for error in made.result["errors"])
     with pytest.raises(ValueError, match="layer 1"):
-        bench("gpu_phase").checked("nan", torch.tensor([0.0, torch.nan]), torch.ones(2))
+        bench("models").checked("nan", torch.tensor([0.0, torch.nan]), torch.ones(2))
 
 
 @pytest.fixture
@@ -168,7 +167,7 @@ def streamed(tmp_path: Path) -> Any:
     module = bench("gpu_streamed")
     layers = bench("models").write_checkpoint(folder, module.SHAPE, 3, time.monotonic() - 1)
     assert layers == 2  # the least, as there is no time
-    return module.Streamed(folder, layers)
+    return module.Streamed(folder, layers, 1e12)
 
 
 def test_a_layer_with_the_weights_of_another_is_seen(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import records
 import report
-from invented_results import invented
+from invented_results import cells, invented
 from report_text import count, duration, escaped, number, size, table, times
 
 ROOT = Path(__file__).parents[2]
@@ -52,15 +52,6 @@ def page(root: Path) -> str:
 
 def rows_of(root: Path, name: str) -> str:
     return (root / "bench/results" / f"{name}-2030-01-02.md").read_text(encoding="utf-8")
-
-
-def cells(text: str, *starts: str) -> list[str]:
-    """Return what follows in the first line of a table whose cells begin with these."""
-    for line in text.splitlines():
-        found = [part.strip() for part in line.strip("|").split("|")]
-        if all(cell.startswith(start) for cell, start in zip(found, starts, strict=False)):
-            return found[len(starts) :]
-    raise AssertionError(f"no line of {starts}")
 
 
 def measured(result: records.Result, **wanted: Any) -> records.Row:

@@ -6,16 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import meter
 import pytest
 import torch
-
-pytest.importorskip("pytest_benchmark")
-import bench_entropy
-import bench_linear_entropy
-import bench_taylor
-import meter
 from case import AbsentError, Case, Provider, measured
+from gpu_timing import CASES
 from records import read
+from shapes import specs_of
 
 BF16_PARTS = ("d_logits", "d_hidden", "loss", "d_gate")
 ROOT = Path(__file__).parents[2]
@@ -67,9 +64,8 @@ def test_rows_that_would_be_lost_are_refused_at_once(rows: str, said: str) -> No
 
 
 def case_of(op: str) -> Case:
-    suites = bench_entropy, bench_linear_entropy, bench_taylor
-    suite = next(suite for suite in suites if op in suite.CASES)
-    return suite.CASES[op](next(spec for spec in suite.specs("tiny") if spec.op == op))
+    case = CASES[op]
+    return case(*specs_of({op: case}, "tiny"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from truth import tiny_model
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
@@ -24,35 +24,24 @@ def synthetic_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:  # fmt: skip
     """Write a random Llama, a shard a layer, without building it; return the folder."""
-    folder.mkdir(parents=True)
-    config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
-        "intermediate_size": width, "num_hidden_layers": layers, "vocab_size": vocab,
-        "num_attention_heads": heads, "num_key_value_heads": heads, "hidden_act": "silu",
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-        "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, vocab_size=vocab,
+        num_attention_heads=heads, architectures=["LlamaForCausalLM"], dtype=dtype,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in LlamaForCausalLM(config).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
-
-    square, tall = (hidden, hidden), (width, hidden)
-    layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
-    layer |= {"mlp.gate_proj": tall, "mlp.up_proj": tall, "mlp.down_proj": tall[::-1]}
-    norms = ("input_layernorm", "post_attention_layernorm")
     weight_map, total = {}, 0
     for i in range(layers + 1):
-        prefix = f"model.layers.{i}."
-        if i < layers:
-            tensors = {f"{prefix}{name}.weight": weight(*shape) for name, shape in layer.items()}
-            tensors |= {f"{prefix}{name}.weight": torch.ones(hidden, dtype=dtype) for name in norms}
-        else:
-            tensors = {
-                n: weight(vocab, hidden) for n in ("model.embed_tokens.weight", "lm_head.weight")
-            }
-            tensors["model.norm.weight"] = torch.ones(hidden, dtype=dtype)
+        prefix = f"model.layers.{i}." if i < layers else ("model.norm", "model.embed", "lm_head")
+        tensors = {
+            name: torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
+            if len(shape) == 2
+            else torch.ones(shape, dtype=dtype)
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        }
         file = f"model-{i + 1:05}-of-{layers + 1:05}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

@@ -1,13 +1,11 @@
 """Result files of machines that do not exist, with every operation, provider and kind of row."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from records import Result, Row, row
+from shapes import MODELS
 
-MODELS = {
-    "Llama-2-7B": (4096, 11008, 32000), "Llama-3.1-8B": (4096, 14336, 128256),
-    "Qwen2.5-7B": (3584, 18944, 152064), "Qwen3-0.6B": (1024, 3072, 151936),
-}  # fmt: skip
 # How many times the floor's time each takes, and how many times the input its memory is.
 COST = {
     "ours, torch": (1.6, 0.4), "ours, triton": (1.05, 0.02), "HFPrune's arithmetic": (9.0, 7.5),
@@ -36,8 +34,6 @@ def invented(device: str = "cpu", date: str = "2030-01-02") -> Result:
             "name": "inventa-g1", "device": device, "processor": "Inventa G1",
             "memory_bytes": 80_000_000_000, "driver": "999.1",
         }  # fmt: skip
-    make = _Rows(copy, product, gpu)
-    rows = [*make.kernels(), *make.scoring()]
     return {
         "machine": machine,
         "versions": {"python": "3.11.7", "torch": "2.13.0", "triton": "3.7.1"},
@@ -49,90 +45,80 @@ def invented(device: str = "cpu", date: str = "2030-01-02") -> Result:
             {"dtype": "bfloat16", "copy_gb_per_s": copy, "product_gflop_per_s": product},
             {"dtype": "float32", "copy_gb_per_s": copy, "product_gflop_per_s": product / 2},
         ],
-        "rows": rows + ([] if gpu else make.compaction()),
+        "rows": [_row(gpu, copy, product, *case) for case in _cases(gpu)],
     }  # fmt: skip
 
 
-class _Rows:
-    def __init__(self, copy: float, product: float, gpu: bool) -> None:
-        self.copy, self.product, self.gpu = copy, product, gpu
-        self.tokens = 8192 if gpu else 256
+def _cases(gpu: bool) -> Iterator[tuple[Row, str, int, int, str, Row]]:
+    """What identifies a row, provider, bytes, FLOPs, floor, and what else is in the row."""
 
-    def kernels(self) -> list[Row]:
-        rows = []
-        for model, (d, f, v) in MODELS.items():
-            for dtype, width in WIDTH.items():
-                t = self.tokens
-                for op, sizes, moved in (
-                    ("softmax_entropy", {"T": t, "V": v}, t * v * width),
-                    ("softmax_entropy_grad", {"T": t, "V": v}, 2 * t * v * width),
-                    ("gated_taylor", {"T": t, "F": f}, 5 * t * f * width),
-                    ("taylor_statistics", {"T": t, "F": f}, 2 * t * f * width),
-                ):
-                    identity = {"op": op, "model": model, "dtype": dtype, "sizes": sizes}
-                    rows += [self.one(identity, name, moved) for name in ENTROPY]
-                rows += self.head({"model": model, "dtype": dtype}, t, d, v)
-        return rows
+    def of(names: Any, op: str, model: str, dtype: str, sizes: Row, moved: int, *rest: Any) -> Any:
+        identity = {"op": op, "model": model, "dtype": dtype, "sizes": sizes}
+        return ((identity, name, moved, *(rest or (0, "copy", {}))) for name in names)
 
-    def head(self, identity: Row, t: int, d: int, v: int) -> list[Row]:
-        identity = {"op": "linear_entropy", **identity, "sizes": {"T": t, "D": d, "V": v}}
-        moved = WIDTH[identity["dtype"]] * (2 * t * d + v * d)
-        names = (*ENTROPY, *CROSS_ENTROPY)
-        return [self.one(identity, name, moved, 4 * t * d * v) for name in names]
+    t, jobs = 8192 if gpu else 256, ("ours", "HFPrune's arithmetic")
+    for model, (d, f, v) in MODELS.items():
+        for dtype, width in WIDTH.items():
+            shape = model, dtype
+            yield from of(ENTROPY, "softmax_entropy", *shape, {"T": t, "V": v}, t * v * width)
+            for op, sizes, numbers in (
+                ("softmax_entropy_grad", {"T": t, "V": v}, 2 * t * v),
+                ("gated_taylor", {"T": t, "F": f}, 5 * t * f),
+                ("taylor_statistics", {"T": t, "F": f}, 2 * t * f),
+            ):
+                yield from of(ENTROPY, op, *shape, sizes, numbers * width)
+            moved, flops = (2 * t * d + v * d) * width, 4 * t * d * v
+            names, sizes = (*ENTROPY, *CROSS_ENTROPY), {"T": t, "D": d, "V": v}
+            yield from of(names, "linear_entropy", *shape, sizes, moved, flops, "products", {})
+    params = 250_000_000
+    sizes = {"T": 1024, "D": 512, "L": 16, "V": 32000, "params": params}
+    counts = 2 * params, 4096 * params, "products"
+    yield from of(jobs, "score", "", "bfloat16", sizes, *counts, {})
+    sizes = {"T": 4096, "D": 2048, "L": 20, "V": 128256, "params": 2_470_000_000}
+    counts = 4_947_000_000, 16384 * 2_470_000_000, "products"
+    for name, mapped in ("none", 4_947_000_000), ("disk", 528_000_000):
+        more = {"mapped_bytes": mapped}
+        yield from of([f"ours, offload={name}"], "score", "", "bfloat16", sizes, *counts, more)
+    sizes = {"T": 2048, "D": 128, "L": 4, "V": 2048, "params": 1_049_728}
+    counts = 4_200_000, 10**12, "products"
+    yield from of(jobs, "whole_job", "demo", "float32", sizes, *counts, {"kept_overlap": 0.991})
+    if gpu:
+        return
+    shape = "Llama-3.1-8B", "bfloat16", {"D": 4096, "F": 14336}
+    for op in ("compact_rows", "compact_columns"):
+        yield from of(COMPACT, op, *shape, 187_891_712, 0, "memcpy", {})
+    shape = "", "bfloat16", {"L": 20}
+    yield from of(("ours", "cp"), "prune_checkpoint", *shape, 1_683_754_533, 0, "cp", {})
 
-    def scoring(self) -> list[Row]:
-        rows, params = [], 250_000_000
-        sizes = {"T": 1024, "D": 512, "L": 16, "V": 32000, "params": params}
-        identity = {"op": "score", "model": "", "dtype": "bfloat16", "sizes": sizes}
-        for name in ("ours", "HFPrune's arithmetic"):
-            rows.append(self.one(identity, name, 2 * params, 4096 * params))
-        sizes = {"T": 4096, "D": 2048, "L": 20, "V": 128256, "params": 2_470_000_000}
-        identity = {"op": "score", "model": "", "dtype": "bfloat16", "sizes": sizes}
-        for name, mapped in (
-            ("ours, offload=none", 4_947_000_000),
-            ("ours, offload=disk", 528_000_000),
-        ):
-            made = self.one(identity, name, 4_947_000_000, 16384 * 2_470_000_000)
-            rows.append(made | {"mapped_bytes": mapped})
-        sizes = {"T": 2048, "D": 128, "L": 4, "V": 2048, "params": 1_049_728}
-        identity = {"op": "whole_job", "model": "demo", "dtype": "float32", "sizes": sizes}
-        rows += [
-            self.one(identity, name, 4_200_000, 10**12) | {"kept_overlap": 0.991}
-            for name in ("ours", "HFPrune's arithmetic")
-        ]
-        return rows
 
-    def compaction(self) -> list[Row]:
-        identity = {"model": "Llama-3.1-8B", "dtype": "bfloat16", "sizes": {"D": 4096, "F": 14336}}
-        rows = [
-            self.one({"op": op, **identity}, name, 187_891_712, floor="memcpy")
-            for op in ("compact_rows", "compact_columns")
-            for name in COMPACT
-        ]
-        identity = {"op": "prune_checkpoint", "model": "", "dtype": "bfloat16", "sizes": {"L": 20}}
-        return rows + [
-            self.one(identity, name, 1_683_754_533, floor="cp") for name in ("ours", "cp")
-        ]
+def _row(
+    gpu: bool, copy: float, product: float, identity: Row, name: str, moved: int, flops: int,
+    floor: str, more: Row,
+) -> Row:  # fmt: skip
+    cross = name in CROSS_ENTROPY and identity["op"] == "linear_entropy"
+    computes = "cross entropy" if cross else "entropy"
+    identity = identity | {"provider": name, "computes": computes}
+    if not gpu and name in ("ours, triton", "Liger", "Cut Cross Entropy"):
+        return {**identity, "skipped": "needs a GPU"}
+    if identity["dtype"] == "float32" and name == "Cut Cross Entropy":
+        return {**identity, "skipped": "its gradients are for bfloat16 and float16"}
+    time, memory = COST[name]
+    peak = int(memory * (flops / identity["sizes"].get("D", 512) if flops else moved))
+    if gpu and peak > 35e9:
+        return {**identity, "failed": "out of memory"}
+    product /= WIDTH[identity["dtype"]] / 2
+    floor_ms = flops / product / 1e6 if flops else moved / copy / 1e6
+    times_ms = [time * floor_ms * (1 + 0.01 * i) for i in range(-3, 4)]
+    return more | row(
+        identity, times_ms, [floor_ms] * 7, floor=floor, bytes_moved=moved, flops=flops,
+        peak_bytes=peak, error=0.0012, error_allowed=0.0031,
+    )  # fmt: skip
 
-    def one(self, identity: Row, name: str, moved: int, flops: int = 0, floor: str = "") -> Row:
-        cross = name in CROSS_ENTROPY and identity["op"] == "linear_entropy"
-        identity = identity | {
-            "provider": name,
-            "computes": "cross entropy" if cross else "entropy",
-        }
-        if not self.gpu and name in ("ours, triton", "Liger", "Cut Cross Entropy"):
-            return {**identity, "skipped": "needs a GPU"}
-        if identity["dtype"] == "float32" and name == "Cut Cross Entropy":
-            return {**identity, "skipped": "its gradients are for bfloat16 and float16"}
-        time, memory = COST[name]
-        peak = int(memory * (flops / identity["sizes"].get("D", 512) if flops else moved))
-        if self.gpu and peak > 35e9:
-            return {**identity, "failed": "out of memory"}
-        product = self.product / (WIDTH[identity["dtype"]] / 2)
-        floor_ms = flops / product / 1e6 if flops else moved / self.copy / 1e6
-        times_ms = [time * floor_ms * (1 + 0.01 * i) for i in range(-3, 4)]
-        return row(
-            identity, times_ms, [floor_ms] * 7,
-            floor=floor or ("products" if flops else "copy"), bytes_moved=moved, flops=flops,
-            peak_bytes=peak, error=0.0012, error_allowed=0.0031,
-        )  # fmt: skip
+
+def cells(text: str, *starts: str) -> list[str]:
+    """Return what the first line of a table that begins with these cells has after them."""
+    for line in text.splitlines():
+        found = [part.strip().strip("*") for part in line.strip("|").split("|")]
+        if tuple(found[: len(starts)]) == starts:
+            return found[len(starts) :]
+    raise AssertionError(f"no line of {starts}")

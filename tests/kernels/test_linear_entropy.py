@@ -13,7 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from truth import entropy
 from watch import Watch
 
-from hfprune_fast.kernels import linear_entropy, linear_entropy_reference, softmax_entropy
+from hfprune_fast.kernels import (
+    linear_cross_entropy,
+    linear_entropy,
+    linear_entropy_reference,
+    linear_fisher,
+    softmax_entropy,
+)
 
 NAN = float("nan")
 each_precision = pytest.mark.parametrize("fp32_logits", [False, True])
@@ -85,23 +91,12 @@ def test_padding_counts_for_nothing(backend: str, dtype: torch.dtype, fp32_logit
     assert (d_hidden[~padding] != 0).any(dim=1).all()
 
 
-@pytest.mark.parametrize("logits_budget_bytes", [None, 1])
-def test_sequences_of_unequal_length_weigh_the_same(
-    backend: str, logits_budget_bytes: int | None
-) -> None:
-    lengths = [5, 1, 11]
-    hidden, weight, _ = dyadic(sum(lengths), 12, 90, torch.float32)
-    row_weight = torch.cat([torch.full((n,), 1 / n, dtype=torch.float64) for n in lengths])
-    options: dict[str, Any] = {"logits_budget_bytes": logits_budget_bytes, "backend": backend}
-    loss, d_hidden = linear_entropy(hidden, weight, row_weight, **options)
-    # By default a row weighs 1 / T: the loss of a sequence is the mean over its tokens.
-    single = [linear_entropy(h, weight, **options) for h in hidden.split(lengths)]
-    eps = torch.finfo(torch.float32).eps  # each loss is rounded once, and so is their sum
-    mean = sum(float(loss) for loss, _ in single)
-    assert abs(float(loss) - mean) <= eps * mean
-    # Same rows, same logits; products over V in another order, of terms of both signs.
-    rounding = 2 * eps * 90**0.5 * weight.abs().amax() * row_weight[:, None] * 5
-    assert ((d_hidden - torch.cat([d for _, d in single])).abs() <= rounding).all()
+def test_by_default_rows_weigh_the_same_and_one_in_all(backend: str) -> None:
+    hidden, weight, _ = dyadic(8, 12, 90, torch.float32)
+    loss, d_hidden = linear_entropy(hidden, weight, backend=backend)
+    expected = linear_entropy(hidden, weight, torch.full((8,), 1 / 8), backend=backend)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(d_hidden, expected[1])
 
 
 each_head = pytest.mark.parametrize(
@@ -110,16 +105,10 @@ each_head = pytest.mark.parametrize(
 )
 
 
-def watched(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, budget: int | None, backend: str,
-    fp32_logits: bool = False,
-) -> Watch:  # fmt: skip
-    row_weight = torch.ones(len(hidden))
+def watched(hidden: Tensor, weight: Tensor, *keys: Tensor, **options: Any) -> Watch:
+    operation, row_weight = options.pop("operation", linear_entropy), torch.ones(len(hidden))
     with Watch(hidden, weight, row_weight) as watch:
-        linear_entropy(
-            hidden, weight, row_weight, bias=bias, fp32_logits=fp32_logits,
-            logits_budget_bytes=budget, backend=backend,
-        )  # fmt: skip
+        operation(hidden, weight, *keys, row_weight, **options)
     return watch
 
 
@@ -137,7 +126,10 @@ def test_memory_stays_within_the_budget(
 ) -> None:
     for tokens, width, vocab, has_bias, budget in SIZES[backend]:
         hidden, weight, bias = dyadic(tokens, width, vocab, dtype)
-        watch = watched(hidden, weight, bias if has_bias else None, budget, backend, fp32_logits)
+        watch = watched(
+            hidden, weight, bias=bias if has_bias else None, fp32_logits=fp32_logits,
+            logits_budget_bytes=budget, backend=backend,
+        )  # fmt: skip
         rows = 8 * 5 * tokens  # five numbers of 8 bytes a row at most
         # The torch path's pass over the logits holds three fp32 blocks of a million elements.
         block = 0 if backend == "triton" else 4 << 20
@@ -145,30 +137,33 @@ def test_memory_stays_within_the_budget(
         assert watch.largest <= max(budget, block) < tokens * vocab * hidden.element_size()
 
 
+@pytest.mark.parametrize("operation", [linear_entropy, linear_cross_entropy, linear_fisher])
 @each_head
 def test_flops_and_no_wait_for_the_device(
-    backend: str, dtype: torch.dtype, fp32_logits: bool
+    backend: str, dtype: torch.dtype, fp32_logits: bool, operation: Any
 ) -> None:
-    hidden, weight, bias = dyadic(9, 12, 333, dtype)
-    watch = watched(hidden, weight, bias, 2500, backend, fp32_logits)
+    hidden, weight, _ = dyadic(9, 12, 333, dtype)
+    keys = [] if operation == linear_entropy else [torch.arange(9)]
+    options = {"fp32_logits": fp32_logits, "logits_budget_bytes": 2500, "backend": backend}
+    watch = watched(hidden, weight, *keys, operation=operation, **options)
+    with FlopCounterMode(display=False) as flops:
+        operation(hidden, weight, *keys, **options)
     waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
     assert not {name.removeprefix("aten::").split(".")[0] for name in watch.names} & waits
-    with FlopCounterMode(display=False) as flops:
-        linear_entropy(hidden, weight, fp32_logits=fp32_logits, backend=backend)
     assert watch.flops == flops.get_total_flops() == 4 * 9 * 12 * 333
 
 
 @pytest.mark.parametrize("vocab", [1, 127, 1001])
 def test_rows_of_the_buffer_are_aligned_for_odd_vocabularies(vocab: int) -> None:
     hidden, weight, _ = dyadic(3, 4, vocab, torch.bfloat16)
-    _, (dz, _) = watched(hidden, weight, None, None, "torch").products
+    _, (dz, _) = watched(hidden, weight, backend="torch").products
     assert dz.stride() == (-(-vocab // 16) * 16, 1)
 
 
 @pytest.mark.parametrize(("fit", "expected"), [(140, [128, 128, 44]), (100, [100, 100, 100])])
 def test_chunks_are_multiples_of_128_rows_where_so_many_fit(fit: int, expected: list[int]) -> None:
     hidden, weight, _ = dyadic(300, 4, 32, torch.bfloat16)
-    watch = watched(hidden, weight, None, fit * 32 * 2, "torch")
+    watch = watched(hidden, weight, logits_budget_bytes=fit * 32 * 2, backend="torch")
     assert [len(h) for h, _ in watch.products[::2]] == expected
 
 

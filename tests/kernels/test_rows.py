@@ -164,18 +164,3 @@ def test_samples_have_the_distribution_and_the_fisher_information() -> None:
     assert ((found - mean).abs() <= allowed).all()
     # So many rows tell the Fisher information from its diagonal.
     assert ((found - torch.diag(p)).abs() > allowed).any()
-
-
-def test_samples_repeat_and_depend_on_seed_and_id(backend: str) -> None:
-    logits, ids = normal(1, 300).repeat(4, 1), torch.arange(4) << 20
-
-    def samples(ids: Tensor, seed: int) -> list[int]:
-        _, grad = value_and_grad(logits, Criterion("fisher", ids, seed), backend)
-        return grad.argmin(dim=1).tolist()
-
-    first = samples(ids, 1)
-    assert samples(ids, 1) == first
-    assert samples(ids.flip(0), 1) == first[::-1]
-    assert samples(ids, 2) != first
-    assert samples(ids + 1, 1) != first
-    assert len(set(samples(ids[:1].expand(4), 1))) == 1

@@ -103,9 +103,3 @@ def test_parity_rounds_as_the_reference_implementation(dtype: torch.dtype) -> No
     assert torch.equal(torch.stack(got), eager_sums(grad, act))
     assert got.l1.dtype == dtype
     assert not torch.equal(got.l1.double(), taylor_statistics(grad, act).l1)
-
-
-def test_parity_saturates_in_bfloat16() -> None:
-    ones = torch.ones(1000, 1, 1, dtype=torch.bfloat16)
-    assert taylor_statistics(ones, ones, parity=True).l1.item() == 256  # 256 + 1 rounds to 256
-    assert taylor_statistics(ones, ones).l1.item() == 1000

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, {str(AOT.parent)!r})
 import aot
 from hfprune_fast import kernels
-from hfprune_fast.kernels import _rows, _rows_triton
+from hfprune_fast.kernels import _rows, _rows_triton, _statistics_triton
 bf16 = torch.bfloat16
 """
 
@@ -86,7 +86,7 @@ for case, arch in aot.product(aot.CASES, aot.TARGETS):
         constants = {names[i]: value for (i,), value in launch.constants.items()}
         used.append([launch.kernel.__name__, constants | launch.options.__dict__])
 tables = [
-    value for module in aot.LAUNCHING_MODULES for name, value in vars(module).items()
+    value for module in (_rows_triton, _statistics_triton) for name, value in vars(module).items()
     if "CONFIG" in name
 ]
 print(json.dumps([tables, used], default=str))
