@@ -36,7 +36,7 @@ aot: install
 # Every operation beside its peers at sizes for a CPU, in under 10 minutes on 2 idle cores: writes
 # bench/results/<machine>-<date>.json and .md, from which `python bench/reporting/report.py` makes
 # docs/benchmarks.md.
-BENCH = CUDA_VISIBLE_DEVICES= $(BIN)/pytest bench -v --rows bench/results
+BENCH = CUDA_VISIBLE_DEVICES= $(BIN)/pytest bench -v --rows bench/results --benchmark-columns=median,iqr,rounds
 
 bench: $(VENV)/.bench install
 	$(BENCH) --small

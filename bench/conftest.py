@@ -86,12 +86,13 @@ def report(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.fixture
-def measure(report: Callable[..., None]) -> Callable[..., None]:
+def measure(benchmark: Any, report: Callable[..., None]) -> Callable[..., None]:
     """Measure a provider of a case, if it can run and is right."""
     from case import OUT_OF_MEMORY, measured
 
     def measure(case: Any, provider: str) -> None:
-        row = measured(case, provider)
+        benchmark.group = str(case.spec)
+        row = measured(case, provider, benchmark)
         report(row)
         reason = row.get("skipped", row.get("failed"))
         if "skipped" in row or reason == OUT_OF_MEMORY:
@@ -110,17 +111,14 @@ def checkpoint_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    folder, rows = config.getoption("rows"), config.stash[ROWS]
+    if folder is None or not rows:
+        return
     import records
     from meter import ceilings
     from report import markdown
-    from report_text import SHORT, rows_table
 
-    config = session.config
-    folder, rows = config.getoption("rows"), config.stash[ROWS]
-    if measured := [row for row in rows if "ms" in row]:
-        print("", *rows_table(measured, SHORT), sep="\n")
-    if folder is None or not rows:
-        return
     result = {**config.stash[RESULT], "ceilings": ceilings(config.getoption("scale")), "rows": rows}
     path = records.write(result, folder, config.getoption("rows_suffix"))
     path.with_suffix(".md").write_text(markdown(records.read(path)), encoding="utf-8")

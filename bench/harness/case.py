@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from meter import DEVICE, GPU, Evictor, alternated_ms, peak_bytes, rounds_for
+from meter import DEVICE, GPU, Call, Evictor, alternated_ms, clock_s, peak_bytes, rounds_for
 from records import Row, row
 from shapes import DTYPES, Spec
 from torch import Tensor
@@ -184,10 +184,11 @@ def providers(
     }
 
 
-def measured(case: Case, name: str) -> Row:
+def measured(case: Case, name: str, benchmark: Any = None) -> Row:
     """Check a provider of a case, time it beside the floor, and return the row.
 
-    A provider that cannot run, is wrong or runs out of memory has a row that says so.
+    With pytest-benchmark's fixture that has the clock, and prints its own table; else events on the
+    device do. A provider that cannot run, is wrong or runs out of memory has a row that says so.
     """
     provider = case.PROVIDERS[name]
     computes = provider.computes or case.computes
@@ -200,7 +201,10 @@ def measured(case: Case, name: str) -> Row:
         peak = peak_bytes(call)
         case.floor()
         rounds = rounds_for(call, case.ready, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
-        times_ms, floors_ms = alternated_ms(call, case.floor, case.ready, rounds, case.on_gpu)
+        clock = partial(alternated_ms, on_gpu=case.on_gpu)
+        if benchmark is not None:
+            clock = partial(by_fixture, benchmark)
+        times_ms, floors_ms = clock(call, case.floor, case.ready, rounds)
     except AbsentError as reason:
         return {**identity, "skipped": str(reason)}
     except Exception as error:  # a peer's, whose versions are many
@@ -217,3 +221,21 @@ def told(error: Exception) -> str:
         return OUT_OF_MEMORY
     kind = "wrong" if isinstance(error, WrongError) else type(error).__name__
     return f"{kind}: {' '.join(str(error).split())[:300]}"
+
+
+def by_fixture(
+    benchmark: Any, call: Call, floor: Call, ready: Call, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Do as alternated_ms by the fixture's clock: the setup of each round times the floor."""
+    floors_ms = []
+
+    def setup() -> None:
+        ready()
+        begin = clock_s()
+        floor()
+        floors_ms.append(1e3 * (clock_s() - begin))
+        ready()
+        clock_s()
+
+    benchmark.pedantic(lambda: (call(), clock_s()), setup=setup, rounds=rounds)
+    return [1e3 * seconds for seconds in benchmark.stats.stats.data], floors_ms

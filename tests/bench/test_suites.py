@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_all_suites_at_tiny_sizes(tmp_path: Path) -> None:
     """But for the peers, which the rehearsal of gpu_check.py runs."""
     env = {**os.environ, "PYTHONSAFEPATH": "1", "TRITON_INTERPRET": "1"}
+    env.pop("PYTEST_XDIST_WORKER", None)  # with which pytest-benchmark measures nothing
     done = subprocess.run(
         [sys.executable, "-m", "pytest", ROOT / "bench", "--tiny", "--rows", tmp_path, "-q",
          "-p", "no:cacheprovider", "-k", "not compile and not Liger and not Cut"],
