@@ -62,7 +62,7 @@ PRUNE_RATIO = 0.2
 
 def prune(folder: Path, ids: Tensor, out: Path, prune_ratio: float) -> tuple[Tensor, Tensor]:
     table = hf.score(folder, ids, device="cpu")
-    keep = hf.select(table, prune_ratio=prune_ratio)
+    keep = hf.select(table, prune_ratio=prune_ratio, round_to=1)
     hf.prune_checkpoint(folder, out, keep)
     return table.l1, torch.stack([keep[layer] for layer in sorted(keep)])
 

@@ -68,7 +68,13 @@ def test_what_is_measured_is_what_the_default_recipe_writes(
     subject: Subject, seed: Seed, tmp_path: Path
 ) -> None:
     (row,) = seed.rows(DEFAULT, [0.4])
-    options = {"samples": SAMPLES, "seq_len": SEQ_LEN, "dtype": "float32", "device": "cpu"}
+    options: dict[str, Any] = {
+        "round_to": 1,
+        "samples": SAMPLES,
+        "seq_len": SEQ_LEN,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     done = hf.oneshot("demo", CALIBRATION, tmp_path / "out", prune_ratio=0.4, **options)
     pruned = load_model(tmp_path / "out", dtype="float32", device="cpu")
     want = hf.evaluate(subject.model, pruned, windows(HELD_OUT, 4).batches[0].ids)
