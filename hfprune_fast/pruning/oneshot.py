@@ -31,7 +31,7 @@ from hfprune_fast.config import (
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.distributed import Processes, joined, launched
-from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.layerwise import ResidentModel, own_modes
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.pruning import allocation
@@ -56,6 +56,7 @@ _TOKENS_A_NEURON = 8
     scoring=ScoringOptions,
     output=OutputOptions,
 )
+@own_modes()
 def oneshot(
     model: str | Path | ModelSource,
     calibration: str | Path | None,
