@@ -17,7 +17,7 @@ import torch
 
 from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
 from hfprune_fast.config import TINY_MODEL
-from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
 from hfprune_fast.models.families import family_of
 
 WEIGHTS = "model.safetensors"
@@ -49,6 +49,11 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
     A folder of that name comes first, then `demo` (the model that ships with this package), then
     the hub, of which only safetensors, tokenizer and configuration are downloaded.
     """
+    if not isinstance(model, str | Path):
+        raise ArgumentError(
+            f"expected a model folder or hub name, got a {type(model).__name__}; a loaded model "
+            "can be given to hf.score, hf.refit_down_proj, hf.prune and hf.evaluate"
+        )
     folder = Path(model)
     if folder.is_dir():
         return folder

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.errors import CheckpointError, is_out_of_memory, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,4 +35,6 @@ def one_line_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it raises a dozen classes, some of them its dependencies'
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{what}: {one_line(error)}") from error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.config import BUDGETS, Budget, keyword_options
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.spec import ModelSpec, widths_text
 from hfprune_fast.scoring.table import ImportanceTable
 
@@ -51,6 +51,10 @@ def select(
     Of equally important neurons the one with the lower index is kept. With `round_to`, the mean of
     the widths is the multiple nearest to what was requested, and none is wider than dense.
     """
+    if not isinstance(table, ImportanceTable):
+        raise ArgumentError(
+            f"table must be the ImportanceTable that hf.score returns, got a {type(table).__name__}"
+        )
     width = WidthBudget.of(table.model, budget)
     return width.keep(table.importance(statistic, criterion), allocation)
 
@@ -100,8 +104,6 @@ def _widths(
     ranking compares.
     """
     layers, dense = importance.shape
-    if not 0 <= min_keep <= 1:
-        raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
     if allocation == 0 or width == dense:
         return [width] * layers
     blocks, mean = dense // step, width // step
@@ -148,17 +150,15 @@ def target_width(spec: ModelSpec, budget: Budget) -> int:
     if len(budget.size) != 1:
         got = " and ".join(budget.size) or "none"
         raise ArgumentError(f"give exactly one of {', '.join(BUDGETS)}; got {got}")
-    if budget.round_to < 1:
-        raise ArgumentError(f"round_to must be at least 1, got {budget.round_to}")
     ((name, value),) = budget.size.items()
     if name == "intermediate_size":
         if not isinstance(value, int) or not 1 <= value <= dense:
             raise ArgumentError(
-                f"intermediate_size must be in 1..{dense} (the dense width), got {value}"
+                f"intermediate_size must be in 1..{dense} (the dense width), got {shown(value)}"
             )
         return _round(value, dense, budget.round_to)
     if not 0 <= value < 1:
-        raise ArgumentError(f"{name} must be in [0, 1), got {value}")
+        raise ArgumentError(f"{name} must be in [0, 1), got {shown(value)}")
     if name == "prune_ratio":
         return _round(dense * (1 - value), dense, budget.round_to)
     neurons_params = spec.num_layers * spec.params_per_neuron  # of one neuron in every layer

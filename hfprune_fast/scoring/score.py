@@ -13,6 +13,7 @@ from torch import Tensor
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions, ScoringOptions, keyword_options
+from hfprune_fast.console import to_path
 from hfprune_fast.data.batches import token_data
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.engine.distributed import Processes, joined, launched, own_device
@@ -71,7 +72,9 @@ def score(
         HFPruneError: bad input, one line; its subclasses say which kind.
     """
     processes = launched() if distributed else Processes()
-    criteria = (criterion,) if isinstance(criterion, str) else tuple(criterion)
+    one = isinstance(criterion, str) or not isinstance(criterion, Iterable)
+    criteria: tuple[str, ...] = (criterion,) if one else tuple(criterion)  # type: ignore[assignment]
+    state_file = None if state_file is None else to_path(state_file, "state_file")
     check_criteria(criteria, obs, scoring, processes, state_file)
     if isinstance(model_or_path, str | Path | ModelSource):
         job = open_job(
