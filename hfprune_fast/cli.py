@@ -236,10 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         code = _run(args)
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
-        except AttributeError:  # None
-            pass
-        except (OSError, ValueError):  # Python would try again and exit with 120
+            with suppress(AttributeError, ValueError):  # None, or closed
+                stream.flush()
+        except OSError:  # Python would try again and exit with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 

@@ -7,6 +7,7 @@ import torch
 _OUT_OF_MEMORY = (
     *("allocate memory", "out of memory", "enough memory", "alloc failed", "bad alloc"),
     *("could not create a primitive", "could not create a memory", "can't start new thread"),
+    "error return without exception set",  # what Python says where it has no room to say more
 )
 
 

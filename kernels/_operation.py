@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Operation(Protocol):
+    """A registered operation: called with positional arguments, and extended as torch's own."""
+
+    def __call__(self, *args: Any) -> Any: ...
+
+    def register_fake(self, fake: Function, /) -> Function: ...
+
+    def register_autograd(self, backward: Any, /, *, setup_context: Any) -> None: ...
+
 
 def operation(
     name: str, *, mutates_args: Sequence[str] = (), differentiable: bool = False
-) -> Callable[[Callable[..., Any]], Any]:
+) -> Callable[[Callable[..., Any]], Operation]:
     """Return a decorator that registers a function of torch.library's types as an operation.
-
-    The result is called with positional arguments, and has the `register_` methods of torch's
-    CustomOpDef.
 
     Args:
         name: of the op in torch.ops.hfprune_fast.
@@ -31,7 +40,7 @@ def operation(
             in the backward; otherwise they are detached.
     """
 
-    def decorate(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[..., Any]) -> Operation:
         op = torch.library.custom_op(f"hfprune_fast::{name}", function, mutates_args=mutates_args)
 
         @functools.wraps(function)
@@ -50,7 +59,7 @@ def operation(
 
         call.register_fake = op.register_fake  # type: ignore[attr-defined]
         call.register_autograd = op.register_autograd  # type: ignore[attr-defined]
-        return call
+        return cast(Operation, call)
 
     return decorate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
         if problem is not None:
             raise ArgumentError(f"{modules[id(linear)]} {problem}")
     if use == "evaluate":
-        return model  # type: ignore[return-value]
+        return cast("PreTrainedModel", model)
     _check_sizes(parts, modules)
     for parameter in (p for linear in linears for p in linear.parameters()):
         first, *others = names[id(parameter)]
@@ -133,7 +133,7 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
             f"the adapters on {adapted[0]} and the like are part of the model that is run; merge "
             "them (merge_and_unload) before it is pruned"
         )
-    return model  # type: ignore[return-value]
+    return cast("PreTrainedModel", model)
 
 
 def adapters_in(model: nn.Module) -> list[nn.Module]:

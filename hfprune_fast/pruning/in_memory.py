@@ -141,8 +141,8 @@ def _signals_put_off() -> Iterator[None]:
         for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
-    for number in came:
-        signal.raise_signal(number)
+    for got in came:
+        signal.raise_signal(got)
 
 
 def _cut_parameter(parameter: Tensor, axis: int, kept: Tensor) -> nn.Parameter:
