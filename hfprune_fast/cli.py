@@ -226,12 +226,12 @@ def _print(as_json: bool, value: dict[str, Any], text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `hfprune` command."""
     args = sys.argv[1:] if argv is None else argv
-    # Else a file that is opened gets the number of a stream that was closed, and its text.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever its encoding lacks
+    with suppress(OSError, ValueError, AttributeError):
+        # Else a file that is opened gets the number of a stream that was closed, and its text.
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     with redirect_stderr(console.Tolerant(sys.stderr)):
         code = _run(args)
     for stream in (sys.stdout, sys.stderr):

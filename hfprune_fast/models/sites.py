@@ -142,7 +142,8 @@ def adapters_in(model: nn.Module) -> list[nn.Module]:
 
 
 def _inside_wrapper(model: nn.Module) -> nn.Module:
-    """Return the model that a PeftModel or the like wraps, or the model itself."""
+    """Return the model that torch.compile, a PeftModel or the like wraps, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     unwrap = getattr(model, "get_base_model", None)
     if not callable(unwrap):
         return model

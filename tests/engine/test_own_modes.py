@@ -1,4 +1,4 @@
-"""The caller's autocast, inference mode and no_grad change no result and no model."""
+"""The caller's autocast, inference mode and the like change no result and no model."""
 
 import copy
 from collections.abc import Iterator
@@ -19,7 +19,16 @@ def autocast() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("mode", [autocast, torch.inference_mode, torch.no_grad])
+@contextmanager
+def default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mode", [autocast, torch.inference_mode, torch.no_grad, default_dtype])
 def test_the_callers_modes_change_nothing(mode: Any) -> None:
     model, ids = random_llama().train(), torch.arange(64).view(2, 32)
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
@@ -35,7 +44,7 @@ def test_the_callers_modes_change_nothing(mode: Any) -> None:
         hf.prune(pruned, keep, down_proj=refitted)
         fidelity = hf.evaluate(model, pruned, [ids.clone()])
         return [*table.statistics.values(), by_path.l1, *refitted.values(),
-                torch.tensor([fidelity.kl_nats])]  # fmt: skip
+                torch.tensor([fidelity.kl_nats], dtype=torch.float64)]  # fmt: skip
 
     def state() -> list[Any]:
         return [(m.training, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()] + [

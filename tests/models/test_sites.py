@@ -23,10 +23,13 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
+        dtype = base.weight.dtype
         self.base_layer = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, False, dtype=dtype)})
+        self.lora_B = nn.ModuleDict(
+            {"default": nn.Linear(2, base.out_features, False, dtype=dtype)}
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -151,7 +154,8 @@ class Wrapper(nn.Module):
 def test_adapters_on_attention_are_part_of_what_is_scored(
     wrapped: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = random_llama()
+    torch.manual_seed(0)  # of the adapters
+    model = random_llama().double()
     adapted, merged = copy.deepcopy(model), copy.deepcopy(model)
     adapt(adapted, "self_attn.q_proj", "self_attn.o_proj")
     for layer, plain in zip(adapted.model.layers, merged.model.layers, strict=True):
@@ -163,13 +167,24 @@ def test_adapters_on_attention_are_part_of_what_is_scored(
     table, truth = (hf.score(m, [IDS], criterion="fisher", obs=True) for m in (subject, merged))
     assert "the adapters on model.layers.0.self_attn.q_proj" in capsys.readouterr().err
     for name, expected in truth.statistics.items():
-        torch.testing.assert_close(table.statistics[name], expected, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(table.statistics[name], expected, rtol=1e-8, atol=1e-15)
     assert table.model == truth.model  # the adapters' own parameters are not counted
-    assert hf.evaluate(merged, subject, [IDS]).kl_nats < 1e-8
+    assert hf.evaluate(merged, subject, [IDS]).kl_nats < 1e-9
     refitted, expected = (hf.refit_down_proj(m, [IDS], KEEP) for m in (subject, merged))
-    torch.testing.assert_close(refitted[2], expected[2], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(refitted[2], expected[2], rtol=1e-8, atol=1e-12)
     with pytest.raises(ArgumentError, match="q_proj carries an adapter; merge it first"):
         hf.prune(subject, KEEP)
+
+
+def test_a_compiled_model_is_the_model_inside() -> None:
+    model, expected = random_llama(), random_llama()
+    widths = {layer: torch.arange(40 + layer) for layer in range(3)}
+    compiled: Any = torch.compile(model, backend="eager")
+    assert torch.equal(hf.score(compiled, [IDS]).l1, hf.score(expected, [IDS]).l1)
+    hf.prune(compiled, widths)
+    hf.prune(expected, widths)
+    assert type(model) is type(expected)  # the class of layers of differing widths
+    assert hf.evaluate(expected, compiled, [IDS]).kl_nats == 0
 
 
 def test_a_wrapper_with_a_prompt_of_its_own_is_refused() -> None:
