@@ -88,7 +88,7 @@ def test_nothing_requested_nothing_cut() -> None:
     [
         ({"prune_ratio": 1.0}, r"prune_ratio must be in \[0, 1\), got 1.0"),
         ({"prune_ratio": -0.1}, r"\[0, 1\)"),
-        ({"prune_ratio": float("nan")}, r"\[0, 1\)"),
+        ({"prune_ratio": float("nan")}, "prune_ratio must be a number or None, got nan"),
         ({"param_ratio": 1.5}, r"param_ratio must be in"),
         ({"param_ratio": 0.9}, r"param_ratio 0.9 cannot be reached: the MLPs hold at most 0\.64"),
         ({"intermediate_size": 0}, r"1\.\.11008"),
