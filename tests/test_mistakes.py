@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -308,3 +309,22 @@ def test_numbers_of_numpy_and_devices_of_torch_are_taken() -> None:
     assert table.provenance["seed"] == 3
     keep = hf.select(table, prune_ratio=np.float32(0.5), protect=[np.int64(0)])
     assert [len(kept) for kept in keep.values()] == [384, 192, 192, 192]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [
+        ("2>&-", 0), ("2>/dev/full", 0), (">&- 2>&- <&-", 0), ("| true", 141), (">/dev/full", 2),
+        ("| true 2>&-", 141),
+    ],
+)  # fmt: skip
+def test_exit_codes_of_real_processes(tmp_path: Path, redirection: str, code: int) -> None:
+    """Python itself exits with 120 where it cannot flush a stream."""
+    command = '"$0" -m hfprune_fast score demo --calibration demo --samples 2 --seq-len 32 --out s'
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {redirection}; exit ${{PIPESTATUS[0]}}", sys.executable],
+        cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert hf.ImportanceTable.load(tmp_path / "s").provenance["samples"] == 2
