@@ -116,6 +116,12 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
     if use == "evaluate":
         return cast("PreTrainedModel", model)
     _check_sizes(parts, modules)
+    dtypes = {linear.weight.dtype for linear in (parts.head, *linears)}
+    if len(dtypes) > 1 and use != "prune":
+        got = ", ".join(sorted(map(str, dtypes)))
+        raise ArgumentError(
+            f"the MLPs and the head must be of one dtype, got {got}; cast the model"
+        )
     for parameter in (p for linear in linears for p in linear.parameters()):
         first, *others = names[id(parameter)]
         if others:
@@ -162,11 +168,11 @@ def _check_parameter(name: str, parameter: Tensor, use: str) -> None:
         raise ArgumentError(
             f"{name} is on the meta device (offloaded?); load the model whole, or give its path"
         )
-    if type(parameter) is not Parameter or parameter.dtype not in _DTYPES:
-        got = f"{type(parameter).__name__} of {str(parameter.dtype).removeprefix('torch.')}"
+    plain = type(parameter) is Parameter and parameter.layout == torch.strided
+    if not plain or parameter.dtype not in _DTYPES:
         raise ArgumentError(
-            f"{name} is a {got}, expected a plain floating-point parameter; load the model "
-            "unquantised, in bfloat16, and not sharded"
+            f"{name} is a {type(parameter).__name__}, {parameter.layout} {parameter.dtype}, "
+            "expected a plain floating-point one; load the model unquantised, in bfloat16, and not sharded"
         )
     if use == "score" and parameter.is_inference():
         raise ArgumentError(
@@ -184,10 +190,11 @@ def _problem(linear: nn.Module) -> str | None:
     weight = linear._parameters.get("weight")
     plain = type(linear) is nn.Linear and "forward" not in vars(linear)
     if not plain or held != {"weight", "bias"} or type(weight) is not Parameter:
-        kind, extra = type(linear).__name__, sorted(held - {"weight", "bias"})
+        extra = sorted(held - {"weight", "bias"})
+        got = f" with {extra[0]}" if extra else "" if weight is not None else " without a parameter"
         return (
-            f"is a {kind}{f' with {extra[0]}' if extra else ''}, expected torch.nn.Linear as it "
-            "is; load the model unquantised, in bfloat16, and take off what wraps or patches it"
+            f"is a {type(linear).__name__}{got}, expected torch.nn.Linear as it is; load the model "
+            "unquantised, in bfloat16, and take off what wraps or patches it"
         )
     return None
 

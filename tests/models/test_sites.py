@@ -78,6 +78,15 @@ def offload(linear: nn.Linear) -> None:
     linear.weight = nn.Parameter(linear.weight.to("meta"))
 
 
+def sparse(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse())
+
+
+def as_buffer(linear: nn.Linear) -> None:
+    weight = linear._parameters.pop("weight")
+    linear.register_buffer("weight", weight)
+
+
 def subclassed(linear: nn.Linear) -> None:
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(QuantisedTensor))
 
@@ -86,8 +95,14 @@ BROKEN: dict[str, tuple[Callable[[PreTrainedModel], object], str]] = {
     "adapter on down": (lambda m: adapt(m, "mlp.down_proj"), r"0\.mlp\.down_proj carries an adap"),
     "adapter on gate": (lambda m: adapt(m, "mlp.gate_proj"), "merge_and_unload"),
     "adapter on the head": (lambda m: setattr(m, "lm_head", Adapted(m.lm_head)), "lm_head carries"),
-    "8 bit": (lambda m: quantise(mlp(m).down_proj), "int8, expected a plain floating-point"),
-    "8 bit attention": (lambda m: quantise(m.model.layers[0].self_attn.q_proj), "q_proj.* int8"),
+    "8 bit": (lambda m: quantise(mlp(m).down_proj), r"torch\.int8, expected a plain floating-"),
+    "8 bit attention": (lambda m: quantise(m.model.layers[0].self_attn.q_proj), "q_proj.*int8"),
+    "float8": (
+        lambda m: setattr(mlp(m), "up_proj", mlp(m).up_proj.to(torch.float8_e4m3fn)),
+        "float8_e4m3fn, expected a plain floating-point",
+    ),
+    "sparse": (lambda m: sparse(mlp(m).up_proj), r"torch\.sparse_coo torch\.float32, expected a"),
+    "weight that is a buffer": (lambda m: as_buffer(mlp(m).up_proj), "Linear without a parameter"),
     "a tensor of another class": (lambda m: subclassed(mlp(m).up_proj), "is a QuantisedTensor"),
     "a layer of another class": (
         lambda m: mlp(m).set_submodule("up_proj", Int8Linear(64, 96, bias=False)),
@@ -215,3 +230,14 @@ def test_what_is_no_model(face: Any, wrong: Any) -> None:
     rest = {hf.evaluate: (wrong, [IDS]), hf.score: ([IDS],), hf.prune: (KEEP,)}
     with pytest.raises(ArgumentError, match="expected a loaded causal language model, got a "):
         face(wrong, *rest.get(face, ([IDS], KEEP)))
+
+
+def test_scoring_wants_one_dtype() -> None:
+    model = random_llama()
+    mlp(model).to(torch.bfloat16)
+    with pytest.raises(
+        ArgumentError, match=r"one dtype, got torch\.bfloat16, torch\.float32; cast"
+    ):
+        hf.score(model, [IDS])
+    hf.prune(model, KEEP)
+    assert mlp(model).up_proj.weight.shape == (48, 64)
