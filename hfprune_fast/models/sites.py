@@ -172,7 +172,8 @@ def _check_parameter(name: str, parameter: Tensor, use: str) -> None:
     if not plain or parameter.dtype not in _DTYPES:
         raise ArgumentError(
             f"{name} is a {type(parameter).__name__}, {parameter.layout} {parameter.dtype}, "
-            "expected a plain floating-point one; load the model unquantised, in bfloat16, and not sharded"
+            "expected a plain floating-point one; load the model unquantised, in bfloat16, and not "
+            "sharded"
         )
     if use == "score" and parameter.is_inference():
         raise ArgumentError(
