@@ -1,4 +1,4 @@
-"""Flags -> options -> commands -> exit code: 0 done, 2 bad input, 130 or 143 interrupted."""
+"""Flags -> options -> commands -> exit code: 0 done, 2 bad input, 130, 141 or 143 interrupted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from hfprune_fast import console
 from hfprune_fast._version import __version__
@@ -29,9 +29,10 @@ from hfprune_fast.config import (
     field_types,
 )
 from hfprune_fast.engine.distributed import launched
-from hfprune_fast.errors import ArgumentError, HFPruneError, one_line
+from hfprune_fast.errors import ArgumentError, HFPruneError, is_out_of_memory, one_line, printable
 
 Command = Callable[..., Any]
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class _Layers(click.ParamType[tuple[int, ...]]):
@@ -226,53 +227,82 @@ def doctor(as_json: bool, debug: bool) -> None:
 
 
 def _print(as_json: bool, value: dict[str, Any], text: str) -> None:
-    click.echo(json.dumps(value) if as_json else text)
+    click.echo(json.dumps(value) if as_json else "\n".join(map(printable, text.split("\n"))))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `hfprune` command."""
     args = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in args
-    if launched().rank > 0:
-        console.mute()
-    # So that `docker stop` and job schedulers leave no unfinished output either.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if not debug:  # libraries' warnings and retries must not hide the one line
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        console.hide_libraries()
-        for library in ("huggingface_hub", "datasets"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-    try:
-        code = cli.main(args, prog_name="hfprune", standalone_mode=False) or 0
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("hfprune: interrupted; no unfinished output is left", err=True)
-        code = 130
-    except SystemExit:  # of the signal
-        click.echo("hfprune: terminated; no unfinished output is left", err=True)
-        code = 128 + signal.SIGTERM
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        code = 0
-    except Exception as error:
-        if debug:
-            raise
-        code, message = _explain(error)
-        click.echo(f"hfprune: error: {' '.join(message.split())}", err=True)
+    with suppress(OSError, ValueError, AttributeError):
+        # Else a file that is opened gets the number of a stream that was closed, and its text.
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    with redirect_stderr(console.Tolerant(sys.stderr)):
+        code = _run(args)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            with suppress(AttributeError, ValueError):  # None, or closed
+                stream.flush()
+        except OSError:  # Python would try again and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
-def _explain(error: Exception) -> tuple[int, str]:
+def _run(args: list[str]) -> int:
+    """Run a command line and return its exit code; only with --debug does an error come out."""
+    debug = "--debug" in args
+    try:
+        if launched().rank > 0:
+            console.mute()
+        # So that `docker stop` and job schedulers leave no unfinished output either.
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+        if not debug:  # libraries' warnings and retries must not hide the one line
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            console.hide_libraries()
+            for library in ("huggingface_hub", "datasets"):
+                logging.getLogger(library).setLevel(logging.ERROR)
+        return cli.main(args, prog_name="hfprune", standalone_mode=False) or 0
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        console.say_last("interrupted; no unfinished output is left")
+        return 128 + signal.SIGINT
+    except SystemExit as exit:
+        if exit.code != _TERMINATED:  # of click, when nobody reads stdout any more
+            return 128 + signal.SIGPIPE
+        console.say_last("terminated; no unfinished output is left")
+        return _TERMINATED
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except BaseException as error:  # a panic in a Rust library is no Exception
+        if debug:
+            raise
+        code, message = _explain(error)
+        console.say_last(f"error: {' '.join(message.split())}")
+        return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the line for an error: 2 for what the user can fix, else 1."""
     if isinstance(error, HFPruneError):
         return 2, str(error)
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        return 2, error.format_message() + hint
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        advice = "try a smaller --batch-size or --seq-len, or --dtype bfloat16"
+        text = error.format_message()
+        return 2, (text if len(text) <= 300 else f"{text[:299]}…") + hint
+    if is_out_of_memory(error):
+        advice = "try a smaller --batch-size or --seq-len, --dtype bfloat16 or --offload disk"
         return 2, f"out of memory; {advice} ({one_line(error)})"
     if isinstance(error, OSError):  # its text names the file and the reason
         return 2, one_line(error)
+    if isinstance(error, UnicodeError):
+        return 2, f"a name or text is not UTF-8: {one_line(error)}"
     what = f"{type(error).__name__}: {one_line(error)}"
+    if isinstance(error, OverflowError):
+        return 2, f"a number is too large or too small ({what})"
+    if not isinstance(error, Exception):
+        return 2, f"a library gave up on its input ({what}); is a file damaged?"
     return 1, f"unexpected {what}; please report it with the traceback that --debug shows"

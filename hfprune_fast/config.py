@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import BACKENDS
+from hfprune_fast.options import LARGEST_COUNT, Options, option
 
 CRITERIA = ("entropy", "cross_entropy", "fisher", "activation")
 DATA_FREE = ("magnitude", "random")
@@ -30,117 +31,110 @@ LAYOUTS = ("auto", "custom", "native", "padded")
 DEFAULT_SEQ_LEN = 1024
 TINY_MODEL = Path(__file__).parent / "tiny"  # the model that ships with the package
 Result = TypeVar("Result")
-Options = TypeVar("Options")
-
-
-def _option(default: Any, text: str, *, choices: Sequence[str] = (), metavar: str = "") -> Any:
-    """Return a dataclass field with what the command line and the docs say about it."""
-    return field(
-        default=default, metadata={"text": text, "choices": tuple(choices), "metavar": metavar}
-    )
-
-
-def _check_choices(options: Any) -> None:
-    for each in fields(options):
-        value, choices = getattr(options, each.name), each.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise ArgumentError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}")
-        if isinstance(each.default, bool) and not isinstance(value, bool):
-            raise ArgumentError(f"{each.name} must be True or False, got {value!r}")
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
+class CalibrationOptions(Options):
     """Which windows of a text are used."""
 
-    samples: int | None = _option(128, "Samples to draw; None takes all of the text, in order.")
-    seq_len: int | None = _option(
-        None, f"Tokens a sample. [default: {DEFAULT_SEQ_LEN}, or the model's longest if less]"
+    samples: int | None = option(
+        128, "Samples to draw; None takes all of the text, in order.", least=1, most=LARGEST_COUNT
     )
-    seed: int = _option(0, "Which samples are drawn, and which tokens criterion fisher draws.")
-    text_field: str | None = _option(
+    seq_len: int | None = option(
+        None, f"Tokens a sample. [default: {DEFAULT_SEQ_LEN}, or the model's longest if less]",
+        least=1, most=LARGEST_COUNT,
+    )  # fmt: skip
+    seed: int = option(
+        0, "Which samples are drawn, and which tokens criterion fisher draws.",
+        least=0, most=2**63 - 1,
+    )  # fmt: skip
+    text_field: str | None = option(
         None, "The field of records to read. [default: text, messages or conversations]"
     )
-    chat_template: bool = _option(
+    chat_template: bool = option(
         False, "Read chats by the tokenizer's chat template, not as plain text."
     )
 
-    def __post_init__(self) -> None:
-        _check_choices(self)
-        for name in ("samples", "seq_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {value}")
-
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """Where a model runs, and in how much memory."""
 
-    device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one.")
-    dtype: str = _option(
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one.")
+    dtype: str = option(
         "auto",
         "Dtype to run in; auto is the checkpoint's own, float32 on a CPU slow in it.",
         choices=DTYPES,
     )
-    batch_size: int | None = _option(
-        None, "Samples at once. [default: what suits the device and fits]"
+    batch_size: int | None = option(
+        None,
+        "Samples at once. [default: what suits the device and fits]",
+        least=1,
+        most=LARGEST_COUNT,
     )
-    offload: str = _option(
+    offload: str = option(
         "auto",
         "Where weights are: none keeps them on the device; cpu, in host memory, and disk, in the "
         "checkpoint, fetch them layer by layer; auto keeps them on the device if they fit.",
         choices=OFFLOADS,
     )
-    memory_budget: str | None = _option(
+    memory_budget: str | int | None = option(
         None, "Memory to use, such as 24GiB. [default: all that is free]", metavar="SIZE"
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ArgumentError(f"batch_size must be at least 1, got {self.batch_size}")
+        if type(self.device).__name__ == "device":  # torch's own
+            object.__setattr__(self, "device", str(self.device))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class ScoringOptions:
+class ScoringOptions(Options):
     """How neurons are scored, whatever they are scored by."""
 
-    backend: str | None = _option(
+    backend: str | None = option(
         None,
         "Kernels to score with. [default: HFPRUNE_BACKEND, else triton on a GPU, else torch]",
         choices=BACKENDS,
     )
-    parity: bool = _option(False, "Round products and sums as the paper's code does.")
-    resume: bool = _option(False, "Continue scoring that was interrupted.")
-    save_seconds: float = _option(60.0, "How often the scores so far are saved, for resume.")
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
+    parity: bool = option(False, "Round products and sums as the paper's code does.")
+    resume: bool = option(False, "Continue scoring that was interrupted.")
+    save_seconds: float = option(
+        60.0, "How often the scores so far are saved, for resume.", least=0
+    )
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Options):
     """How much to remove, and from which layers: exactly one of the first three."""
 
-    prune_ratio: float | None = _option(None, "Fraction of MLP neurons to remove, in [0, 1).")
-    param_ratio: float | None = _option(None, "Fraction of ALL parameters to remove, in [0, 1).")
-    intermediate_size: int | None = _option(None, "The (mean) MLP width to prune to.")
-    round_to: str | int = _option(
+    prune_ratio: float | None = option(None, "Fraction of MLP neurons to remove, in [0, 1).")
+    param_ratio: float | None = option(None, "Fraction of ALL parameters to remove, in [0, 1).")
+    intermediate_size: int | None = option(None, "The (mean) MLP width to prune to.")
+    round_to: str | int = option(
         "auto",
         "Make widths multiples of this; auto is what quantisers take: 256 from a dense width of "
         "4096, 64 from 512, 32 below.",
+        least=1,
+        most=LARGEST_COUNT,
     )
-    min_keep: float = _option(
-        0.05, "Fraction of a layer's neurons that is kept at least, where the budget is above it."
-    )
-    protect: tuple[int, ...] = _option(
+    min_keep: float = option(
+        0.05, "Fraction of a layer's neurons that is kept at least, where the budget is above it.",
+        least=0, most=1,
+    )  # fmt: skip
+    protect: tuple[int, ...] = option(
         (), "Layers that are not pruned, such as 0,1,31.", metavar="LAYERS"
     )
 
     def __post_init__(self) -> None:
-        if self.round_to != "auto" and not (str(self.round_to).isdecimal() and int(self.round_to)):
-            raise ArgumentError(f"round_to must be auto or at least 1, got {self.round_to!r}")
+        if isinstance(self.round_to, str) and self.round_to.isdecimal():
+            object.__setattr__(self, "round_to", int(self.round_to))
+        super().__post_init__()
+        if isinstance(self.round_to, str) and self.round_to != "auto":
+            raise ArgumentError(
+                f"round_to must be auto or a whole number, got {shown(self.round_to)}"
+            )
 
     @property
     def size(self) -> dict[str, float | int]:
@@ -153,55 +147,52 @@ BUDGETS = ("prune_ratio", "param_ratio", "intermediate_size")
 
 
 @dataclass(frozen=True)
-class OutputOptions:
+class OutputOptions(Options):
     """How a pruned checkpoint is written."""
 
-    layout: str = _option(
+    layout: str = option(
         "auto",
         "How layers of different widths are written: custom (which auto is) needs this package or "
         "remote code to load, padded loads everywhere and is larger, native needs a transformers "
         "that builds the family by per_layer_config.",
         choices=LAYOUTS,
     )
-    max_shard_size: str | int | None = _option(
+    max_shard_size: str | int | None = option(
         None, "Such as 5GB. [default: shards are kept]", metavar="SIZE"
     )
-    verify: bool = _option(False, "Read the output back from disk and compare it.")
-    force: bool = _option(False, "Replace an earlier output.")
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
+    verify: bool = option(False, "Read the output back from disk and compare it.")
+    force: bool = option(False, "Replace an earlier output.")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     """How neurons are chosen and what is done with the others: one switch each.
 
     The default recipe is the one that did best in bench/results/fidelity.
     """
 
-    criterion: str = _option(
+    criterion: str = option(
         "fisher", "What to score by; magnitude and random need no text.",
         choices=(*CRITERIA, *DATA_FREE),
     )  # fmt: skip
-    select: str = _option(
+    select: str = option(
         "obs",
         "Rank by obs, the cost of a removal when the others are refitted, or by a statistic.",
         choices=SELECTS,
     )
-    statistic: str | None = _option(
+    statistic: str | None = option(
         None, "Which one; l1 is the paper's. [default: the criterion's own]", choices=STATISTICS
     )
-    allocation: str = _option(
+    allocation: str = option(
         "auto",
         "uniform: one width for all layers; global: one ranking across them; auto: whichever of "
         "uniform, halfway and global is closest to the dense model on held-out calibration text.",
         choices=ALLOCATIONS,
     )
-    refit: bool = _option(True, "Fit down_proj to the dense model by least squares.")
+    refit: bool = option(True, "Fit down_proj to the dense model by least squares.")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        super().__post_init__()
         if self.select == "obs" and self.criterion != "fisher":
             raise ArgumentError(
                 f"select obs needs criterion fisher, got {self.criterion}; "
@@ -262,8 +253,10 @@ def resolve_recipe(
     given = {name: value for name, value in changes.items() if value is not None}
     if isinstance(recipe, Recipe):
         return Recipe(**{**asdict(recipe), **given})
-    if recipe not in PRESETS:
-        raise ArgumentError(f"recipe must be one of {', '.join(PRESETS)}, got {recipe!r}")
+    if not isinstance(recipe, str) or recipe not in PRESETS:
+        raise ArgumentError(
+            f"recipe must be a Recipe or one of {', '.join(PRESETS)}, got {shown(recipe)}"
+        )
     values = asdict(PRESETS[recipe])
     if recipe == "default" and scored is not None:
         by_costs = scored[1] and "statistic" not in given
@@ -284,13 +277,15 @@ def keyword_options(
     """Let a function take options flat: `@keyword_options(run=RunOptions)` makes f(device="cpu").
 
     The function gets each group in the parameter of that name; its signature and docstring show the
-    fields. A name that is neither a field nor a parameter is a TypeError.
+    fields. A name that is neither a field nor a parameter is a TypeError. Its own parameters that
+    are annotated bool take nothing else.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         signature = inspect.signature(function)
         own = [p for name, p in signature.parameters.items() if name not in groups]
         options = [each for group in groups.values() for each in fields(group)]
+        switches = [p.name for p in own if p.annotation in ("bool", bool)]
         keyword = inspect.Parameter.KEYWORD_ONLY
         flat = [
             inspect.Parameter(o.name, keyword, default=o.default, annotation=o.type)
@@ -299,6 +294,9 @@ def keyword_options(
 
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Result:
+            for name in switches:
+                if not isinstance(given.get(name, False), bool):
+                    raise ArgumentError(f"{name} must be True or False, got {shown(given[name])}")
             made = {name: take_options(group, given) for name, group in groups.items()}
             return function(*args, **given, **made)
 
@@ -310,7 +308,7 @@ def keyword_options(
     return decorate
 
 
-def take_options(group: type[Options], given: dict[str, Any]) -> Options:
+def take_options(group: type[Group], given: dict[str, Any]) -> Group:
     """Take the keyword arguments that are fields of a group of options out, and make the group."""
     names = [each.name for each in fields(group) if each.name in given]  # type: ignore[arg-type]
     return group(**{name: given.pop(name) for name in names})

@@ -7,14 +7,15 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, printable, shown
 
 _muted = False
 _libraries_hidden = False
@@ -26,10 +27,50 @@ def mute() -> None:
     _muted = True
 
 
+@dataclass(frozen=True, eq=False)
+class Tolerant:
+    """A stream that may be None, closed, full or a broken pipe: what it does not take is lost.
+
+    Messages and bars are no reason to end a run.
+    """
+
+    stream: Any
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        with suppress(OSError, ValueError, AttributeError):
+            return bool(self.stream.isatty())
+        return False
+
+    def __eq__(self, other: object) -> bool:  # as tqdm tells whether a bar and a message meet
+        return self.stream is getattr(other, "stream", other)
+
+    def __hash__(self) -> int:
+        return hash(id(self.stream))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def say(message: str) -> None:
     """Print one line to the user on stderr, past a progress bar."""
     if not _muted:
-        tqdm.write(f"hfprune: {message}", file=sys.stderr)
+        tqdm.write(f"hfprune: {printable(message)}", file=Tolerant(sys.stderr))
+
+
+def say_last(message: str) -> None:
+    """Print one line to the user on stderr, of every process, after the bars."""
+    stderr = Tolerant(sys.stderr)
+    stderr.write(f"hfprune: {printable(message)}\n")
+    stderr.flush()
 
 
 def hide_libraries() -> None:
@@ -65,13 +106,14 @@ def byte_bar(what: str, total_bytes: int, show: bool) -> Iterator[Callable[[int]
 
 
 def _bar(what: str, total: int, unit: str, show: bool) -> Any:
+    stderr = Tolerant(sys.stderr)
     return tqdm(
         total=total,
-        desc=what,
+        desc=printable(what),
         unit=unit,
         unit_scale=True,
-        file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
+        file=stderr,
+        mininterval=0.2 if stderr.isatty() else 30,
         disable=not show or _muted,
     )
 
@@ -143,24 +185,27 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def to_path(value: Any, argument: str) -> Path:
+    """Return a path, or raise ArgumentError with the argument's name."""
+    if not isinstance(value, str | os.PathLike) or "\0" in os.fsdecode(value):
+        raise ArgumentError(f"{argument} must be a path, got {shown(value)}")
+    return Path(value)
+
+
 def parse_bytes(size: int | str, argument: str) -> int:
     """Return a size as bytes: 5GB and 5GiB, KB and KiB, MB and MiB are understood."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
-    count = 0
+    count = 0.0
     if match is not None:
         base = 1024 if match[3] else 1000
         power = "KMGT".find((match[2] or "").upper()) + 1 if match[2] else 0
-        count = int(float(match[1]) * base**power)
-    if count < 1:
-        raise ArgumentError(f"{argument} must be bytes or like 5GB or 512MiB, got {size!r}")
-    return count
+        count = float(match[1]) * base**power
+    if not 1 <= count < 2**63:
+        raise ArgumentError(f"{argument} must be bytes or like 5GB or 512MiB, got {shown(size)}")
+    return int(count)
 
 
 def display_name(model: str | Path) -> str:
-    """A model's or text's name as others know it: hub names stay, paths give their last part.
-
-    Characters that are not printable, or not UTF-8 on disk, become question marks.
-    """
+    """A model's or text's name as others know it: hub names stay, paths give their last part."""
     path = Path(model)
-    name = path.resolve().name if path.exists() else str(model)
-    return "".join(char if char.isprintable() else "?" for char in name)
+    return printable(path.resolve().name if path.exists() else str(model))

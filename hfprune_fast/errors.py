@@ -6,20 +6,47 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_OUT_OF_MEMORY = (
+    *("allocate memory", "out of memory", "enough memory", "alloc failed", "bad alloc"),
+    *("could not create a primitive", "could not create a memory", "can't start new thread"),
+    "error return without exception set",  # what Python says where it has no room to say more
+)
+
+
+def printable(text: str) -> str:
+    """Return text with what a terminal would obey, line ends too, and lone surrogates escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: at most 60 characters of its repr."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def one_line(error: BaseException) -> str:
     """Return what a library's error says as one line of at most 200 printable characters."""
-    text = " ".join(str(error).split())
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    text = printable(" ".join(str(error).split()))
     if not text or isinstance(error, KeyError):  # its text is the key alone
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, of Python, torch, CUDA, oneDNN or C++, is that memory ran out."""
+    text = str(error).lower().replace("_", " ")
+    known = any(part in text for part in _OUT_OF_MEMORY)
+    return known or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 class HFPruneError(ValueError):
     """Base of every error that a change of input can cure; the command line exits with 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))  # with names that others chose
 
 
 class ArgumentError(HFPruneError):
@@ -67,9 +94,11 @@ def one_line_errors(what: str, kind: type[HFPruneError] = CheckpointError) -> It
     """Turn what a library raises over bad input into one line; Rust's panics are BaseExceptions."""
     try:
         yield
-    except (HFPruneError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+    except (HFPruneError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a dozen classes, some of them the library's dependencies'
+        if is_out_of_memory(error):
+            raise
         raise kind(f"{what}: {one_line(error)}") from error
 
 

@@ -20,6 +20,7 @@ from hfprune_fast.kernels._arguments import check_devices, check_grad_scale, che
 from hfprune_fast.kernels._criterion import IGNORED_LABEL, Criterion
 from hfprune_fast.kernels._dispatch import device_guard, resolve_backend
 from hfprune_fast.kernels._head import Buffers, onednn_linear, product, product_back
+from hfprune_fast.kernels._operation import operation
 from hfprune_fast.kernels._rows import rows_loss_and_grad
 
 # dz of an fp16 head is at least this many times dloss/dz: at V = 32000 and a row weight of 1/1024
@@ -29,7 +30,7 @@ from hfprune_fast.kernels._rows import rows_loss_and_grad
 _FP16_DZ_SCALE = 4096.0
 
 
-@torch.library.custom_op("hfprune_fast::linear_criterion", mutates_args=())
+@operation("linear_criterion")
 def _linear_criterion(
     hidden: Tensor,
     weight: Tensor,
@@ -112,11 +113,7 @@ def linear_criterion(
     """
     if row_weight is None:
         row_weight = hidden.new_full(hidden.shape[:1], 1 / max(1, len(hidden)), dtype=torch.float64)
-    if bias is not None:
-        bias = bias.detach()
-    return _linear_criterion(
-        hidden.detach(), weight.detach(), row_weight.detach(), bias, criterion, keys, *options
-    )
+    return _linear_criterion(hidden, weight, row_weight, bias, criterion, keys, *options)
 
 
 def _check(

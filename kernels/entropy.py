@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._arguments import check_devices, check_transform
+from hfprune_fast.kernels._operation import operation
 from hfprune_fast.kernels._rows import rows_loss_and_grad
 
 
@@ -42,7 +43,7 @@ def softmax_entropy_grad_reference(
     return entropy.detach(), grad.to(logits.dtype)
 
 
-@torch.library.custom_op("hfprune_fast::softmax_entropy", mutates_args=())
+@operation("softmax_entropy", differentiable=True)
 def _softmax_entropy(
     logits: Tensor, softcap: float | None, logit_scale: float, backend: str | None
 ) -> Tensor:
@@ -50,7 +51,7 @@ def _softmax_entropy(
     return rows_loss_and_grad(logits, softcap=softcap, logit_scale=logit_scale, backend=backend)
 
 
-@torch.library.custom_op("hfprune_fast::softmax_entropy_backward", mutates_args=())
+@operation("softmax_entropy_backward", differentiable=True)  # raises in a second one
 def _softmax_entropy_backward(
     logits: Tensor, d_entropy: Tensor, softcap: float | None, logit_scale: float,
     backend: str | None,
@@ -63,7 +64,7 @@ def _softmax_entropy_backward(
     return grad
 
 
-@torch.library.custom_op("hfprune_fast::softmax_entropy_grad_", mutates_args=("logits",))
+@operation("softmax_entropy_grad_", mutates_args=("logits",))
 def _softmax_entropy_grad_(
     logits: Tensor, row_scale: Tensor, softcap: float | None, logit_scale: float,
     backend: str | None,
@@ -161,9 +162,7 @@ def softmax_entropy_grad_(
     write: 4 to 6 bytes a logit in bf16. The torch path has up to five temporaries of half a
     million elements.
     """
-    return _softmax_entropy_grad_(
-        logits.detach(), row_scale.detach(), softcap, logit_scale, backend
-    )
+    return _softmax_entropy_grad_(logits, row_scale, softcap, logit_scale, backend)
 
 
 def _check(

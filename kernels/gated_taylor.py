@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._activations import Gated, activate
+from hfprune_fast.kernels._operation import operation
 from hfprune_fast.kernels._statistics import sum_dtype, taylor_sums
 from hfprune_fast.kernels.taylor import TaylorStatistics, taylor_statistics_reference
 
@@ -29,7 +30,7 @@ def gated_taylor_reference(
     return taylor_statistics_reference(grad, act.detach()), d_gate, d_up
 
 
-@torch.library.custom_op("hfprune_fast::gated_taylor_", mutates_args=("gate", "up"))
+@operation("gated_taylor_", mutates_args=("gate", "up"))
 def _gated_taylor_(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, token_mask: Tensor | None,
     parity: bool, grad_scale: float, backend: str | None,
@@ -40,7 +41,7 @@ def _gated_taylor_(
     )  # fmt: skip
 
 
-@torch.library.custom_op("hfprune_fast::gated_taylor_out", mutates_args=("d_gate", "d_up"))
+@operation("gated_taylor_out", mutates_args=("d_gate", "d_up"))
 def _gated_taylor_out(
     grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, activation: str,
     token_mask: Tensor | None, parity: bool, grad_scale: float, backend: str | None,
@@ -101,7 +102,6 @@ def gated_taylor(
     """
     if overwrite and out is not None:
         raise ValueError("overwrite=True and out exclude each other, got both; pass one of them")
-    grad, gate, up = grad.detach(), gate.detach(), up.detach()
     options = activation, token_mask, parity, grad_scale, backend
     if overwrite:
         total, d_gate, d_up = _gated_taylor_(grad, gate, up, *options), gate, up
@@ -109,5 +109,5 @@ def gated_taylor(
         if out is None:  # contiguous, whatever the strides of gate and up
             out = gate.new_empty(gate.shape), up.new_empty(up.shape)
         d_gate, d_up = out
-        total = _gated_taylor_out(grad, gate, up, d_gate.detach(), d_up.detach(), *options)
+        total = _gated_taylor_out(grad, gate, up, d_gate, d_up, *options)
     return TaylorStatistics(*total.unbind()), d_gate, d_up

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._operation import operation
 from hfprune_fast.kernels._statistics import sum_dtype, taylor_sums
 
 
@@ -42,7 +42,7 @@ def taylor_statistics_reference(grad: Tensor, act: Tensor) -> TaylorStatistics:
     )
 
 
-@torch.library.custom_op("hfprune_fast::taylor_statistics", mutates_args=())
+@operation("taylor_statistics")
 def _taylor_statistics(
     grad: Tensor, act: Tensor, token_mask: Tensor | None, parity: bool, grad_scale: float,
     backend: str | None,
@@ -94,5 +94,5 @@ def taylor_statistics(
     vanish, and fp64 beyond; 4.25 bytes an element of traffic in bf16, 0.25 of them partial sums
     (more where sequences are shorter than 128 tokens: 32 bytes a neuron and sequence).
     """
-    total = _taylor_statistics(grad.detach(), act.detach(), token_mask, parity, grad_scale, backend)
+    total = _taylor_statistics(grad, act, token_mask, parity, grad_scale, backend)
     return TaylorStatistics(*total.unbind())

@@ -22,6 +22,7 @@ LAYERS = [
     {"checkpoint", "data"},
     {"models"},
     {"config", "console"},
+    {"options"},
     {"errors", "_version"},
 ]
 CALLS_KERNELS = {"config", "commands", "scoring", "engine", "recovery", "evaluation"}

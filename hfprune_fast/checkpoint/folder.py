@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
 from hfprune_fast.config import TINY_MODEL
-from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
 from hfprune_fast.models.families import family_of
 
 WEIGHTS = "model.safetensors"
@@ -49,6 +49,11 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
     A folder of that name comes first, then `demo` (the model that ships with this package), then
     the hub, of which only safetensors, tokenizer and configuration are downloaded.
     """
+    if not isinstance(model, str | Path):
+        raise ArgumentError(
+            f"expected a model folder or hub name, got a {type(model).__name__}; a loaded model "
+            "can be given to hf.score, hf.refit_down_proj, hf.prune and hf.evaluate"
+        )
     folder = Path(model)
     if folder.is_dir():
         return folder
@@ -76,12 +81,17 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a model folder and refuse what this package cannot prune."""
     if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{folder} holds an adapter and no model; merge it into its model "
+                "(merge_and_unload), save that, and give its folder"
+            )
         raise CheckpointError(
             f"{folder} has no config.json; expected a model folder as save_pretrained writes it"
         )
     config = read_json_object(folder / "config.json")
     family_of(config)
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config", config.get("compression_config"))
     if quantization is not None:
         if isinstance(quantization, dict):
             quantization = quantization.get("quant_method")
@@ -131,6 +141,18 @@ def weight_map_of(folder: Path) -> Mapping[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files")
     return weight_map
+
+
+def check_plain(folder: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError for layers in another form than as plain weights and biases."""
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        adapted = any(mark in name for mark in ("lora_", "base_layer", "adapter"))
+        if adapted or (leaf not in ("weight", "bias") and not name.endswith(IGNORED_SUFFIX)):
+            advice = "merge the adapter" if adapted else "is it quantised, masked or parametrised?"
+            raise CheckpointError(
+                f"{folder} has {name}, expected {module}.weight or .bias, plain; {advice}"
+            )
 
 
 def check_tensors_are(

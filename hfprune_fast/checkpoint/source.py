@@ -19,6 +19,7 @@ from hfprune_fast.checkpoint.folder import (
     TORCH_DTYPES,
     WEIGHTS,
     TensorInfo,
+    check_plain,
     check_tensors_are,
     find_model,
     read_config,
@@ -119,6 +120,8 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     decoder = f"{family.decoder}."
     if not any(name.startswith(decoder) for name in tensors):  # saved as base model
         decoder = ""
+    in_layers = f"{decoder}{family.layers}."
+    check_plain(folder, (name for name in tensors if name.startswith(in_layers)))
     biased = config.get("mlp_bias") is True
     expected = _layer_tensors(family, decoder, tensors, widths, sizes["hidden_size"], biased)
     linear = sum(prod(shape) for shape in expected.values() if len(shape) == 2)

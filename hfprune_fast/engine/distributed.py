@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hfprune_fast.errors import ArgumentError, ProcessError, one_line
+from hfprune_fast.errors import ArgumentError, ProcessError, one_line, shown
 
 T = TypeVar("T")
 # One may finish long before the others; a process that died is noticed at once.
 _PATIENCE = timedelta(days=2)
+_START = "unset it for one process, or start several with torchrun"
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,43 @@ def _others_alive() -> Iterator[None]:
 
 
 def launched() -> Processes:
-    """Return this process's place among those that torchrun started."""
-    return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    """Return this process's place among those that torchrun started, or raise ArgumentError.
+
+    Its variables are checked together: with half of them a run would do its share of a job whose
+    other processes do not exist.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
+    if len(missing) == 1:
+        (other,) = {"RANK", "WORLD_SIZE"} - set(missing)
+        raise ArgumentError(f"{other} is set but {missing[0]} is not; {_START}")
+    for rank, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        default = _variable(rank, 0) + 1
+        if not 0 <= _variable(rank, 0) < _variable(count, default):
+            raise ArgumentError(
+                f"{rank} must be in 0..{count}-1, got {rank} {_variable(rank, 0)} of {count} "
+                f"{_variable(count, default)}; {_START}"
+            )
+    return Processes(_variable("RANK", 0), _variable("WORLD_SIZE", 1))
+
+
+def local_processes() -> int:
+    """Return how many of torchrun's processes share this machine."""
+    return max(1, _variable("LOCAL_WORLD_SIZE", 1))
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ArgumentError(f"{name} must be a number, got {shown(text)}; {_START}")
+    return int(text)
 
 
 def own_device(device: str, processes: Processes) -> str:
     """Return the GPU of this process where "auto" or "cuda" leaves it open."""
     if processes.count > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return f"cuda:{_variable('LOCAL_RANK', 0)}"
     return device
 
 

@@ -12,7 +12,7 @@ one, so padding needs no attention mask; it is only left out of the sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.errors import ArgumentError, NumericsError
+from hfprune_fast.errors import ArgumentError, NumericsError, UnsupportedModelError
 from hfprune_fast.models.sites import parts_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,20 @@ _CACHED_SHAPES = 16  # micro-batch shapes whose recorded calls (masks, position 
 
 def no_progress(tokens: float) -> None:
     """Default progress callback: does nothing."""
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Inside, or in a function decorated with it, the caller's autocast and inference mode are off.
+
+    Autocast would round what is summed, and tensors of inference mode cannot be differentiated.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -124,7 +138,11 @@ class ResidentModel:
             hidden: Tensor = self.parts.decoder(
                 inputs_embeds=embeddings, use_cache=False, return_dict=True
             ).last_hidden_state
-        assert len(calls) == len(self.parts.layers), "the decoder skipped a layer"
+        if len(calls) != len(self.parts.layers):
+            raise UnsupportedModelError(
+                f"the decoder runs {len(calls)} layers, expected each of its "
+                f"{len(self.parts.layers)} once"
+            )
         if len(self._calls) >= _CACHED_SHAPES:
             self._calls.clear()
         # The calls depend only on the shape, so micro-batches of one shape share them.

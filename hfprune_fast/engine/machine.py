@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from hfprune_fast.engine.distributed import local_processes
+
 _CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 
 
@@ -45,4 +47,4 @@ def available_bytes(device: torch.device) -> int:
         limits.append(limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))
     except (OSError, ValueError, KeyError):  # no limit is set, or it is "max"
         pass
-    return max(0, min(limits)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+    return max(0, min(limits)) // local_processes()

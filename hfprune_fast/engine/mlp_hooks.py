@@ -125,8 +125,8 @@ def pruned_down_proj(mlp: GatedMLP, kept: Tensor, weight: Tensor) -> Iterator[No
 def known_activation(mlp: GatedMLP) -> str | None:
     """Return the activation's name in our kernels, or None for an MLP that must be hooked.
 
-    Known are transformers' MLP classes, unmodified: plain linear layers, no hooks, and no forward
-    set on an instance, the activation included.
+    Known are transformers' MLP classes, unmodified: no hooks, and no forward set on an instance,
+    the activation included. The linear layers are plain (`models.sites.plain_model`).
     """
     linears = (mlp.gate, mlp.up, mlp.down)
     act_fn = getattr(mlp.module, "act_fn", None)
@@ -139,11 +139,7 @@ def known_activation(mlp: GatedMLP) -> str | None:
         for m in (mlp.module, act_fn, *linears)
         if isinstance(m, nn.Module)
     )
-    if (
-        changed
-        or not type(mlp.module).__module__.startswith("transformers.models.")
-        or any(type(linear) is not nn.Linear for linear in linears)
-    ):
+    if changed or not type(mlp.module).__module__.startswith("transformers.models."):
         return None
     return _ACTIVATIONS.get(f"{type(act_fn).__module__}.{type(act_fn).__name__}")
 

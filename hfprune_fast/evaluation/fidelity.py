@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch, as_batches, token_data
-from hfprune_fast.engine.layerwise import Linear, ResidentModel
+from hfprune_fast.engine.layerwise import Linear, ResidentModel, own_modes
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
+from hfprune_fast.models.sites import plain_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,15 +42,19 @@ class Fidelity:
     tokens: int
 
 
+@own_modes()
 def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Any]) -> Fidelity:
     """Compare two loaded models over token batches as `hf.score` takes them; neither is changed.
+
+    Adapters and quantised layers are run as they are; the heads must be plain linear layers.
 
     Raises:
         ArgumentError: the models have different vocabularies, or one is spread over devices.
         CalibrationError: no batch, a sequence of one token, or ids that the models do not have.
         NumericsError: NaN or inf in a weight, named, or in the logits.
     """
-    with ResidentModel(dense) as p, ResidentModel(pruned) as q:
+    models = [ResidentModel(plain_model(model, "evaluate")) for model in (dense, pruned)]
+    with models[0] as p, models[1] as q:
         check_vocabularies(p.vocab, q.vocab)
         items = token_data(as_batches(batches), p.vocab).batches
         check_windows(items)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hfprune_fast.models.families import family_type
-from hfprune_fast.models.sites import parts_of
+from hfprune_fast.models.sites import adapters_in, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,16 +124,27 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
     mlps, hidden = parts.mlps, parts.mlps[0].gate.weight.shape[1]
     widths = tuple(len(mlp.gate.weight) for mlp in mlps)
     biases = sum(linear.bias is not None for linear in (mlps[0].gate, mlps[0].up))
-    attention: Any = parts.layers[0].get_submodule(parts.family.attention_out)
+    # Adapters on other layers go before a model is saved as what these sizes are compared with.
+    added = {
+        id(parameter)
+        for adapter in adapters_in(model)
+        for name, parameter in adapter.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    own = [p for p in model.parameters() if id(p) not in added]
     return ModelSpec(
         model_type=str(family_type(model.config.to_dict())),
         num_layers=len(mlps),
         hidden_size=hidden,
         intermediate_size=max(widths),
-        total_params=sum(p.numel() for p in model.parameters()),
-        linear_params=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
+        total_params=sum(p.numel() for p in own),
+        linear_params=sum(
+            m.weight.numel()
+            for m in model.modules()
+            if isinstance(m, nn.Linear) and id(m.weight) not in added
+        ),
         params_per_neuron=3 * hidden + biases,
         mlp_widths=widths,
         vocab_size=parts.head.weight.shape[0],
-        attention_width=attention.weight.shape[1],
+        attention_width=getattr(parts.attention_out, "in_features", 0),
     )

@@ -20,7 +20,7 @@ from hfprune_fast.checkpoint.layouts import CODE, CODE_FILE, check_native, code_
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.checkpoint.writer import Writing, write_json
 from hfprune_fast.config import OutputOptions, keyword_options
-from hfprune_fast.console import parse_bytes
+from hfprune_fast.console import parse_bytes, to_path
 from hfprune_fast.errors import CheckpointError, OutputError
 from hfprune_fast.models.sites import check_keep
 from hfprune_fast.pruning.model_card import model_card
@@ -69,7 +69,7 @@ def prune_checkpoint(
     Memory: a block of 256 KiB a thread (without the C++ extension a tensor a thread, padded two);
     the source is mapped, and its pages are released. Tokenizer, generation config etc. are copied.
     """
-    source, target = open_source(source), Path(out).resolve()
+    source, target = open_source(source), to_path(out, "out").resolve()
     check_output_folder(target, source.folder, force=output.force)
     keep = check_keep(keep, source.spec.widths)
     widths = [len(keep[layer]) for layer in range(len(keep))]

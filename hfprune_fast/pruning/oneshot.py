@@ -30,12 +30,12 @@ from hfprune_fast.config import (
     keyword_options,
     resolve_recipe,
 )
-from hfprune_fast.console import say, token_bar
+from hfprune_fast.console import say, to_path, token_bar
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.distributed import Processes, joined, launched
-from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.layerwise import ResidentModel, own_modes
 from hfprune_fast.engine.streaming import open_model
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
 from hfprune_fast.pruning.refit import refit
@@ -58,6 +58,7 @@ _TOKENS_A_NEURON = 8
     scoring=ScoringOptions,
     output=OutputOptions,
 )
+@own_modes()
 def oneshot(
     model: str | Path | ModelSource,
     calibration: str | Path | None,
@@ -95,8 +96,10 @@ def oneshot(
     """
     if scores is not None and scoring.resume:
         raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
-    out, processes = Path(out), launched() if distributed else Processes()
+    out, processes = to_path(out, "out"), launched() if distributed else Processes()
     given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
+    if not isinstance(given, ImportanceTable | None):
+        raise ArgumentError(f"scores must be an ImportanceTable or its file, got {shown(scores)}")
     resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     spec, widths = source.spec, WidthBudget.of(source.spec, budget)

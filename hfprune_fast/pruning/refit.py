@@ -30,9 +30,10 @@ from hfprune_fast.engine.layerwise import (
     each_batch,
     for_each_layer,
     no_progress,
+    own_modes,
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, pruned_down_proj
-from hfprune_fast.models.sites import check_keep
+from hfprune_fast.models.sites import check_keep, plain_model
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.costs import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import least_squares
@@ -105,6 +106,7 @@ def refit(
         return results, finals(dense)
 
 
+@own_modes()
 def refit_down_proj(
     model: PreTrainedModel, batches: Iterable[Any], keep: Keep
 ) -> dict[int, Tensor]:
@@ -118,11 +120,11 @@ def refit_down_proj(
     The fit is that of `refit`; 8 tokens or more for each kept neuron generalise well.
 
     Raises:
-        ArgumentError: keep does not fit the model.
+        ArgumentError: keep does not fit the model, or the model is not plain.
         CalibrationError: there is no batch, or ids are not in the model's vocabulary.
         NumericsError: a weight or a layer's activations, named, hold NaN or inf.
     """
-    with ResidentModel(model) as dense:
+    with ResidentModel(plain_model(model, "refit")) as dense:
         items = token_data(as_batches(batches), dense.vocab).batches
         keep = check_keep(keep, [mlp.down.in_features for mlp in dense.parts.mlps])
         (result,), _ = refit(dense, items, [keep])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.config import BUDGETS, Budget, keyword_options
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.spec import ModelSpec, widths_text
 from hfprune_fast.scoring.table import ImportanceTable
 
@@ -52,6 +52,10 @@ def select(
     `round_to`, and none is wider than dense. A uniform width is the multiple nearest to what was
     requested; otherwise all widths together are.
     """
+    if not isinstance(table, ImportanceTable):
+        raise ArgumentError(
+            f"table must be the ImportanceTable that hf.score returns, got a {type(table).__name__}"
+        )
     widths = WidthBudget.of(table.model, budget)
     return widths.keep(table.importance(statistic, criterion), allocation)
 
@@ -131,16 +135,18 @@ def _widths(
         return [_blocks(mean, 1, blocks, step) * step] * layers
     total = _blocks(mean, layers, blocks, step)
     ranked = importance.sort(dim=1, descending=True).values[:, : blocks * step]
-    worth = ranked.view(layers, blocks, step).mean(dim=2)
+    worth = ranked.view(layers, blocks, step).mean(dim=2).cpu()
     least = min(total // layers, max(1, math.ceil(min_keep * dense / step)))
-    first = torch.arange(blocks, device=worth.device) < least
+    first = torch.arange(blocks) < least
     order = worth.masked_fill(first, torch.inf).flatten().sort(descending=True, stable=True).indices
     dealt = torch.bincount(order[:total] // blocks, minlength=layers).double()
-    counts = ((1 - share) * total / layers + share * dealt).floor().long()
+    shares = (1 - share) * total / layers + share * dealt
+    counts = shares.floor().long()
     # What rounding down has left goes to the layers whose next block is worth most.
-    following = torch.nn.functional.pad(worth, (0, 1), value=-torch.inf).gather(1, counts[:, None])
+    following = worth.gather(1, counts.clamp(max=blocks - 1)[:, None])[:, 0]
+    following[shares == counts] = -torch.inf
     missing = total - int(counts.sum())
-    counts[following[:, 0].sort(descending=True, stable=True).indices[:missing]] += 1
+    counts[following.sort(descending=True, stable=True).indices[:missing]] += 1
     return [int(count) * step for count in counts]
 
 
@@ -187,11 +193,11 @@ def mean_width(spec: ModelSpec, budget: Budget) -> float:
     if name == "intermediate_size":
         if not isinstance(value, int) or not 1 <= value <= dense:
             raise ArgumentError(
-                f"intermediate_size must be in 1..{dense} (the dense width), got {value}"
+                f"intermediate_size must be in 1..{dense} (the dense width), got {shown(value)}"
             )
         return value
     if not 0 <= value < 1:
-        raise ArgumentError(f"{name} must be in [0, 1), got {value}")
+        raise ArgumentError(f"{name} must be in [0, 1), got {shown(value)}")
     if name == "prune_ratio":
         return dense * (1 - value)
     neurons_params = spec.num_layers * spec.params_per_neuron  # of one neuron in every layer

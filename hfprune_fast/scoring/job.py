@@ -21,7 +21,7 @@ from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.planner import Plan, plan_run
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
@@ -183,6 +183,8 @@ def check_criteria(
     state_file: str | Path | None,
 ) -> None:
     """Refuse criteria and options that do not go together."""
+    if not all(isinstance(name, str) for name in criteria):
+        raise ArgumentError(f"criterion must be text, or several, got {shown(criteria)}")
     several, got = processes.count > 1, f"got {', '.join(criteria) or 'none'}"
     if not criteria or len(set(criteria)) != len(criteria) or not set(criteria) <= set(CRITERIA):
         raise ArgumentError(f"criterion must be one of {', '.join(CRITERIA)}, {got}")

@@ -66,7 +66,9 @@ def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumu
     return ScoreAccumulator(
         torch.zeros(*criteria, *shape, dtype=dtype, device=device),
         torch.zeros(shape, dtype=torch.float64, device=device),
-        torch.zeros(len(mlps), hidden, hidden) if options.output_fisher else None,
+        torch.zeros(len(mlps), hidden, hidden, dtype=torch.float32)
+        if options.output_fisher
+        else None,
         loss_nats=(0.0,) * len(options.criteria),
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hfprune_fast.console import say
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
-from hfprune_fast.errors import ArgumentError, MemoryShortageError, one_line
+from hfprune_fast.errors import ArgumentError, MemoryShortageError, is_out_of_memory, one_line
 from hfprune_fast.kernels import resolve_backend
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.passes import Pass, PassOptions, empty_accumulator
@@ -54,7 +54,7 @@ def score_batches(
         try:
             total = a_pass.add_to(total)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = one_line(error)
             error.__traceback__ = None  # its frames hold the tensors of the pass
@@ -117,10 +117,3 @@ def _next_pass(remaining: list[MicroBatch], tokens: int) -> list[MicroBatch]:
     """Return the first micro-batches that hold at most `tokens`, padding included; at least 1."""
     held = accumulate(batch.ids.numel() for batch in remaining)
     return remaining[: max(1, sum(1 for _ in takewhile(lambda n: n <= tokens, held)))]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is CUDA's, Python's or torch's CPU allocator's out of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        any(text in str(error) for text in ("allocate memory", "enough memory", "out of memory"))
-    )

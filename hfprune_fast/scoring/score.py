@@ -13,13 +13,15 @@ from torch import Tensor
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions, ScoringOptions, keyword_options
+from hfprune_fast.console import to_path
 from hfprune_fast.data.batches import token_data
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.data.sources import STDIN
 from hfprune_fast.engine.distributed import Processes, joined, launched, own_device
-from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.layerwise import ResidentModel, own_modes
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError
+from hfprune_fast.models.sites import plain_model
 from hfprune_fast.models.spec import spec_of
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
 from hfprune_fast.scoring.run import backend_for
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 
 @keyword_options(calibration=CalibrationOptions, run=RunOptions, scoring=ScoringOptions)
+@own_modes()
 def score(
     model_or_path: PreTrainedModel | str | Path | ModelSource,
     batches_or_source: Iterable[Any] | Tensor | NDArray[Any] | str | Path,
@@ -46,7 +49,9 @@ def score(
     """Score every MLP neuron of a model, by default by the paper's criterion.
 
     Args:
-        model_or_path: a loaded causal language model, or a folder, hub name or `demo`.
+        model_or_path: a loaded causal language model, or a folder, hub name or `demo`. Its MLPs
+            and head must be plain (`models.sites.plain_model`); adapters on its attention are part
+            of what is scored.
         batches_or_source: token batches: (B, T) integers each, or mappings with such `input_ids`
             and an `attention_mask` of padding on one side; or one (N, T) tensor or array; or, for a
             model given by path, a text as `data.calibration.token_windows` takes it.
@@ -61,13 +66,16 @@ def score(
 
     Returns:
         The table of all statistics, (L, F) float64 each, from which any ratio can be selected. The
-        scores do not depend on batch_size and offload but for rounding.
+        scores do not depend on batch_size and offload but for rounding, and the caller's autocast
+        and inference mode do not affect them.
 
     Raises:
         HFPruneError: bad input, one line; its subclasses say which kind.
     """
     processes = launched() if distributed else Processes()
-    criteria = (criterion,) if isinstance(criterion, str) else tuple(criterion)
+    one = isinstance(criterion, str) or not isinstance(criterion, Iterable)
+    criteria: tuple[str, ...] = (criterion,) if one else tuple(criterion)  # type: ignore[assignment]
+    state_file = None if state_file is None else to_path(state_file, "state_file")
     check_criteria(criteria, obs, scoring, processes, state_file)
     if isinstance(model_or_path, str | Path | ModelSource):
         job = open_job(
@@ -75,7 +83,8 @@ def score(
         )
     else:
         _check_loaded(run, batches_or_source, state_file)
-        loaded, spec = ResidentModel(model_or_path), spec_of(model_or_path)
+        model_inside = plain_model(model_or_path, "score")
+        loaded, spec = ResidentModel(model_inside), spec_of(model_inside)
         data = token_data(batches_or_source, spec.vocab_size)
         job = ScoringJob(loaded, spec, data, criteria, obs, scoring, calibration.seed, processes)
     with joined(job.subject.device, processes):

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import write_whole
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.console import say
-from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
+from hfprune_fast.console import say, to_path
+from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line, shown
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.passes import column_norms
@@ -98,6 +98,8 @@ class ImportanceTable:
         statistic = statistic or DEFAULT_STATISTIC[criterion]
         if statistic == "act" and "act" in self.statistics:
             return self.act.sqrt() * self.down_norm
+        if not isinstance(statistic, str):
+            raise ArgumentError(f"statistic must be text or None, got {shown(statistic)}")
         name = f"{criterion}.{statistic}" if statistic in _OF_A_CRITERION else statistic
         if name not in self.statistics:
             names = [name.removeprefix(f"{criterion}.") for name in self.statistics]
@@ -115,12 +117,12 @@ class ImportanceTable:
         # One key, because safetensors writes several in an order that changes from run to run.
         metadata = {_FORMAT: json.dumps(header)}
         tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
-        write_whole(Path(file), save(tensors, metadata))
+        write_whole(to_path(file, "file"), save(tensors, metadata))
 
     @classmethod
     def load(cls, file: str | Path) -> ImportanceTable:
         """Read a scores file, or raise ScoresFileError."""
-        path = Path(file)
+        path = to_path(file, "file")
         if not path.is_file():
             raise ScoresFileError(f"no scores file {path}; make one with `hfprune score`")
         expected = "expected one written by `hfprune score`"

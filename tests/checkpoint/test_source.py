@@ -282,3 +282,29 @@ def test_unknown_device() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ArgumentError, match="device 'cuda'"):
             loading.torch_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("self_attn.q_proj.lora_A.weight", "merge the adapter"),
+        ("self_attn.q_proj.base_layer.weight", "merge the adapter"),
+        ("mlp.up_proj.weight_scale", "is it quantised, masked or parametrised"),
+        ("self_attn.k_proj.qweight", "is it quantised, masked or parametrised"),
+        ("mlp.gate_proj.weight_mask", "is it quantised, masked or parametrised"),
+        ("mlp.down_proj.parametrizations.weight.original0", "is it quantised, masked or param"),
+    ],
+)
+def test_layers_must_be_stored_plain(llama_dir: Path, stored: str, message: str) -> None:
+    weights = llama_dir / "model.safetensors"
+    tensors = load_file(weights)
+    tensors |= {f"model.layers.{i}.{stored}": torch.zeros(4, 4) for i in range(3)}
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        open_source(llama_dir)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter and no model; merge it into"):
+        open_source(tmp_path)

@@ -188,31 +188,6 @@ def test_each_backward_delivers_its_own_until_the_last(needs_grad: bool, hooked:
     assert len(first) == 1
 
 
-class Adapted(nn.Module):
-    """A linear layer with a low-rank change beside it, as PEFT wraps them."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        rows, columns = base.weight.shape
-        self.a, self.b = (
-            nn.Parameter(random(*shape, seed=5, dtype=torch.float64) / 8, requires_grad=False)
-            for shape in ((2, columns), (rows, 2))
-        )
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    def forward(self, h: Tensor) -> Tensor:
-        change: Tensor = h @ self.a.T @ self.b.T
-        return self.base(h) + change
-
-
 class Clamped(nn.Module):
     """Somebody's own MLP."""
 
@@ -233,19 +208,7 @@ class SiLU(nn.Module):
         return z * torch.sigmoid(1.7 * z)
 
 
-def adapt(name: str) -> Callable[[Any], object]:
-    return lambda mlp: setattr(mlp, name, Adapted(getattr(mlp, name)))
-
-
-def own_linear(mlp: Any) -> None:
-    gate = mlp.gate_proj.weight
-    mlp.gate_proj.forward = lambda h: nn.functional.linear(h, gate).clamp(-1)
-
-
 CHANGES: dict[str, Callable[[Any], object]] = {
-    "adapted gate": adapt("gate_proj"),
-    "adapted up": adapt("up_proj"),
-    "adapted down": adapt("down_proj"),
     "hook on the MLP": lambda mlp: mlp.register_forward_hook(lambda _, args, out: 0.5 * out),
     "hook before the MLP": lambda mlp: mlp.register_forward_pre_hook(
         lambda _, args: (0.5 * args[0],)
@@ -256,7 +219,6 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     ),
     "forward of its own": lambda mlp: setattr(mlp, "forward", Clamped(mlp).forward),
     "activation's forward of its own": lambda mlp: setattr(mlp.act_fn, "forward", torch.tanh),
-    "linear's forward of its own": own_linear,
     "activation of a known one's name": lambda mlp: setattr(mlp, "act_fn", SiLU()),
     "relu": lambda mlp: setattr(mlp, "act_fn", nn.ReLU()),
 }

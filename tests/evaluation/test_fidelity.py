@@ -10,7 +10,6 @@ from hfprune_fast.errors import (
     ArgumentError,
     CalibrationError,
     NumericsError,
-    UnsupportedModelError,
 )
 from hfprune_fast.evaluation import fidelity
 
@@ -61,7 +60,7 @@ def test_bad_input() -> None:
     for batch in (torch.tensor([[0, 127]]), torch.tensor([[0, -1]]), torch.zeros(1, 4)):
         with pytest.raises(CalibrationError, match="must be"):
             hf.evaluate(model, model, [batch])
-    with pytest.raises(UnsupportedModelError, match="got str"):
+    with pytest.raises(ArgumentError, match="a loaded causal language model, got a str"):
         hf.evaluate("demo", model, [])  # type: ignore[arg-type]
     ids = torch.zeros(1, 4, dtype=torch.int64)
     broken = tiny_model("llama")

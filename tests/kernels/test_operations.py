@@ -8,6 +8,7 @@ import torch
 from operations import OPERATIONS, REFUSED, SMALL, registrations
 from paths import slow_in_triton
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hfprune_fast import kernels
 from hfprune_fast.kernels import TRITON_VERSION
@@ -44,6 +45,51 @@ def test_registration_passes_opcheck(operation: Any, arguments: tuple[Any, ...])
               for a in arguments)  # fmt: skip
     results = torch.library.opcheck(operation.default, (*copies, None))
     assert set(results.values()) == {"SUCCESS"}
+
+
+DIFFERENTIATED: dict[str, Callable[[Tensor], Any]] = {
+    "softmax_entropy": kernels.softmax_entropy,
+    "softmax_entropy_grad_": lambda x: kernels.softmax_entropy_grad_(x.clone(), torch.ones(3)),
+    "linear_entropy": lambda x: kernels.linear_entropy(x, torch.ones(7, 5)),
+    "the head's weight": lambda x: kernels.linear_entropy(torch.ones(2, 5), x),
+    "row weights": lambda x: kernels.linear_entropy(torch.ones(3, 5), x, x[:, 0]),
+    "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x, x, torch.arange(3)),
+    "linear_fisher": lambda x: kernels.linear_fisher(x, x, torch.arange(3)),
+    "taylor_statistics": lambda x: kernels.taylor_statistics(x[None], torch.ones(1, 3, 5)),
+    "gated_taylor": lambda x: kernels.gated_taylor(
+        torch.ones(1, 3, 5), torch.ones(1, 3, 5), x[None]
+    ),
+    "overwriting": lambda x: kernels.gated_taylor(
+        torch.ones(1, 3, 5), x.clone()[None], torch.ones(1, 3, 5), overwrite=True
+    ),
+}
+
+
+@pytest.mark.parametrize("function", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+def test_forward_mode_is_an_error_and_never_zero(function: Callable[[Tensor], Any]) -> None:
+    x = torch.linspace(-1, 1, 15).view(3, 5)
+    function(x)
+    for derive in (
+        lambda: torch.func.jvp(function, (x,), (x,)),
+        lambda: torch.func.jacfwd(function)(x),
+        lambda: torch.func.vmap(lambda v: torch.func.jvp(function, (x,), (v,)))(x[None]),
+        lambda: _dual(function, x),
+    ):
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            derive()
+    if function is not kernels.softmax_entropy:
+
+        def scalar(x: Tensor) -> Tensor:
+            result = function(x)
+            return (result if isinstance(result, Tensor) else result[0]).sum()
+
+        with pytest.raises(RuntimeError, match="cannot be differentiated by torch"):
+            torch.func.grad(scalar)(x)
+
+
+def _dual(function: Callable[[Tensor], Any], x: Tensor) -> None:
+    with forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize(("operation", "arguments", "message"), REFUSED)
