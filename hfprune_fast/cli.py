@@ -185,7 +185,7 @@ def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **f
 @click.argument("model")
 @_flags(Budget, without=("min_keep", "protect"))
 @_flags(CalibrationOptions, without=("seed",))
-@_flags(RunOptions)
+@_flags(RunOptions, without=("attention",))
 @_common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Show the pruned sizes and how scoring would run; only config.json is read."""

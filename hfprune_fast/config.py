@@ -25,6 +25,7 @@ ALLOCATIONS = ("auto", "uniform", "global")
 SELECTS = ("obs", "statistic")
 OFFLOADS = ("auto", "none", "cpu", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 LAYOUTS = ("auto", "custom", "native", "padded")
 
 DEFAULT_SEQ_LEN = 1024
@@ -75,6 +76,9 @@ class RunOptions:
         "auto",
         "Dtype to run in; auto is the checkpoint's own, float32 on a CPU slow in it.",
         choices=DTYPES,
+    )
+    attention: str = _option(
+        "auto", "How attention runs; auto is sdpa where the family has it.", choices=ATTENTIONS
     )
     batch_size: int | None = _option(
         None, "Samples at once. [default: what suits the device and fits]"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_fast.checkpoint.loading import skeleton
+from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.errors import ArgumentError, one_line
 from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
 from hfprune_fast.models.sites import parts_of
@@ -65,7 +66,7 @@ def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
     pruned = config_of(config, widths, "native")
     reason = "its MLPs are all of one width"
     try:
-        model = skeleton(transformers.AutoConfig.for_model(**pruned))
+        model = skeleton(load_config(Path(), pruned))
         if [mlp.gate.out_features for mlp in parts_of(model).mlps] == list(widths):
             return
     except Exception as error:  # whatever a version that does not know it raises

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfprune_fast.errors import CheckpointError, one_line
+from hfprune_fast.models.families import NON_UNIFORM, family_type
+from hfprune_fast.models.registration import nonuniform_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_config(folder: Path) -> Any:
-    """Return the transformers config of a folder."""
-    from transformers import AutoConfig
+# What older versions of transformers wrote, which newer ones still read.
+_LEGACY_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
+_LEGACY_FIELDS |= {"original_max_position_embeddings"}
 
+
+def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Return the transformers config of a parsed config.json, of what its own class declares.
+
+    What every config may hold is left out: attention and other kernels that transformers would
+    fetch and run, label names, outputs, dtypes.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if str(config["model_type"]).startswith(NON_UNIFORM):
+        config_class, _ = nonuniform_classes(str(family_type(config)))
+    else:
+        config_class = CONFIG_MAPPING[config["model_type"]]
+    names = own_fields(config_class) | _LEGACY_FIELDS
     with one_line_errors(f"{folder}/config.json is not a valid configuration"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return config_class(**{name: config[name] for name in sorted(names & config.keys())})
+
+
+def own_fields(config_class: type[Any]) -> set[str]:
+    """Return the names that a family's config class declares beyond those of every config."""
+    from transformers import PreTrainedConfig
+
+    return {f.name for f in fields(config_class)} - {f.name for f in fields(PreTrainedConfig)}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

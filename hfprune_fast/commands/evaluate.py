@@ -32,7 +32,10 @@ def run(
     data = calibrate(text_source, sources[0], sampling)
     check_vocabularies(*(source.spec.vocab_size for source in sources))
     blueprints = [
-        loading.blueprint(source, dtype=options.dtype, device=options.device) for source in sources
+        loading.blueprint(
+            source, dtype=options.dtype, device=options.device, attention=options.attention
+        )
+        for source in sources
     ]
     plan = plan_run(
         sources[0].spec,

@@ -37,7 +37,7 @@ def run(
     width = target_width(spec, budget)
     seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     samples = sampling.samples or 1
-    stored = config.dtype or torch.float32
+    stored: torch.dtype = config.dtype
     device = loading.torch_device(options.device)
     dtype = loading.dtype_to_run_in(options.dtype, stored, device)
     shape: dict[str, Any] = {

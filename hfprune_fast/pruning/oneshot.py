@@ -6,6 +6,7 @@ scored is the one that allocations are tried on and that down_proj is refitted t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
+from hfprune_fast.checkpoint.ours import check_not_read, files_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
     DATA_FREE,
@@ -40,7 +42,7 @@ from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
-from hfprune_fast.scoring.resume import check_state, state_of
+from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import open_job
 from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_failure
 
@@ -98,7 +100,8 @@ def oneshot(
     resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     width = WidthBudget.of(source.spec, budget)
-    check_output(source, out, width.width, output, resume=scoring.resume)
+    read = [] if calibration is None else [*files_of(Path(calibration))]
+    check_output(source, out, width.width, output, read, resume=scoring.resume)
     if given is not None:
         check_table(given, source)
     elif resolved.criterion in DATA_FREE:
@@ -117,11 +120,12 @@ def oneshot(
             dense, batches, table = _open_and_score(
                 stack, job, given, run, state_of(out), resolved.refit, progress
             )
-        assert table is not None
+        if table is None:
+            raise RuntimeError("neither scored nor given scores")
         if processes.rank > 0:
             return {}
         if given is None:
-            stack.enter_context(saved_on_failure(table))
+            stack.enter_context(saved_on_failure(table, out))
         importance = table.importance(resolved.ranks_by, resolved.criterion)
         dense = dense if resolved.refit else None
         keep, chosen = allocation.choose(dense, batches, importance, width, resolved, progress)
@@ -132,7 +136,7 @@ def oneshot(
         achieved = prune_checkpoint(
             source, out, keep, replace=replace, record=record, progress=progress, **asdict(output)
         )
-    state_of(out).unlink(missing_ok=True)
+    delete_state(out)
     if recipe == "default" and calibration is None:
         say("nothing was refitted; with --calibration as well it stays closer to the dense model")
     return {"out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify}
@@ -191,9 +195,19 @@ def _warn_of_few_tokens(job: ScoringJob) -> None:
 
 
 def check_output(
-    source: ModelSource, out: Path, width: int, output: OutputOptions, *, resume: bool = False
+    source: ModelSource,
+    out: Path,
+    width: int,
+    output: OutputOptions,
+    read: Iterable[Path] = (),
+    *,
+    resume: bool = False,
 ) -> None:
-    """Refuse an output before any work, and say what earlier runs have left beside it."""
+    """Refuse an output before any work, and say what earlier runs have left beside it.
+
+    `read` are the files that are read beside the model's.
+    """
+    check_not_read([out, state_of(out)], [source.folder, *read])
     dense_bytes = sum(shard.path.stat().st_size for shard in source.shards.values())
     needed_bytes = dense_bytes * source.spec.params_at(width) // source.spec.total_params
     check_output_folder(out, source.folder, force=output.force, needed_bytes=needed_bytes)

@@ -106,15 +106,17 @@ def open_job(
     dtype = run.dtype
     if scoring.parity and dtype == "auto" and source.stored_dtype == torch.bfloat16:
         dtype = "bfloat16"  # in which the paper's code rounds, however slow this CPU is in it
-    blueprint = loading.blueprint(source, dtype=dtype, device=device)
+    blueprint = loading.blueprint(source, dtype=dtype, device=device, attention=run.attention)
     return ScoringJob(
         blueprint, source.spec, data, criteria, obs, scoring, calibration.seed, processes
     )
 
 
 def _check_loaded(run: RunOptions, batches: Any, state_file: str | Path | None) -> None:
-    if (run.device, run.dtype) != ("auto", "auto"):
-        raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
+    if (run.device, run.dtype, run.attention) != ("auto", "auto", "auto"):
+        raise ArgumentError(
+            "device, dtype and attention are those of the loaded model; move, cast or load it so"
+        )
     if state_file is not None:
         raise ArgumentError("state_file needs the model by path, to tell it from others")
     if isinstance(batches, str | Path):

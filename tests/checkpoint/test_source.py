@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from truth import tiny_model
 
 from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint.folder import TINY_MODEL, find_model, read_config, weight_files
+from hfprune_fast.checkpoint.config_json import read_config
+from hfprune_fast.checkpoint.folder import TINY_MODEL, find_model, weight_files
 from hfprune_fast.checkpoint.loading import blueprint, spec_from_config
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError
