@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(quantization, dict):
             quantization = quantization.get("quant_method")
         raise CheckpointError(
-            f"{folder} is quantised ({reprlib.repr(quantization).strip(chr(39))}), so its neurons "
+            f"{folder} is quantised ({quantization!s:.60}), so its neurons "
             "cannot be cut; prune the unquantised checkpoint and quantise the result"
         )
     _check_sizes(path, config)
@@ -60,7 +59,7 @@ def _check_is_causal(config: Mapping[str, Any]) -> None:
     names = [str(name) for name in declared] if isinstance(declared, list) else []
     if any("For" in name for name in names) and not any("ForCausalLM" in name for name in names):
         raise UnsupportedModelError(
-            f"{reprlib.repr(names[0]).strip(chr(39))} is no causal language model, so it has no "
+            f"{names[0]:.100} is no causal language model, so it has no "
             "output distribution to score by; give the language model that it was made from"
         )
 
@@ -72,8 +71,7 @@ def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
             continue
         if type(value) is not int or not 1 <= value <= largest:
             raise CheckpointError(
-                f"{path} has {key} {reprlib.repr(value)}, expected a positive integer, "
-                f"{largest} at most"
+                f"{path} has {key} {value!r:.60}, expected a positive integer, {largest} at most"
             )
     heads = config.get("num_attention_heads") or 1
     if heads % (config.get("num_key_value_heads") or 1):
@@ -84,7 +82,7 @@ def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
     vocab, padding = config["vocab_size"], config.get("pad_token_id")
     if isinstance(padding, int) and not -vocab <= padding < vocab:
         raise CheckpointError(
-            f"{path} has pad_token_id {reprlib.repr(padding)}, expected null or less than "
+            f"{path} has pad_token_id {padding!r:.60}, expected null or less than "
             f"vocab_size {vocab}; correct it there"
         )
 
@@ -95,7 +93,7 @@ def dtype_of(path: Path, config: Mapping[str, Any]) -> torch.dtype:
     known = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
     if not isinstance(declared, str) or declared.removeprefix("torch.") not in {*known, "auto"}:
         raise CheckpointError(
-            f"{path} has dtype {reprlib.repr(declared)}, expected one of {', '.join(known)}"
+            f"{path} has dtype {declared!r:.60}, expected one of {', '.join(known)}"
         )
     return known.get(declared.removeprefix("torch."), torch.float32)
 
@@ -124,6 +122,6 @@ def widths_of(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     if not ok or not all(type(w) is int and 1 <= w <= widest for w in widths):
         raise CheckpointError(
             f"{path} must have an MLP width in 1..{widest} for each of its "
-            f"{layers} layers, got {reprlib.repr(widths)}"
+            f"{layers} layers, got {widths!r:.60}"
         )
     return tuple(widths)

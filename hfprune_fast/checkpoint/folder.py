@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -112,7 +111,7 @@ def weight_files(folder: Path) -> list[Path]:
             if not _SHARD_NAME.fullmatch(name):
                 raise CheckpointError(
                     f"{folder / INDEX} names a file outside its folder, or that is no "
-                    f"safetensors file: {reprlib.repr(name)}"
+                    f"safetensors file: {name!r:.60}"
                 )
             if not (folder / name).exists():
                 raise CheckpointError(

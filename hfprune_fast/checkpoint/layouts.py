@@ -28,10 +28,10 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
     family = family_type(config)
     name = FAMILIES[family].class_name
     pruned = {**config, "intermediate_size": max(widths)}
-    pruned.pop("per_layer_config", None)
+    for key in ("per_layer_config", "auto_map"):  # code of another's is not carried
+        pruned.pop(key, None)
     if config["model_type"] != family:
         pruned.pop("mlp_widths", None)
-        pruned.pop("auto_map", None)
         pruned |= {"model_type": family, "architectures": [f"{name}ForCausalLM"]}
     if layout == "padded" or len(set(widths)) == 1:
         return pruned

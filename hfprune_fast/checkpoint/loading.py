@@ -41,10 +41,10 @@ def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
     """
     path, declared = folder / "config.json", read_config(folder)
     widths, config = widths_of(path, declared), load_config(folder, declared)
-    config.dtype = dtype_of(path, declared)
+    config.dtype, widest = dtype_of(path, declared), max(widths)
 
     def first_layers(count: int) -> ModelSpec:
-        of_family = {"model_type": family_type(declared), "intermediate_size": max(widths)}
+        of_family = {"model_type": family_type(declared), "intermediate_size": widest}
         cut = {**declared, **of_family, "num_hidden_layers": count}
         cut["layer_types"] = (declared.get("layer_types") or [])[:count] or None
         cut.pop("per_layer_config", None)
@@ -52,7 +52,7 @@ def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
 
     with one_line_errors(f"{path} does not make a model"):
         one, two = first_layers(1), first_layers(2)
-    narrower = sum(max(widths) - width for width in widths)
+    narrower = sum(widest - width for width in widths)
 
     def of_all(one: int, two: int, params_per_neuron: int) -> int:
         return one + (len(widths) - 1) * (two - one) - narrower * params_per_neuron

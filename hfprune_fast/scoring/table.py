@@ -16,7 +16,6 @@ Version 2, which is still read, called fisher_mask mask, and had no vocab_size o
 from __future__ import annotations
 
 import json
-import reprlib
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -180,7 +179,7 @@ def _spec(header: dict[str, Any]) -> ModelSpec:
         else:
             ok = type(value) is int and value >= (name not in _ABSENT_BEFORE_3)
         if not ok:
-            raise ValueError(f"{name} is {reprlib.repr(value)}")
+            raise ValueError(f"{name} is {value!r:.60}")
     return ModelSpec(**values)
 
 
@@ -191,7 +190,7 @@ def _check_provenance(provenance: dict[str, Any], statistics: Mapping[str, Tenso
         or not criteria
         or not set(criteria) <= set(DEFAULT_STATISTIC)
     ):
-        raise ValueError(f"criteria is {reprlib.repr(criteria)}")
+        raise ValueError(f"criteria is {criteria!r:.60}")
     if is_deeper(provenance, 8):
         raise ValueError("its provenance is nested more than 8 levels deep")
     needs_norms = "act" in statistics or provenance.get("model_fingerprint") is None
@@ -220,7 +219,7 @@ def check_table(table: ImportanceTable, source: ModelSource) -> None:
     if not same:
         raise ScoresFileError(
             f"the scores are of another model than {source.name}: same shape, other weights "
-            f"(they are of {reprlib.repr(table.provenance.get('model', 'a model in memory'))})"
+            f"(they are of {table.provenance.get('model', 'a model in memory')!s:.100})"
         )
 
 

@@ -249,23 +249,6 @@ def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             find_model(name)
 
 
-def test_fingerprint_tells_siblings_apart(save_checkpoint: Callable[..., Path]) -> None:
-    model = random_llama()
-    first = open_source(save_checkpoint(model, "a")).fingerprint
-    assert open_source(save_checkpoint(model, "b", max_shard_size="50KB")).fingerprint == first
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[40:45] += 1e-3
-    assert open_source(save_checkpoint(model, "c")).fingerprint != first
-
-
-def test_fingerprint_knows_the_configuration(llama_dir: Path) -> None:
-    before = open_source(llama_dir).fingerprint
-    change_config(llama_dir, transformers_version="9.9", use_cache=False)
-    assert open_source(llama_dir).fingerprint == before
-    change_config(llama_dir, rms_norm_eps=0.5)
-    assert open_source(llama_dir).fingerprint != before
-
-
 def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, asking what memory it has left raises."""
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
