@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.errors import ArgumentError, NumericsError
+from hfprune_fast.errors import ArgumentError, NumericsError, UnsupportedModelError
 from hfprune_fast.models.sites import parts_of
 
 if TYPE_CHECKING:
@@ -124,7 +124,11 @@ class ResidentModel:
             hidden: Tensor = self.parts.decoder(
                 inputs_embeds=embeddings, use_cache=False, return_dict=True
             ).last_hidden_state
-        assert len(calls) == len(self.parts.layers), "the decoder skipped a layer"
+        if len(calls) != len(self.parts.layers):
+            raise UnsupportedModelError(
+                f"the decoder ran {len(calls)} of its {len(self.parts.layers)} layers; "
+                "it must run each once, in their order"
+            )
         if len(self._calls) >= _CACHED_SHAPES:
             self._calls.clear()
         # The calls depend only on the shape, so micro-batches of one shape share them.
