@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hfprune_fast.checkpoint.ours import real
+from hfprune_fast.errors import CheckpointError
 
 _TEMPLATES = "additional_chat_templates"
 _TOKENIZER = (
@@ -16,6 +17,7 @@ _TOKENIZER = (
     *("spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json"),
     *("chat_template.json", "chat_template.jinja", f"{_TEMPLATES}/*.jinja"),
 )
+_MAX_TOKENIZER_BYTES = 1 << 30
 _OTHERS = ("generation_config.json", "processor_config.json", "*preprocessor_config.json")
 # In upper or lower case, of the suffixes that texts have.
 _LICENCES = ("licen[cs]e*", "*notice*", "copying*", "copyright*", "use_policy*")
@@ -45,12 +47,23 @@ def carry(folder: Path, out: Path, made_anew: Iterable[str]) -> list[str]:
     return left_out
 
 
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse tokenizer files that are pipes, devices, broken links or of any size."""
+    for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")):
+        if not _matches(path.relative_to(folder).as_posix(), _TOKENIZER):
+            continue
+        if not path.is_file() or path.stat().st_size > _MAX_TOKENIZER_BYTES:
+            raise CheckpointError(f"{path} is no regular file, or larger than any tokenizer's")
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _belongs_to_a_model(name: str) -> bool:
-    if any(fnmatchcase(name, pattern) for pattern in (*_TOKENIZER, *_OTHERS)):
-        return True
     lower = name.lower()
     is_text = Path(lower).suffix in _TEXT_SUFFIXES and "/" not in lower
-    return is_text and any(fnmatchcase(lower, pattern) for pattern in _LICENCES)
+    return _matches(name, (*_TOKENIZER, *_OTHERS)) or (is_text and _matches(lower, _LICENCES))
 
 
 def _is_within(path: Path, folder: Path) -> bool:

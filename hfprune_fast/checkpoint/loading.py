@@ -22,8 +22,8 @@ from hfprune_fast.checkpoint.config_json import dtype_of, read_config, widths_of
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, check_tensors_are
 from hfprune_fast.checkpoint.pretrained import load_config, one_line_errors
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.errors import ArgumentError, one_line
-from hfprune_fast.models.families import family_type
+from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
+from hfprune_fast.models.families import FAMILIES, family_type
 from hfprune_fast.models.spec import ModelSpec, spec_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
     """
     path, declared = folder / "config.json", read_config(folder)
     widths, config = widths_of(path, declared), load_config(folder, declared)
+    base = f"{FAMILIES[family_type(declared)].class_name}Model"
+    if declared.get("architectures") == [base] and declared.get("tie_word_embeddings") is not True:
+        raise CheckpointError(f"{path} is of a {base}, a model without a head; give one with it")
     config.dtype, widest = dtype_of(path, declared), max(widths)
 
     def first_layers(count: int) -> ModelSpec:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfprune_fast.checkpoint.carried import check_tokenizer_files
 from hfprune_fast.errors import CheckpointError, one_line
 from hfprune_fast.models.families import NON_UNIFORM, family_type
 from hfprune_fast.models.registration import nonuniform_classes
@@ -35,7 +36,10 @@ def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
         config_class = CONFIG_MAPPING[config["model_type"]]
     names = own_fields(config_class) | _LEGACY_FIELDS
     with one_line_errors(f"{folder}/config.json is not a valid configuration"):
-        return config_class(**{name: config[name] for name in sorted(names & config.keys())})
+        made = config_class(**{name: config[name] for name in sorted(names & config.keys())})
+    if isinstance(config.get("tokenizer_class"), str):
+        made.tokenizer_class = config["tokenizer_class"]
+    return made
 
 
 def own_fields(config_class: type[Any]) -> set[str]:
@@ -45,12 +49,19 @@ def own_fields(config_class: type[Any]) -> set[str]:
     return {f.name for f in fields(config_class)} - {f.name for f in fields(PreTrainedConfig)}
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder."""
+def load_tokenizer(folder: Path, config: Any = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder; `config` is its transformers config, if it is known.
+
+    Else transformers makes one of all that config.json says, so a folder that is not trusted
+    needs it.
+    """
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(folder)
     with one_line_errors(f"{folder} has no tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class ModelSource:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.transformers_config)
 
     @cached_property
     def transformers_config(self) -> Any:

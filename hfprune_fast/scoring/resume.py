@@ -150,6 +150,8 @@ class ResumeFile:
 
 def state_of(out: Path) -> Path:
     """Return the file that saves the state of scoring for an output."""
+    if not out.name:
+        raise OutputError(f"out {out} is a folder that exists; name one below it, or a file")
     return out.with_name(f"{out.name}.state")
 
 

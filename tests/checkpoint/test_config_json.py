@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import blueprint
@@ -110,6 +109,9 @@ def test_what_plan_takes_in_little_time(tiny: Path, hfprune: Hfprune, case: str)
     assert run.json()["dense_params"] == 1_049_728 or sizes
     if not sizes:
         assert blueprint(tiny, device="cpu").model.config.return_dict
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tiny / name).symlink_to(TINY_MODEL / name)
+        assert len(open_source(tiny).tokenizer) == 2048  # transformers reads the config for it
 
 
 def test_layers_are_bounded_by_the_tensors_there_are(tiny: Path) -> None:
@@ -131,7 +133,12 @@ def test_a_byte_order_mark(tiny: Path, hfprune: Hfprune) -> None:
     path = tiny / "config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert hfprune("plan", tiny, "--prune-ratio", 0.2).code == 0
-    assert blueprint(tiny, device="cpu").dtype in (torch.bfloat16, torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tiny / name).symlink_to(TINY_MODEL / name)
+    out = tiny.parent / "scores"
+    score = ["score", tiny, "--calibration", "demo", "--samples", 2, "--seq-len", 32]
+    run = hfprune(*score, "--dtype", "float32", "--out", out)
+    assert run.code == 0, run.err
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and devices")
@@ -159,3 +166,30 @@ def test_only_regular_files_of_some_size_are_read(
         run = hfprune(*command, "--prune-ratio", 0.2)
         assert run.code == 2, run.err
         assert len(run.err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and devices")
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a link to itself", "large"])
+def test_tokenizer_files_are_regular(llama_dir: Path, hfprune: Hfprune, kind: str) -> None:
+    path = llama_dir / "tokenizer.json"
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "large":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else path.name)
+    out = llama_dir.parent / "scores"
+    run = hfprune("score", llama_dir, "--calibration", "demo", "--out", out)
+    assert run.code == 2, run.err
+    assert "tokenizer.json is no regular file" in run.err
+
+
+def test_a_model_without_a_head(llama_dir: Path, hfprune: Hfprune) -> None:
+    change(llama_dir, architectures=["LlamaModel"])
+    run = hfprune("plan", llama_dir, "--prune-ratio", 0.2)
+    assert run.code == 2
+    assert "a model without a head" in run.err
+    change(llama_dir, tie_word_embeddings=True)
+    assert hfprune("plan", llama_dir, "--prune-ratio", 0.2).code == 0

@@ -80,6 +80,20 @@ def test_force_replaces_no_file_but_scores(
     refused(hfprune(*score, "--out", itself, "--force"), "is no scores file of hfprune")
 
 
+@pytest.mark.parametrize("out", [".", "", "..", "/", "new/..", "x" * 300])
+def test_outputs_that_name_nothing(
+    llama_dir: Path, hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(llama_dir.parent)
+    for command in (
+        ["score", llama_dir, "--calibration", "demo", "--samples", 2, "--seq-len", 32],
+        ["prune", llama_dir, "--criterion", "magnitude", "--prune-ratio", 0.2],
+    ):
+        run = hfprune(*command, "--force", "--out", out)
+        assert run.code == 2, run.err
+        assert "hfprune: error: " in run.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_what_comes_to_be_where_the_scores_go_stays(
     llama_dir: Path, tmp_path: Path, text_file: Path, hfprune: Hfprune,
