@@ -115,7 +115,7 @@ def open_job(
 def _check_loaded(run: RunOptions, batches: Any, state_file: str | Path | None) -> None:
     if (run.device, run.dtype, run.attention) != ("auto", "auto", "auto"):
         raise ArgumentError(
-            "device, dtype and attention are those of the loaded model; move, cast or load it so"
+            "device, dtype and attention are those of the loaded model; move or cast it first"
         )
     if state_file is not None:
         raise ArgumentError("state_file needs the model by path, to tell it from others")
