@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.checkpoint.atomic import check_writable, write_whole
+from hfprune_fast.checkpoint.atomic import check_writable
 from hfprune_fast.checkpoint.ours import SCORES, check_not_read, is_ours, real
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.engine.distributed import launched
@@ -47,7 +47,7 @@ def run(
     if launched().rank > 0:
         return {}
     with saved_on_failure(table, out):
-        write_whole(real(out), table.serialized(), lambda path: force and is_ours(path, SCORES))
+        table.save(real(out), lambda path: force and is_ours(path, SCORES))
     delete_state(out)
     return {"out": str(out), **asdict(table.model), "provenance": table.provenance}
 

@@ -6,7 +6,6 @@ scored is the one that allocations are tried on and that down_proj is refitted t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -100,8 +99,7 @@ def oneshot(
     resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     width = WidthBudget.of(source.spec, budget)
-    read = [] if calibration is None else [*files_of(Path(calibration))]
-    check_output(source, out, width.width, output, read, resume=scoring.resume)
+    check_output(source, out, width.width, output, calibration, resume=scoring.resume)
     if given is not None:
         check_table(given, source)
     elif resolved.criterion in DATA_FREE:
@@ -120,9 +118,7 @@ def oneshot(
             dense, batches, table = _open_and_score(
                 stack, job, given, run, state_of(out), resolved.refit, progress
             )
-        if table is None:
-            raise RuntimeError("neither scored nor given scores")
-        if processes.rank > 0:
+        if table is None or processes.rank > 0:
             return {}
         if given is None:
             stack.enter_context(saved_on_failure(table, out))
@@ -199,14 +195,12 @@ def check_output(
     out: Path,
     width: int,
     output: OutputOptions,
-    read: Iterable[Path] = (),
+    text: str | Path | None = None,
     *,
     resume: bool = False,
 ) -> None:
-    """Refuse an output before any work, and say what earlier runs have left beside it.
-
-    `read` are the files that are read beside the model's.
-    """
+    """Refuse an output before any work, and say what earlier runs have left beside it."""
+    read = [] if text is None else files_of(Path(text))
     check_not_read([out, state_of(out)], [source.folder, *read])
     dense_bytes = sum(shard.path.stat().st_size for shard in source.shards.values())
     needed_bytes = dense_bytes * source.spec.params_at(width) // source.spec.total_params

@@ -34,7 +34,7 @@ from hfprune_fast.checkpoint.folder import is_deeper
 from hfprune_fast.checkpoint.ours import SCORES, real
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import say
-from hfprune_fast.errors import ArgumentError, HFPruneError, ScoresFileError, one_line
+from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.passes import column_norms
@@ -111,18 +111,17 @@ class ImportanceTable:
             )
         return self.statistics[name]
 
-    def save(self, file: str | Path) -> None:
-        """Write the scores file; it appears under its name only when whole."""
-        write_whole(Path(file), self.serialized())
+    def save(self, file: str | Path, may_replace: Callable[[Path], bool] = lambda _: True) -> None:
+        """Write the scores file; it appears under its name only when whole.
 
-    def serialized(self) -> bytes:
-        """Return what a scores file holds."""
+        What is at that name then is replaced if `may_replace` of it, else it stays: an OutputError.
+        """
         model, provenance = asdict(self.model), self.provenance
         header = {"format_version": _VERSION, "model": model, "provenance": provenance}
         # One key, because safetensors writes several in an order that changes from run to run.
         metadata = {SCORES: json.dumps(header)}
         tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
-        return save(tensors, metadata)
+        write_whole(Path(file), save(tensors, metadata), may_replace)
 
     @classmethod
     def load(cls, file: str | Path) -> ImportanceTable:
@@ -248,6 +247,6 @@ def _rescued(table: ImportanceTable, out: Path) -> str:
             if folder.is_dir():
                 table.save(folder / name)
                 return f"the scores are saved in {folder / name}"
-        except (OSError, RuntimeError, HFPruneError) as error:  # full, read-only or not there
+        except Exception as error:  # full, read-only, not there: what led here is what is raised
             reasons.append(one_line(error))
     return f"the scores are lost: they could not be saved either ({'; '.join(reasons)})"

@@ -99,14 +99,14 @@ def test_what_comes_to_be_where_the_scores_go_stays(
     llama_dir: Path, tmp_path: Path, text_file: Path, hfprune: Hfprune,
     monkeypatch: pytest.MonkeyPatch, force: list[str],
 ) -> None:  # fmt: skip
-    out, save = tmp_path / "out", hf.ImportanceTable.serialized
+    out, save = tmp_path / "out", hf.ImportanceTable.save
 
-    def while_the_user_writes(self: hf.ImportanceTable) -> bytes:
+    def while_the_user_writes(self: hf.ImportanceTable, *args: Any) -> None:
         out.write_text("mine")
-        return save(self)
+        save(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf.ImportanceTable, "serialized", while_the_user_writes)
+        patch.setattr(hf.ImportanceTable, "save", while_the_user_writes)
         run = hfprune(
             "score", llama_dir, "--calibration", text_file, "--samples", 2, "--seq-len", 32,
             "--out", out, *force,
