@@ -145,7 +145,7 @@ def _replace(out: Path, new: Path, replaced: Path, foreign: Callable[[Path], lis
             replaced.rename(out)
             raise
     listed = sorted(old.rglob("*"), reverse=True)
-    others = foreign(old)
+    others = [out.name] if old.is_symlink() else foreign(old)
     if others:
         if old == replaced or not _exchange(new, out):
             aside = out.rename(out.with_name(f"{replaced.name}-"))

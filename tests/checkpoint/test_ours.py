@@ -147,6 +147,39 @@ def test_what_comes_into_the_output_meanwhile_stays(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("kind", ["a file", "a link", "nothing"])
+def test_another_thing_in_the_place_of_the_output_stays(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, kind: str
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    out, other, write = tmp_path / "out", tmp_path / "other", Writing.write
+    for folder in (out, other):
+        hf.prune_checkpoint(llama_dir, folder, KEEP)
+
+    def while_the_user_moves(self: Writing, partial: Path, progress: bool) -> None:
+        out.rename(tmp_path / "moved")
+        if kind == "a file":
+            out.write_text("mine")
+        elif kind == "a link":
+            out.symlink_to(other)
+        write(self, partial, progress)
+
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Writing, "write", while_the_user_moves)
+        if kind == "nothing":
+            hf.prune_checkpoint(llama_dir, out, KEEP, force=True)
+            assert (out / "config.json").exists()
+        else:
+            with pytest.raises(OutputError, match="the new output is whole, in"):
+                hf.prune_checkpoint(llama_dir, out, KEEP, force=True)
+            assert out.is_symlink() or out.read_text() == "mine"
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    assert (tmp_path / "moved" / "config.json").exists()
+
+
 def test_the_earlier_output_is_never_missing(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
