@@ -134,20 +134,14 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     family = family_of(config)
     shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
     tensors = _headers(folder, shards)
-    layers = config["num_hidden_layers"]
-    if layers > len(tensors):  # before a list of that length is made
-        raise CheckpointError(
-            f"{folder}/config.json has num_hidden_layers {layers}, "
-            f"but its files hold {len(tensors)} tensors"
-        )
     widths = widths_of(folder / "config.json", config)
     decoder = f"{family.decoder}."
     if not any(name.startswith(decoder) for name in tensors):  # saved as base model
         decoder = ""
-    biased = config.get("mlp_bias") is True
-    expected = _layer_tensors(family, decoder, tensors, widths, config["hidden_size"], biased)
+    biased, hidden = config.get("mlp_bias") is True, config["hidden_size"]
+    expected = _layer_tensors(folder, family, decoder, tensors, widths, hidden, biased)
     linear = sum(prod(shape) for shape in expected.values() if len(shape) == 2)
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    vocab = config["vocab_size"]
     embedding, head = f"{decoder}{family.embedding}.weight", f"{family.head}.weight"
     tied = config.get("tie_word_embeddings") is True
     expected |= {embedding: (vocab, hidden), f"{decoder}{family.norm}.weight": (hidden,)}
@@ -159,7 +153,7 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
         raise CheckpointError(f"{folder} lacks the tensor {attention}")
     spec = ModelSpec(
         model_type=str(family_type(config)),
-        num_layers=layers,
+        num_layers=len(widths),
         hidden_size=hidden,
         intermediate_size=max(widths),
         total_params=sum(
@@ -197,6 +191,7 @@ def _headers(folder: Path, shards: Mapping[str, SafetensorsFile]) -> dict[str, T
 
 
 def _layer_tensors(
+    folder: Path,
     family: Family,
     decoder: str,
     tensors: Mapping[str, TensorInfo],
@@ -213,6 +208,12 @@ def _layer_tensors(
         and neuron_axis(family, name) is None
         and not name.endswith(IGNORED_SUFFIX)
     }
+
+    if len(others) * len(widths) > 4 * len(tensors):  # before as many names are made
+        raise CheckpointError(
+            f"{folder}/config.json has num_hidden_layers {len(widths)}, "
+            f"but its files hold {len(tensors)} tensors"
+        )
 
     def mlp(width: int) -> dict[str, tuple[int, ...]]:
         wide = (width, hidden)

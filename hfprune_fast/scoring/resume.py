@@ -119,7 +119,7 @@ class ResumeFile:
         # The identity as it comes back from JSON, in which a tuple is a list.
         expected, found = json.loads(json.dumps(self.identity)), header["identity"]
         differing = [
-            f"{key} {_short(found.get(key))}, not {_short(expected.get(key))}"
+            f"{key:.40} {_short(found.get(key))}, not {_short(expected.get(key))}"
             for key in dict.fromkeys([*expected, *found])
             if found.get(key) != expected.get(key)
         ]
@@ -134,12 +134,14 @@ class ResumeFile:
         differing += [f"no {name}" for name in missing]
         scored = lengths[: header["samples"]]
         counts = {"samples": len(scored), "tokens": sum(scored)}
-        differing += [f"{k} {header[k]}, not {v}" for k, v in counts.items() if header[k] != v]
+        differing += [
+            f"{k} {_short(header[k])}, not {v}" for k, v in counts.items() if header[k] != v
+        ]
         if len(values["loss_nats"]) != len(like.loss_nats):
             differing.append(f"{len(values['loss_nats'])} losses, not {len(like.loss_nats)}")
         if differing:
             raise ResumeError(
-                f"{self._file} is of another run: {'; '.join(differing)}; "
+                f"{self._file} is of another run: {'; '.join(differing[:8])}; "
                 "--force discards it and starts again"
             )
         self._saved_samples = header["samples"]

@@ -200,7 +200,7 @@ def _check_provenance(provenance: dict[str, Any], statistics: Mapping[str, Tenso
 def check_table(table: ImportanceTable, source: ModelSource) -> None:
     """Refuse a table that was scored on another model."""
     differing = [
-        f"{key} {theirs}, not {ours}"
+        f"{key} {theirs!s:.60}, not {ours}"
         for key in _COMPARED
         if (theirs := getattr(table.model, key)) != (ours := getattr(source.spec, key))
     ]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import blueprint
@@ -118,6 +120,13 @@ def test_layers_are_bounded_by_the_tensors_there_are(tiny: Path) -> None:
     change(tiny, num_hidden_layers=9_999)
     with pytest.raises(HFPruneError, match="has num_hidden_layers 9999, but its files hold 38"):
         open_source(tiny)
+    tensors = {f"model.layers.0.x{i}": torch.zeros(0) for i in range(10_000)}
+    (tiny / "model.safetensors").unlink()
+    save_file(tensors, tiny / "model.safetensors", {"format": "pt"})
+    begun = time.monotonic()
+    with pytest.raises(HFPruneError, match="but its files hold 10000"):  # and not 10^8
+        open_source(tiny)
+    assert time.monotonic() - begun < 2
 
 
 def test_a_plan_of_many_layers_counts_them_all(tiny: Path, hfprune: Hfprune) -> None:
