@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hfprune_fast.checkpoint.carried import check_tokenizer_files
@@ -58,10 +60,32 @@ def load_tokenizer(folder: Path, config: Any = None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     check_tokenizer_files(folder)
-    with one_line_errors(f"{folder} has no tokenizer that can be loaded"):
+    with (
+        one_line_errors(f"{folder} has no tokenizer that can be loaded"),
+        _unmarked(folder) as read,
+    ):
         return AutoTokenizer.from_pretrained(
-            folder, config=config, trust_remote_code=False, local_files_only=True
+            read, config=config, trust_remote_code=False, local_files_only=True
         )
+
+
+@contextmanager
+def _unmarked(folder: Path) -> Iterator[Path]:
+    """Yield a folder of the same files whose config.json has no byte order mark.
+
+    For large vocabularies transformers reads it again, as UTF-8 without one.
+    """
+    path = folder / "config.json"
+    text = path.read_bytes() if path.is_file() else b""
+    if not text.startswith(BOM_UTF8):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="hfprune-") as scratch:
+        for other in folder.resolve().iterdir():
+            (Path(scratch) / other.name).symlink_to(other)
+        (Path(scratch) / path.name).unlink()
+        (Path(scratch) / path.name).write_bytes(text.removeprefix(BOM_UTF8))
+        yield Path(scratch)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import blueprint
@@ -138,7 +139,7 @@ def test_a_plan_of_many_layers_counts_them_all(tiny: Path, hfprune: Hfprune) -> 
     assert sizes[2] - sizes[0] == 996 * (sizes[1] - sizes[0])
 
 
-def test_a_byte_order_mark(tiny: Path, hfprune: Hfprune) -> None:
+def test_a_byte_order_mark(tiny: Path, hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny / "config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert hfprune("plan", tiny, "--prune-ratio", 0.2).code == 0
@@ -146,6 +147,15 @@ def test_a_byte_order_mark(tiny: Path, hfprune: Hfprune) -> None:
         (tiny / name).symlink_to(TINY_MODEL / name)
     out = tiny.parent / "scores"
     score = ["score", tiny, "--calibration", "demo", "--samples", 2, "--seq-len", 32]
+    from_pretrained = AutoTokenizer.from_pretrained
+
+    def reading(folder: Path, **options: Any) -> Any:  # as it does for large vocabularies
+        assert (
+            json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"] == 2048
+        )
+        return from_pretrained(folder, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", reading)
     run = hfprune(*score, "--dtype", "float32", "--out", out)
     assert run.code == 0, run.err
 
