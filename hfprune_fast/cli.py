@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import click
 
 from hfprune_fast import console
 from hfprune_fast._version import __version__
+from hfprune_fast.commands.flags import common, flags, force
 from hfprune_fast.config import (
     CRITERIA,
     PRESETS,
@@ -26,74 +27,12 @@ from hfprune_fast.config import (
     RecipeChanges,
     RunOptions,
     ScoringOptions,
-    field_types,
 )
 from hfprune_fast.engine.distributed import launched
-from hfprune_fast.errors import ArgumentError, HFPruneError, is_out_of_memory, one_line, printable
+from hfprune_fast.errors import HFPruneError, is_out_of_memory, one_line, printable
 
 Command = Callable[..., Any]
 _TERMINATED = 128 + signal.SIGTERM
-
-
-class _Layers(click.ParamType[tuple[int, ...]]):
-    name = "layers"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(layer) for layer in value.split(",") if layer.strip())
-        except ValueError:
-            raise ArgumentError(f"protect must be layers such as 0,1,31, got {value!r}") from None
-
-
-def _flags(
-    group: type[Any], *, without: tuple[str, ...] = (), **defaults: Any
-) -> Callable[[Command], Command]:
-    """Return a decorator that adds a flag for each field of a group of options.
-
-    Args:
-        without: fields that the command does not use.
-        defaults: of fields whose default differs for this command.
-    """
-    types = field_types(group)
-
-    def decorate(command: Command) -> Command:
-        for each in reversed([each for each in fields(group) if each.name not in without]):
-            default = defaults.get(each.name, each.default)
-            names = [f"--{each.name.replace('_', '-')}"]
-            options: dict[str, Any] = {"default": default, "help": each.metadata["text"]}
-            if types[each.name] is bool and default is None:
-                names = [f"{names[0]}/--no-{each.name}"]
-            elif types[each.name] is bool:
-                options["is_flag"] = True
-            elif each.metadata["choices"]:
-                options["type"] = click.Choice(each.metadata["choices"])
-            elif each.name == "protect":
-                options["type"] = _Layers()
-            else:
-                options["type"] = types[each.name]
-            if each.metadata["metavar"]:
-                options["metavar"] = each.metadata["metavar"]
-            usual = each.metadata.get("usual")  # what stands where a change is not given
-            if usual is not None:
-                shown = each.name if usual is True else str(usual)
-                options["help"] += f" [default: {shown}]"
-            options["show_default"] = not any(default is none for none in (None, False, ()))
-            command = click.option(*names, **options)(command)
-        return command
-
-    return decorate
-
-
-def _common(command: Command) -> Command:
-    debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(
-        debug(command)
-    )
-
-
-_force = click.option("--force", is_flag=True, help="Replace an existing output.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -126,11 +65,11 @@ def cli(ctx: click.Context) -> None:
     is_flag=True,
     help="Also the cost of removing each neuron when the others are refitted; with fisher.",
 )
-@_flags(CalibrationOptions)
-@_flags(ScoringOptions)
-@_flags(RunOptions)
-@_force
-@_common
+@flags(CalibrationOptions)
+@flags(ScoringOptions)
+@flags(RunOptions)
+@force
+@common
 def score(
     model: str, calibration: str, out: Path, as_json: bool, debug: bool, **flags: Any
 ) -> None:
@@ -156,13 +95,13 @@ def score(
     show_default=True,
     help="paper: entropy, l1, uniform, no refit. The options below change single parts of it.",
 )
-@_flags(RecipeChanges)
-@_flags(Budget)
-@_flags(OutputOptions)
-@_flags(CalibrationOptions)
-@_flags(ScoringOptions)
-@_flags(RunOptions)
-@_common
+@flags(RecipeChanges)
+@flags(Budget)
+@flags(OutputOptions)
+@flags(CalibrationOptions)
+@flags(ScoringOptions)
+@flags(RunOptions)
+@common
 def prune(
     model: str, calibration: str | None, out: Path, as_json: bool, debug: bool, **flags: Any
 ) -> None:
@@ -178,9 +117,9 @@ def prune(
 @click.argument("dense")
 @click.argument("pruned")
 @click.option("--text", required=True, metavar="SOURCE", help="Held-out text.")
-@_flags(CalibrationOptions, samples=None)
-@_flags(RunOptions)
-@_common
+@flags(CalibrationOptions, samples=None)
+@flags(RunOptions)
+@common
 def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Compare a pruned model with its dense one: KL, perplexity, top-1 agreement."""
     from hfprune_fast.commands import evaluate as command
@@ -191,10 +130,10 @@ def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **f
 
 @cli.command()
 @click.argument("model")
-@_flags(Budget, without=("min_keep", "protect"))
-@_flags(CalibrationOptions, without=("seed", "text_field", "chat_template"))
-@_flags(RunOptions)
-@_common
+@flags(Budget, without=("min_keep", "protect"))
+@flags(CalibrationOptions, without=("seed", "text_field", "chat_template"))
+@flags(RunOptions, without=("attention",))
+@common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Show the pruned sizes and how scoring would run; only config.json is read."""
     from hfprune_fast.commands import plan as command
@@ -206,8 +145,8 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
 @cli.command()
 @click.option("--out", type=Path, metavar="DIR", help="Keep the pruned model here.")
 @click.option("--prune-ratio", type=float, default=0.25, show_default=True)
-@_force
-@_common
+@force
+@common
 def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug: bool) -> None:
     """Do the whole job on the small model that ships with this package, offline."""
     from hfprune_fast.commands import demo as command
@@ -217,7 +156,7 @@ def demo(out: Path | None, prune_ratio: float, force: bool, as_json: bool, debug
 
 
 @cli.command()
-@_common
+@common
 def doctor(as_json: bool, debug: bool) -> None:
     """Show versions, devices, memory, and which implementations will be used."""
     from hfprune_fast.commands import doctor as command

@@ -7,13 +7,10 @@ its use.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import BACKENDS
@@ -26,12 +23,11 @@ ALLOCATIONS = ("auto", "uniform", "global")
 SELECTS = ("obs", "statistic")
 OFFLOADS = ("auto", "none", "cpu", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 LAYOUTS = ("auto", "custom", "native", "padded")
 
 DEFAULT_SEQ_LEN = 1024
 TINY_MODEL = Path(__file__).parent / "tiny"  # the model that ships with the package
-Result = TypeVar("Result")
-Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,9 @@ class RunOptions(Options):
         "auto",
         "Dtype to run in; auto is the checkpoint's own, float32 on a CPU slow in it.",
         choices=DTYPES,
+    )
+    attention: str = option(
+        "auto", "How attention runs; auto is sdpa where the family has it.", choices=ATTENTIONS
     )
     batch_size: int | None = option(
         None,
@@ -269,52 +268,3 @@ def resolve_recipe(
     if values["allocation"] == "auto" and not values["refit"]:
         values["allocation"] = "uniform"
     return Recipe(**{**values, **given})
-
-
-def keyword_options(
-    **groups: type[Any],
-) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let a function take options flat: `@keyword_options(run=RunOptions)` makes f(device="cpu").
-
-    The function gets each group in the parameter of that name; its signature and docstring show the
-    fields. A name that is neither a field nor a parameter is a TypeError. Its own parameters that
-    are annotated bool take nothing else.
-    """
-
-    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        signature = inspect.signature(function)
-        own = [p for name, p in signature.parameters.items() if name not in groups]
-        options = [each for group in groups.values() for each in fields(group)]
-        switches = [p.name for p in own if p.annotation in ("bool", bool)]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        flat = [
-            inspect.Parameter(o.name, keyword, default=o.default, annotation=o.type)
-            for o in options
-        ]
-
-        @functools.wraps(function)
-        def call(*args: Any, **given: Any) -> Result:
-            for name in switches:
-                if not isinstance(given.get(name, False), bool):
-                    raise ArgumentError(f"{name} must be True or False, got {shown(given[name])}")
-            made = {name: take_options(group, given) for name, group in groups.items()}
-            return function(*args, **given, **made)
-
-        call.__signature__ = signature.replace(parameters=[*own, *flat])  # type: ignore[attr-defined]
-        lines = [f"    {o.name}: {o.metadata['text']}" for o in options]
-        call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
-        return call
-
-    return decorate
-
-
-def take_options(group: type[Group], given: dict[str, Any]) -> Group:
-    """Take the keyword arguments that are fields of a group of options out, and make the group."""
-    names = [each.name for each in fields(group) if each.name in given]  # type: ignore[arg-type]
-    return group(**{name: given.pop(name) for name in names})
-
-
-def field_types(group: type[Any]) -> dict[str, Any]:
-    """Return the type of each field, `int` for `int | None`."""
-    hints = typing.get_type_hints(group)
-    return {name: (*typing.get_args(hint), hint)[0] for name, hint in hints.items()}

@@ -206,6 +206,12 @@ def parse_bytes(size: int | str, argument: str) -> int:
 
 
 def display_name(model: str | Path) -> str:
-    """A model's or text's name as others know it: hub names stay, paths give their last part."""
+    """A model's or text's name as others know it: its hub name, or the last part of its path."""
     path = Path(model)
-    return printable(path.resolve().name if path.exists() else str(model))
+    if not path.exists():
+        return printable(str(model))
+    path = path.resolve()
+    cache = path.parent.parent
+    if path.parent.name == "snapshots" and cache.name.startswith("models--"):
+        return printable(cache.name.removeprefix("models--").replace("--", "/", 1))
+    return printable(path.name)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 from hfprune_fast.errors import ArgumentError, shown
 
+Result = TypeVar("Result")
+Group = TypeVar("Group")
 LARGEST_COUNT = 2**31 - 1  # of what is counted; far below where torch's own integers end
 _EXPECTED = {
     bool: "True or False",
@@ -85,3 +89,52 @@ class Options:
         for each in fields(self):
             value = _checked(each, hints[each.name], getattr(self, each.name))
             object.__setattr__(self, each.name, value)
+
+
+def keyword_options(
+    **groups: type[Any],
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Let a function take options flat: `@keyword_options(run=RunOptions)` makes f(device="cpu").
+
+    The function gets each group in the parameter of that name; its signature and docstring show the
+    fields. A name that is neither a field nor a parameter is a TypeError. Its own parameters that
+    are annotated bool take nothing else.
+    """
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        signature = inspect.signature(function)
+        own = [p for name, p in signature.parameters.items() if name not in groups]
+        options = [each for group in groups.values() for each in fields(group)]
+        switches = [p.name for p in own if p.annotation in ("bool", bool)]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        flat = [
+            inspect.Parameter(o.name, keyword, default=o.default, annotation=o.type)
+            for o in options
+        ]
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Result:
+            for name in switches:
+                if not isinstance(given.get(name, False), bool):
+                    raise ArgumentError(f"{name} must be True or False, got {shown(given[name])}")
+            made = {name: take_options(group, given) for name, group in groups.items()}
+            return function(*args, **given, **made)
+
+        call.__signature__ = signature.replace(parameters=[*own, *flat])  # type: ignore[attr-defined]
+        lines = [f"    {o.name}: {o.metadata['text']}" for o in options]
+        call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
+        return call
+
+    return decorate
+
+
+def take_options(group: type[Group], given: dict[str, Any]) -> Group:
+    """Take the keyword arguments that are fields of a group of options out, and make the group."""
+    names = [each.name for each in fields(group) if each.name in given]  # type: ignore[arg-type]
+    return group(**{name: given.pop(name) for name in names})
+
+
+def field_types(group: type[Any]) -> dict[str, Any]:
+    """Return the type of each field, `int` for `int | None`."""
+    hints = typing.get_type_hints(group)
+    return {name: (*typing.get_args(hint), hint)[0] for name, hint in hints.items()}

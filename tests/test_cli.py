@@ -293,7 +293,7 @@ def test_score_never_overwrites_its_inputs(
     weights, text = (llama_dir / "model.safetensors").read_bytes(), text_file.read_bytes()
     for out in (llama_dir / "model.safetensors", llama_dir / "new", text_file):
         run = hfprune("score", llama_dir, "--calibration", text_file, "--out", out, "--force")
-        assert_refused(run, "which are never written to")
+        assert_refused(run, "which is never written to")
     assert (llama_dir / "model.safetensors").read_bytes() == weights
     assert text_file.read_bytes() == text
     assert not (llama_dir / "new").exists()

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import glob
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hfprune_fast.console import human_bytes
+from hfprune_fast.checkpoint.ours import real
+from hfprune_fast.console import human_bytes, say
 from hfprune_fast.errors import OutputError, one_line
 
 
 def check_writable(out: Path, needed_bytes: int = 0) -> None:
     """Refuse an output in a place that cannot be written or has too little room."""
-    parent = out.resolve().parent
+    parent = real(out).parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
@@ -35,7 +37,7 @@ def check_writable(out: Path, needed_bytes: int = 0) -> None:
 
 def leftovers(out: Path) -> list[str]:
     """Return a line for each thing that killed runs have left beside `out`."""
-    target = out.resolve()
+    target = real(out)
     what = {
         "partial": "is left over from a run that was killed; it can be deleted",
         "replaced": "is an earlier output; its replacement was killed: rename it back or delete it",
@@ -60,8 +62,13 @@ def _sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and rename it once it is on the disk; replaces an earlier one."""
+def write_whole(
+    path: Path, data: bytes, may_replace: Callable[[Path], bool] = lambda _: True
+) -> None:
+    """Write a file beside `path` and rename it once it is on the disk.
+
+    What is at `path` then is replaced if `may_replace` of it, else it stays and this is an error.
+    """
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,21 +76,31 @@ def write_whole(path: Path, data: bytes) -> None:
             opened.write(data)
             opened.flush()
             os.fsync(opened.fileno())
+        if os.path.lexists(path) and not may_replace(path):
+            raise OutputError(f"cannot write {path}: something else is there, which stays")
         partial.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}") from None
+        raise OutputError(f"cannot write {path}: {one_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
 
 
 @contextmanager
-def whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """Yield a folder beside `out` that is renamed to it at the end, or removed on any error."""
+def whole_folder(
+    out: Path, force: bool, foreign: Callable[[Path], list[str]] = lambda _: []
+) -> Iterator[Path]:
+    """Yield a folder beside `out` that is renamed to it at the end, or removed on any error.
+
+    What has come into `out` meanwhile stays there: then the new folder gets a name of its own.
+
+    Args:
+        force: replace an earlier output.
+        foreign: returns what of an earlier output must not be deleted.
+    """
     # Not the process id, which is 1 for every run in a container.
     run = uuid.uuid4().hex[:8]
     partial = out.with_name(f".{out.name}.partial-{run}")
-    replaced = out.with_name(f".{out.name}.replaced-{run}")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -94,18 +111,61 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
         for path in (partial, *partial.rglob("*")):
             if path.is_dir():
                 _sync_folder(path)
-        if force and out.exists():
-            out.rename(replaced)
-        elif out.exists():
-            out.rmdir()  # it was empty at the start; what has appeared in it since stays
-        partial.rename(out)
-        _sync_folder(out.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {one_line(error)}") from None
-    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists():
+        raise OutputError(f"cannot write {out}: {one_line(error)}") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replaced = out.with_name(f".{out.name}.replaced-{run}")
+    try:
+        if force and out.exists():
+            _replace(out, partial, replaced, foreign)
+        else:
             if out.exists():
-                shutil.rmtree(replaced)
-            else:
-                replaced.rename(out)
+                out.rmdir()  # it was empty at the start; what has appeared in it since stays
+            partial.rename(out)
+        _sync_folder(out.parent)
+    except (OSError, OutputError) as error:
+        where = ""
+        if partial.exists():
+            saved = partial.rename(out.with_name(f"{out.name}.new-{run}"))
+            where = f"; the new output is whole, in {saved}"
+        raise OutputError(f"cannot write {out}: {one_line(error)}{where}") from None
+
+
+def _replace(out: Path, new: Path, replaced: Path, foreign: Callable[[Path], list[str]]) -> None:
+    """Put `new` in the place of `out`, look at what was there, and delete it or put it back."""
+    old = new if _exchange(new, out) else replaced
+    if old == replaced:
+        out.rename(replaced)
+        try:
+            new.rename(out)
+        except BaseException:
+            replaced.rename(out)
+            raise
+    listed = sorted(old.rglob("*"), reverse=True)
+    others = [out.name] if old.is_symlink() else foreign(old)
+    if others:
+        if old == replaced or not _exchange(new, out):
+            aside = out.rename(out.with_name(f"{replaced.name}-"))
+            old.rename(out)
+            aside.rename(new)
+        raise OutputError(f"{others[0]} is in it now, which hfprune did not write and keeps")
+    try:
+        for path in listed:  # and nothing that comes into the folder now
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        old.rmdir()
+    except OSError as error:
+        say(f"{out} is written; of what it replaces, {old} is left: {one_line(error)}")
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Exchange the names of two folders in one step where the system can; say whether it did."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    names = os.fsencode(new), os.fsencode(old)
+    return bool(renameat2(here, names[0], here, names[1], exchange) == 0)

@@ -1,4 +1,4 @@
-"""The fingerprint of a checkpoint: equal for equal configurations and weights, however sharded."""
+"""The fingerprint of a checkpoint: equal for equal configurations and weights, however saved."""
 
 from __future__ import annotations
 
@@ -7,27 +7,58 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hfprune_fast.checkpoint.pretrained import own_fields
 from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 
 _FINGERPRINT_ROWS = 16
-# What changes when a checkpoint is saved again, but not what it computes.
-_CONFIG_NOT_IN_FINGERPRINT = {"_name_or_path", "auto_map", "transformers_version", "use_cache"}
+# The first fingerprint is of the text of a configuration, but for these.
+_NOT_IN_FIRST = {"_name_or_path", "auto_map", "transformers_version", "use_cache"}
+# What changes nothing that a model computes, or is known from the shapes of its tensors.
+_MEANS_NOTHING = {"initializer_range", "use_cache", "pretraining_tp", "attention_dropout"}
+_MEANS_NOTHING |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+_MEANS_NOTHING |= {"intermediate_size", "mlp_widths", "tie_word_embeddings"}
+# In `sliding_window` and `layer_types`, which follow from them.
+_MEANS_NOTHING |= {"use_sliding_window", "max_window_layers"}
 
 
-def fingerprint_of(config: Mapping[str, Any], shards: Iterable[SafetensorsFile]) -> str:
-    """Return a sha256 over a configuration and a sample of every tensor of some shards.
+def samples_of(shards: Iterable[SafetensorsFile]) -> dict[str, bytes]:
+    """Return a digest of each tensor's dtype, shape and a sample of it.
 
     The sample is 16 rows of each matrix, evenly spaced from the first to the last, and all of each
     vector: enough to tell a fine-tuned sibling apart without reading the whole checkpoint.
     """
-    digest = hashlib.sha256()
-    meaning = {k: v for k, v in config.items() if k not in _CONFIG_NOT_IN_FINGERPRINT}
-    digest.update(json.dumps(meaning, sort_keys=True).encode())
-    samples = {
+    return {
         name: _sample(dtype, shape, shard.data(name, prefetch=False))
         for shard in shards
         for name, (dtype, shape, _, _) in shard.tensors.items()
     }
+
+
+def first_fingerprint(config: Mapping[str, Any], samples: Mapping[str, bytes]) -> str:
+    """Return the fingerprint of earlier releases: over the text of config.json."""
+    return _digest({k: v for k, v in config.items() if k not in _NOT_IN_FIRST}, samples)
+
+
+def fingerprint_of(family: str, config: Any, samples: Mapping[str, bytes]) -> str:
+    """Return a sha256 over a family, what a transformers config means for it, and samples."""
+    names = own_fields(type(config)) - _MEANS_NOTHING
+    meaning = {name: _normal(getattr(config, name)) for name in names if hasattr(config, name)}
+    if set(meaning.get("layer_types") or ()) == {"full_attention"}:
+        del meaning["layer_types"]
+    meaning = {name: value for name, value in meaning.items() if value not in (None, False)}
+    return _digest({"family": family, **meaning}, samples)
+
+
+def _normal(value: Any) -> Any:
+    """Return a value of a configuration, the same however versions of transformers write it."""
+    if isinstance(value, dict):  # rope_parameters, where `type` is the old name of rope_type
+        return {k: _normal(v) for k, v in value.items() if v is not None and k != "type"}
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 2**53 else value
+
+
+def _digest(meaning: Mapping[str, Any], samples: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
     for name, sample in sorted(samples.items()):
         digest.update(f"{name}\n".encode() + sample)
     return digest.hexdigest()

@@ -17,11 +17,13 @@ import torch
 
 from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
 from hfprune_fast.config import TINY_MODEL
+from hfprune_fast.console import human_bytes
 from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
-from hfprune_fast.models.families import family_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 64 << 20
+_SHARD_NAME = re.compile(r"\w[\w. +@=-]{0,200}\.safetensors")
 # What `from_pretrained` needs; nothing else is downloaded.
 _HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 TORCH_DTYPES = {
@@ -55,10 +57,13 @@ def find_model(model: str | Path, *, config_only: bool = False) -> Path:
             "can be given to hf.score, hf.refit_down_proj, hf.prune and hf.evaluate"
         )
     folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"model {model} is a file; expected a model folder or a hub name")
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"model {model} is a file; expected a model folder or a hub name")
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise CheckpointError(f"model folder cannot be read: {one_line(error)}") from None
     if str(model) == "demo":
         return TINY_MODEL
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
@@ -78,39 +83,27 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         ) from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json of a model folder and refuse what this package cannot prune."""
-    if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{folder} holds an adapter and no model; merge it into its model "
-                "(merge_and_unload), save that, and give its folder"
-            )
-        raise CheckpointError(
-            f"{folder} has no config.json; expected a model folder as save_pretrained writes it"
-        )
-    config = read_json_object(folder / "config.json")
-    family_of(config)
-    quantization = config.get("quantization_config", config.get("compression_config"))
-    if quantization is not None:
-        if isinstance(quantization, dict):
-            quantization = quantization.get("quant_method")
-        raise CheckpointError(
-            f"{folder} is quantised ({quantization}), so its neurons cannot be cut; "
-            "prune the unquantised checkpoint and quantise the result"
-        )
-    return config
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that must hold an object."""
+def read_json_object(path: Path, max_bytes: int = _MAX_INDEX_BYTES) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object; at most so much of it is read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise ValueError("no such regular file")
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise ValueError(f"it is larger than {human_bytes(max_bytes)}")
+        value = json.loads(data.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Return whether a value of JSON is nested deeper than so many levels."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(inner, list) and (levels == 0 or any(is_deeper(v, levels - 1) for v in inner))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -120,8 +113,11 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         names = sorted(set(weight_map_of(folder).values()))
         for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(f"{folder / INDEX} names a file outside its folder: {name}")
+            if not _SHARD_NAME.fullmatch(name):
+                raise CheckpointError(
+                    f"{folder / INDEX} names a file outside its folder, or that is no "
+                    f"safetensors file: {name!r:.60}"
+                )
             if not (folder / name).exists():
                 raise CheckpointError(
                     f"{folder} lacks the shard {name} that its index names; download it again"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_fast.checkpoint.loading import skeleton
+from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.errors import ArgumentError, one_line
 from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
 from hfprune_fast.models.registration import heads_of
@@ -28,10 +29,10 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
     family = family_type(config)
     name = FAMILIES[family].class_name
     pruned = {**config, "intermediate_size": max(widths)}
-    pruned.pop("per_layer_config", None)
+    for key in ("per_layer_config", "auto_map"):  # code of another's is not carried
+        pruned.pop(key, None)
     if config["model_type"] != family:
         pruned.pop("mlp_widths", None)
-        pruned.pop("auto_map", None)
         pruned |= {"model_type": family, "architectures": [f"{name}ForCausalLM"]}
     if layout == "padded" or len(set(widths)) == 1:
         return pruned
@@ -66,7 +67,7 @@ def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
     pruned = config_of(config, widths, "native")
     reason = "its MLPs are all of one width"
     try:
-        model = skeleton(transformers.AutoConfig.for_model(**pruned))
+        model = skeleton(load_config(Path(), pruned))
         if [mlp.gate.out_features for mlp in parts_of(model).mlps] == list(widths):
             return
     except Exception as error:  # whatever a version that does not know it raises

@@ -11,17 +11,19 @@ import copy
 import math
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hfprune_fast.checkpoint.folder import TORCH_DTYPES, check_tensors_are, read_config
+from hfprune_fast.checkpoint.config_json import dtype_of, read_config, widths_of
+from hfprune_fast.checkpoint.folder import TORCH_DTYPES, check_tensors_are
 from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.errors import ArgumentError, one_line, one_line_errors
+from hfprune_fast.errors import ArgumentError, CheckpointError, one_line, one_line_errors
+from hfprune_fast.models.families import FAMILIES, family_type
 from hfprune_fast.models.spec import ModelSpec, spec_of
 
 if TYPE_CHECKING:
@@ -29,17 +31,48 @@ if TYPE_CHECKING:
 
 # torch also keeps such a context's device in a global: two at a time would leave it at meta.
 _META_CONTEXT = threading.Lock()
+_MAX_BUFFER_ENTRIES = 1 << 24
 
 
 def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
-    """Return the spec and the transformers config of a folder, from its config.json alone."""
-    read_config(folder)  # which refuses what cannot be pruned
-    config = load_config(folder)
-    with one_line_errors(f"{folder}/config.json does not make a model"):
-        return spec_of(skeleton(config)), config
+    """Return the spec and the transformers config of a folder, from its config.json alone.
+
+    Models of one and two layers are made, whatever their number is.
+    """
+    path, declared = folder / "config.json", read_config(folder)
+    widths, config = widths_of(path, declared), load_config(folder, declared)
+    base = f"{FAMILIES[family_type(declared)].class_name}Model"
+    if declared.get("architectures") == [base] and declared.get("tie_word_embeddings") is not True:
+        raise CheckpointError(f"{path} is of a {base}, a model without a head; give one with it")
+    config.dtype, widest = dtype_of(path, declared), max(widths)
+
+    def first_layers(count: int) -> ModelSpec:
+        of_family = {"model_type": family_type(declared), "intermediate_size": widest}
+        cut = {**declared, **of_family, "num_hidden_layers": count}
+        cut["layer_types"] = (declared.get("layer_types") or [])[:count] or None
+        cut.pop("per_layer_config", None)
+        return spec_of(skeleton(load_config(folder, cut)))
+
+    with one_line_errors(f"{path} does not make a model"):
+        one, two = first_layers(1), first_layers(2)
+    narrower = sum(widest - width for width in widths)
+
+    def of_all(one: int, two: int, params_per_neuron: int) -> int:
+        return one + (len(widths) - 1) * (two - one) - narrower * params_per_neuron
+
+    spec = replace(
+        one,
+        num_layers=len(widths),
+        total_params=of_all(one.total_params, two.total_params, one.params_per_neuron),
+        linear_params=of_all(one.linear_params, two.linear_params, 3 * one.hidden_size),
+        mlp_widths=widths,
+    )
+    return spec, config
 
 
-def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def skeleton(
+    config: Any, dtype: torch.dtype = torch.float32, attention: str = "auto"
+) -> PreTrainedModel:
     """Return the model without weights: parameters on meta, buffers (rotary tables) computed.
 
     Other threads may run models meanwhile, so nothing global changes: the meta device is a context
@@ -49,9 +82,13 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
     config = copy.deepcopy(config)
     config.dtype = None
+    config._attn_implementation = None if attention == "auto" else attention
     with _META_CONTEXT, torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     config.dtype = dtype
+    entries = sum(buffer.numel() for buffer in model.buffers())
+    if entries > _MAX_BUFFER_ENTRIES:
+        raise ValueError(f"its rotary tables would hold {entries} numbers")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
@@ -76,7 +113,11 @@ class Blueprint:
 
 
 def blueprint(
-    model_or_path: str | Path | ModelSource, *, dtype: str = "auto", device: str = "auto"
+    model_or_path: str | Path | ModelSource,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
 ) -> Blueprint:
     """Prepare a checkpoint to run.
 
@@ -85,17 +126,19 @@ def blueprint(
         dtype: "auto" (that of most of the checkpoint's parameters, but float32 on a CPU that is
             slow in it) or "float32", "bfloat16", "float16", "float64".
         device: "auto" (cuda where there is one) or any torch device.
+        attention: "auto" (sdpa where the family has it), "sdpa", "eager" or "flash_attention_2".
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or not floating-point.
-        ArgumentError: an unknown or absent device.
+        ArgumentError: an unknown or absent device, or an attention that is not installed.
     """
     source = open_source(model_or_path)
     target, family = torch_device(device), source.family
     to_run_in = dtype_to_run_in(dtype, source.stored_dtype, target)
+    check_attention(attention)
     config = source.transformers_config
     with one_line_errors(f"{source.folder}/config.json does not make a model"):
-        model = skeleton(config, to_run_in)
+        model = skeleton(config, to_run_in, attention)
     decoder, head = f"{family.decoder}.", f"{family.head}.weight"
     state = model.state_dict()
     names = {name: name for name in state}
@@ -174,6 +217,17 @@ def _slow_on_this_cpu() -> tuple[torch.dtype, ...]:
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     fast_bfloat16 = supported is None or supported()
     return (torch.float16,) if fast_bfloat16 else (torch.float16, torch.bfloat16)
+
+
+def check_attention(attention: str) -> None:
+    """Refuse flash attention without its package, which transformers would fetch from a hub."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ArgumentError(
+            "attention flash_attention_2 needs the package flash_attn and a GPU, which are not "
+            "here; use sdpa or eager"
+        )
 
 
 def torch_device(device: str) -> torch.device:

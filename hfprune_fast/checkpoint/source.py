@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfprune_fast.checkpoint.fingerprint import fingerprint_of
+from hfprune_fast.checkpoint.config_json import read_config, widths_of
+from hfprune_fast.checkpoint.fingerprint import (
+    fingerprint_of,
+    first_fingerprint,
+    samples_of,
+)
 from hfprune_fast.checkpoint.folder import (
     IGNORED_SUFFIX,
     INDEX,
@@ -22,7 +27,6 @@ from hfprune_fast.checkpoint.folder import (
     check_plain,
     check_tensors_are,
     find_model,
-    read_config,
     weight_files,
     weight_map_of,
 )
@@ -30,7 +34,7 @@ from hfprune_fast.checkpoint.pretrained import load_config, load_tokenizer
 from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError
-from hfprune_fast.models.families import NON_UNIFORM, Family, family_of, family_type, neuron_axis
+from hfprune_fast.models.families import Family, family_of, family_type, neuron_axis
 from hfprune_fast.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -56,16 +60,32 @@ class ModelSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the configuration and a sample of every tensor, see `fingerprint_of`."""
-        return fingerprint_of(self.config, self.shards.values())
+        """sha256 of what the configuration means and a sample of every tensor it calls for."""
+        head = f"{self.family.head}.weight"
+        tied = self.config.get("tie_word_embeddings") is True
+        samples = {
+            name.removeprefix(f"{self.family.decoder}."): sample
+            for name, sample in self._samples.items()
+            if not name.endswith(IGNORED_SUFFIX) and not (tied and name == head)
+        }
+        return fingerprint_of(self.spec.model_type, self.transformers_config, samples)
+
+    @cached_property
+    def first_fingerprint(self) -> str:
+        """The fingerprint that earlier releases wrote into scores files."""
+        return first_fingerprint(self.config, self._samples)
+
+    @cached_property
+    def _samples(self) -> dict[str, bytes]:
+        return samples_of(self.shards.values())
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.folder, self.spec.vocab_size)
+        return load_tokenizer(self.folder, self.transformers_config, self.spec.vocab_size)
 
     @cached_property
     def transformers_config(self) -> Any:
-        return load_config(self.folder)
+        return load_config(self.folder, self.config)
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
@@ -115,17 +135,16 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     family = family_of(config)
     shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
     tensors = _headers(folder, shards)
-    sizes = _sizes(folder, config)
-    widths = _widths(folder, config)
+    widths = widths_of(folder / "config.json", config)
     decoder = f"{family.decoder}."
     if not any(name.startswith(decoder) for name in tensors):  # saved as base model
         decoder = ""
     in_layers = f"{decoder}{family.layers}."
     check_plain(folder, (name for name in tensors if name.startswith(in_layers)))
-    biased = config.get("mlp_bias") is True
-    expected = _layer_tensors(family, decoder, tensors, widths, sizes["hidden_size"], biased)
+    biased, hidden = config.get("mlp_bias") is True, config["hidden_size"]
+    expected = _layer_tensors(folder, family, decoder, tensors, widths, hidden, biased)
     linear = sum(prod(shape) for shape in expected.values() if len(shape) == 2)
-    hidden, vocab = sizes["hidden_size"], sizes["vocab_size"]
+    vocab = config["vocab_size"]
     embedding, head = f"{decoder}{family.embedding}.weight", f"{family.head}.weight"
     tied = config.get("tie_word_embeddings") is True
     expected |= {embedding: (vocab, hidden), f"{decoder}{family.norm}.weight": (hidden,)}
@@ -137,7 +156,7 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
         raise CheckpointError(f"{folder} lacks the tensor {attention}")
     spec = ModelSpec(
         model_type=str(family_type(config)),
-        num_layers=sizes["num_hidden_layers"],
+        num_layers=len(widths),
         hidden_size=hidden,
         intermediate_size=max(widths),
         total_params=sum(
@@ -174,19 +193,8 @@ def _headers(folder: Path, shards: Mapping[str, SafetensorsFile]) -> dict[str, T
     return headers
 
 
-def _sizes(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    sizes = {}
-    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(
-                f"{folder}/config.json has {key} {value!r}, expected a positive integer"
-            )
-        sizes[key] = value
-    return sizes
-
-
 def _layer_tensors(
+    folder: Path,
     family: Family,
     decoder: str,
     tensors: Mapping[str, TensorInfo],
@@ -204,6 +212,12 @@ def _layer_tensors(
         and not name.endswith(IGNORED_SUFFIX)
     }
 
+    if len(others) * len(widths) > 4 * len(tensors):  # before as many names are made
+        raise CheckpointError(
+            f"{folder}/config.json has num_hidden_layers {len(widths)}, "
+            f"but its files hold {len(tensors)} tensors"
+        )
+
     def mlp(width: int) -> dict[str, tuple[int, ...]]:
         wide = (width, hidden)
         shapes: dict[str, tuple[int, ...]] = {
@@ -217,35 +231,6 @@ def _layer_tensors(
         for i, width in enumerate(widths)
         for name, shape in (others | mlp(width)).items()
     }
-
-
-def _widths(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the width of each layer's MLP according to config.json."""
-    layers, widest = config["num_hidden_layers"], config["intermediate_size"]
-    widths: Any = [widest] * layers
-    if str(config["model_type"]).startswith(NON_UNIFORM) and config.get("mlp_widths") is not None:
-        widths = config["mlp_widths"]
-    elif config.get("per_layer_config"):  # transformers' own notation
-        try:
-            declared = {int(i): dict(of) for i, of in config["per_layer_config"].items()}
-        except (AttributeError, TypeError, ValueError):
-            declared = {-1: {}}
-        if any(set(of) != {"intermediate_size"} for of in declared.values()):
-            raise CheckpointError(
-                f"{folder}/config.json has a per_layer_config that is not {{layer: "
-                '{"intermediate_size": width}}, and nothing else is known here'
-            )
-        widths = [
-            declared.get(i, {"intermediate_size": widest})["intermediate_size"]
-            for i in range(layers)
-        ]
-    ok = isinstance(widths, list) and len(widths) == layers
-    if not ok or not all(type(w) is int and 1 <= w <= widest for w in widths):
-        raise CheckpointError(
-            f"{folder}/config.json must have an MLP width in 1..{widest} for each of its "
-            f"{layers} layers, got {widths!r}"
-        )
-    return tuple(widths)
 
 
 def _equal(source: ModelSource, name: str, other: str) -> bool:

@@ -155,7 +155,8 @@ class Writing:
     def _write_index(self, partial: Path, total_bytes: int) -> None:
         old = self.source.folder / INDEX
         metadata = read_json_object(old).get("metadata") if old.exists() else None
-        metadata = dict(metadata) if isinstance(metadata, dict) else {}
+        metadata = metadata if isinstance(metadata, dict) else {}
+        metadata = {k: v for k, v in metadata.items() if not isinstance(v, dict | list)}
         metadata["total_size"] = total_bytes
         if "total_parameters" in metadata:
             metadata["total_parameters"] = sum(math.prod(shape) for shape in self.shapes.values())
@@ -220,4 +221,6 @@ def _forget_cached(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
-    path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    """Write JSON in ASCII: control characters of names and metadata are escaped."""
+    text = json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
+    path.write_text(f"{text}\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import read_json_object
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.config import CalibrationOptions, RunOptions, keyword_options
+from hfprune_fast.config import CalibrationOptions, RunOptions
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
@@ -16,6 +16,7 @@ from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.evaluation.fidelity import Fidelity, check_vocabularies, check_windows, compare
+from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.on_disk import RECORD
 
 
@@ -39,7 +40,10 @@ def run(
     check_vocabularies(*(source.spec.vocab_size for source in sources))
     _warn_of_calibration_text(sources[1], data)
     blueprints = [
-        loading.blueprint(source, dtype=options.dtype, device=options.device) for source in sources
+        loading.blueprint(
+            source, dtype=options.dtype, device=options.device, attention=options.attention
+        )
+        for source in sources
     ]
     plan = plan_run(
         sources[0].spec,

@@ -11,16 +11,11 @@ import torch
 
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import find_model
-from hfprune_fast.config import (
-    DEFAULT_SEQ_LEN,
-    Budget,
-    CalibrationOptions,
-    RunOptions,
-    keyword_options,
-)
+from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
 from hfprune_fast.models.spec import suits_text
+from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.selection import WidthBudget
 
@@ -39,7 +34,7 @@ def run(
     widths = WidthBudget.of(spec, budget).even_widths(spec)
     seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     samples = sampling.samples or 1
-    stored = config.dtype or torch.float32
+    stored: torch.dtype = config.dtype
     device = loading.torch_device(options.device)
     dtype = loading.dtype_to_run_in(options.dtype, stored, device)
     shape: dict[str, Any] = {

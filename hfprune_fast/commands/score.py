@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.checkpoint import atomic
+from hfprune_fast.checkpoint.atomic import check_writable
+from hfprune_fast.checkpoint.ours import SCORES, check_not_read, is_ours, real
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.engine.distributed import launched
 from hfprune_fast.errors import OutputError
 from hfprune_fast.models.spec import widths_text
-from hfprune_fast.scoring.resume import check_state, state_of
+from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import score
 from hfprune_fast.scoring.table import saved_on_failure
 
@@ -30,7 +32,8 @@ def run(
 ) -> dict[str, Any]:
     """Score a model into a file; empty in the processes of torchrun but the first."""
     source = open_source(model)
-    _check_output(source.folder, Path(calibration).resolve(), out, force)
+    check_not_read([out, state_of(out)], [source.folder, Path(calibration)])
+    _check_output(out, force)
     check_state(out, resume=options.get("resume", False), force=force)
     table = score(
         source,
@@ -44,9 +47,9 @@ def run(
     )
     if launched().rank > 0:
         return {}
-    with saved_on_failure(table):
-        table.save(out)
-    state_of(out).unlink(missing_ok=True)
+    with saved_on_failure(table, out):
+        table.save(real(out), lambda path: force and is_ours(path, SCORES))
+    delete_state(out)
     return {"out": str(out), **asdict(table.model), "provenance": table.provenance}
 
 
@@ -72,12 +75,12 @@ def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[st
     )
 
 
-def _check_output(model: Path, text: Path, out: Path, force: bool) -> None:
-    folder, target = model.resolve(), out.resolve()
-    if folder in target.parents or target == text or text in target.parents:
+def _check_output(out: Path, force: bool) -> None:
+    target = real(out)
+    if os.path.lexists(target) and not force:
+        raise OutputError(f"out {out} exists; --force replaces a scores file")
+    if os.path.lexists(target) and not is_ours(target, SCORES):
         raise OutputError(
-            f"out {out} is in the model folder or the calibration text, which are never written to"
+            f"out {out} exists and is no scores file of hfprune, and --force replaces nothing else"
         )
-    if out.exists() and (not force or not out.is_file()):
-        raise OutputError(f"out {out} exists; --force replaces a file, but no folder")
-    atomic.check_writable(out)
+    check_writable(out)

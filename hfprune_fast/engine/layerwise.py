@@ -140,8 +140,8 @@ class ResidentModel:
             ).last_hidden_state
         if len(calls) != len(self.parts.layers):
             raise UnsupportedModelError(
-                f"the decoder runs {len(calls)} layers, expected each of its "
-                f"{len(self.parts.layers)} once"
+                f"the decoder ran {len(calls)} of its {len(self.parts.layers)} layers; "
+                "it must run each once, in their order"
             )
         if len(self._calls) >= _CACHED_SHAPES:
             self._calls.clear()

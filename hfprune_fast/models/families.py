@@ -56,7 +56,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         return FAMILIES[model_type]
     name = classes[0] if isinstance(classes, list) and classes else "this model"
     raise UnsupportedModelError(
-        f"{name} is not supported: no gated MLP is known for model_type {model_type!r}; "
+        f"{name!s:.100} is not supported: no gated MLP is known for model_type {model_type!r:.60}; "
         f"supported are {', '.join(FAMILIES)}"
     )
 

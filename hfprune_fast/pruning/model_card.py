@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hfprune_fast._version import __version__
 from hfprune_fast.models.spec import suits_text, widths_text
 
 PAPER = "arXiv 2603.08083"
+_MAX_CHARS = 200  # of a name
 
 # What each layout changes in the architecture, and what loading it takes beyond transformers.
 _CHANGED = {
@@ -47,12 +49,18 @@ def _recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tupl
     return rows
 
 
+def escaped(text: str) -> str:
+    """Return a text that Markdown and HTML show as it is, on one line; a tab is shown as \\t."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_MAX_CHARS])
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&@:])", r"\\\1", shown)
+
+
 def model_card(record: dict[str, Any]) -> str:
     """Return README.md of a pruned checkpoint, from the record that becomes its hfprune.json."""
     base_model, achieved = record["base_model"], record["achieved"]
     provenance = record.get("provenance", {})
     rows = [
-        ("base model", base_model),
+        ("base model", escaped(base_model)),
         ("MLP neurons a layer", neurons_text(achieved)),
         ("neurons removed", f"{achieved['prune_ratio']:.2%}"),
         ("widths", suits_text(achieved.get("mlp_widths", [achieved["intermediate_size"]]))),
@@ -63,21 +71,22 @@ def model_card(record: dict[str, Any]) -> str:
         rows += _recipe_rows(record["requested"], record.get("chosen", {}))
     calibration = provenance.get("calibration")
     if isinstance(calibration, dict) and "source" in calibration:
-        rows.append(("calibration", str(calibration["source"])))
+        rows.append(("calibration", escaped(str(calibration["source"]))))
     if {"samples", "tokens"} <= provenance.keys():
         size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
-        rows.append(("calibration size", size))
+        rows.append(("calibration size", escaped(size)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     layout = achieved.get("layout", "uniform")
     by = f"hfprune_fast {__version__}, after HFPrune ({PAPER})"
     loading = f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
-    on_hub = f"base_model: {base_model}\n" if "/" in base_model else ""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base_model, re.ASCII)
+    on_hub = f"base_model: {base_model}\n" if is_hub_name else ""
     return f"""---
 library_name: transformers
 {on_hub}tags: [pruned, hfprune]
 ---
 
-# {base_model.split("/")[-1]}, pruned
+# {escaped(base_model.split("/")[-1])}, pruned
 
 MLP neurons were cut out with {by}. {_CHANGED[layout]}
 No training followed.

@@ -6,6 +6,7 @@ tensor is copied byte for byte, so the dtype and all that is not MLP stay what t
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,24 +16,22 @@ from torch import Tensor
 
 from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint.atomic import check_writable, whole_folder
-from hfprune_fast.checkpoint.folder import read_json_object
+from hfprune_fast.checkpoint.carried import carry
+from hfprune_fast.checkpoint.folder import INDEX, read_json_object
 from hfprune_fast.checkpoint.layouts import CODE, CODE_FILE, check_native, code_files, config_of
+from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.checkpoint.writer import Writing, write_json
-from hfprune_fast.config import OutputOptions, keyword_options
-from hfprune_fast.console import parse_bytes, to_path
+from hfprune_fast.config import OutputOptions
+from hfprune_fast.console import parse_bytes, say, to_path
 from hfprune_fast.errors import CheckpointError, OutputError
 from hfprune_fast.models.sites import check_keep
+from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import model_card
 
 RECORD = "hfprune.json"
-# Weights in other formats are those of the dense model; the card and the index are written anew.
-_NOT_COPIED_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
-    *(".pkl", ".pickle", ".index.json"),
-)
-_TEMPLATES = "additional_chat_templates"
-_NOT_COPIED = ("config.json", RECORD, "README.md", ".gitattributes", ".gitignore")
+_MAX_RECORD_BYTES = 256 << 20
+_MADE_ANEW = {"config.json", RECORD, "README.md", INDEX}
 
 
 @keyword_options(output=OutputOptions)
@@ -67,9 +66,10 @@ def prune_checkpoint(
         NumericsError: a value that was to be written is NaN or infinite.
 
     Memory: a block of 256 KiB a thread (without the C++ extension a tensor a thread, padded two);
-    the source is mapped, and its pages are released. Tokenizer, generation config etc. are copied.
+    the source is mapped, and its pages are released. What else belongs to a model is copied
+    (`checkpoint.carried`); what is left out is said.
     """
-    source, target = open_source(source), to_path(out, "out").resolve()
+    source, target = open_source(source), real(to_path(out, "out"))
     check_output_folder(target, source.folder, force=output.force)
     keep = check_keep(keep, source.spec.widths)
     widths = [len(keep[layer]) for layer in range(len(keep))]
@@ -89,11 +89,12 @@ def prune_checkpoint(
         "achieved": achieved,
         **(record or {}),
     }
-    with whole_folder(target, output.force) as partial:
+    with whole_folder(target, output.force, foreign_files) as partial:
         write_json(partial / "config.json", config_of(source.config, widths, layout))
         writing.write(partial, progress)
         (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
-        _copy_other_files(source, partial)
+        made_anew = {*_MADE_ANEW, *source.shards, *code_files(source.config)}
+        left_out = carry(source.folder, partial, made_anew)
         if layout == "custom":
             shutil.copyfile(CODE, partial / CODE_FILE)
         files = sorted(_files_in(partial) | {RECORD})
@@ -101,36 +102,24 @@ def prune_checkpoint(
         write_json(partial / RECORD, {**full_record, "files": files, "keep": kept}, indent=None)
         if output.verify:
             writing.verify(partial, progress)
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        say(f"not copied, no part of the model: {', '.join(left_out[:3])}{more}")
     return achieved
-
-
-def _copy_other_files(source: ModelSource, out: Path) -> None:
-    """Copy the tokenizer, generation config, licence and the like."""
-    not_copied = {*_NOT_COPIED, *code_files(source.config)}
-    for path in sorted(source.folder.iterdir()):
-        skipped = path.name in not_copied or path.name.endswith(_NOT_COPIED_SUFFIXES)
-        if path.is_file() and not skipped:
-            shutil.copyfile(path, out / path.name)
-    if (source.folder / _TEMPLATES).is_dir():
-        shutil.copytree(source.folder / _TEMPLATES, out / _TEMPLATES)
 
 
 def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: int = 0) -> None:
     """Refuse an output that would overwrite other files or has no room, before any work is done."""
-    target, origin = out.resolve(), source.resolve()
-    if target == origin or origin in target.parents or target in origin.parents:
-        raise OutputError(
-            f"out {out} is, is inside or is above the source {source}, which is never written to; "
-            "choose another place"
-        )
-    if out.exists() and not out.is_dir():
+    target = real(out)
+    check_not_read([out], [source])
+    if os.path.lexists(target) and not target.is_dir():
         raise OutputError(f"out {out} is a file; expected a folder that does not exist")
     if target == Path.cwd() or target in Path.cwd().parents or target.is_mount():
         raise OutputError(f"out {out} is the current folder or a mount point; name one below it")
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise OutputError(f"out {out} exists and is not empty; --force replaces it")
-        others = sorted(_files_in(out) - _files_written(out))
+        others = foreign_files(out)
         if others:
             raise OutputError(
                 f"out {out} holds {others[0]}, which hfprune did not write; --force replaces "
@@ -139,15 +128,15 @@ def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: i
     check_writable(out, needed_bytes)
 
 
+def foreign_files(out: Path) -> list[str]:
+    """Return what is in an earlier output, at any depth, but not in the list of its record."""
+    try:
+        written = set(read_json_object(out / RECORD, _MAX_RECORD_BYTES)["files"])
+    except (CheckpointError, KeyError, TypeError):
+        written = set()
+    return sorted(_files_in(out) - written)
+
+
 def _files_in(folder: Path) -> set[str]:
     """Return the relative paths of all files and links in a folder, at any depth."""
-    paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-    return {path.relative_to(folder).as_posix() for path in paths}
-
-
-def _files_written(out: Path) -> set[str]:
-    """Return the files of an earlier output, as its record lists them."""
-    try:
-        return set(read_json_object(out / RECORD)["files"])
-    except (CheckpointError, KeyError, TypeError):
-        return set()
+    return {path.relative_to(folder).as_posix() for path in files_of(folder)}

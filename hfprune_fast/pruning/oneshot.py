@@ -17,6 +17,7 @@ from torch import Tensor
 from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.layouts import check_native
+from hfprune_fast.checkpoint.ours import check_not_read, files_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
     DATA_FREE,
@@ -27,7 +28,6 @@ from hfprune_fast.config import (
     RecipeChanges,
     RunOptions,
     ScoringOptions,
-    keyword_options,
     resolve_recipe,
 )
 from hfprune_fast.console import say, to_path, token_bar
@@ -36,13 +36,14 @@ from hfprune_fast.engine.distributed import Processes, joined, launched
 from hfprune_fast.engine.layerwise import ResidentModel, own_modes
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, shown
+from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
-from hfprune_fast.scoring.resume import check_state, state_of
+from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import open_job
 from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_failure
 
@@ -103,7 +104,7 @@ def oneshot(
     resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     spec, widths = source.spec, WidthBudget.of(source.spec, budget)
-    check_output(source, out, widths.even_widths(spec), output, resume=scoring.resume)
+    check_output(source, out, widths.even_widths(spec), output, calibration, resume=scoring.resume)
     if output.layout == "native" and (resolved.allocation != "uniform" or budget.protect):
         check_native(source.config, [2, *[1] * (spec.num_layers - 1)])
     if given is not None:
@@ -124,13 +125,11 @@ def oneshot(
             dense, batches, table = _open_and_score(
                 stack, job, given, run, state_of(out), resolved.refit, progress
             )
-        assert table is not None
-        if processes.rank > 0:
+        if table is None or processes.rank > 0:
             return {}
         if given is None:
-            stack.enter_context(saved_on_failure(table))
+            stack.enter_context(saved_on_failure(table, out))
         importance = table.importance(resolved.ranks_by, resolved.criterion)
-        dense = dense if resolved.refit else None
         keep, chosen = allocation.choose(dense, batches, importance, widths, resolved, progress)
         replace = refit_stored(dense, batches, source, keep, progress) if dense else None
         record = {"requested": _requested(resolved, budget, widths.step, output)}
@@ -138,7 +137,7 @@ def oneshot(
         achieved = prune_checkpoint(
             source, out, keep, replace=replace, record=record, progress=progress, **asdict(output)
         )
-    state_of(out).unlink(missing_ok=True)
+    delete_state(out)
     _say_what_could_be_closer(achieved, widths, recipe, calibration)
     return {"out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify}
 
@@ -171,8 +170,11 @@ def _open_and_score(
     state_file: Path,
     needs_refit: bool,
     progress: bool,
-) -> tuple[ResidentModel, list[MicroBatch], ImportanceTable]:
-    """Load the weights and score, unless a table is given; the model stays open in `stack`."""
+) -> tuple[ResidentModel | None, list[MicroBatch], ImportanceTable]:
+    """Load the weights and score, unless a table is given.
+
+    The model stays open in `stack`, and is returned if it is needed for a refit.
+    """
     if needs_refit:
         _warn_of_few_tokens(job)
     processes = job.processes if given is None else Processes()
@@ -180,7 +182,7 @@ def _open_and_score(
         plan, resume_file = job.plan(run, state_file if given is None else None, refit=needs_refit)
         model = stack.enter_context(open_model(job.subject, plan.offload))
         table = given or job.run(model, plan, resume_file, progress)
-    return model, job.data.split(plan.batch_size), table
+    return (model if needs_refit else None), job.data.split(plan.batch_size), table
 
 
 def _recipe(
@@ -222,10 +224,13 @@ def check_output(
     out: Path,
     widths: Sequence[int],
     output: OutputOptions,
+    text: str | Path | None = None,
     *,
     resume: bool = False,
 ) -> None:
     """Refuse an output before any work, and say what earlier runs have left beside it."""
+    read = [] if text is None else files_of(Path(text))
+    check_not_read([out, state_of(out)], [source.folder, *read])
     dense_bytes = sum(shard.path.stat().st_size for shard in source.shards.values())
     needed_bytes = dense_bytes * source.spec.params_at(widths) // source.spec.total_params
     check_output_folder(out, source.folder, force=output.force, needed_bytes=needed_bytes)

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune_fast.config import BUDGETS, Budget, keyword_options
+from hfprune_fast.config import BUDGETS, Budget
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.spec import ModelSpec, widths_text
+from hfprune_fast.options import keyword_options
 from hfprune_fast.scoring.table import ImportanceTable
 
 Keep = Mapping[int, Tensor]  # {layer: sorted (width,) int64 indices}

@@ -93,10 +93,10 @@ class ScoringJob:
             plan = plan_for(agreed)
         logits = saved.get("logits_budget_bytes", plan.logits_budget_bytes)
         plan = replace(plan, logits_budget_bytes=logits)
-        resume_file.identity = self._identity(plan)
+        resume_file.identity = self._identity(plan, run.attention)
         return plan, resume_file
 
-    def _identity(self, plan: Plan) -> dict[str, Any]:
+    def _identity(self, plan: Plan, attention: str) -> dict[str, Any]:
         """Return what distinguishes this run from others."""
         batches, versions = self.data.split(plan.batch_size), _versions()
         return {
@@ -113,6 +113,7 @@ class ScoringJob:
             "dtype": str(self.subject.dtype).removeprefix("torch."),
             "backend": self._backend,
             "parity": self.options.parity,
+            **({} if attention == "auto" else {"attention": attention}),
             **{name: versions[name] for name in ("torch", "hfprune_fast")},
         }
 
@@ -132,7 +133,9 @@ class ScoringJob:
         with resume_file.saved_if_interrupted(self.data.sequences):
             total, max_batch_size = empty_accumulator(model, options), plan.batch_size
             if self.options.resume:
-                total, max_batch_size = resume_file.resume(total) or (total, max_batch_size)
+                lengths = [length for batch in batches for length in batch.lengths]
+                saved = resume_file.resume(total, lengths)
+                total, max_batch_size = saved or (total, max_batch_size)
             share = self.processes.deal(batches)
             remaining = sum(batch.tokens for batch in share) - total.tokens
             with token_bar("scoring", remaining, progress, self.spec.flops_per_token) as report:
@@ -152,13 +155,13 @@ class ScoringJob:
         return table
 
     def _table(self, total: ScoreAccumulator, identity: Mapping[str, Any]) -> ImportanceTable:
-        copied = ("dtype", "backend", "parity", "batch_size", "samples")
+        copied = ("dtype", "backend", "parity", "batch_size", "samples", "attention")
         provenance: dict[str, Any] = {
             "criteria": list(self.criteria),
             "versions": _versions(),
             **({"seed": self.seed} if self._draws else {}),
             "calibration": {**self.data.description, "data_sha256": self.data.sha256},
-            **{key: identity[key] for key in copied},
+            **{key: identity[key] for key in copied if key in identity},
             "tokens": self.data.tokens,
         }
         if self._source is not None:

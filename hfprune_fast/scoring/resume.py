@@ -7,25 +7,28 @@ whole pass.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.checkpoint.ours import STATE, is_ours
 from hfprune_fast.console import say
 from hfprune_fast.errors import OutputError, ResumeError, one_line
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 
-_FORMAT = "hfprune_state"
-_VERSION = 1
+_VERSION = 2
 _TENSORS = ("statistics", "down_norm", "output_fisher")
 _NUMBERS = ("samples", "tokens", "loss_nats")
 
@@ -67,8 +70,9 @@ class ResumeFile:
         }
         fields = {name: getattr(total, name) for name in _TENSORS}
         tensors = {name: t.cpu().contiguous() for name, t in fields.items() if t is not None}
+        header["digest"] = digest_of(header, tensors)
         try:
-            write_whole(self._file, save(tensors, {_FORMAT: json.dumps(header)}))
+            write_whole(self._file, save(tensors, {STATE: json.dumps(header)}), _is_state)
         except OutputError as error:
             if not self._warned:
                 say(f"the scores so far are only in memory, not saved for --resume: {error}")
@@ -96,11 +100,14 @@ class ResumeFile:
             return {}
         return dict(_read(self._file)[0]["identity"])
 
-    def resume(self, like: ScoreAccumulator) -> tuple[ScoreAccumulator, int] | None:
+    def resume(
+        self, like: ScoreAccumulator, lengths: Sequence[int]
+    ) -> tuple[ScoreAccumulator, int] | None:
         """Return what the file holds, the sums and max_batch_size; None without a file.
 
         Args:
             like: an accumulator of the shape, dtype and device that the run needs.
+            lengths: tokens of each of the run's sequences.
 
         Raises:
             ResumeError: the file is damaged, or of another run, with the difference named.
@@ -112,7 +119,7 @@ class ResumeFile:
         # The identity as it comes back from JSON, in which a tuple is a list.
         expected, found = json.loads(json.dumps(self.identity)), header["identity"]
         differing = [
-            f"{key} {_short(found.get(key))}, not {_short(expected.get(key))}"
+            f"{key:.40} {_short(found.get(key))}, not {_short(expected.get(key))}"
             for key in dict.fromkeys([*expected, *found])
             if found.get(key) != expected.get(key)
         ]
@@ -123,9 +130,18 @@ class ResumeFile:
                 differing.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
             else:
                 values[name] = tensor.to(ours.device)
+        missing = [n for n in _TENSORS if n not in tensors and getattr(like, n) is not None]
+        differing += [f"no {name}" for name in missing]
+        scored = lengths[: header["samples"]]
+        counts = {"samples": len(scored), "tokens": sum(scored)}
+        differing += [
+            f"{k} {_short(header[k])}, not {v}" for k, v in counts.items() if header[k] != v
+        ]
+        if len(values["loss_nats"]) != len(like.loss_nats):
+            differing.append(f"{len(values['loss_nats'])} losses, not {len(like.loss_nats)}")
         if differing:
             raise ResumeError(
-                f"{self._file} is of another run: {'; '.join(differing)}; "
+                f"{self._file} is of another run: {'; '.join(differing[:8])}; "
                 "--force discards it and starts again"
             )
         self._saved_samples = header["samples"]
@@ -136,18 +152,47 @@ class ResumeFile:
 
 def state_of(out: Path) -> Path:
     """Return the file that saves the state of scoring for an output."""
+    if not out.name:
+        raise OutputError(f"out {out} is a folder that exists; name one below it, or a file")
     return out.with_name(f"{out.name}.state")
 
 
 def check_state(out: Path, *, resume: bool, force: bool) -> None:
     """Raise ResumeError over a state of an interrupted run unless `resume`; `force` deletes it."""
     left = state_of(out)
-    if not resume and force:
-        left.unlink(missing_ok=True)
-    elif not resume and left.exists():
+    if not os.path.lexists(left):
+        return
+    if not _is_state(left):
+        raise ResumeError(
+            f"{left} is not what an interrupted `hfprune score` left, or is damaged beyond "
+            "recognition; move it away, or choose another out"
+        )
+    if not resume and not force:
         raise ResumeError(
             f"an interrupted run has left {left}; --resume continues it, --force discards it"
         )
+    if not resume:
+        left.unlink()
+
+
+def delete_state(out: Path) -> None:
+    """Delete the state of a run that is complete; what else has come to be there stays."""
+    if _is_state(state_of(out)):
+        state_of(out).unlink()
+
+
+def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of all that a state holds, but for the digest itself."""
+    own = {key: value for key, value in header.items() if key != "digest"}
+    digest = hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=32)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_state(file: Path) -> bool:
+    return is_ours(file, STATE)
 
 
 def _short(value: Any) -> str:
@@ -158,23 +203,31 @@ def _short(value: Any) -> str:
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
+        if not file.is_file():  # opening a pipe would wait for its writer
+            raise ValueError("not a regular file")
         with safe_open(file, framework="pt") as opened:
-            header = json.loads((opened.metadata() or {})[_FORMAT])
+            header = json.loads((opened.metadata() or {})[STATE])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if header["format_version"] != _VERSION:
             raise ValueError(f"format version {header['format_version']}, not {_VERSION}")
+        if header["digest"] != digest_of(header, tensors):
+            raise ValueError("its digest is that of other contents")
         counts = {name: header[name] for name in ("most", "samples", "tokens")}
-        counts["batch_size"] = header["identity"]["batch_size"]
+        identity = header["identity"]
+        counts["batch_size"] = identity["batch_size"]
+        if identity.get("logits_budget_bytes") is not None:
+            counts["logits_budget_bytes"] = identity["logits_budget_bytes"]
         for name, count in counts.items():
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name} is {count}")
         if not {"statistics", "down_norm"} <= tensors.keys() <= set(_TENSORS):
             raise ValueError(f"it holds {', '.join(tensors)}")
-        if not all(math.isfinite(loss) for loss in header["loss_nats"]):
+        if not all(type(loss) is float and math.isfinite(loss) for loss in header["loss_nats"]):
             raise ValueError(f"loss_nats is {header['loss_nats']}")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        cure = "--force discards it" if _is_state(file) else "moving it away"
         raise ResumeError(
             f"{file} is not what an interrupted `hfprune score` left, or is damaged "
-            f"({one_line(error)}); --force discards it and starts again"
+            f"({one_line(error)}); {cure} and starts again"
         ) from None
     return header, tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.config import CalibrationOptions, RunOptions, ScoringOptions, keyword_options
+from hfprune_fast.config import CalibrationOptions, RunOptions, ScoringOptions
 from hfprune_fast.console import to_path
 from hfprune_fast.data.batches import token_data
 from hfprune_fast.data.calibration import calibrate
@@ -23,6 +23,7 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.sites import plain_model
 from hfprune_fast.models.spec import spec_of
+from hfprune_fast.options import keyword_options
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
 from hfprune_fast.scoring.run import backend_for
 from hfprune_fast.scoring.table import ImportanceTable
@@ -118,15 +119,17 @@ def open_job(
     dtype = run.dtype
     if scoring.parity and dtype == "auto" and source.stored_dtype == torch.bfloat16:
         dtype = "bfloat16"  # in which the paper's code rounds, however slow this CPU is in it
-    blueprint = loading.blueprint(source, dtype=dtype, device=device)
+    blueprint = loading.blueprint(source, dtype=dtype, device=device, attention=run.attention)
     return ScoringJob(
         blueprint, source.spec, data, criteria, obs, scoring, calibration.seed, processes
     )
 
 
 def _check_loaded(run: RunOptions, batches: Any, state_file: str | Path | None) -> None:
-    if (run.device, run.dtype) != ("auto", "auto"):
-        raise ArgumentError("device and dtype are those of the loaded model; move or cast it first")
+    if (run.device, run.dtype, run.attention) != ("auto", "auto", "auto"):
+        raise ArgumentError(
+            "device, dtype and attention are those of the loaded model; move or cast it first"
+        )
     if state_file is not None:
         raise ArgumentError("state_file needs the model by path, to tell it from others")
     if isinstance(batches, str | Path):

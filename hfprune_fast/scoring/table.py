@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -29,6 +30,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.checkpoint.folder import is_deeper
+from hfprune_fast.checkpoint.ours import SCORES, real
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import say, to_path
 from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line, shown
@@ -40,10 +43,10 @@ DEFAULT_STATISTIC = {name: criterion.default_statistic for name, criterion in CR
 DEFAULT_STATISTIC |= {"magnitude": "weight_norm", "random": "uniform"}
 _OF_A_CRITERION = ("l1", "l2", "fisher_mask")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
-_FORMAT = "hfprune_scores"
 _VERSION = 3
 # A table read from a file of version 2 does not know the others.
-_COMPARED = [f.name for f in fields(ModelSpec) if f.name not in ("vocab_size", "attention_width")]
+_ABSENT_BEFORE_3 = ("vocab_size", "attention_width")
+_COMPARED = [f.name for f in fields(ModelSpec) if f.name not in _ABSENT_BEFORE_3]
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no single bool
@@ -110,14 +113,17 @@ class ImportanceTable:
             )
         return self.statistics[name]
 
-    def save(self, file: str | Path) -> None:
-        """Write the scores file; it appears under its name only when whole."""
+    def save(self, file: str | Path, may_replace: Callable[[Path], bool] = lambda _: True) -> None:
+        """Write the scores file; it appears under its name only when whole.
+
+        What is at that name then is replaced if `may_replace` of it, else it stays: an OutputError.
+        """
         model, provenance = asdict(self.model), self.provenance
         header = {"format_version": _VERSION, "model": model, "provenance": provenance}
         # One key, because safetensors writes several in an order that changes from run to run.
-        metadata = {_FORMAT: json.dumps(header)}
+        metadata = {SCORES: json.dumps(header)}
         tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
-        write_whole(to_path(file, "file"), save(tensors, metadata))
+        write_whole(to_path(file, "file"), save(tensors, metadata), may_replace)
 
     @classmethod
     def load(cls, file: str | Path) -> ImportanceTable:
@@ -129,19 +135,21 @@ class ImportanceTable:
         try:
             with safe_open(path, framework="pt") as opened:
                 metadata = opened.metadata() or {}
-                if _FORMAT not in metadata:
+                if SCORES not in metadata:
                     raise ScoresFileError(
                         f"{path} is a safetensors file but holds no scores; {expected}"
                     )
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            header = json.loads(metadata[_FORMAT])
+            header = json.loads(metadata[SCORES])
             if header["format_version"] not in (2, _VERSION):
                 raise ScoresFileError(
                     f"{path} has scores of format version {header['format_version']}; "
                     f"this release reads versions 2 and {_VERSION}"
                 )
             statistics = {n.replace(".mask", ".fisher_mask"): t for n, t in tensors.items()}
-            table = cls(statistics, _spec(header["model"]), dict(header["provenance"]))
+            provenance = dict(header["provenance"])
+            _check_provenance(provenance, statistics)
+            table = cls(statistics, _spec(header["model"]), provenance)
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
         except ScoresFileError:
@@ -159,13 +167,42 @@ class ImportanceTable:
 def _spec(header: dict[str, Any]) -> ModelSpec:
     """Return the model's spec; what a field's default stands for, older versions leave out."""
     names = [f.name for f in fields(ModelSpec) if f.name in header or f.default is MISSING]
-    return ModelSpec(**{name: header[name] for name in names})
+    values = {name: header[name] for name in names}
+    widths, widest = values.get("mlp_widths"), values["intermediate_size"]
+    for name, value in values.items():
+        if name == "model_type":
+            ok = isinstance(value, str)
+        elif name == "mlp_widths":
+            ok = widths is None or (
+                isinstance(widths, list) and len(widths) == values["num_layers"]
+            )
+            ok = ok and all(type(w) is int and 1 <= w <= widest for w in widths or ())
+        else:
+            ok = type(value) is int and value >= (name not in _ABSENT_BEFORE_3)
+        if not ok:
+            raise ValueError(f"{name} is {value!r:.60}")
+    return ModelSpec(**values)
+
+
+def _check_provenance(provenance: dict[str, Any], statistics: Mapping[str, Tensor]) -> None:
+    criteria = provenance.get("criteria", ["entropy"])
+    if (
+        not isinstance(criteria, list)
+        or not criteria
+        or not set(criteria) <= set(DEFAULT_STATISTIC)
+    ):
+        raise ValueError(f"criteria is {criteria!r:.60}")
+    if is_deeper(provenance, 8):
+        raise ValueError("its provenance is nested more than 8 levels deep")
+    needs_norms = "act" in statistics or provenance.get("model_fingerprint") is None
+    if needs_norms and "down_norm" not in statistics:
+        raise ValueError("it has no down_norm")
 
 
 def check_table(table: ImportanceTable, source: ModelSource) -> None:
     """Refuse a table that was scored on another model."""
     differing = [
-        f"{key} {theirs}, not {ours}"
+        f"{key} {theirs!s:.60}, not {ours}"
         for key in _COMPARED
         if (theirs := getattr(table.model, key)) != (ours := getattr(source.spec, key))
     ]
@@ -175,7 +212,7 @@ def check_table(table: ImportanceTable, source: ModelSource) -> None:
         )
     scored = table.provenance.get("model_fingerprint")
     if scored is not None:
-        same = scored == source.fingerprint
+        same = scored == source.fingerprint or scored == source.first_fingerprint
     else:
         # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
         norms = column_norms(source.read(source.down_proj(source.spec.num_layers - 1)))
@@ -183,20 +220,35 @@ def check_table(table: ImportanceTable, source: ModelSource) -> None:
     if not same:
         raise ScoresFileError(
             f"the scores are of another model than {source.name}: same shape, other weights "
-            f"(they are of {table.provenance.get('model', 'a model in memory')})"
+            f"(they are of {table.provenance.get('model', 'a model in memory')!s:.100})"
         )
 
 
 @contextmanager
-def saved_on_failure(table: ImportanceTable) -> Iterator[None]:
-    """Save the table in a temporary file if what runs inside fails, and say where.
+def saved_on_failure(table: ImportanceTable, out: Path) -> Iterator[None]:
+    """Save the table in a file of its own if what runs inside fails, and say where.
 
-    Hours of scoring must not be lost to a full disk or a late Ctrl-C.
+    Hours of scoring must not be lost to a full disk or a late Ctrl-C: the folder of `out`, the
+    temporary and the home folder are tried in turn. The error that led here stays the one raised.
     """
     try:
         yield
     except BaseException:  # Ctrl-C too
-        rescued = Path(tempfile.mkdtemp(prefix="hfprune-")) / "scores.safetensors"
-        table.save(rescued)
-        say(f"the scores are saved in {rescued}")
+        say(_rescued(table, out))
         raise
+
+
+def _rescued(table: ImportanceTable, out: Path) -> str:
+    """Save the table where there is room, and return a line about it."""
+    name, reasons = f"hfprune-scores-{uuid.uuid4().hex[:8]}.safetensors", []
+    places: list[Callable[[], Path]]
+    places = [lambda: out.parent, lambda: Path(tempfile.gettempdir()), Path.home]
+    for place in places:
+        try:
+            folder = real(place())
+            if folder.is_dir():
+                table.save(folder / name)
+                return f"the scores are saved in {folder / name}"
+        except Exception as error:  # full, read-only, not there: what led here is what is raised
+            reasons.append(one_line(error))
+    return f"the scores are lost: they could not be saved either ({'; '.join(reasons)})"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from truth import tiny_model
 
 from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint.folder import TINY_MODEL, find_model, read_config, weight_files
+from hfprune_fast.checkpoint.config_json import read_config
+from hfprune_fast.checkpoint.folder import TINY_MODEL, find_model, weight_files
 from hfprune_fast.checkpoint.loading import blueprint, spec_from_config
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError
@@ -246,23 +247,6 @@ def test_finding_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(CheckpointError, match=message):
             find_model(name)
-
-
-def test_fingerprint_tells_siblings_apart(save_checkpoint: Callable[..., Path]) -> None:
-    model = random_llama()
-    first = open_source(save_checkpoint(model, "a")).fingerprint
-    assert open_source(save_checkpoint(model, "b", max_shard_size="50KB")).fingerprint == first
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[40:45] += 1e-3
-    assert open_source(save_checkpoint(model, "c")).fingerprint != first
-
-
-def test_fingerprint_knows_the_configuration(llama_dir: Path) -> None:
-    before = open_source(llama_dir).fingerprint
-    change_config(llama_dir, transformers_version="9.9", use_cache=False)
-    assert open_source(llama_dir).fingerprint == before
-    change_config(llama_dir, rms_norm_eps=0.5)
-    assert open_source(llama_dir).fingerprint != before
 
 
 def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

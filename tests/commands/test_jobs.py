@@ -15,7 +15,8 @@ from truth import forward
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint.folder import find_model, read_config
+from hfprune_fast.checkpoint.config_json import read_config
+from hfprune_fast.checkpoint.folder import find_model
 from hfprune_fast.commands import plan
 from hfprune_fast.errors import ArgumentError, CalibrationError, ScoresFileError
 

@@ -14,11 +14,12 @@ from checkpoints import synthetic_checkpoint
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
-from hfprune_fast.config import RunOptions, take_options
+from hfprune_fast.config import RunOptions
 from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.engine.planner import Plan, plan_run
 from hfprune_fast.errors import ArgumentError, MemoryShortageError
 from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.options import take_options
 
 GIB = 1 << 30
 

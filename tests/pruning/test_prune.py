@@ -244,10 +244,12 @@ def test_two_runs_to_one_output(
         real(source, target)
 
     monkeypatch.setattr(shutil, "copyfile", another_run_ends_first)
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match=r"cannot write .* new output is whole, in .*out\.new"):
         hf.prune_checkpoint(llama_dir, out, some_keep())
     assert (out / "config.json").read_text() == "the other's"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+    *others, new = sorted(p.name for p in tmp_path.iterdir())
+    assert (others, new[:8]) == (["model", "out"], "out.new-")
+    assert loading.load_model(tmp_path / new).config.intermediate_size == 61
 
 
 def test_output_by_roundabout_paths(

@@ -35,7 +35,7 @@ def test_the_state_is_written_as_often_as_requested(
         now[0] += 1
         return add_to(self, total)
 
-    def write(_: Path, data: bytes) -> None:
+    def write(_: Path, data: bytes, __: object) -> None:
         written.append(now[0])
 
     monkeypatch.setattr(passes.Pass, "add_to", lasting_a_second)
@@ -100,18 +100,29 @@ def test_a_state_of_another_run_is_refused_by_what_differs(
     assert not Path("scores").exists()
 
 
-def rewritten(change: Callable[[Any, Any], object]) -> Callable[[Path], None]:
-    """Change the header and tensors of a state; a string that is returned replaces the header."""
+def rewritten(
+    change: Callable[[Any, Any], object], *, signed: bool = True
+) -> Callable[[Path], None]:
+    """Change the header and tensors of a state; a string that is returned replaces the header.
+
+    With `signed` the digest is made to fit, as an attacker would.
+    """
 
     def rewrite(file: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             header = json.loads(opened.metadata()["hfprune_state"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         instead = change(header, tensors)
+        if signed and not isinstance(instead, str):
+            header["digest"] = resume.digest_of(header, tensors)
         text = instead if isinstance(instead, str) else json.dumps(header)
         save_file(tensors, file, {"hfprune_state": text})
 
     return rewrite
+
+
+def flip_a_bit(tensor: torch.Tensor) -> None:
+    tensor.view(torch.int64).view(-1)[0] ^= 1 << 50
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
@@ -123,7 +134,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no JSON": rewritten(lambda *_: "{"),
     "a list": rewritten(lambda *_: "[1]"),
     "deep": rewritten(lambda *_: "[" * 100_000),
-    "of a later version": rewritten(lambda header, _: header.update(format_version=2)),
+    "of a later version": rewritten(lambda header, _: header.update(format_version=3)),
     "without identity": rewritten(lambda header, _: header.pop("identity")),
     "identity a number": rewritten(lambda header, _: header.update(identity=3)),
     "batch size a word": rewritten(lambda header, _: header["identity"].update(batch_size="x")),
@@ -132,6 +143,15 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "samples a fraction": rewritten(lambda header, _: header.update(samples=2.5)),
     "most is 0": rewritten(lambda header, _: header.update(most=0)),
     "entropy is no number": rewritten(lambda header, _: header.update(loss_nats=[float("nan")])),
+    "a loss is huge": rewritten(lambda header, _: header.update(loss_nats=[10**400])),
+    "losses a word": rewritten(lambda header, _: header.update(loss_nats="x")),
+    "a budget of 0": rewritten(lambda header, _: header["identity"].update(logits_budget_bytes=0)),
+    "no digest": rewritten(lambda header, _: header.pop("digest"), signed=False),
+    "a count of another run": rewritten(lambda header, _: header.update(samples=10), signed=False),
+    "one bit": rewritten(lambda _, tensors: flip_a_bit(tensors["statistics"]), signed=False),
+    "one bit of a norm": rewritten(
+        lambda _, tensors: flip_a_bit(tensors["down_norm"]), signed=False
+    ),
     "a tensor less": rewritten(lambda _, tensors: tensors.popitem()),
 }
 
@@ -140,11 +160,60 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_a_damaged_state_is_one_line(hfprune: Hfprune, interrupted: Hfprune, damage: str) -> None:
     interrupted(*score_args())
     DAMAGE[damage](state_of())
+    left = state_of().read_bytes()
     run = hfprune(*score_args("--resume", batch_size=None))
     assert_refused(run, r"scores\.state is not what an interrupted .* left, or is damaged")
-    assert len(run.err.splitlines()) == 2  # and how many samples the ids make
-    assert "starts again" in run.err
-    assert hfprune(*score_args("--force")).code == 0
+    assert len(run.err.splitlines()) <= 2  # and how many samples the ids make
+    assert state_of().read_bytes() == left
+    if damage in ("empty", "of another kind", "a model"):  # whose it is cannot be told
+        assert_refused(hfprune(*score_args("--force")), "move it away, or choose another out")
+        assert state_of().read_bytes() == left
+    else:
+        assert "starts again" in run.err
+        assert hfprune(*score_args("--force")).code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 8, "tokens": 512}, "tokens 512, not 128"),
+        ({"samples": 10**9}, "samples 1000000000, not 24"),
+        ({"tokens": 10**9}, "tokens 1000000000, not"),
+        ({"loss_nats": []}, "0 losses, not 1"),
+        ({"loss_nats": [1.0, 2.0]}, "2 losses, not 1"),
+    ],
+)
+def test_counts_are_held_against_the_run(
+    hfprune: Hfprune, interrupted: Hfprune, change: dict[str, Any], message: str
+) -> None:
+    interrupted(*score_args())
+    rewritten(lambda header, _: header.update(change))(state_of())
+    assert_refused(hfprune(*score_args("--resume")), message)
+
+
+def test_only_a_state_of_ours_is_replaced_or_deleted(
+    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_of().write_text("another program's optimizer")
+    for flag in ("--force", "--resume", "--seed=0"):
+        assert_refused(hfprune(*score_args(flag)), "move it away, or choose another out")
+    state_of().unlink()
+    for link in ("ids.npy", "scores.state"):  # one to another file, one to itself
+        state_of().symlink_to(link)
+        assert_refused(hfprune(*score_args("--force")), "scores.state")
+        assert state_of().is_symlink()
+        state_of().unlink()
+    add_to = passes.Pass.add_to
+
+    def while_the_user_writes(self: Any, total: Any) -> Any:
+        state_of().write_text("mine")
+        return add_to(self, total)
+
+    monkeypatch.setattr(passes.Pass, "add_to", while_the_user_writes)
+    run = hfprune(*score_args("--save-seconds", 0))
+    assert run.code == 0
+    assert "only in memory" in run.err
+    assert state_of().read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -182,10 +251,10 @@ def test_a_state_that_cannot_be_written_ends_nothing(
     assert hfprune(*score_args(out="whole")).code == 0
     calls, write = count(), atomic.write_whole
 
-    def full(file: Path, data: bytes) -> None:
+    def full(file: Path, data: bytes, may_replace: Callable[[Path], bool]) -> None:
         if next(calls) > 2:
             raise OutputError(f"cannot write {file}: No space left on device")
-        write(file, data)
+        write(file, data, may_replace)
 
     monkeypatch.setattr(resume, "write_whole", full)
     run = interrupted(*score_args("--save-seconds", 0), at_pass=8)  # which stays one, exit code 130

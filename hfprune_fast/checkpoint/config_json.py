@@ -1,0 +1,132 @@
+"""What a config.json declares, checked before anything of its sizes is made: it is not trusted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune_fast.checkpoint.folder import TORCH_DTYPES, is_deeper, read_json_object
+from hfprune_fast.errors import CheckpointError, UnsupportedModelError
+from hfprune_fast.models.families import NON_UNIFORM, family_of
+
+_MAX_CONFIG_BYTES, _MAX_DEPTH = 8 << 20, 16
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+# Beyond those of any model, and small enough that tables of such sizes are.
+_MAX_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 28,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 40,
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a model folder and refuse what this package cannot prune."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        if (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{folder} holds an adapter and no model; merge it into its model "
+                "(merge_and_unload), save that, and give its folder"
+            )
+        raise CheckpointError(
+            f"{folder} has no config.json; expected a model folder as save_pretrained writes it"
+        )
+    config = read_json_object(path, _MAX_CONFIG_BYTES)
+    if is_deeper(config, _MAX_DEPTH):
+        raise CheckpointError(f"{path} is nested more than {_MAX_DEPTH} levels deep")
+    family_of(config)
+    _check_is_causal(config)
+    quantization = config.get("quantization_config", config.get("compression_config"))
+    if quantization is not None:
+        if isinstance(quantization, dict):
+            quantization = quantization.get("quant_method")
+        raise CheckpointError(
+            f"{folder} is quantised ({quantization!s:.60}), so its neurons "
+            "cannot be cut; prune the unquantised checkpoint and quantise the result"
+        )
+    _check_sizes(path, config)
+    dtype_of(path, config)
+    return config
+
+
+def _check_is_causal(config: Mapping[str, Any]) -> None:
+    """Refuse what was saved with another head: a classifier, a reward model."""
+    declared = config.get("architectures")
+    names = [str(name) for name in declared] if isinstance(declared, list) else []
+    if any("For" in name for name in names) and not any("ForCausalLM" in name for name in names):
+        raise UnsupportedModelError(
+            f"{names[0]:.100} is no causal language model, so it has no "
+            "output distribution to score by; give the language model that it was made from"
+        )
+
+
+def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
+    for key, largest in _MAX_SIZES.items():
+        value = config.get(key)
+        if value is None and key not in _SIZES:
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
+            raise CheckpointError(
+                f"{path} has {key} {value!r:.60}, expected a positive integer, {largest} at most"
+            )
+    heads = config.get("num_attention_heads") or 1
+    if heads % (config.get("num_key_value_heads") or 1):
+        raise CheckpointError(
+            f"{path} has num_key_value_heads {config['num_key_value_heads']}, which does not "
+            f"divide num_attention_heads {heads}"
+        )
+    vocab, padding = config["vocab_size"], config.get("pad_token_id")
+    if isinstance(padding, int) and not -vocab <= padding < vocab:
+        raise CheckpointError(
+            f"{path} has pad_token_id {padding!r:.60}, expected null or less than "
+            f"vocab_size {vocab}; correct it there"
+        )
+
+
+def dtype_of(path: Path, config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that a configuration declares, float32 by default."""
+    declared = config.get("dtype") or config.get("torch_dtype") or "float32"
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
+    if not isinstance(declared, str) or declared.removeprefix("torch.") not in {*known, "auto"}:
+        raise CheckpointError(
+            f"{path} has dtype {declared!r:.60}, expected one of {', '.join(known)}"
+        )
+    return known.get(declared.removeprefix("torch."), torch.float32)
+
+
+def widths_of(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the width of each layer's MLP that a configuration declares."""
+    layers, widest = config["num_hidden_layers"], config["intermediate_size"]
+    widths: Any = [widest] * layers
+    if str(config["model_type"]).startswith(NON_UNIFORM) and config.get("mlp_widths") is not None:
+        widths = config["mlp_widths"]
+    elif config.get("per_layer_config"):  # transformers' own notation
+        try:
+            declared = {int(i): dict(of) for i, of in config["per_layer_config"].items()}
+        except (AttributeError, TypeError, ValueError):
+            declared = {-1: {}}
+        if any(set(of) != {"intermediate_size"} for of in declared.values()):
+            raise CheckpointError(
+                f"{path} has a per_layer_config that is not {{layer: "
+                '{"intermediate_size": width}}, and nothing else is known here'
+            )
+        widths = [
+            declared.get(i, {"intermediate_size": widest})["intermediate_size"]
+            for i in range(layers)
+        ]
+    ok = isinstance(widths, list) and len(widths) == layers
+    if not ok or not all(type(w) is int and 1 <= w <= widest for w in widths):
+        raise CheckpointError(
+            f"{path} must have an MLP width in 1..{widest} for each of its "
+            f"{layers} layers, got {widths!r:.60}"
+        )
+    return tuple(widths)
