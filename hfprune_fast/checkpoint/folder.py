@@ -142,12 +142,11 @@ def weight_map_of(folder: Path) -> Mapping[str, str]:
 def check_plain(folder: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError for layers in another form than as plain weights and biases."""
     for name in names:
-        module, _, leaf = name.rpartition(".")
         adapted = any(mark in name for mark in ("lora_", "base_layer", "adapter"))
-        if adapted or (leaf not in ("weight", "bias") and not name.endswith(IGNORED_SUFFIX)):
+        if adapted or not name.endswith((".weight", ".bias", IGNORED_SUFFIX)):
             advice = "merge the adapter" if adapted else "is it quantised, masked or parametrised?"
             raise CheckpointError(
-                f"{folder} has {name}, expected {module}.weight or .bias, plain; {advice}"
+                f"{folder} has {name}, which is no plain weight or bias; {advice}"
             )
 
 
