@@ -76,10 +76,10 @@ class _PerLayerWidths:
             )
         super().__init__(config)  # type: ignore[call-arg]
         tell_peft(config.model_type)
-        decoder = getattr(self, "model", self)
+        decoder: Any = getattr(self, "model", self)
         if decoder is not self and isinstance(decoder, _PerLayerWidths):
             return
-        for layer, width in zip(decoder.layers, widths, strict=True):  # type: ignore[attr-defined]
+        for layer, width in zip(decoder.layers, widths, strict=True):
             if width != widest:
                 narrow = copy.copy(config)
                 narrow.intermediate_size = width
