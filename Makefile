@@ -5,18 +5,22 @@ BIN := $(VENV)/bin
 # Tests run in as many processes, of a thread each; a process takes about 1 GB.
 JOBS ?= 2
 
-.PHONY: demo test test-all lint types aot bench bench-large tiny-model qwen3-model install clean
+.PHONY: demo test test-all fuzz lint types aot bench bench-large tiny-model qwen3-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
 
 # The fast tests, in under 6 minutes on 2 idle cores.
 test: $(VENV)/.dev install lint types
-	$(BIN)/pytest -n $(JOBS) -m "not slow"
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 # All tests: what CI runs.
 test-all: $(VENV)/.dev install lint types
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+# Five minutes of commands on mutated files; of the other tests it is half a minute.
+fuzz: $(VENV)/.dev install
+	HFPRUNE_FUZZ_SECONDS=300 $(BIN)/pytest -n $(JOBS) tests/test_fuzz.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

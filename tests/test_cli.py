@@ -480,6 +480,7 @@ def test_help_and_version(hfprune: Hfprune) -> None:
 PRUNE_DEMO = ["prune", "demo", "--calibration", "demo", "--samples", "32", "--prune-ratio", "0.2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_while_scoring_leaves_nothing(
     tmp_path: Path, how: signal.Signals, code: int

@@ -48,6 +48,12 @@ def test_files_that_are_named_exist(page: Path) -> None:
             assert found, f"{page.name} names {path}"
 
 
+@pages
+def test_tests_that_are_named_exist(page: Path) -> None:
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text("utf-8")):
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8"), f"{page.name} names {name}"
+
+
 @pytest.mark.parametrize("page", MANUAL, ids=lambda page: page.name)
 def test_flags_of_the_commands_exist(page: Path) -> None:
     known = {

@@ -158,7 +158,7 @@ def test_out_of_memory_anywhere(
         raise error
 
     if where == "checkpoint.pretrained":
-        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", full)
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", full)
     else:
         monkeypatch.setattr(f"hfprune_fast.{where}", full)
     run = hfprune("evaluate", "demo", "demo", "--text", "demo", "--samples", 2, "--seq-len", 16)

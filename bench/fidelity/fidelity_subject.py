@@ -70,8 +70,9 @@ class Seed:
 
     def keep(self, variant: Variant, ratio: float) -> Keep:
         """Return the neurons that a variant keeps."""
-        exact = Budget(prune_ratio=ratio, round_to=1)
-        width = WidthBudget.of(self.subject.source.spec, exact)
+        spec = self.subject.source.spec
+        exact = round(spec.intermediate_size * (1 - ratio))  # so that all variants are of one size
+        width = WidthBudget.of(spec, Budget(intermediate_size=exact, round_to=1))
         importance = self._importance(variant)
         if variant.allocation != "auto":
             return width.keep(importance, variant.allocation)

@@ -76,9 +76,10 @@ class _PerLayerWidths:
             )
         super().__init__(config)  # type: ignore[call-arg]
         tell_peft(config.model_type)
-        decoder: Any = getattr(self, "model", self)
-        if decoder is not self and isinstance(decoder, _PerLayerWidths):
+        below: Any = getattr(self, "model", None)
+        if isinstance(below, _PerLayerWidths):
             return
+        decoder: Any = self if below is None else below
         for layer, width in zip(decoder.layers, widths, strict=True):
             if width != widest:
                 narrow = copy.copy(config)

@@ -98,13 +98,13 @@ def into_a_pipe(file: Path) -> None:
             lambda file: file.write_text(POINTER),
             "tokenizer.json is a Git LFS pointer, not the file",
         ),
-        (into_a_pipe, "tokenizer.json is a pipe or a device"),
+        (into_a_pipe, "tokenizer.json is no regular file"),
     ],
 )
 def test_damaged_tokenizer_files(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(folder / "tokenizer.json")
     with pytest.raises(CheckpointError, match=message) as raised:
-        load_tokenizer(folder, 2048)
+        load_tokenizer(folder, vocab_size=2048)
     assert "\n" not in str(raised.value)
 
 
@@ -121,4 +121,4 @@ def test_a_folder_without_a_tokenizer_is_named(
 
 
 def test_padded_vocabularies_are_usual(folder: Path) -> None:
-    assert len(load_tokenizer(folder, 2 * 2048)) == 2048
+    assert len(load_tokenizer(folder, vocab_size=2 * 2048)) == 2048

@@ -181,6 +181,7 @@ print(peak, "transformers.modeling_utils" in sys.modules)
 LARGE = {"hidden": 4096, "width": 14336, "layers": 9, "vocab": 32000, "heads": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.skipif(native.UNUSED_REASON is not None, reason="the extension is not built")
 @pytest.mark.timeout(1200)

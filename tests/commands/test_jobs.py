@@ -35,6 +35,7 @@ assert model.generate(torch.arange(4)[None], max_new_tokens=4, do_sample=False).
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["demo", "by path"])
 def test_pruned_checkpoint_in_another_process(
     which: str, llama_dir: Path, tmp_path: Path, hfprune: Callable[..., object]

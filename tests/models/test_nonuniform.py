@@ -89,6 +89,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package(
     save_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

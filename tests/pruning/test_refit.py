@@ -238,6 +238,7 @@ def test_moments_of_bfloat16_acts_are_of_float32_products(
         assert bool(((got - left.t() @ right / 320).abs() <= most).all())
 
 
+@pytest.mark.slow
 def test_moments_are_in_memory_a_layer_at_a_time() -> None:
     model = tiny_model("llama", intermediate_size=320, hidden_size=8)
     batches, keep = batches_of(model, (9, 7)), keep_of(model, (310,) * 3)
