@@ -20,6 +20,7 @@ from hfprune_fast._version import __version__
 from hfprune_fast.commands.flags import common, flags, force
 from hfprune_fast.config import (
     CRITERIA,
+    EXPORTS,
     PRESETS,
     Budget,
     CalibrationOptions,
@@ -139,6 +140,23 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     from hfprune_fast.commands import plan as command
 
     result = command.run(model, **flags)
+    _print(as_json, result, command.text(result))
+
+
+@cli.command()
+@click.argument("pruned")
+@click.option("--to", type=click.Choice(EXPORTS), required=True, help="The form to write.")
+@click.option("--out", required=True, type=Path, metavar="PATH", help="Folder or .gguf file.")
+@click.option(
+    "--converter", type=Path, metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, for gguf."
+)
+@force
+@common
+def export(pruned: str, as_json: bool, debug: bool, **flags: Any) -> None:
+    """Write a pruned model in another form: for llama.cpp, vLLM, or plain transformers."""
+    from hfprune_fast.commands import export as command
+
+    result = command.run(pruned, **flags)
     _print(as_json, result, command.text(result))
 
 

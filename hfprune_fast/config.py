@@ -24,7 +24,8 @@ SELECTS = ("obs", "statistic")
 OFFLOADS = ("auto", "none", "cpu", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
-LAYOUTS = ("auto", "custom", "native", "padded")
+LAYOUTS = ("auto", "custom", "native", "padded", "decilm")
+EXPORTS = ("custom", "padded", "decilm", "gguf")
 
 DEFAULT_SEQ_LEN = 1024
 TINY_MODEL = Path(__file__).parent / "tiny"  # the model that ships with the package
@@ -152,8 +153,8 @@ class OutputOptions(Options):
     layout: str = option(
         "auto",
         "How layers of different widths are written: custom (which auto is) needs this package or "
-        "remote code to load, padded loads everywhere and is larger, native needs a transformers "
-        "that builds the family by per_layer_config.",
+        "remote code to load, padded loads everywhere and is larger, decilm is for vLLM, native "
+        "needs a transformers that builds the family by per_layer_config.",
         choices=LAYOUTS,
     )
     max_shard_size: str | int | None = option(

@@ -65,16 +65,22 @@ def _sync_folder(folder: Path) -> None:
 def write_whole(
     path: Path, data: bytes, may_replace: Callable[[Path], bool] = lambda _: True
 ) -> None:
-    """Write a file beside `path` and rename it once it is on the disk.
+    """Write a file as `whole_file` does."""
+    with whole_file(path, may_replace) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: Path, may_replace: Callable[[Path], bool] = lambda _: True) -> Iterator[Path]:
+    """Yield the name of a file beside `path`; it is renamed to `path` once it is on the disk.
 
     What is at `path` then is replaced if `may_replace` of it, else it stays and this is an error.
     """
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as opened:
-            opened.write(data)
-            opened.flush()
+        yield partial
+        with partial.open("rb+") as opened:  # Windows syncs no read-only handle
             os.fsync(opened.fileno())
         if os.path.lexists(path) and not may_replace(path):
             raise OutputError(f"cannot write {path}: something else is there, which stays")

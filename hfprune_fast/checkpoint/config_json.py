@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hfprune_fast.checkpoint.decilm import custom_config
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, is_deeper, read_json_object
 from hfprune_fast.errors import CheckpointError, UnsupportedModelError
 from hfprune_fast.models.families import NON_UNIFORM, family_of
@@ -43,6 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json_object(path, _MAX_CONFIG_BYTES)
     if is_deeper(config, _MAX_DEPTH):
         raise CheckpointError(f"{path} is nested more than {_MAX_DEPTH} levels deep")
+    config = dict(custom_config(path, config))
     family_of(config)
     _check_is_causal(config)
     quantization = config.get("quantization_config", config.get("compression_config"))

@@ -2,6 +2,7 @@
 
     custom   classes of `nonuniform`, shipped in the folder; config.json has `mlp_widths`
     native   the family's class and transformers' `per_layer_config`, where it builds such layers
+    decilm   DeciLM's, which vLLM and NVIDIA's tools read (`checkpoint.decilm`)
     padded   zero neurons up to the widest layer: a uniform model of the family
 
 `intermediate_size` is the widest in all of them.
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfprune_fast.checkpoint import decilm
 from hfprune_fast.checkpoint.loading import skeleton
 from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.errors import ArgumentError, one_line
@@ -36,6 +38,8 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
         pruned |= {"model_type": family, "architectures": [f"{name}ForCausalLM"]}
     if layout == "padded" or len(set(widths)) == 1:
         return pruned
+    if layout == "decilm":
+        return decilm.config_of(pruned, family, widths)
     if layout == "native":
         layers = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
         return {**pruned, "per_layer_config": layers}
@@ -57,7 +61,21 @@ def code_files(config: Mapping[str, Any]) -> set[str]:
     if not str(config["model_type"]).startswith(NON_UNIFORM):
         return set()
     modules = [str(name).partition(".")[0] for name in dict(config.get("auto_map") or {}).values()]
-    return {f"{module}.py" for module in modules}
+    return {decilm.CODE.name, *(f"{module}.py" for module in modules)}
+
+
+def shipped_code(layout: str) -> dict[str, Path]:
+    """Return the files that a layout needs beside the weights, by their names there."""
+    return {"custom": {CODE_FILE: CODE}, "decilm": {decilm.CODE.name: decilm.CODE}}.get(layout, {})
+
+
+def check_layout(config: Mapping[str, Any], layout: str) -> None:
+    """Refuse a layout that this model cannot have, whatever its widths will be."""
+    widths = [2, *[1] * (config["num_hidden_layers"] - 1)]
+    if layout == "native":
+        check_native(config, widths)
+    elif layout == "decilm":
+        config_of(config, widths, layout)
 
 
 def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:

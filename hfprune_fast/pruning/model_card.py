@@ -15,6 +15,7 @@ _MAX_CHARS = 200  # of a name
 _CHANGED = {
     "uniform": "The\narchitecture is unchanged; only `intermediate_size` is smaller.",
     "custom": "Layers have\ndifferent widths, `mlp_widths` in config.json.",
+    "decilm": "Layers have\ndifferent widths, `block_configs` in config.json (DeciLM's layout).",
     "native": "Layers have\ndifferent widths, `per_layer_config` in config.json.",
     "padded": "Narrower\nlayers are filled up with zero neurons, which add nothing to the output "
     "but take time and memory\nlike any others: the model is as large as if all layers were as "
@@ -79,6 +80,8 @@ def model_card(record: dict[str, Any]) -> str:
     layout = achieved.get("layout", "uniform")
     by = f"hfprune_fast {__version__}, after HFPrune ({PAPER})"
     loading = f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
+    if layout == "decilm":
+        loading = "Load it with vLLM, `--trust-remote-code`; transformers has no class for it."
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base_model, re.ASCII)
     on_hub = f"base_model: {base_model}\n" if is_hub_name else ""
     return f"""---

@@ -18,7 +18,7 @@ from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint.atomic import check_writable, whole_folder
 from hfprune_fast.checkpoint.carried import carry
 from hfprune_fast.checkpoint.folder import INDEX, read_json_object
-from hfprune_fast.checkpoint.layouts import CODE, CODE_FILE, check_native, code_files, config_of
+from hfprune_fast.checkpoint.layouts import check_native, code_files, config_of, shipped_code
 from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.checkpoint.writer import Writing, write_json
@@ -53,7 +53,8 @@ def prune_checkpoint(
         keep: {layer: sorted int64 indices}, every layer.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
             padding) and dtype, such as a refitted down_proj; read in its turn, again to verify.
-        record: added to hfprune.json: "requested" and "provenance", which the card shows too.
+        record: added to hfprune.json: "requested" and "provenance", which the card shows too; what
+            stands in place of what would be written, such as the "keep" of an earlier pruning.
         progress: show a bar on stderr.
 
     Returns:
@@ -95,11 +96,11 @@ def prune_checkpoint(
         (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
         made_anew = {*_MADE_ANEW, *source.shards, *code_files(source.config)}
         left_out = carry(source.folder, partial, made_anew)
-        if layout == "custom":
-            shutil.copyfile(CODE, partial / CODE_FILE)
+        for name, code in shipped_code(layout).items():
+            shutil.copyfile(code, partial / name)
         files = sorted(_files_in(partial) | {RECORD})
         kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
-        write_json(partial / RECORD, {**full_record, "files": files, "keep": kept}, indent=None)
+        write_json(partial / RECORD, {"keep": kept, **full_record, "files": files}, indent=None)
         if output.verify:
             writing.verify(partial, progress)
     if left_out:

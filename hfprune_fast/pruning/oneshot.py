@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
-from hfprune_fast.checkpoint.layouts import check_native
+from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import check_not_read, files_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
@@ -105,8 +105,8 @@ def oneshot(
     source = open_source(model)
     spec, widths = source.spec, WidthBudget.of(source.spec, budget)
     check_output(source, out, widths.even_widths(spec), output, calibration, resume=scoring.resume)
-    if output.layout == "native" and (resolved.allocation != "uniform" or budget.protect):
-        check_native(source.config, [2, *[1] * (spec.num_layers - 1)])
+    if resolved.allocation != "uniform" or budget.protect:
+        check_layout(source.config, output.layout)
     if given is not None:
         check_table(given, source)
     elif resolved.criterion in DATA_FREE:

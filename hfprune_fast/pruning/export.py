@@ -1,0 +1,147 @@
+"""A pruned checkpoint in another form, from disk to disk; no model is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.checkpoint import gguf_file
+from hfprune_fast.checkpoint.atomic import check_writable, whole_file
+from hfprune_fast.checkpoint.folder import read_json_object
+from hfprune_fast.checkpoint.layouts import check_layout
+from hfprune_fast.checkpoint.ours import check_not_read
+from hfprune_fast.checkpoint.source import ModelSource, open_source
+from hfprune_fast.console import say
+from hfprune_fast.errors import ArgumentError, CheckpointError, OutputError, printable
+from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint
+
+_GET_CONVERTER = (
+    "give --converter llama.cpp/convert_hf_to_gguf.py, from https://github.com/ggml-org/llama.cpp, "
+    "with its requirements installed"
+)
+
+
+def export(
+    model: str | Path, to: str, out: Path, *, converter: Path | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Write a pruned model in another form.
+
+    Args:
+        model: the folder of a pruned model; for gguf also a .gguf file of a padded one.
+        to: "custom", "padded", "decilm" or "gguf".
+        out: the folder to make, or the .gguf file.
+        converter: llama.cpp's convert_hf_to_gguf.py, for gguf from a folder.
+        force: replace an earlier output.
+
+    Returns:
+        `out`, `to`, and the width of each layer.
+    """
+    if to == "gguf":
+        widths = _export_gguf(Path(model), out, converter, force)
+    else:
+        widths = _export_layout(open_source(model), to, out, force)
+    return {"out": str(out), "to": to, "mlp_widths": widths}
+
+
+def _export_layout(source: ModelSource, to: str, out: Path, force: bool) -> list[int]:
+    keep = {layer: torch.arange(width) for layer, width in enumerate(_true_widths(source))}
+    widths = [len(kept) for kept in keep.values()]
+    check_layout(source.config, to)
+    record = _record(source, widths, to)
+    prune_checkpoint(source, out, keep, layout=to, force=force, record=record, verify=True)
+    return widths
+
+
+def _true_widths(source: ModelSource) -> list[int]:
+    """Return the width of each layer without padding, or refuse a model that needs no export."""
+    widths = list(source.spec.widths)
+    if len(set(widths)) == 1:
+        widths = [_used(source.read(source.down_proj(layer))) for layer in range(len(widths))]
+    if len(set(widths)) == 1:
+        raise ArgumentError(
+            f"all layers of {source.name} have {widths[0]} MLP neurons: it is a plain checkpoint, "
+            "which loads wherever its family does"
+        )
+    return widths
+
+
+def _used(down: Tensor) -> int:
+    """Return how many columns there are up to the last that is not zero; one at least."""
+    used = down.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1
+
+
+def _record(source: ModelSource, widths: Sequence[int], layout: str) -> dict[str, Any]:
+    """Return the record of the pruning, with the sizes of the model in its new form."""
+    path = source.folder / RECORD
+    if not path.is_file():
+        return {}
+    found = read_json_object(path)
+    achieved = found.get("achieved")
+    if not isinstance(achieved, dict) or not isinstance(achieved.get("dense_params"), int):
+        raise CheckpointError(f"{path} does not say what was achieved; delete it to go on")
+    sizes = source.spec.pruned_to(max(widths) if layout == "padded" else widths)
+    dense = achieved["dense_params"]
+    achieved |= {"params": sizes["params"], "param_ratio": 1 - sizes["params"] / dense}
+    achieved |= {"layout": layout, "mlp_widths": list(widths)}
+    kept = ("base_model", "requested", "chosen", "provenance", "keep")
+    return {**{name: found[name] for name in kept if name in found}, "achieved": achieved}
+
+
+def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) -> list[int]:
+    gguf_file.package()
+    _check_gguf_output(out, force)
+    if model.is_file():
+        check_not_read([out], [model])
+        with whole_file(out) as partial:
+            return gguf_file.narrow(model, partial)
+    source = open_source(model)
+    check_not_read([out], [source.folder])
+    if converter is None or not converter.is_file():
+        raise ArgumentError(f"no converter {converter}; {_GET_CONVERTER}")
+    widths = list(source.spec.widths)
+    with tempfile.TemporaryDirectory(prefix=".hfprune-", dir=out.resolve().parent) as scratch:
+        folder, padded = source.folder.resolve(), Path(scratch) / "padded.gguf"
+        if len(set(widths)) > 1:
+            folder = Path(scratch) / "padded"
+            _export_layout(source, "padded", folder, force=False)
+        _convert(converter, folder, padded)
+        with whole_file(out) as partial:
+            if len(set(widths)) > 1 and gguf_file.target_of_file(padded) is None:
+                say(
+                    f"llama.cpp has no form of {source.spec.model_type} with a width for each "
+                    "layer; the file is padded to the widest"
+                )
+                widths = [max(widths)] * len(widths)
+            elif len(set(widths)) > 1:
+                return gguf_file.narrow(padded, partial)
+            padded.replace(partial)
+    return widths
+
+
+def _check_gguf_output(out: Path, force: bool) -> None:
+    if out.suffix != ".gguf":
+        raise ArgumentError(f"out {out} must be a file that ends with .gguf")
+    if out.is_symlink() or out.exists():
+        if not force or out.is_symlink() or not out.is_file():
+            raise OutputError(f"out {out} exists; --force replaces a GGUF file, and nothing else")
+        with out.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise OutputError(f"out {out} is no GGUF file; --force replaces nothing else")
+    check_writable(out)
+
+
+def _convert(converter: Path, folder: Path, out: Path) -> None:
+    """Run llama.cpp's converter."""
+    command = [sys.executable, str(converter), str(folder), "--outfile", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0 or not out.is_file():
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        raise ArgumentError(f"{converter} failed: {printable(lines[-1])[:300]}")
