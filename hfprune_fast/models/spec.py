@@ -108,6 +108,7 @@ def widths_text(widths: Sequence[int]) -> str:
 def suits_text(widths: Sequence[int]) -> str:
     """Say which quantisers and how much tensor parallelism MLPs of these widths suit."""
     step = math.gcd(*widths)
+    step &= -step  # the power of two in it
     takes = [name for name, multiple in _TAKEN_BY if step % multiple == 0]
     misses = [f"{name} ({multiple})" for name, multiple in _TAKEN_BY if step % multiple != 0]
     parallel = [str(n) for n in (2, 4, 8) if step % n == 0]

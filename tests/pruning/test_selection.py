@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import hfprune_fast as hf
 from hfprune_fast.config import Budget
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.models.spec import ModelSpec, suits_text
 from hfprune_fast.pruning.selection import WidthBudget, keep_top
 
 # meta-llama/Llama-2-7b: 20 % and 30 % of all parameters are the paper's widths.
@@ -119,6 +119,19 @@ def test_widths_suit_quantisers_and_together_meet_the_budget(
     even = widths_of(size, 0, **options)
     assert max(even) - min(even) <= step
     assert even == sorted(even)  # what is left goes to the layers that gain most
+
+
+@pytest.mark.parametrize(
+    ("widths", "said"),
+    [
+        ([512, 1024], "multiples of 512: they suit K-quants such as Q4_K; int4 groups of 128; nf4"),
+        ([352], "multiples of 32: they suit Q4_0 and Q8_0; tensor parallelism over 2, 4, 8; not K"),
+        ([12, 8], "multiples of 4: they suit tensor parallelism over 2, 4; not K-quants such as"),
+        ([61, 96], "widths are odd: they suit no quantiser; not K-quants such as Q4_K (256), int4"),
+    ],
+)
+def test_what_widths_suit(widths: list[int], said: str) -> None:
+    assert said in suits_text(widths)
 
 
 def test_a_width_that_is_named_is_kept() -> None:
