@@ -29,7 +29,7 @@ FITTED = f"--calibration {{text}} {DATA}"
 SCORE = f"score {{model}} --out {{out}} {FITTED} --batch-size 2"
 SEVERAL = f"{SCORE} --criterion fisher --criterion entropy --criterion cross_entropy --obs"
 WRITE = "prune {model} --out {out}"
-PRUNE = f"{WRITE} --prune-ratio 0.25"
+PRUNE = f"{WRITE} --prune-ratio 0.25 --round-to 1"
 SHARDED = f"{PRUNE} --max-shard-size 1MB"
 REUSE = f"{PRUNE} --scores {{score}}"
 
