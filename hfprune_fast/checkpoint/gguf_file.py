@@ -12,7 +12,8 @@ No other architecture of llama.cpp has a width for each layer of these families.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,14 @@ from numpy.typing import NDArray
 from hfprune_fast.errors import ArgumentError, CheckpointError, one_line
 
 Bytes = NDArray[np.uint8]
+_GLOBAL = {f"{name}.weight" for name in ("token_embd", "output_norm", "output", "rope_freqs")}
+_PARTS = {f"attn_{name}.weight" for name in ("norm", "q", "k", "v", "output")}
+_PARTS |= {f"ffn_{name}.weight" for name in ("norm", "gate", "up", "down")}
+# What else a layer may have; any other tensor would be read by nothing, or cut in the wrong place.
+_MORE_PARTS = {
+    "qwen2": {f"attn_{name}.bias" for name in "qkv"},
+    "qwen3": {"attn_q_norm.weight", "attn_k_norm.weight"},
+}
 _TARGETS = {"llama": "deci", "mistral3": "deci", "qwen2": "deci", "qwen3": "openelm"}
 
 
@@ -91,6 +100,7 @@ def narrow(padded: Path, out: Path) -> list[int]:
                 f"{padded} is of architecture {architecture}, for which llama.cpp has no form with "
                 "a width for each layer; use the padded file"
             )
+        _check_names(padded, architecture, tensors)
         layers = range(_value(reader, f"{architecture}.block_count"))
         widths = [_width(tensors[f"blk.{layer}.ffn_down.weight"]) for layer in layers]
         heads = {
@@ -125,6 +135,18 @@ def _errors(padded: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{padded} is not a GGUF file of a padded model, or is damaged ({one_line(error)})"
         ) from None
+
+
+def _check_names(padded: Path, architecture: str, names: Iterable[str]) -> None:
+    """Refuse a file with a tensor of which it is not known what becomes of it."""
+    known = _PARTS | _MORE_PARTS.get(architecture, set())
+    for name in names:
+        part = re.sub(r"^blk\.\d+\.", "", name)
+        if part not in (_GLOBAL if part == name else known):
+            raise ArgumentError(
+                f"{padded} has {name[:100]}, which has no place in a file with a width for each "
+                "layer; use the padded file"
+            )
 
 
 def _value(reader: Any, name: str) -> Any:

@@ -100,7 +100,7 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
     _check_gguf_output(out, force)
     if model.is_file():
         check_not_read([out], [model])
-        with whole_file(out) as partial:
+        with whole_file(out, _is_gguf) as partial:
             return gguf_file.narrow(model, partial)
     source = open_source(model)
     check_not_read([out], [source.folder])
@@ -113,7 +113,7 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
             folder = Path(scratch) / "padded"
             _export_layout(source, "padded", folder, force=False)
         _convert(converter, folder, padded)
-        with whole_file(out) as partial:
+        with whole_file(out, _is_gguf) as partial:
             if len(set(widths)) > 1 and gguf_file.target_of_file(padded) is None:
                 say(
                     f"llama.cpp has no form of {source.spec.model_type} with a width for each "
@@ -130,12 +130,18 @@ def _check_gguf_output(out: Path, force: bool) -> None:
     if out.suffix != ".gguf":
         raise ArgumentError(f"out {out} must be a file that ends with .gguf")
     if out.is_symlink() or out.exists():
-        if not force or out.is_symlink() or not out.is_file():
+        if not force:
             raise OutputError(f"out {out} exists; --force replaces a GGUF file, and nothing else")
-        with out.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise OutputError(f"out {out} is no GGUF file; --force replaces nothing else")
+        if not _is_gguf(out):
+            raise OutputError(f"out {out} is no GGUF file; --force replaces nothing else")
     check_writable(out)
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _convert(converter: Path, folder: Path, out: Path) -> None:

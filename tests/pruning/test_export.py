@@ -130,7 +130,9 @@ def test_a_plain_checkpoint_needs_no_export(
     assert "96 MLP neurons: it is a plain checkpoint" in run.err
 
 
-def padded_gguf(file: Path, architecture: str, *, tied: bool = True) -> dict[str, Any]:
+def padded_gguf(
+    file: Path, architecture: str, *, tied: bool = True, more: str = ""
+) -> dict[str, Any]:
     """Write a GGUF file as llama.cpp's converter does of a padded model; return its tensors."""
     rng = np.random.default_rng(0)
     D, F, heads, kv, V = 16, 96, 4, 2, 40
@@ -140,6 +142,8 @@ def padded_gguf(file: Path, architecture: str, *, tied: bool = True) -> dict[str
     if architecture == "qwen2":
         shapes |= {"attn_q.bias": (D,), "attn_k.bias": (D // 2,)}
     tensors = {"token_embd.weight": rng.standard_normal((V, D)).astype(np.float16)}
+    if more:
+        tensors[more] = np.zeros(F, dtype=np.float32)
     if not tied:
         tensors["output.weight"] = rng.standard_normal((V, D)).astype(np.float16)
     for layer, width in enumerate(WIDTHS):
@@ -215,6 +219,16 @@ def test_architectures_without_a_width_for_each_layer(
     assert gguf_file.target_of_file(tmp_path / "padded.gguf") is None
     with pytest.raises(ArgumentError, match=message):
         gguf_file.narrow(tmp_path / "padded.gguf", tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_tensors_that_have_no_place_are_refused(tmp_path: Path, architecture: str) -> None:
+    """A bias of the MLP, for one, would be cut by its bytes."""
+    for name in ("blk.0.ffn_gate.bias", "blk.0.ffn_gate_exps.weight", "extra.weight"):
+        padded_gguf(tmp_path / "padded.gguf", architecture, more=name)
+        with pytest.raises(ArgumentError, match=f"has {name}, which has no place"):
+            gguf_file.narrow(tmp_path / "padded.gguf", tmp_path / "out.gguf")
+        assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_damaged_gguf_file(tmp_path: Path, hfprune: Callable[..., Any]) -> None:
