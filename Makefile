@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run in as many processes, of a thread each; a process takes about 1 GB.
 JOBS ?= 2
 
-.PHONY: demo test test-all fuzz lint types aot bench bench-large tiny-model qwen3-model install clean
+.PHONY: demo test test-all test-serving fuzz lint types aot bench bench-large tiny-model qwen3-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
@@ -21,6 +21,32 @@ test-all: $(VENV)/.dev install lint types
 # Five minutes of commands on mutated files; of the other tests it is half a minute.
 fuzz: $(VENV)/.dev install
 	HFPRUNE_FUZZ_SECONDS=300 $(BIN)/pytest -n $(JOBS) tests/test_fuzz.py
+
+# Pruned models in llama.cpp and vLLM, on a CPU. The first time it makes an environment of 5 GB and
+# compiles llama.cpp, ten minutes; then it takes as long again. HFPRUNE_SERVING_MODELS=DIR:DIR tries
+# models of yours too. What it measured becomes bench/results/serving/serving.json and docs/serving.md.
+SERVING := $(VENV)-serving
+LLAMA_CPP := llama_cpp_python-0.3.36
+
+test-serving: $(SERVING)/.ready $(VENV)/.runtime
+	rm -rf build/lib build/wheel
+	$(BIN)/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(SERVING)/bin/pip install --quiet --no-index --no-deps --force-reinstall build/wheel/*.whl
+	HFPRUNE_CONVERTER=$(SERVING)/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py \
+	    $(SERVING)/bin/pytest tests/serving
+	cp build/serving.json bench/results/serving/serving.json
+	$(BIN)/python bench/reporting/serving_table.py
+
+# vLLM is imported with torch alone: the wheels of its companions are for another torch.
+$(SERVING)/.ready: requirements-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF' \
+	    $(SERVING)/bin/pip install --quiet -r requirements-serving.txt
+	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVING)/bin/pip download --quiet --no-deps --no-binary llama-cpp-python -c requirements-serving.txt \
+	    --dest $(SERVING) llama-cpp-python
+	tar -xzf $(SERVING)/$(LLAMA_CPP).tar.gz -C $(SERVING)
+	touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

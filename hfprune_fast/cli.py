@@ -148,7 +148,10 @@ def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
 @click.option("--to", type=click.Choice(EXPORTS), required=True, help="The form to write.")
 @click.option("--out", required=True, type=Path, metavar="PATH", help="Folder or .gguf file.")
 @click.option(
-    "--converter", type=Path, metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, for gguf."
+    "--converter",
+    type=Path,
+    metavar="PATH",
+    help="llama.cpp's convert_hf_to_gguf.py, for gguf. [default: the one on the PATH]",
 )
 @force
 @common

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,10 @@ from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, CheckpointError, OutputError, printable
 from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint
 
+_CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
-    "give --converter llama.cpp/convert_hf_to_gguf.py, from https://github.com/ggml-org/llama.cpp, "
-    "with its requirements installed"
+    "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install sentencepiece, and give "
+    f"--converter llama.cpp/{_CONVERTER}"
 )
 
 
@@ -37,7 +39,8 @@ def export(
         model: the folder of a pruned model; for gguf also a .gguf file of a padded one.
         to: "custom", "padded", "decilm" or "gguf".
         out: the folder to make, or the .gguf file.
-        converter: llama.cpp's convert_hf_to_gguf.py, for gguf from a folder.
+        converter: llama.cpp's convert_hf_to_gguf.py or the folder it is in, for gguf from a folder;
+            None looks for it on the PATH.
         force: replace an earlier output.
 
     Returns:
@@ -104,9 +107,12 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
             return gguf_file.narrow(model, partial)
     source = open_source(model)
     check_not_read([out], [source.folder])
-    if converter is None or not converter.is_file():
-        raise ArgumentError(f"no converter {converter}; {_GET_CONVERTER}")
     widths = list(source.spec.widths)
+    if len(set(widths)) == 1 and not (source.folder / RECORD).is_file():
+        raise ArgumentError(
+            f"{source.name} was not pruned: llama.cpp's {_CONVERTER} takes it as it is"
+        )
+    converter = _find_converter(converter)
     with tempfile.TemporaryDirectory(prefix=".hfprune-", dir=out.resolve().parent) as scratch:
         folder, padded = source.folder.resolve(), Path(scratch) / "padded.gguf"
         if len(set(widths)) > 1:
@@ -144,10 +150,27 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+def _find_converter(given: Path | None) -> Path:
+    """Return the path of llama.cpp's converter."""
+    on_path = shutil.which(_CONVERTER)
+    converter = given or (Path(on_path) if on_path else None)
+    if converter is not None and converter.is_dir():
+        converter /= _CONVERTER
+    if converter is None or not converter.is_file():
+        what = f"no file {converter}" if converter else f"no {_CONVERTER} on the PATH"
+        raise ArgumentError(f"{what}; {_GET_CONVERTER}")
+    return converter
+
+
 def _convert(converter: Path, folder: Path, out: Path) -> None:
     """Run llama.cpp's converter."""
-    command = [sys.executable, str(converter), str(folder), "--outfile", str(out)]
+    # -P: the current folder holds no modules.
+    command = [sys.executable, "-P", "-m", "hfprune_fast.checkpoint.gguf_converter"]
+    command += [str(converter), str(folder), "--outfile", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not out.is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise ArgumentError(f"{converter} failed: {printable(lines[-1])[:300]}")
+        raise ArgumentError(
+            f"{converter} failed: {printable(lines[-1])[:300]}; to see all that it says, export "
+            "--to padded and run it on that"
+        )

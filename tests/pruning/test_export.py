@@ -108,7 +108,7 @@ def test_decilm_is_what_vllm_reads(
         ("qwen3", {}, "decilm", "layout decilm runs llama, mistral, qwen2, .* no qwen3"),
         ("mistral", {"sliding_window": 5}, "decilm", "no mistral with a sliding window"),
         ("llama", {}, "native", "native' is not one of"),
-        ("llama", {}, "gguf", "no converter None; give --converter .*convert_hf_to_gguf.py"),
+        ("llama", {}, "gguf", "no convert_hf_to_gguf.py on the PATH; git clone .*--converter"),
     ],
 )
 def test_what_there_is_no_form_for(
@@ -128,6 +128,9 @@ def test_a_plain_checkpoint_needs_no_export(
     run = hfprune("export", llama_dir, "--to", "padded", "--out", tmp_path / "out")
     assert run.code == 2
     assert "96 MLP neurons: it is a plain checkpoint" in run.err
+    run = hfprune("export", llama_dir, "--to", "gguf", "--out", tmp_path / "out.gguf")
+    assert run.code == 2
+    assert "was not pruned: llama.cpp's convert_hf_to_gguf.py takes it as it is" in run.err
 
 
 def padded_gguf(
@@ -255,11 +258,17 @@ def test_a_damaged_gguf_file(tmp_path: Path, hfprune: Callable[..., Any]) -> Non
 CONVERTER = """
 import shutil, sys
 from pathlib import Path
-folder, _, out = sys.argv[1:4]
-assert (Path(folder) / "config.json").exists() and (Path(folder) / "tokenizer.json").exists()
-if {fails}:
-    sys.exit("a line\\nBPE pre-tokenizer was not recognized")
-shutil.copyfile({padded!r}, out)
+
+class TextModel:
+    dir_model = Path(sys.argv[1])
+    def get_vocab_base_pre(self, tokenizer):
+        raise NotImplementedError("BPE pre-tokenizer was not recognized")
+
+def main():
+    folder, _, out = sys.argv[1:4]
+    assert (Path(folder) / "config.json").exists()
+    assert TextModel().get_vocab_base_pre(None) == "gpt-2"
+    shutil.copyfile({padded!r}, out)
 """
 
 
@@ -267,13 +276,15 @@ def test_a_folder_is_padded_converted_and_narrowed(
     pruned: Callable[..., Path], hfprune: Callable[..., Any], export: Export, tmp_path: Path
 ) -> None:
     padded_gguf(tmp_path / "padded.gguf", "llama")
-    converter, out = tmp_path / "convert.py", tmp_path / "out.gguf"
-    arguments = [pruned(), "--to", "gguf", "--out", out, "--converter", converter]
-    converter.write_text(CONVERTER.format(fails=True, padded=""))
+    (tmp_path / "llama.cpp").mkdir()
+    converter, out = tmp_path / "llama.cpp/convert_hf_to_gguf.py", tmp_path / "out.gguf"
+    model = pruned()
+    arguments = [model, "--to", "gguf", "--out", out, "--converter", converter.parent]
+    converter.write_text("import none_such")
     run = hfprune("export", *arguments)
     assert run.code == 2
-    assert "failed: BPE pre-tokenizer was not recognized" in run.err
-    converter.write_text(CONVERTER.format(fails=False, padded=str(tmp_path / "padded.gguf")))
+    assert "failed: ModuleNotFoundError: No module named 'none_such'" in run.err
+    converter.write_text(CONVERTER.format(padded=str(tmp_path / "padded.gguf")))
     assert export(*arguments)["mlp_widths"] == list(WIDTHS)
     assert out.stat().st_size < (tmp_path / "padded.gguf").stat().st_size
     padded_gguf(tmp_path / "padded.gguf", "qwen3", tied=False)
@@ -281,4 +292,10 @@ def test_a_folder_is_padded_converted_and_narrowed(
     assert "no form of llama with a width for each layer; the file is padded" in run.err
     assert run.json()["mlp_widths"] == [96, 96, 96]
     assert out.read_bytes() == (tmp_path / "padded.gguf").read_bytes()
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    run = hfprune("export", *arguments, "--force")
+    assert run.code == 2
+    assert "failed: NotImplementedError: BPE pre-tokenizer was not recognized" in run.err
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

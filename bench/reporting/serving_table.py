@@ -1,0 +1,70 @@
+"""Puts what `make test-serving` measured into docs/serving.md.
+
+    python bench/reporting/serving_table.py [--check]
+
+With --check the exit status is 1 where the page is not what the result file says.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "bench" / "results" / "serving" / "serving.json"
+PAGE = ROOT / "docs" / "serving.md"
+FORMS = {"default": "different widths", "uniform": "uniform widths"}
+
+
+def sizes(row: dict[str, Any]) -> str:
+    if "bytes" not in row:
+        return ""
+    dense = f" (dense {row['dense_bytes'] / 1e6:.2f})" if "dense_bytes" in row else ""
+    return f"{row['bytes'] / 1e6:.2f}{dense}"
+
+
+def line(row: dict[str, Any]) -> str:
+    cells = [
+        row["engine"],
+        row["model"],
+        FORMS.get(row["form"], row["form"]),
+        f"{row['perplexity']:.6g}",
+        f"{row['transformers']:.6g}",
+        f"{row['kl']:.1e}" if "kl" in row else "",
+        f"{row['top1']:.1%}" if "top1" in row else "",
+        sizes(row),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def section(result: dict[str, Any]) -> str:
+    """Return the tables and what made them."""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    head = "| engine | model | form | perplexity | in transformers | KL, nats | top-1 | MB |"
+    rows = sorted(result["rows"], key=lambda row: row["engine"] != "llama.cpp")
+    table = [head, "|---|---|---|---:|---:|---:|---:|---:|", *map(line, rows)]
+    return f"{versions}; {result['date']}, on a CPU.\n\n" + "\n".join(table) + "\n"
+
+
+def page(result: dict[str, Any], text: str) -> str:
+    """Return the page with this result under its heading "Measured"."""
+    before, heading, rest = text.partition("## Measured\n\n")
+    following = rest[rest.index("\n## ") :] if "\n## " in rest else ""
+    return before + heading + section(result) + following
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    text = PAGE.read_text(encoding="utf-8")
+    expected = page(json.loads(RESULT.read_text(encoding="utf-8")), text)
+    if check:
+        return int(text != expected)
+    PAGE.write_text(expected, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
