@@ -6,7 +6,7 @@ nothing but transformers. After `import hfprune_fast` the same classes need no r
 
 config.json has the width of each layer in `mlp_widths`; `intermediate_size` is the widest. The
 `model_type` is not the family's, so that nothing takes the checkpoint for a uniform one. The same
-widths stand in `per_layer_config`, transformers' own notation since 5.17: see `_per_layer_config`.
+widths stand in `per_layer_config`, transformers' own notation, which 4.57 has not and 5.17 has.
 """
 
 from __future__ import annotations
