@@ -120,6 +120,7 @@ class _PerLayerWidths:
                 "from config.json if mlp_widths is right"
             )
         config.per_layer_config = None  # it follows mlp_widths from here on
+        read_rope_parameters(config)
         super().__init__(config)  # type: ignore[call-arg]
         tell_peft(config.model_type)
         below: Any = getattr(self, "model", None)
@@ -130,6 +131,14 @@ class _PerLayerWidths:
             if layer.mlp.up_proj.out_features != own.intermediate_size:
                 layer.mlp = type(layer.mlp)(own)
         self.post_init()  # type: ignore[attr-defined]  # initialises the new weights
+
+
+def read_rope_parameters(config: Any) -> None:
+    """Give transformers 4 the rotary parameters as transformers 5 saves them, which it ignores."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope and hasattr(config, "rope_theta"):  # which configs of transformers 5 have not
+        config.rope_theta = rope.pop("rope_theta", config.rope_theta)
+        config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
 
 
 def tell_peft(model_type: str) -> None:

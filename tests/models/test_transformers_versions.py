@@ -54,7 +54,10 @@ for folder in folders:
     assert found(json.load(open(f"{folder}/config.json"))) == (widths, widths)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (config.mlp_widths, config.intermediate_size) == (widths, 96)
-    padded = AutoModelForCausalLM.from_pretrained(f"{folder}-padded").eval()
+    plain = AutoConfig.from_pretrained(f"{folder}-padded")
+    if hasattr(plain, "rope_theta"):  # transformers 4 ignores what transformers 5 saves
+        plain.rope_theta = 500_000.0
+    padded = AutoModelForCausalLM.from_pretrained(f"{folder}-padded", config=plain).eval()
     assert type(padded).__module__.startswith("transformers.models.")
     model, info = load("ForCausalLM", folder)
     assert not any(info.values()), info
@@ -112,14 +115,13 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     return install
 
 
-def as_published(folder: Path) -> Path:
+def as_published(folder: Path) -> None:
     """Rewrite config.json as models on the hub have it, which transformers 4 reads too."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config |= {"torch_dtype": config.pop("dtype"), **config.pop("rope_parameters")}
     config.pop("rope_type")
     path.write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.slow
@@ -136,7 +138,9 @@ def test_a_custom_checkpoint_in_another_version(
     for family, options in CASES.items():
         rope = {"rope_type": "default", "rope_theta": 500_000.0}
         model = tiny_model(family, dtype=torch.float32, rope_parameters=rope, **options)
-        dense = as_published(save_checkpoint(model, f"dense-{family}"))
+        dense = save_checkpoint(model, f"dense-{family}")
+        if family != "llama":  # which is as transformers 5 saves it
+            as_published(dense)
         for name, layout in ((family, "custom"), (f"{family}-padded", "padded")):
             hf.prune_checkpoint(dense, tmp_path / name, keep, layout=layout)
         truths[family] = forward(model.state_dict(), model.config, IDS, alive=alive).logits
