@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,19 @@ def dtype_of(path: Path, config: Mapping[str, Any]) -> torch.dtype:
     return known.get(declared.removeprefix("torch."), torch.float32)
 
 
+def per_layer_config(widths: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Return the width of each layer's MLP in transformers' own notation."""
+    return {str(layer): {"intermediate_size": width} for layer, width in enumerate(widths)}
+
+
 def widths_of(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the width of each layer's MLP that a configuration declares."""
     layers, widest = config["num_hidden_layers"], config["intermediate_size"]
     widths: Any = [widest] * layers
-    if str(config["model_type"]).startswith(NON_UNIFORM) and config.get("mlp_widths") is not None:
-        widths = config["mlp_widths"]
+    declared_too = None
+    if str(config["model_type"]).startswith(NON_UNIFORM):
+        widths = widths if config.get("mlp_widths") is None else config["mlp_widths"]
+        declared_too = config.get("per_layer_config")
     elif config.get("per_layer_config"):  # transformers' own notation
         try:
             declared = {int(i): dict(of) for i, of in config["per_layer_config"].items()}
@@ -130,5 +137,10 @@ def widths_of(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
         raise CheckpointError(
             f"{path} must have an MLP width in 1..{widest} for each of its "
             f"{layers} layers, got {widths!r:.60}"
+        )
+    if declared_too is not None and declared_too != per_layer_config(widths):
+        raise CheckpointError(
+            f"{path} has a per_layer_config that does not say what mlp_widths says, "
+            f"{widths!r:.60}; delete per_layer_config there if mlp_widths is right"
         )
     return tuple(widths)

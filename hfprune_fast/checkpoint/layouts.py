@@ -1,6 +1,7 @@
 """How a checkpoint declares MLPs of different widths.
 
-    custom   classes of `nonuniform`, shipped in the folder; config.json has `mlp_widths`
+    custom   classes of `nonuniform`, shipped in the folder; config.json has `mlp_widths`, and the
+             same as `per_layer_config`
     native   the family's class and transformers' `per_layer_config`, where it builds such layers
     decilm   DeciLM's, which vLLM and NVIDIA's tools read (`checkpoint.decilm`)
     padded   zero neurons up to the widest layer: a uniform model of the family
@@ -11,10 +12,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hfprune_fast.checkpoint import decilm
+from hfprune_fast.checkpoint.config_json import per_layer_config
 from hfprune_fast.checkpoint.loading import skeleton
 from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.errors import ArgumentError, one_line
@@ -41,8 +44,7 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
     if layout == "decilm":
         return decilm.config_of(pruned, family, widths)
     if layout == "native":
-        layers = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
-        return {**pruned, "per_layer_config": layers}
+        return {**pruned, "per_layer_config": per_layer_config(widths)}
     module = Path(CODE_FILE).stem
     return {
         **pruned,
@@ -53,6 +55,7 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
             **{auto: f"{module}.HFPrune{name}{head}" for head, auto in heads_of(family).items()},
         },
         "mlp_widths": list(widths),
+        "per_layer_config": per_layer_config(widths),
     }
 
 
@@ -76,6 +79,18 @@ def check_layout(config: Mapping[str, Any], layout: str) -> None:
         check_native(config, widths)
     elif layout == "decilm":
         config_of(config, widths, layout)
+
+
+def native_families() -> list[str]:
+    """Return the families that the installed transformers builds with a width per layer."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 8, "head_dim": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    found = []
+    for family in FAMILIES:
+        with suppress(ArgumentError):
+            check_layout({"model_type": family, **sizes, **heads}, "native")
+            found.append(family)
+    return found
 
 
 def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:

@@ -13,10 +13,12 @@ import torch
 
 from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint import native
+from hfprune_fast.checkpoint.layouts import native_families
 from hfprune_fast.console import human_bytes
 from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.errors import one_line
 from hfprune_fast.kernels import TRITON_VERSION
+from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.scoring.run import backend_for
 
 
@@ -43,6 +45,7 @@ def run() -> dict[str, Any]:
         "device": device,
         "scoring_kernels": kernels,
         "moving_weights": native.description(),
+        "layout_native": _native_layout(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "memory_available_bytes": available_bytes(torch.device("cpu")),
@@ -55,6 +58,13 @@ def text(result: dict[str, Any]) -> str:
     names = {key: key.removesuffix("_bytes").replace("_", " ") for key in result}
     width = max(map(len, names.values()))
     return "\n".join(f"{names[key]:{width}}  {_show(value)}" for key, value in result.items())
+
+
+def _native_layout() -> str:
+    built = native_families()
+    others = [family for family in FAMILIES if family not in built]
+    which = f"transformers builds {', '.join(built) or 'no family'} by per_layer_config"
+    return f"{which}; {', '.join(others)} take layout custom or padded" if others else which
 
 
 def _show(value: Any) -> str:

@@ -74,6 +74,7 @@ def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     was_uniform = config.model_type == family
     config.intermediate_size = max(widths)
     vars(config).pop("mlp_widths", None)
+    config.per_layer_config = None  # transformers' own, where it has built the model by it
     if not uniform:
         config.mlp_widths = list(widths)
     if uniform == was_uniform:  # the class fits already

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from uneven import WIDTHS, keep_of, logits, widths_of
 
 import hfprune_fast as hf
-from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint import layouts, loading
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import LAYOUTS
 from hfprune_fast.errors import ArgumentError
@@ -70,14 +70,23 @@ def test_native_layout_only_where_transformers_builds_it(
     with pytest.raises(ArgumentError, match=r"layout native: .*; use layout custom or padded"):
         hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(), layout="native")
     assert not (tmp_path / "out").exists()
+    assert layouts.native_families() == []
     monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", OwnWidthLayer)
+    assert layouts.native_families() == ["llama"]
     with monkeypatch.context() as patch:
         patch.delattr(torch, "set_default_dtype")  # which would reach every thread
         result = hf.prune_checkpoint(llama_dir, tmp_path / "out", keep_of(), layout="native")
     assert result["params"] == open_source(tmp_path / "out").spec.total_params
     model = random_llama()
     hf.prune(model, keep_of())
-    assert torch.equal(logits(loading.load_model(tmp_path / "out", device="cpu")), logits(model))
+    native = loading.load_model(tmp_path / "out", device="cpu")
+    assert torch.equal(logits(native), logits(model))
+    for pruned in (native, model):
+        hf.prune(pruned, keep_of((40, 41, 30), WIDTHS))
+    assert native.config.to_dict() == model.config.to_dict()
+    native.save_pretrained(tmp_path / "again")
+    again = loading.load_model(tmp_path / "again", device="cpu")
+    assert torch.equal(logits(again), logits(model))
     assert not (tmp_path / "out" / "modeling_hfprune.py").exists()
     hf.prune_checkpoint(tmp_path / "out", tmp_path / "even", keep_of((20, 20, 20), WIDTHS))
     assert "per_layer_config" not in json.loads((tmp_path / "even" / "config.json").read_text())
@@ -130,10 +139,14 @@ def test_pruned_again(llama_dir: Path, tmp_path: Path) -> None:
         ({"mlp_widths": [61, 97, 30]}, "MLP width in"),
         ({"mlp_widths": [61, True, 30]}, "MLP width in"),
         ({"mlp_widths": "96"}, "MLP width in"),
-        ({"mlp_widths": [61, 96, 31]}, "shape is not its config's"),
-        ({"mlp_widths": None}, "shape is not its config's"),
+        ({"mlp_widths": [61, 96, 31]}, "does not say what mlp_widths says, .*; delete per_layer_"),
+        ({"mlp_widths": [61, 96, 31], "per_layer_config": None}, "shape is not its config's"),
+        ({"mlp_widths": None}, r"does not say what mlp_widths says, \[96, 96, 96\]"),
+        ({"mlp_widths": None, "per_layer_config": None}, "shape is not its config's"),
+        ({"per_layer_config": {"0": {"intermediate_size": 61}}}, "does not say what mlp_widths"),
+        ({"per_layer_config": [3]}, "does not say what mlp_widths says"),
         ({"model_type": "hfprune_gpt2"}, "no gated MLP is known for model_type 'hfprune_gpt2'"),
-        ({"model_type": "llama"}, "shape is not its config's"),
+        ({"model_type": "llama", "per_layer_config": None}, "shape is not its config's"),
         ({"model_type": "llama", "per_layer_config": {"0": {"head_dim": 3}}}, "nothing else is kn"),
         ({"model_type": "llama", "per_layer_config": [3]}, "nothing else is known"),
     ],

@@ -123,7 +123,7 @@ for load, message in (
     (AutoModelForCausalLM.from_pretrained, "custom code which must be executed"),
     (lambda where: AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False),
      "trust_remote_code"),
-    (LlamaForCausalLM.from_pretrained, "ignore_mismatched_sizes"),
+    (LlamaForCausalLM.from_pretrained, "is a per-layer attribute"),  # it read per_layer_config
 ):
     try:
         load(sys.argv[1])
