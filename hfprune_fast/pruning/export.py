@@ -25,8 +25,8 @@ from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
-    "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install sentencepiece, and give "
-    f"--converter llama.cpp/{_CONVERTER}"
+    "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install sentencepiece, and "
+    "give --converter llama.cpp"
 )
 
 

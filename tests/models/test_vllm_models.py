@@ -92,7 +92,7 @@ def test_each_layer_is_made_with_its_width(vllm: dict[str, Any]) -> None:
 def test_parallelism_must_divide_the_widths(vllm: dict[str, Any]) -> None:
     vllm["processes"] = 3
     config = SimpleNamespace(mlp_widths=WIDTHS, intermediate_size=96, num_hidden_layers=3)
-    with pytest.raises(ValueError, match="layer 0 has 64 MLP neurons, which .* 3 does not divide"):
+    with pytest.raises(ValueError, match=r"layer 0 has 64 MLP neurons, which .* 3 does not divide"):
         made(config)
 
 
