@@ -6,7 +6,6 @@ one at a time, and the tasks with their data are made before the first of them.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import sys
@@ -113,8 +112,7 @@ def run_tasks(
     for name in ("dense", "pruned"):
         plan = blueprints.pop(0)
         answers.append(_answers(name, plan, loaded, limit, batch_size, seq_len, progress))
-        del plan
-        gc.collect()  # the model is in cycles with what ran it
+        del plan  # it holds the model
     return _side_by_side(*answers)
 
 
@@ -194,7 +192,11 @@ def _bars_of_ours(lm: Any, name: str, show: bool) -> Iterator[None]:
     ):
         for kind in _REQUESTS:
             setattr(lm, kind, counted(kind))
-        yield
+        try:
+            yield
+        finally:  # they hold the model, which holds them
+            for kind in _REQUESTS:
+                delattr(lm, kind)
 
 
 def _side_by_side(dense: dict[str, Any], pruned: dict[str, Any]) -> list[TaskResult]:

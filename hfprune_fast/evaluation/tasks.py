@@ -182,7 +182,7 @@ def _hub_probed(found: dict[str, Any]) -> Iterator[None]:
     """
     import datasets
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils._http import get_session
 
     places = [
         (manager.task_index[name].cfg or {}).get("dataset_path") for name, manager in found.items()
