@@ -23,7 +23,7 @@ from hfprune_fast.config import RunOptions, TaskOptions
 from hfprune_fast.console import count_bar, say
 from hfprune_fast.engine.layerwise import check_finite
 from hfprune_fast.errors import ArgumentError, is_out_of_memory, one_line_errors, shown
-from hfprune_fast.evaluation.tasks import load_tasks, seed_fewshot
+from hfprune_fast.evaluation.tasks import hub_code_refused, load_tasks, seed_fewshot
 from hfprune_fast.options import keyword_options
 
 _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -143,7 +143,11 @@ def _answers(
             max_length=seq_len,
         )
         try:
-            with _bars_of_ours(lm, name, progress), one_line_errors(what, ArgumentError):
+            with (
+                _bars_of_ours(lm, name, progress),
+                hub_code_refused(),
+                one_line_errors(what, ArgumentError),
+            ):
                 seed_fewshot(loaded)
                 return dict(evaluate(lm, loaded, limit=limit))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -53,7 +53,7 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
         raise ArgumentError("tasks must be names such as hellaswag,piqa, got none")
     check_harness()
     found = _find(wanted, options.include_path)
-    with _hub_code_refused(), _hub_probed(found), redirect_stdout(sys.stderr):
+    with hub_code_refused(), _hub_probed(found), redirect_stdout(sys.stderr):
         loaded = _build(found)
     for name, task in loaded["tasks"].items():
         _check(name, task)
@@ -160,7 +160,7 @@ def _check(name: str, task: Any) -> None:
 
 
 @contextmanager
-def _hub_code_refused() -> Iterator[None]:
+def hub_code_refused() -> Iterator[None]:
     """Let no task fetch and run the code of a metric, as the `evaluate` package would."""
     import evaluate
 
@@ -174,6 +174,12 @@ def _hub_code_refused() -> Iterator[None]:
         evaluate.load = load
 
 
+def _is_local(config: dict[str, Any]) -> bool:
+    """Return whether the data of a task file are in local files."""
+    has_address = "://" in str(config.get("dataset_kwargs"))
+    return config.get("dataset_path") in _READERS and not has_address
+
+
 @contextmanager
 def _hub_probed(found: dict[str, Any]) -> Iterator[None]:
     """Go offline meanwhile if the hub does not answer: each data set would try for half a minute.
@@ -181,13 +187,10 @@ def _hub_probed(found: dict[str, Any]) -> Iterator[None]:
     Tasks over local files ask nothing of it.
     """
     import datasets
-    from huggingface_hub import constants
-    from huggingface_hub.utils._http import get_session
+    from huggingface_hub import constants, get_session
 
-    places = [
-        (manager.task_index[name].cfg or {}).get("dataset_path") for name, manager in found.items()
-    ]
-    offline = bool(constants.HF_HUB_OFFLINE) or all(place in _READERS for place in places)
+    configs = [manager.task_index[name].cfg or {} for name, manager in found.items()]
+    offline = bool(constants.HF_HUB_OFFLINE) or all(map(_is_local, configs))
     if not offline:
         try:
             get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)

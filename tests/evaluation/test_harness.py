@@ -301,6 +301,17 @@ def test_a_task_that_cannot_run_is_one_line(
     assert message in one_line(run)
 
 
+def test_no_code_is_fetched_while_tasks_run(tasks: Path, hfprune: Callable[..., Any]) -> None:
+    (tasks / "own.py").write_text(
+        "import evaluate\ndef results(*_):\n    return {'acc': evaluate.load('rouge')}\n"
+    )
+    with open(tasks / "own_choice.yaml", "a") as file:
+        file.write("process_results: !function own.results\n")
+    flags = ["--include-path", tasks, "--limit", 1, "--device", "cpu"]
+    run = hfprune("evaluate", "demo", "demo", "--tasks", "own_choice", *flags)
+    assert "metric rouge is code on the hub, which is not run" in one_line(run)
+
+
 def test_a_tokenizer_that_is_missing(
     tasks: Path, llama_dir: Path, hfprune: Callable[..., Any]
 ) -> None:
@@ -342,13 +353,17 @@ def test_the_hub_is_asked_once_and_only_for_what_is_there(
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.utils.get_session", no_network)
+    monkeypatch.setattr("huggingface_hub.get_session", no_network)
     flags = ["--include-path", tasks, "--limit", 2, "--device", "cpu"]
     assert hfprune("evaluate", "demo", "demo", "--tasks", "own_choice", *flags).code == 0
     assert calls == []
-    for name in ("own_choice", "own_text"):
+    for name, data in (("own_choice", "dataset_path: json"), ("own_text", "test: /")):
         path = tasks / f"{name}.yaml"
-        path.write_text(path.read_text().replace("dataset_path: json", f"dataset_path: no/{name}"))
+        elsewhere = {
+            "dataset_path: json": "dataset_path: no/such",
+            "test: /": "test: hf://no/such/",
+        }
+        path.write_text(path.read_text().replace(data, elsewhere[data]))
     run = hfprune("evaluate", "demo", "demo", "--tasks", "own_*", *flags)
     assert "no data set for own_choice, own_text: not in the cache" in one_line(run)
     assert "the hub does not answer (Name or service not known); data sets are" in run.err
