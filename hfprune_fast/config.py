@@ -99,9 +99,7 @@ class TaskOptions(Options):
         "Tasks of lm-evaluation-harness, such as hellaswag,piqa; paper: the paper's and wikitext.",
         metavar="NAMES",
     )
-    include_path: str | None = option(
-        None, "A folder of task files (.yaml) of your own, for tasks.", metavar="DIR"
-    )
+    include_path: str | None = option(None, "Folder of your own task files.", metavar="DIR")
     limit: int | None = option(
         None, "Documents of each task. [default: all]", least=1, most=LARGEST_COUNT
     )
