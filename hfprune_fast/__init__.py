@@ -6,11 +6,13 @@ keep = hf.select(table, prune_ratio=0.2)             # {layer: indices}
 hf.prune(model, keep)                                # a loaded model, in place
 hf.prune_checkpoint("path/to/model", "out", keep)    # or from disk to disk
 hf.evaluate(dense, pruned, batches)                  # KL, perplexity, top-1 agreement
+hf.evaluate_tasks("path/to/model", "out", tasks="hellaswag,piqa")  # lm-evaluation-harness
 """
 
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import HFPruneError
 from hfprune_fast.evaluation.fidelity import Fidelity, evaluate
+from hfprune_fast.evaluation.harness import TaskResult, evaluate_tasks
 from hfprune_fast.models.registration import register_with_transformers
 from hfprune_fast.pruning.in_memory import prune
 from hfprune_fast.pruning.on_disk import prune_checkpoint
@@ -24,8 +26,10 @@ __all__ = [
     "Fidelity",
     "HFPruneError",
     "ImportanceTable",
+    "TaskResult",
     "__version__",
     "evaluate",
+    "evaluate_tasks",
     "oneshot",
     "prune",
     "prune_checkpoint",

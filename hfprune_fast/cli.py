@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from hfprune_fast.config import (
     RecipeChanges,
     RunOptions,
     ScoringOptions,
+    TaskOptions,
 )
 from hfprune_fast.engine.distributed import launched
 from hfprune_fast.errors import HFPruneError, is_out_of_memory, one_line, printable
@@ -117,16 +117,19 @@ def prune(
 @cli.command()
 @click.argument("dense")
 @click.argument("pruned")
-@click.option("--text", required=True, metavar="SOURCE", help="Held-out text.")
+@click.option("--text", metavar="SOURCE", help="Held-out text: KL, perplexity, top-1 agreement.")
+@flags(TaskOptions)
 @flags(CalibrationOptions, samples=None)
 @flags(RunOptions)
 @common
-def evaluate(dense: str, pruned: str, text: str, as_json: bool, debug: bool, **flags: Any) -> None:
-    """Compare a pruned model with its dense one: KL, perplexity, top-1 agreement."""
+def evaluate(
+    dense: str, pruned: str, text: str | None, as_json: bool, debug: bool, **flags: Any
+) -> None:
+    """Compare a pruned model with its dense one, over a text (--text), by tasks, or both."""
     from hfprune_fast.commands import evaluate as command
 
-    fidelity = command.run(dense, pruned, text, progress=True, **flags)
-    _print(as_json, asdict(fidelity), command.text(fidelity))
+    result = command.run(dense, pruned, text, progress=True, **flags)
+    _print(as_json, result, command.text(result))
 
 
 @cli.command()
@@ -222,7 +225,7 @@ def _run(args: list[str]) -> int:
         if not debug:  # libraries' warnings and retries must not hide the one line
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             console.hide_libraries()
-            for library in ("huggingface_hub", "datasets"):
+            for library in ("huggingface_hub", "datasets", "lm_eval"):
                 logging.getLogger(library).setLevel(logging.ERROR)
         return cli.main(args, prog_name="hfprune", standalone_mode=False) or 0
     except (KeyboardInterrupt, click.exceptions.Abort):

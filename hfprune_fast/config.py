@@ -7,6 +7,7 @@ its use.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -87,6 +88,33 @@ class RunOptions(Options):
         if type(self.device).__name__ == "device":  # torch's own
             object.__setattr__(self, "device", str(self.device))
         super().__post_init__()
+
+
+@dataclass(frozen=True)
+class TaskOptions(Options):
+    """Which tasks of lm-evaluation-harness are run, and on how much of them."""
+
+    tasks: str | None = option(
+        None,
+        "Tasks of lm-evaluation-harness, such as hellaswag,piqa; paper: the paper's and wikitext.",
+        metavar="NAMES",
+    )
+    include_path: str | None = option(None, "Folder of your own task files.", metavar="DIR")
+    limit: int | None = option(
+        None, "Documents of each task. [default: all]", least=1, most=LARGEST_COUNT
+    )
+    num_fewshot: int | None = option(
+        None, "Examples before each question. [default: the task's own]", least=0, most=1000
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.include_path, os.PathLike):
+            object.__setattr__(self, "include_path", os.fspath(self.include_path))
+        super().__post_init__()
+        if self.tasks is None:
+            for name in ("include_path", "limit", "num_fewshot"):
+                if getattr(self, name) is not None:
+                    raise ArgumentError(f"{name} is for tasks, and no tasks are given")
 
 
 @dataclass(frozen=True)

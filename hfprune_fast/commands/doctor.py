@@ -41,6 +41,7 @@ def run() -> dict[str, Any]:
         "transformers": _version("transformers"),
         "triton": TRITON_VERSION,
         "datasets": _version("datasets"),
+        "lm_eval": _version("lm_eval"),
         "gpus": gpus,
         "device": device,
         "scoring_kernels": kernels,

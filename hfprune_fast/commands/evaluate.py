@@ -1,40 +1,76 @@
-"""hfprune evaluate: a pruned checkpoint against its dense one, one model in memory at a time."""
+"""hfprune evaluate: a pruned checkpoint against its dense one, over a text, by tasks, or both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import read_json_object
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.config import CalibrationOptions, RunOptions
-from hfprune_fast.console import say, token_bar
+from hfprune_fast.config import CalibrationOptions, RunOptions, TaskOptions
+from hfprune_fast.console import say, text_table, token_bar
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.data.sources import STDIN
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.streaming import open_model
-from hfprune_fast.errors import CheckpointError
+from hfprune_fast.errors import ArgumentError, CheckpointError
 from hfprune_fast.evaluation.fidelity import Fidelity, check_vocabularies, check_windows, compare
+from hfprune_fast.evaluation.harness import blueprints_for_tasks, run_tasks
+from hfprune_fast.evaluation.tasks import load_tasks
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.on_disk import RECORD
 
+_COLUMNS = ("dense", "pruned", "difference")
 
-@keyword_options(sampling=CalibrationOptions, options=RunOptions)
+
+@keyword_options(sampling=CalibrationOptions, options=RunOptions, which=TaskOptions)
 def run(
     dense: str | Path,
     pruned: str | Path,
-    text_source: str | Path,
+    text_source: str | Path | None = None,
     *,
     sampling: CalibrationOptions,
     options: RunOptions,
+    which: TaskOptions,
     progress: bool = False,
+) -> dict[str, Any]:
+    """Compare two checkpoints, one in memory at a time.
+
+    Returns:
+        The fields of Fidelity, over the text; `tasks`, those of a TaskResult for each metric.
+    """
+    if text_source is None and which.tasks is None:
+        raise ArgumentError("evaluate needs text (--text SOURCE), tasks (--tasks NAMES), or both")
+    sources = [open_source(dense), open_source(pruned)]
+    result: dict[str, Any] = {}
+    if which.tasks is not None:
+        blueprints = blueprints_for_tasks(sources, options, sampling.seq_len)
+        loaded = load_tasks(which)
+    if text_source is not None:
+        result = asdict(_fidelity(sources, text_source, sampling, options, progress))
+    if which.tasks is not None:
+        rows = run_tasks(
+            blueprints, loaded, which.limit, options.batch_size, sampling.seq_len, progress
+        )
+        result["tasks"] = [asdict(row) for row in rows]
+    return result
+
+
+def _fidelity(
+    sources: Sequence[ModelSource],
+    text_source: str | Path,
+    sampling: CalibrationOptions,
+    options: RunOptions,
+    progress: bool,
 ) -> Fidelity:
     """Compare two checkpoints over a text; over all of it, in order, if samples is None.
 
     One model is in memory at a time (or a layer of it), with the dense one's final hidden states.
     """
-    sources = [open_source(dense), open_source(pruned)]
     data = calibrate(text_source, sources[0], sampling, evaluation=True)
     check_windows(data.batches)
     check_vocabularies(*(source.spec.vocab_size for source in sources))
@@ -77,11 +113,26 @@ def _warn_of_calibration_text(pruned: ModelSource, data: TokenData) -> None:
         say(f"{name} calibrated the pruned model, which flatters it; use held-out text")
 
 
-def text(fidelity: Fidelity) -> str:
-    """Return a fidelity as people read it."""
-    return (
-        f"KL(dense || pruned)  {fidelity.kl_nats:.4f} nats\n"
-        f"perplexity           {fidelity.ppl_dense:.3f} dense, {fidelity.ppl_pruned:.3f} pruned\n"
-        f"top-1 agreement      {fidelity.top1_agreement:.2%}\n"
-        f"over                 {fidelity.tokens} tokens"
-    )
+def text(result: dict[str, Any]) -> str:
+    """Return what `run` found as people read it."""
+    parts = []
+    if "kl_nats" in result:
+        parts.append(
+            "KL(dense || pruned)  {kl_nats:.4f} nats\n"
+            "perplexity           {ppl_dense:.3f} dense, {ppl_pruned:.3f} pruned\n"
+            "top-1 agreement      {top1_agreement:.2%}\n"
+            "over                 {tokens} tokens".format(**result)
+        )
+    if "tasks" in result:
+        rows = [
+            (row["task"], row["metric"], *(_with_error(row, k) for k in _COLUMNS))
+            for row in result["tasks"]
+        ]
+        parts.append(text_table(("task", "metric", *_COLUMNS), rows))
+    return "\n\n".join(parts)
+
+
+def _with_error(row: dict[str, Any], column: str) -> str:
+    value = f"{row[column]:+.4f}" if column == "difference" else f"{row[column]:.4f}"
+    error = row[f"{column}_stderr"]
+    return value if error is None else f"{value} ± {error:.4f}"

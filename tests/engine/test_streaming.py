@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -224,4 +225,4 @@ def test_evaluation_by_path_is_that_of_loaded_models(
             *folders, tmp_path / "ids.npy", samples=None, batch_size=2, device="cpu", dtype=dtype,
             offload=offload,
         )  # fmt: skip
-        assert got == expected
+        assert got == asdict(expected)
