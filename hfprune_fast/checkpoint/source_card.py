@@ -13,7 +13,7 @@ from hfprune_fast.errors import one_line
 CARD = "README.md"
 _MAX_BYTES = 256 << 10
 _MAX_DEPTH, _MAX_LANGUAGES = 16, 300
-_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n((?:.*?\n)?)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _NAME = re.compile(r"[\w.+-]{1,100}", re.ASCII)
 _LINK = re.compile(r"[\w.:/%#?&=~+-]{1,300}", re.ASCII)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfprune_fast.checkpoint.ours import real
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import CalibrationOptions, OutputOptions, ReportOptions, RunOptions
 from hfprune_fast.console import say, to_path
@@ -56,7 +57,7 @@ class AfterPruning:
             texts = [Path(text) for text in (calibration, options.text) if text is not None]
             there = [text for text in texts if text.exists()]
             check_report(report, [source.folder, *there], force=output.force)
-            if out.resolve() in (report.resolve(), *report.resolve().parents):
+            if real(out) in (real(report), *real(report).parents):
                 raise OutputError(f"report {report} is inside out {out}; choose a place beside it")
         data = None if options.text is None else held_out(options.text, source, sampling)
         return cls(source, out, run, output.force, data, report)

@@ -99,12 +99,8 @@ def oneshot(
     Raises:
         HFPruneError: bad input, one line, before any work where that is possible.
     """
-    if scores is not None and scoring.resume:
-        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
     out, processes = to_path(out, "out"), launched() if distributed else Processes()
-    given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
-    if not isinstance(given, ImportanceTable | None):
-        raise ArgumentError(f"scores must be an ImportanceTable or its file, got {shown(scores)}")
+    given = _given(scores, scoring)
     resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     spec, widths = source.spec, WidthBudget.of(source.spec, budget)
@@ -142,17 +138,25 @@ def oneshot(
         record = {"requested": _requested(resolved, budget, widths.step, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
         with after.log.stage("writing"):
-            achieved = prune_checkpoint(
-                source, out, keep, replace=replace, record=record, progress=progress,
-                **asdict(output),
-            )  # fmt: skip
+            written: dict[str, Any] = {"record": record, "progress": progress, **asdict(output)}
+            achieved = prune_checkpoint(source, out, keep, replace=replace, **written)
     del dense, batches, replace, job  # memory for the models that are measured
     delete_state(out)
     _say_what_could_be_closer(achieved, widths, recipe, calibration)
-    made = after.finish(table, progress)
-    return {
-        "out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify, **made
-    }  # fmt: skip
+    made = {"verified": output.verify, **after.finish(table, progress)}
+    return {"out": str(out), **achieved, **asdict(resolved), **chosen, **made}
+
+
+def _given(
+    scores: ImportanceTable | str | Path | None, scoring: ScoringOptions
+) -> ImportanceTable | None:
+    """Return the scores that are given instead of scoring."""
+    if scores is not None and scoring.resume:
+        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
+    given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
+    if not isinstance(given, ImportanceTable | None):
+        raise ArgumentError(f"scores must be an ImportanceTable or its file, got {shown(scores)}")
+    return given
 
 
 def _requested(recipe: Recipe, budget: Budget, step: int, output: OutputOptions) -> dict[str, Any]:

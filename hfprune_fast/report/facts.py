@@ -69,8 +69,9 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     dense_widths = tuple(_count(width) for width in dense)
     if len(dense) != len(widths) or any(w > d for w, d in zip(widths, dense_widths, strict=True)):
         raise ValueError("its widths are not those of the layers that it lists")
-    measured = dict(chosen.get("allocations_kl_nats") or {})
-    names = {name: ALLOCATION_NAMES.get(name, f"{name} global") for name in measured}
+    tried = dict(chosen.get("allocations_kl_nats") or {})
+    if not tried.keys() <= ALLOCATION_NAMES.keys():
+        raise ValueError("it names an allocation that is none")
     allocation = str(chosen.get("allocation", ""))
     fidelity = record.get("fidelity")
     return Facts(
@@ -84,7 +85,7 @@ def _facts(record: Mapping[str, Any]) -> Facts:
         prune_ratio=_number(achieved["prune_ratio"]),
         param_ratio=_number(achieved["param_ratio"]),
         allocation=ALLOCATION_NAMES.get(allocation, allocation),
-        allocations_kl_nats={names[name]: _number(kl) for name, kl in measured.items()},
+        allocations_kl_nats={ALLOCATION_NAMES[name]: _number(kl) for name, kl in tried.items()},
         measurement=None if fidelity is None else _measurement(fidelity),
     )
 

@@ -91,7 +91,7 @@ def _summary(facts: Facts) -> str:
             ("same top token", f"{measured.top1_agreement:.1%}", "of the positions"),
         ]
         said += (
-            f" On held-out text, {measured.tokens:,} tokens of {html.name(facts.measurement.text)}, "
+            f" On {measured.tokens:,} held-out tokens of {html.name(facts.measurement.text)}, "
             f"both models expect the same next token at {measured.top1_agreement:.1%} of the "
             f"positions, and perplexity goes from {measured.ppl_dense:.2f} to "
             f"{measured.ppl_pruned:.2f}."
@@ -180,8 +180,8 @@ def _positions(measured: Measurement) -> str:
     text = (
         "<p>How far the pruned model’s next-token distribution is from the dense one’s, on text "
         "that it was not calibrated on. 0 nats: no difference.</p>\n"
-        + html.table((), rows, "pairs")
     )
+    text += html.table((), rows, "pairs")
     if not measured.by_position:
         return html.section("Fidelity", text)
     picture = pictures.kl_by_position(measured.by_position, fidelity.kl_nats)
@@ -194,7 +194,7 @@ def _changed(changed: Sequence[ChangedToken]) -> str:
     rows = [
         (
             f"{each.kl_nats:.2f}",
-            f'<span class="token">{escape(each.context)}</span>',
+            f'<span class="token">{escape(printable(each.context))}</span>',
             _labelled("follows", _token(each.follows) if each.follows else "<i>end</i>"),
             _labelled("dense", f"{_token(each.dense_top)} {each.dense_probability:.0%}"),
             _labelled("pruned", f"{_token(each.pruned_top)} {each.pruned_probability:.0%}"),
@@ -216,7 +216,7 @@ def _labelled(label: str, cell: str) -> str:
 
 
 def _token(text: str) -> str:
-    return f'<span class="token">{escape(text.replace(" ", "␣"))}</span>'
+    return f'<span class="token">{escape(printable(text.replace(" ", "␣")))}</span>'
 
 
 def _run(report: Report) -> str:
@@ -266,10 +266,8 @@ def _loading(report: Report) -> str:
 
 
 def _about(report: Report) -> str:
-    rows = [
-        (escape(name), html.code(printable(value)[: html.MAX_CHARS]))
-        for name, value in report.about
-    ]
+    values = [(name, printable(value)[: html.MAX_CHARS]) for name, value in report.about]
+    rows = [(escape(name), html.code(value)) for name, value in values]
     if not rows:
         return ""
     return html.section("How it was made", "", more=html.table((), rows, "pairs"))

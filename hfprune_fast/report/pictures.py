@@ -151,6 +151,7 @@ def allocations(kl_nats: Mapping[str, float], chosen: str) -> str:
     bars = axis.barh(names, values, height=0.68, color=colours)
     axis.bar_label(bars, [f"{value:.4f}" for value in values], padding=4, fontsize=10)
     axis.set(xlabel="KL(dense to pruned), nats a token", xlim=(0, max(values) * 1.18 or 1))
+    axis.locator_params(axis="x", nbins=5)
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x")
