@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from hfprune_fast.evaluation.changes import PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
 
 ALLOCATION_NAMES = {"0.0": "uniform", "0.5": "halfway", "1.0": "global"}
-_MAX_LAYERS, _MAX_BINS = 10_000, 1000
+_MAX_LAYERS, _MAX_BINS, _MAX_KL_NATS = 10_000, 1000, 1e6
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Facts:
     """A pruning, as its record has it."""
 
     base_model: str
-    made_by: str  # the version of hfprune_fast
     layout: str
     widths: tuple[int, ...]  # neurons kept in each layer
     dense_widths: tuple[int, ...]
@@ -67,7 +66,8 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     if dense is None:
         dense = [achieved["dense_intermediate_size"]] * len(widths)
     dense_widths = tuple(_count(width) for width in dense)
-    if len(dense) != len(widths) or any(w > d for w, d in zip(widths, dense_widths, strict=True)):
+    pairs = zip(widths, dense_widths, strict=True)  # a ValueError if they are not as many
+    if not all(1 <= width <= dense_width for width, dense_width in pairs):
         raise ValueError("its widths are not those of the layers that it lists")
     tried = dict(chosen.get("allocations_kl_nats") or {})
     if not tried.keys() <= ALLOCATION_NAMES.keys():
@@ -76,7 +76,6 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     fidelity = record.get("fidelity")
     return Facts(
         base_model=str(record["base_model"]),
-        made_by=str(record.get("hfprune_fast", "")),
         layout=str(achieved.get("layout", "uniform")),
         widths=widths,
         dense_widths=dense_widths,
@@ -85,28 +84,37 @@ def _facts(record: Mapping[str, Any]) -> Facts:
         prune_ratio=_number(achieved["prune_ratio"]),
         param_ratio=_number(achieved["param_ratio"]),
         allocation=ALLOCATION_NAMES.get(allocation, allocation),
-        allocations_kl_nats={ALLOCATION_NAMES[name]: _number(kl) for name, kl in tried.items()},
+        allocations_kl_nats={
+            ALLOCATION_NAMES[name]: _number(kl, _MAX_KL_NATS) for name, kl in tried.items()
+        },
         measurement=None if fidelity is None else _measurement(fidelity),
     )
 
 
 def _measurement(fidelity: Mapping[str, Any]) -> Measurement:
-    bins = list(fidelity.get("kl_nats_by_position", []))[:_MAX_BINS]
+    listed = list(fidelity.get("kl_nats_by_position", []))[:_MAX_BINS]
+    bins = tuple(
+        PositionBin(_count(a), _count(b), _number(kl, _MAX_KL_NATS), _count(n))
+        for a, b, kl, n in listed
+    )
+    ends = [-1, *(each.last for each in bins)]
+    if any(e.first != end + 1 or e.last <= end for e, end in zip(bins, ends, strict=False)):
+        raise ValueError("its positions do not follow one another")
     return Measurement(
         str(fidelity["text"]),
         Fidelity(
-            kl_nats=_number(fidelity["kl_nats"]),
+            kl_nats=_number(fidelity["kl_nats"], _MAX_KL_NATS),
             ppl_dense=_number(fidelity["ppl_dense"]),
             ppl_pruned=_number(fidelity["ppl_pruned"]),
             top1_agreement=_number(fidelity["top1_agreement"]),
             tokens=_count(fidelity["tokens"]),
         ),
-        tuple(PositionBin(int(a), int(b), _number(kl), _count(n)) for a, b, kl, n in bins),
+        bins,
     )
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _number(value: Any, most: float = sys.float_info.max) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= most:
         raise ValueError(f"a number is {shown(value)}")
     return float(value)
 

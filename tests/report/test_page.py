@@ -70,7 +70,7 @@ def report_of(layers: int = 3, dense: int = 96, layout: str = "custom", **change
         dense - step * (1 + layer % 3 * (layout != "uniform")) for layer in range(layers)
     )
     facts = Facts(
-        base_model="org/model", made_by="0.1.0", layout=layout, widths=widths,
+        base_model="org/model", layout=layout, widths=widths,
         dense_widths=(dense,) * layers, params=902_272, dense_params=1_049_728, prune_ratio=0.25,
         param_ratio=0.14, allocation="halfway",
         allocations_kl_nats={"uniform": 0.05, "halfway": 0.03, "global": 0.04},
@@ -201,7 +201,10 @@ def test_a_record_is_read_as_it_is_written() -> None:
         (["achieved", "dense_mlp_widths"], [4]), (["achieved", "dense_intermediate_size"], 10**30),
         (["chosen", "allocations_kl_nats"], {"0.0": "<b>"}), (["chosen"], [1]),
         (["fidelity"], {}), (["fidelity", "kl_nats"], float("inf")),
-        (["fidelity", "kl_nats_by_position"], [[0, 1]]), (["fidelity", "tokens"], True),
+        (["fidelity", "kl_nats_by_position"], [[0, 1]]),
+        (["fidelity", "kl_nats_by_position"], [[0, 3, 0.1, 9], [2, 5, 0.1, 9]]),
+        (["fidelity", "kl_nats_by_position"], [[0, 3, 1e300, 9]]), (["keep"], {"0": []}),
+        (["achieved", "dense_mlp_widths"], [0, 0]), (["fidelity", "tokens"], True),
     ],
 )  # fmt: skip
 def test_a_damaged_record_is_one_line(where: Sequence[str], value: Any) -> None:
