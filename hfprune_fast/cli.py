@@ -25,6 +25,7 @@ from hfprune_fast.config import (
     CalibrationOptions,
     OutputOptions,
     RecipeChanges,
+    ReportOptions,
     RunOptions,
     ScoringOptions,
     TaskOptions,
@@ -99,6 +100,7 @@ def score(
 @flags(RecipeChanges)
 @flags(Budget)
 @flags(OutputOptions)
+@flags(ReportOptions)
 @flags(CalibrationOptions)
 @flags(ScoringOptions)
 @flags(RunOptions)
@@ -163,6 +165,24 @@ def export(pruned: str, as_json: bool, debug: bool, **flags: Any) -> None:
     from hfprune_fast.commands import export as command
 
     result = command.run(pruned, **flags)
+    _print(as_json, result, command.text(result))
+
+
+@cli.command()
+@click.argument("pruned")
+@click.option("--out", type=Path, default="report.html", show_default=True, metavar="FILE")
+@click.option("--scores", type=Path, metavar="FILE", help="The scores that PRUNED was chosen by.")
+@click.option("--dense", metavar="MODEL", help="The dense model, to compare PRUNED with.")
+@click.option("--text", metavar="SOURCE", help="Held-out text to compare the two over.")
+@flags(CalibrationOptions, samples=None)
+@flags(RunOptions)
+@force
+@common
+def report(pruned: str, out: Path, as_json: bool, debug: bool, **flags: Any) -> None:
+    """Write a page (HTML) with pictures of a pruned model."""
+    from hfprune_fast.commands import report as command
+
+    result = command.run(pruned, out, progress=True, **flags)
     _print(as_json, result, command.text(result))
 
 

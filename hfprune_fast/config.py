@@ -193,6 +193,26 @@ class OutputOptions(Options):
 
 
 @dataclass(frozen=True)
+class ReportOptions(Options):
+    """What is measured and drawn when a pruned checkpoint is written."""
+
+    text: str | None = option(
+        None,
+        "Held-out text to measure the result on, all of it, for the model card and the report.",
+        metavar="SOURCE",
+    )
+    report: str | None = option(
+        None, "Write a page (HTML) with pictures of the result and the run.", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("text", "report"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
 class Recipe(Options):
     """How neurons are chosen and what is done with the others: one switch each.
 

@@ -39,7 +39,7 @@ def test_wheel_holds_kernels_the_tiny_model_types_and_the_extension(tmp_path: Pa
         assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "kernels").glob("*.py"):
         assert f"hfprune_fast/kernels/{path.name}" in names
-    assert {"hfprune_fast/py.typed", "hfprune_fast/_C.pyi"} <= names
+    assert {f"hfprune_fast/{name}" for name in ("py.typed", "_C.pyi", "report/page.css")} <= names
     assert not any(name.startswith(("kernels/", "tests/", "bench/", "csrc/")) for name in names)
     if native.UNUSED_REASON is None:
         assert any(name.startswith("hfprune_fast/_C.") and ".so" in name for name in names)

@@ -17,6 +17,7 @@ LAYERS = [
     {"__init__", "cli"},
     {"commands"},
     {"pruning", "recovery"},
+    {"report"},
     {"scoring", "evaluation"},
     {"engine"},
     {"checkpoint", "data"},

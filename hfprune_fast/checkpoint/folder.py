@@ -24,8 +24,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 64 << 20
 _SHARD_NAME = re.compile(r"\w[\w. +@=-]{0,200}\.safetensors")
-# What `from_pretrained` needs; nothing else is downloaded.
-_HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+# What `from_pretrained` needs, and the card with the licence; nothing else is downloaded.
+_HUB_FILES = (
+    *("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

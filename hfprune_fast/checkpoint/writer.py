@@ -221,6 +221,11 @@ def _forget_cached(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
-    """Write JSON in ASCII: control characters of names and metadata are escaped."""
+    """Write a JSON file as `json_text` makes it."""
+    path.write_text(json_text(value, indent), encoding="utf-8")
+
+
+def json_text(value: dict[str, Any], indent: int | None = 2) -> str:
+    """Return JSON in ASCII: control characters of names and metadata are escaped."""
     text = json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
-    path.write_text(f"{text}\n", encoding="utf-8")
+    return f"{text}\n"

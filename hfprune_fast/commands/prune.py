@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hfprune_fast.commands import evaluate
+from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.models.spec import suits_text
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.oneshot import oneshot
@@ -32,9 +34,14 @@ def text(result: dict[str, Any], model: str) -> str:
             "loads with transformers after `import hfprune_fast`, or with trust_remote_code=True; "
             "--allocation uniform makes a plain checkpoint\n"
         )
+    ending = f"next: hfprune evaluate {model} {result['out']} --text SOURCE"
+    if "fidelity" in result:
+        ending = evaluate.text(Fidelity(**result["fidelity"]))
+    if "report" in result:
+        ending += f"\nreport               {result['report']}"
     return (
         f"{result['out']}: {widths} ({result['prune_ratio']:.2%} of the neurons), "
         f"{result['dense_params']:,} -> {result['params']:,} parameters "
         f"({result['param_ratio']:.2%} removed)\n{suits_text(kept)}\n"
-        f"{loading}next: hfprune evaluate {model} {result['out']} --text SOURCE"
+        f"{loading}{ending}"
     )

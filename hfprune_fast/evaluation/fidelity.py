@@ -20,6 +20,7 @@ from torch import Tensor
 from hfprune_fast.data.batches import MicroBatch, as_batches, token_data
 from hfprune_fast.engine.layerwise import Linear, ResidentModel, own_modes
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
+from hfprune_fast.evaluation.changes import TokenChanges
 from hfprune_fast.models.sites import plain_model
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ def compare(
     pruned_hidden: Iterable[Tensor],
     dense_head: Linear,
     pruned_head: Linear,
+    changes: TokenChanges | None = None,
 ) -> Fidelity:
-    """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time."""
+    """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time.
+
+    `changes` takes the KL of each position too.
+    """
     rows = max(1, _CHUNK_ELEMENTS // len(dense_head.weight))
     sums = torch.zeros(4, dtype=torch.float64)  # kl, cross entropy dense and pruned, agreements
     positions = predicted = 0
@@ -97,14 +102,17 @@ def compare(
                     chunk = slice(start, min(start + rows, length))
                     p_logits = dense_head(p_all[i, chunk])
                     q_logits = pruned_head(q_all[i, chunk])
-                    sums += _compare(p_logits, q_logits, labels[chunk])
+                    log_p, log_q, kl = _rows(p_logits, q_logits)
+                    sums += _sums(p_logits, q_logits, log_p, log_q, kl, labels[chunk])
+                    if changes is not None:
+                        changes.add(batch.first + i, start, log_p, log_q, kl)
                 positions += length
                 predicted += length - 1
-    kl, ce_dense, ce_pruned, agreements = sums.tolist()
-    if not all(math.isfinite(x) for x in (kl, ce_dense, ce_pruned)):
+    kl_sum, ce_dense, ce_pruned, agreements = sums.tolist()
+    if not all(math.isfinite(x) for x in (kl_sum, ce_dense, ce_pruned)):
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
     return Fidelity(
-        kl_nats=kl / positions,
+        kl_nats=kl_sum / positions,
         ppl_dense=math.exp(min(ce_dense / predicted, _MAX_CROSS_ENTROPY_NATS)),
         ppl_pruned=math.exp(min(ce_pruned / predicted, _MAX_CROSS_ENTROPY_NATS)),
         top1_agreement=agreements / positions,
@@ -112,13 +120,20 @@ def compare(
     )
 
 
-def _compare(dense: Tensor, pruned: Tensor, labels: Tensor) -> Tensor:
-    """Return the (4,) fp64 sums over one chunk of (rows, V) logits."""
+def _rows(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p and log q, (rows, V) fp32, and KL(p || q), (rows,), of one chunk of logits."""
     log_p = torch.log_softmax(dense.float(), dim=-1)
     log_q = torch.log_softmax(pruned.to(log_p.device).float(), dim=-1)
-    labels = labels.to(log_p.device)
     # Where p is 0 (logit -inf) the term is 0, whatever q is.
     kl = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -torch.inf, 0).sum(dim=-1)
+    return log_p, log_q, kl
+
+
+def _sums(
+    dense: Tensor, pruned: Tensor, log_p: Tensor, log_q: Tensor, kl: Tensor, labels: Tensor
+) -> Tensor:
+    """Return the (4,) fp64 sums over one chunk of rows."""
+    labels = labels.to(log_p.device)
     has_next = labels >= 0
     index = labels.clamp(min=0)[:, None]
     return torch.stack(

@@ -94,7 +94,7 @@ def _record(source: ModelSource, widths: Sequence[int], layout: str) -> dict[str
     dense = achieved["dense_params"]
     achieved |= {"params": sizes["params"], "param_ratio": 1 - sizes["params"] / dense}
     achieved |= {"layout": layout, "mlp_widths": list(widths)}
-    kept = ("base_model", "requested", "chosen", "provenance", "keep")
+    kept = ("base_model", "requested", "chosen", "provenance", "fidelity", "keep")
     return {**{name: found[name] for name in kept if name in found}, "achieved": achieved}
 
 

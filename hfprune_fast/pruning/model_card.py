@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hfprune_fast._version import __version__
 from hfprune_fast.models.spec import suits_text, widths_text
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 PAPER = "arXiv 2603.08083"
 _MAX_CHARS = 200  # of a name
@@ -22,9 +26,16 @@ _CHANGED = {
     "wide as the widest.",
 }
 _LOADING = {
-    "custom": " after `import hfprune_fast`, or with\n`trust_remote_code=True`, which runs this "
+    "custom": " after `import hfprune_fast`, or with `trust_remote_code=True`, which runs this "
     "folder's `modeling_hfprune.py`",
 }
+
+
+def loading_text(layout: str) -> str:
+    """Say how a checkpoint of this layout is loaded."""
+    if layout == "decilm":
+        return "Load it with vLLM, `--trust-remote-code`; transformers has no class for it."
+    return f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
 
 
 def neurons_text(achieved: dict[str, Any]) -> str:
@@ -35,7 +46,7 @@ def neurons_text(achieved: dict[str, Any]) -> str:
     return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
 
 
-def _recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
+def recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
     """Say how the neurons were chosen, and what became of the others."""
     if requested["select"] == "obs":
         ranked = "what a removal costs when the others are refitted (criterion `fisher`)"
@@ -56,8 +67,62 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#!|~$&@:])", r"\\\1", shown)
 
 
-def model_card(record: dict[str, Any]) -> str:
-    """Return README.md of a pruned checkpoint, from the record that becomes its hfprune.json."""
+def _front_matter(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return the card's metadata, by which the hub finds, lists and compares models."""
+    from huggingface_hub import ModelCardData
+
+    base_model = record["base_model"]
+    given = {**facts, "pipeline_tag": "text-generation", "library_name": "transformers"}
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base_model, re.ASCII):  # a name on the hub
+        # The hub has no word for a pruned model; this is its word for other weights of the same.
+        given |= {"base_model": base_model, "base_model_relation": "finetune"}
+    if "fidelity" in record:
+        given["model_name"] = f"{base_model.split('/')[-1][:_MAX_CHARS]}, pruned"
+        given["eval_results"] = _eval_results(record["fidelity"])
+    return ModelCardData(**given, tags=["pruned", "hfprune"]).to_yaml()
+
+
+def _eval_results(fidelity: Mapping[str, Any]) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    text = str(fidelity["text"])[:_MAX_CHARS]
+    metrics = {
+        "perplexity": ("Perplexity", fidelity["ppl_pruned"]),
+        "perplexity_dense": ("Perplexity of the dense model", fidelity["ppl_dense"]),
+        "kl_divergence": ("KL(dense || pruned), nats a token", fidelity["kl_nats"]),
+        "top1_agreement": ("Top-1 agreement with the dense model", fidelity["top1_agreement"]),
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=text,
+            dataset_name=f"{text}, {fidelity['tokens']} held-out tokens",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=value,
+        )
+        for metric, (name, value) in metrics.items()
+    ]
+
+
+def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say what was measured on held-out text."""
+    ppl_dense, ppl_pruned = fidelity["ppl_dense"], fidelity["ppl_pruned"]
+    return [
+        ("KL(dense to pruned)", f"{fidelity['kl_nats']:.4f} nats a token"),
+        ("perplexity", f"{ppl_pruned:.2f}, dense {ppl_dense:.2f}"),
+        ("top-1 agreement", f"{fidelity['top1_agreement']:.1%}"),
+        ("measured on", f"{escaped(str(fidelity['text']))}, {fidelity['tokens']:,} tokens"),
+    ]
+
+
+def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return README.md of a pruned checkpoint.
+
+    Args:
+        record: what becomes its hfprune.json; with "fidelity", as `pruning.measured` records it.
+        facts: the source's licence and languages, as `checkpoint.source_card` reads them.
+    """
     base_model, achieved = record["base_model"], record["achieved"]
     provenance = record.get("provenance", {})
     rows = [
@@ -69,24 +134,20 @@ def model_card(record: dict[str, Any]) -> str:
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]
     if "criterion" in record.get("requested", {}):
-        rows += _recipe_rows(record["requested"], record.get("chosen", {}))
+        rows += recipe_rows(record["requested"], record.get("chosen", {}))
     calibration = provenance.get("calibration")
     if isinstance(calibration, dict) and "source" in calibration:
         rows.append(("calibration", escaped(str(calibration["source"]))))
     if {"samples", "tokens"} <= provenance.keys():
         size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
         rows.append(("calibration size", escaped(size)))
+    if "fidelity" in record:
+        rows += fidelity_rows(record["fidelity"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     layout = achieved.get("layout", "uniform")
     by = f"hfprune_fast {__version__}, after HFPrune ({PAPER})"
-    loading = f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
-    if layout == "decilm":
-        loading = "Load it with vLLM, `--trust-remote-code`; transformers has no class for it."
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base_model, re.ASCII)
-    on_hub = f"base_model: {base_model}\n" if is_hub_name else ""
     return f"""---
-library_name: transformers
-{on_hub}tags: [pruned, hfprune]
+{_front_matter(record, facts)}
 ---
 
 # {escaped(base_model.split("/")[-1])}, pruned
@@ -98,6 +159,6 @@ No training followed.
 |---|---|
 {table}
 
-{loading} Which neurons were kept, and by what they were
+{loading_text(layout)} Which neurons were kept, and by what they were
 chosen, is in `hfprune.json`.
 """

@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from hfprune_fast._version import __version__
-from hfprune_fast.checkpoint.atomic import check_writable, whole_folder
+from hfprune_fast.checkpoint.atomic import check_writable, whole_folder, write_whole
 from hfprune_fast.checkpoint.carried import carry
 from hfprune_fast.checkpoint.folder import INDEX, read_json_object
 from hfprune_fast.checkpoint.layouts import check_native, code_files, config_of, shipped_code
 from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.checkpoint.writer import Writing, write_json
+from hfprune_fast.checkpoint.source_card import CARD, source_card
+from hfprune_fast.checkpoint.writer import Writing, json_text, write_json
 from hfprune_fast.config import OutputOptions
 from hfprune_fast.console import parse_bytes, say, to_path
 from hfprune_fast.errors import CheckpointError, OutputError
@@ -31,7 +32,7 @@ from hfprune_fast.pruning.model_card import model_card
 
 RECORD = "hfprune.json"
 _MAX_RECORD_BYTES = 256 << 20
-_MADE_ANEW = {"config.json", RECORD, "README.md", INDEX}
+_MADE_ANEW = {"config.json", RECORD, CARD, INDEX}
 
 
 @keyword_options(output=OutputOptions)
@@ -53,8 +54,9 @@ def prune_checkpoint(
         keep: {layer: sorted int64 indices}, every layer.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
             padding) and dtype, such as a refitted down_proj; read in its turn, again to verify.
-        record: added to hfprune.json: "requested" and "provenance", which the card shows too; what
-            stands in place of what would be written, such as the "keep" of an earlier pruning.
+        record: added to hfprune.json: "requested", "provenance" and "fidelity", which the card
+            shows too; what stands in place of what would be written, such as the "keep" of an
+            earlier pruning.
         progress: show a bar on stderr.
 
     Returns:
@@ -93,7 +95,8 @@ def prune_checkpoint(
     with whole_folder(target, output.force, foreign_files) as partial:
         write_json(partial / "config.json", config_of(source.config, widths, layout))
         writing.write(partial, progress)
-        (partial / "README.md").write_text(model_card(full_record), encoding="utf-8")
+        card = model_card(full_record, source_card(source.folder))
+        (partial / CARD).write_text(card, encoding="utf-8")
         made_anew = {*_MADE_ANEW, *source.shards, *code_files(source.config)}
         left_out = carry(source.folder, partial, made_anew)
         for name, code in shipped_code(layout).items():
@@ -129,10 +132,27 @@ def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: i
     check_writable(out, needed_bytes)
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what hfprune.json of a pruned model says, or raise CheckpointError."""
+    if not (folder / RECORD).is_file():
+        raise CheckpointError(
+            f"{folder} has no {RECORD}; expected the folder of a model that hfprune has pruned"
+        )
+    return read_json_object(folder / RECORD, _MAX_RECORD_BYTES)
+
+
+def add_to_record(source: ModelSource, out: Path, more: Mapping[str, Any]) -> None:
+    """Add to the record of a pruned checkpoint of `source`, and to its card what that shows."""
+    record = {**read_record(out), **more}
+    card = model_card(record, source_card(source.folder))
+    for name, text in ((CARD, card), (RECORD, json_text(record, indent=None))):
+        write_whole(out / name, text.encode())
+
+
 def foreign_files(out: Path) -> list[str]:
     """Return what is in an earlier output, at any depth, but not in the list of its record."""
     try:
-        written = set(read_json_object(out / RECORD, _MAX_RECORD_BYTES)["files"])
+        written = set(read_record(out)["files"])
     except (CheckpointError, KeyError, TypeError):
         written = set()
     return sorted(_files_in(out) - written)

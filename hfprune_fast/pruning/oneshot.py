@@ -26,6 +26,7 @@ from hfprune_fast.config import (
     OutputOptions,
     Recipe,
     RecipeChanges,
+    ReportOptions,
     RunOptions,
     ScoringOptions,
     resolve_recipe,
@@ -38,6 +39,7 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
+from hfprune_fast.pruning.after import AfterPruning
 from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
@@ -58,6 +60,7 @@ _TOKENS_A_NEURON = 8
     run=RunOptions,
     scoring=ScoringOptions,
     output=OutputOptions,
+    reported=ReportOptions,
 )
 @own_modes()
 def oneshot(
@@ -75,6 +78,7 @@ def oneshot(
     run: RunOptions,
     scoring: ScoringOptions,
     output: OutputOptions,
+    reported: ReportOptions,
 ) -> dict[str, Any]:
     """Score a model, choose its neurons, refit what stays and write the smaller checkpoint.
 
@@ -90,17 +94,13 @@ def oneshot(
 
     Returns:
         What was achieved: `out`, widths, parameters, ratios, the recipe, the allocation chosen and
-        its KL in nats; empty in the other processes of torchrun.
+        its KL in nats, the fidelity if `text` is given; empty in the other processes of torchrun.
 
     Raises:
         HFPruneError: bad input, one line, before any work where that is possible.
     """
-    if scores is not None and scoring.resume:
-        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
     out, processes = to_path(out, "out"), launched() if distributed else Processes()
-    given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
-    if not isinstance(given, ImportanceTable | None):
-        raise ArgumentError(f"scores must be an ImportanceTable or its file, got {shown(scores)}")
+    given = _given(scores, scoring)
     resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     spec, widths = source.spec, WidthBudget.of(source.spec, budget)
@@ -113,33 +113,50 @@ def oneshot(
         given = data_free_table(source, resolved.criterion, sampling.seed)
     if given is not None and processes.rank > 0:
         return {}
+    after = AfterPruning.of(source, out, calibration, sampling, run, output, reported, processes)
     job = None
     if given is None or resolved.refit:
         criteria = () if resolved.criterion in DATA_FREE else (resolved.criterion,)
         obs = resolved.select == "obs"
         job = open_job(source, calibration, criteria, obs, sampling, run, scoring, processes)
+    table, batches, dense = given, list[MicroBatch](), None
     with ExitStack() as stack:
-        table, batches = given, list[MicroBatch]()
-        dense: ResidentModel | None = None
         if job is not None:
-            dense, batches, table = _open_and_score(
-                stack, job, given, run, state_of(out), resolved.refit, progress
-            )
+            with after.log.stage("scoring" if given is None else "opening the model"):
+                dense, batches, table = _open_and_score(
+                    stack, job, given, run, state_of(out), resolved.refit, progress
+                )
         if table is None or processes.rank > 0:
             return {}
         if given is None:
             stack.enter_context(saved_on_failure(table, out))
         importance = table.importance(resolved.ranks_by, resolved.criterion)
-        keep, chosen = allocation.choose(dense, batches, importance, widths, resolved, progress)
-        replace = refit_stored(dense, batches, source, keep, progress) if dense else None
+        with after.log.stage("choosing the neurons"):
+            keep, chosen = allocation.choose(dense, batches, importance, widths, resolved, progress)
+        with after.log.stage("refitting"):
+            replace = refit_stored(dense, batches, source, keep, progress) if dense else None
         record = {"requested": _requested(resolved, budget, widths.step, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
-        achieved = prune_checkpoint(
-            source, out, keep, replace=replace, record=record, progress=progress, **asdict(output)
-        )
+        with after.log.stage("writing"):
+            written: dict[str, Any] = {"record": record, "progress": progress, **asdict(output)}
+            achieved = prune_checkpoint(source, out, keep, replace=replace, **written)
+    del dense, batches, replace, job  # memory for the models that are measured
     delete_state(out)
     _say_what_could_be_closer(achieved, widths, recipe, calibration)
-    return {"out": str(out), **achieved, **asdict(resolved), **chosen, "verified": output.verify}
+    made = {"verified": output.verify, **after.finish(table, progress)}
+    return {"out": str(out), **achieved, **asdict(resolved), **chosen, **made}
+
+
+def _given(
+    scores: ImportanceTable | str | Path | None, scoring: ScoringOptions
+) -> ImportanceTable | None:
+    """Return the scores that are given instead of scoring."""
+    if scores is not None and scoring.resume:
+        raise ArgumentError("--resume continues scoring, so with --calibration, not --scores")
+    given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
+    if not isinstance(given, ImportanceTable | None):
+        raise ArgumentError(f"scores must be an ImportanceTable or its file, got {shown(scores)}")
+    return given
 
 
 def _requested(recipe: Recipe, budget: Budget, step: int, output: OutputOptions) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import hfprune_fast as hf
 from hfprune_fast.console import display_name
@@ -48,3 +49,40 @@ def test_the_name_of_a_cached_model_is_the_hubs(tmp_path: Path) -> None:
     ):
         (tmp_path / cache / "snapshots" / "0a1b").mkdir(parents=True)
         assert display_name(tmp_path / cache / "snapshots" / "0a1b") == name
+
+
+FIDELITY = {
+    "text": "heldout.txt", "tokens": 1000, "kl_nats": 0.03, "ppl_dense": 31.2, "ppl_pruned": 32.1,
+    "top1_agreement": 0.87,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["heldout.txt", *HOSTILE])
+def test_the_hub_reads_the_card(llama_dir: Path, tmp_path: Path, text: str) -> None:
+    (llama_dir / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nlanguage: [en]\n---\n"
+    )
+    record = {"base_model": "org/some-model", "fidelity": {**FIDELITY, "text": text}}
+    hf.prune_checkpoint(llama_dir, tmp_path / "out", KEEP, record=record)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data.to_dict()
+    (result,) = data.pop("model-index")[0]["results"]
+    assert data == {
+        "base_model": "org/some-model", "base_model_relation": "finetune", "language": ["en"],
+        "library_name": "transformers", "license": "other", "license_name": "own",
+        "license_link": "LICENSE", "pipeline_tag": "text-generation", "tags": ["pruned", "hfprune"],
+    }  # fmt: skip
+    assert result["dataset"]["type"] == text[:200]
+    values = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert values == {
+        "perplexity": 32.1, "perplexity_dense": 31.2, "kl_divergence": 0.03, "top1_agreement": 0.87,
+    }  # fmt: skip
+    assert "| perplexity | 32.10, dense 31.20 |" in card.content
+
+
+def test_what_is_not_known_is_left_out(llama_dir: Path, tmp_path: Path) -> None:
+    hf.prune_checkpoint(
+        llama_dir, tmp_path / "out", KEEP
+    )  # of a folder that has no name on the hub
+    data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+    assert data.keys() == {"library_name", "pipeline_tag", "tags"}

@@ -1,0 +1,54 @@
+"""hfprune report: one page with pictures of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hfprune_fast.checkpoint.folder import find_model
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import CalibrationOptions, RunOptions
+from hfprune_fast.errors import ArgumentError
+from hfprune_fast.options import keyword_options
+from hfprune_fast.pruning.measured import held_out, measure
+from hfprune_fast.pruning.on_disk import read_record
+from hfprune_fast.pruning.reporting import check_report, write_report
+from hfprune_fast.report.facts import read_facts
+from hfprune_fast.scoring.table import ImportanceTable
+
+
+@keyword_options(sampling=CalibrationOptions, options=RunOptions)
+def run(
+    pruned: str | Path,
+    out: Path,
+    *,
+    scores: Path | None = None,
+    dense: str | None = None,
+    text: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+    sampling: CalibrationOptions,
+    options: RunOptions,
+) -> dict[str, Any]:
+    """Write a report of what hfprune.json holds; of the scores and a measurement if given."""
+    if (dense is None) != (text is None):
+        raise ArgumentError("--dense MODEL and --text SOURCE go together: one is compared over it")
+    folder = find_model(pruned)
+    read = [Path(name) for name in (scores, dense, text) if name and Path(name).exists()]
+    check_report(out, [folder, *read], force=force)
+    facts = read_facts(read_record(folder))
+    table = None if scores is None else ImportanceTable.load(scores)
+    measured, fidelity = None, facts.measurement.fidelity if facts.measurement else None
+    if dense is not None and text is not None:
+        source = open_source(dense)
+        data = held_out(text, source, sampling)
+        measured = measure(source, folder, data, options, progress)
+        fidelity = measured.measurement.fidelity
+    write_report(out, folder, table=table, measured=measured, force=force)
+    return {"out": str(out), "fidelity": asdict(fidelity) if fidelity else None}
+
+
+def text(result: dict[str, Any]) -> str:
+    """Return what `run` did as people read it."""
+    return f"{result['out']}: open it in a browser; it is one file and needs no network"

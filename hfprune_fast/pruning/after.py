@@ -1,0 +1,92 @@
+"""What follows a pruning: the measurement on held-out text, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfprune_fast.checkpoint.ours import real
+from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.config import CalibrationOptions, OutputOptions, ReportOptions, RunOptions
+from hfprune_fast.console import say, to_path
+from hfprune_fast.data.batches import TokenData
+from hfprune_fast.engine.distributed import Processes
+from hfprune_fast.errors import OutputError
+from hfprune_fast.pruning.measured import held_out, measure
+from hfprune_fast.pruning.on_disk import add_to_record
+from hfprune_fast.pruning.reporting import check_report, write_report
+from hfprune_fast.report.run_log import RunLog
+from hfprune_fast.scoring.table import ImportanceTable
+
+
+@dataclass(frozen=True)
+class AfterPruning:
+    """What is measured and drawn once the checkpoint is whole; checked before the work."""
+
+    source: ModelSource
+    out: Path
+    run: RunOptions
+    force: bool
+    data: TokenData | None
+    report: Path | None
+    log: RunLog = field(default_factory=RunLog)
+
+    @classmethod
+    def of(
+        cls,
+        source: ModelSource,
+        out: Path,
+        calibration: str | Path | None,
+        sampling: CalibrationOptions,
+        run: RunOptions,
+        output: OutputOptions,
+        options: ReportOptions,
+        processes: Processes,
+    ) -> AfterPruning:
+        """Read the held-out text and refuse a report that cannot be written.
+
+        The first process of torchrun alone has anything to do afterwards.
+        """
+        if processes.rank > 0:
+            options = ReportOptions()
+        report = None if options.report is None else to_path(options.report, "report")
+        if report is not None:
+            texts = [Path(text) for text in (calibration, options.text) if text is not None]
+            there = [text for text in texts if text.exists()]
+            check_report(report, [source.folder, *there], force=output.force)
+            if real(out) in (real(report), *real(report).parents):
+                raise OutputError(f"report {report} is inside out {out}; choose a place beside it")
+        data = None if options.text is None else held_out(options.text, source, sampling)
+        return cls(source, out, run, output.force, data, report)
+
+    def finish(self, table: ImportanceTable, progress: bool) -> dict[str, Any]:
+        """Measure the checkpoint and write the report, as requested; return what was made."""
+        if self.data is None and self.report is None:
+            return {}
+        made: dict[str, Any] = {}
+        with self._output_stays():
+            measured = None
+            if self.data is not None:
+                with self.log.stage("measuring"):
+                    measured = measure(self.source, self.out, self.data, self.run, progress)
+                record = measured.measurement.record()
+                add_to_record(self.source, self.out, {"fidelity": record})
+                made["fidelity"] = asdict(measured.measurement.fidelity)
+            if self.report is not None:
+                write_report(
+                    self.report, self.out, table=table, measured=measured, log=self.log,
+                    force=self.force,
+                )  # fmt: skip
+                made["report"] = str(self.report)
+        return made
+
+    @contextmanager
+    def _output_stays(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # Ctrl-C too
+            say(f"{self.out} is written and whole; what came after it failed")
+            raise

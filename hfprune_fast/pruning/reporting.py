@@ -1,0 +1,129 @@
+"""The report of a pruned checkpoint: checked before the work, written as one file after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hfprune_fast.checkpoint.atomic import check_writable, write_whole
+from hfprune_fast.checkpoint.ours import check_not_read, real
+from hfprune_fast.errors import CheckpointError, OutputError, ScoresFileError
+from hfprune_fast.pruning.measured import Measured
+from hfprune_fast.pruning.model_card import loading_text, recipe_rows
+from hfprune_fast.pruning.on_disk import read_record
+from hfprune_fast.report.facts import Facts, read_facts
+from hfprune_fast.report.page import START, Report, page
+from hfprune_fast.report.pictures import check_matplotlib
+from hfprune_fast.report.run_log import RunLog, peak_bytes
+from hfprune_fast.scoring.table import ImportanceTable
+
+_UNITS = {"obs": "nats a removal costs", "act": "norm of what goes through"}
+
+
+def check_report(path: Path, read: Sequence[Path], *, force: bool) -> None:
+    """Refuse a report that cannot be drawn or written, before any work.
+
+    Args:
+        read: files and folders that must not be written to.
+    """
+    check_matplotlib()
+    check_not_read([path], read)
+    if os.path.lexists(real(path)):
+        if not force:
+            raise OutputError(f"report {path} exists; --force replaces an earlier report")
+        if not _is_report(real(path)):
+            raise OutputError(
+                f"report {path} exists and is no report of hfprune, and --force replaces nothing "
+                "else"
+            )
+    check_writable(path)
+
+
+def _is_report(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(START)) == START.encode()
+
+
+def write_report(
+    path: Path,
+    folder: Path,
+    *,
+    table: ImportanceTable | None = None,
+    measured: Measured | None = None,
+    log: RunLog | None = None,
+    force: bool = False,
+) -> None:
+    """Write the report of a pruned checkpoint, from its record and what else is at hand."""
+    record = read_record(folder)
+    facts = read_facts(record)
+    if measured is not None:
+        facts = replace(facts, measurement=measured.measurement)
+    ranked, unit = (None, "") if table is None else _ranked(table, record, facts)
+    report = Report(
+        name=folder.resolve().name,
+        facts=facts,
+        loading=loading_text(facts.layout),
+        about=_about(record),
+        ranked=ranked,
+        importance_unit=unit,
+        changed=measured.changed if measured else (),
+        seconds=log.seconds if log else {},
+        peak_bytes=peak_bytes() if log else {},
+    )
+    write_whole(real(path), page(report).encode(), lambda there: force and _is_report(there))
+
+
+def _ranked(
+    table: ImportanceTable, record: Mapping[str, Any], facts: Facts
+) -> tuple[Tensor | None, str]:
+    """Return the importance that the neurons were chosen by, in falling order, and its unit.
+
+    None if the record does not say what that was; ScoresFileError if the scores are others.
+    """
+    requested = record.get("requested")
+    if not isinstance(requested, dict) or not {"select", "criterion"} <= requested.keys():
+        return None, ""
+    statistic = "obs" if requested["select"] == "obs" else requested.get("statistic")
+    importance = table.importance(statistic, requested["criterion"])
+    ranked, order = importance.sort(dim=1, descending=True, stable=True)
+    same_sizes = tuple(importance.shape) == (len(facts.widths), max(facts.dense_widths))
+    if not same_sizes or not all(
+        order[layer, :width].sort().values.tolist() == record["keep"][str(layer)]
+        for layer, width in enumerate(facts.widths)
+    ):
+        raise ScoresFileError(
+            "these scores did not choose the neurons of this model; give those that it was pruned "
+            "by"
+        )
+    name = statistic or ""
+    return ranked, _UNITS.get(name, f"{requested['criterion']} {name}".strip())
+
+
+def _about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say how the neurons were chosen, on what, and by which versions."""
+    try:
+        rows: list[tuple[str, Any]] = []
+        if "criterion" in record.get("requested", {}):
+            rows += recipe_rows(record["requested"], record.get("chosen", {}))
+        provenance = record.get("provenance", {})
+        calibration = provenance.get("calibration", {})
+        rows += [("calibration", calibration["source"])] if "source" in calibration else []
+        if {"samples", "tokens"} <= provenance.keys():
+            size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
+            rows.append(("calibration size", size))
+        named = (("dtype", "scored in"), ("backend", "kernels"), ("seed", "seed"))
+        rows += [(label, provenance[key]) for key, label in named if key in provenance]
+        versions = dict(provenance.get("versions", {"hfprune_fast": record["hfprune_fast"]}))
+        made_with = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        return [(name, str(value)) for name, value in [*rows, ("versions", made_with)]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"hfprune.json is damaged, or not written by hfprune: {type(error).__name__} {error}"
+        ) from None

@@ -1,0 +1,125 @@
+"""What hfprune.json says, checked: it is read from a folder that anyone may have written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hfprune_fast.errors import CheckpointError, shown
+from hfprune_fast.evaluation.changes import PositionBin
+from hfprune_fast.evaluation.fidelity import Fidelity
+
+ALLOCATION_NAMES = {"0.0": "uniform", "0.5": "halfway", "1.0": "global"}
+_MAX_LAYERS, _MAX_BINS, _MAX_KL_NATS = 10_000, 1000, 1e6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Fidelity on a held-out text."""
+
+    text: str
+    fidelity: Fidelity
+    by_position: tuple[PositionBin, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Return what hfprune.json says of it; `_measurement` reads it."""
+        bins = [[b.first, b.last, b.kl_nats, b.tokens] for b in self.by_position]
+        return {"text": self.text, **vars(self.fidelity), "kl_nats_by_position": bins}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A pruning, as its record has it."""
+
+    base_model: str
+    layout: str
+    widths: tuple[int, ...]  # neurons kept in each layer
+    dense_widths: tuple[int, ...]
+    params: int
+    dense_params: int
+    prune_ratio: float
+    param_ratio: float
+    allocation: str  # what was chosen; "" if that is not recorded
+    allocations_kl_nats: dict[str, float]  # by name; empty if none was measured
+    measurement: Measurement | None
+
+
+def read_facts(record: Mapping[str, Any]) -> Facts:
+    """Return what a record says, or raise CheckpointError if it is damaged."""
+    try:
+        return _facts(record)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"hfprune.json is damaged, or not written by hfprune: {type(error).__name__} {error}"
+        ) from None
+
+
+def _facts(record: Mapping[str, Any]) -> Facts:
+    achieved, chosen = record["achieved"], record.get("chosen") or {}
+    keep = record["keep"]
+    if not 1 <= len(keep) <= _MAX_LAYERS:
+        raise ValueError(f"{len(keep)} layers")
+    widths = tuple(len(list(keep[str(layer)])) for layer in range(len(keep)))
+    dense = achieved.get("dense_mlp_widths")
+    if dense is None:
+        dense = [achieved["dense_intermediate_size"]] * len(widths)
+    dense_widths = tuple(_count(width) for width in dense)
+    pairs = zip(widths, dense_widths, strict=True)  # a ValueError if they are not as many
+    if not all(1 <= width <= dense_width for width, dense_width in pairs):
+        raise ValueError("its widths are not those of the layers that it lists")
+    tried = dict(chosen.get("allocations_kl_nats") or {})
+    if not tried.keys() <= ALLOCATION_NAMES.keys():
+        raise ValueError("it names an allocation that is none")
+    allocation = str(chosen.get("allocation", ""))
+    fidelity = record.get("fidelity")
+    return Facts(
+        base_model=str(record["base_model"]),
+        layout=str(achieved.get("layout", "uniform")),
+        widths=widths,
+        dense_widths=dense_widths,
+        params=_count(achieved["params"]),
+        dense_params=_count(achieved["dense_params"]),
+        prune_ratio=_number(achieved["prune_ratio"]),
+        param_ratio=_number(achieved["param_ratio"]),
+        allocation=ALLOCATION_NAMES.get(allocation, allocation),
+        allocations_kl_nats={
+            ALLOCATION_NAMES[name]: _number(kl, _MAX_KL_NATS) for name, kl in tried.items()
+        },
+        measurement=None if fidelity is None else _measurement(fidelity),
+    )
+
+
+def _measurement(fidelity: Mapping[str, Any]) -> Measurement:
+    listed = list(fidelity.get("kl_nats_by_position", []))[:_MAX_BINS]
+    bins = tuple(
+        PositionBin(_count(a), _count(b), _number(kl, _MAX_KL_NATS), _count(n))
+        for a, b, kl, n in listed
+    )
+    ends = [-1, *(each.last for each in bins)]
+    if any(e.first != end + 1 or e.last <= end for e, end in zip(bins, ends, strict=False)):
+        raise ValueError("its positions do not follow one another")
+    return Measurement(
+        str(fidelity["text"]),
+        Fidelity(
+            kl_nats=_number(fidelity["kl_nats"], _MAX_KL_NATS),
+            ppl_dense=_number(fidelity["ppl_dense"]),
+            ppl_pruned=_number(fidelity["ppl_pruned"]),
+            top1_agreement=_number(fidelity["top1_agreement"]),
+            tokens=_count(fidelity["tokens"]),
+        ),
+        bins,
+    )
+
+
+def _number(value: Any, most: float = sys.float_info.max) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= most:
+        raise ValueError(f"a number is {shown(value)}")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0 or value >= 1 << 63:
+        raise ValueError(f"a count is {shown(value)}")
+    return value
