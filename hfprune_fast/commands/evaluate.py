@@ -38,15 +38,16 @@ def run(
     """
     if text_source is None and which.tasks is None:
         raise ArgumentError("evaluate needs text (--text SOURCE), tasks (--tasks NAMES), or both")
-    sources = [open_source(dense), open_source(pruned)]
+    first, second = open_source(dense), open_source(pruned)
     result: dict[str, Any] = {}
     if which.tasks is not None:
-        blueprints = blueprints_for_tasks(sources, options, sampling.seq_len)
+        blueprints = blueprints_for_tasks([first, second], options, sampling.seq_len)
         loaded = load_tasks(which)
     if text_source is not None:
-        data = calibrate(text_source, sources[0], sampling, evaluation=True)
-        warn_of_calibration_text(sources[1], data)
-        result = asdict(compare_checkpoints(*sources, data, options, progress=progress))
+        data = calibrate(text_source, first, sampling, evaluation=True)
+        warn_of_calibration_text(second, data)
+        fidelity = compare_checkpoints(first, second, data, options, progress=progress)
+        result = asdict(fidelity)
     if which.tasks is not None:
         rows = run_tasks(
             blueprints, loaded, which.limit, options.batch_size, sampling.seq_len, progress

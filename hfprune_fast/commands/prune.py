@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_fast.commands import evaluate
-from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.models.spec import suits_text
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.oneshot import oneshot
@@ -36,7 +35,7 @@ def text(result: dict[str, Any], model: str) -> str:
         )
     ending = f"next: hfprune evaluate {model} {result['out']} --text SOURCE"
     if "fidelity" in result:
-        ending = evaluate.text(Fidelity(**result["fidelity"]))
+        ending = evaluate.text(result["fidelity"])
     if "report" in result:
         ending += f"\nreport               {result['report']}"
     return (

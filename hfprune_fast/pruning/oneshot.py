@@ -107,10 +107,7 @@ def oneshot(
     check_output(source, out, widths.even_widths(spec), output, calibration, resume=scoring.resume)
     if resolved.allocation != "uniform" or budget.protect:
         check_layout(source.config, output.layout)
-    if given is not None:
-        check_table(given, source)
-    elif resolved.criterion in DATA_FREE:
-        given = data_free_table(source, resolved.criterion, sampling.seed)
+    given = _checked(given, source, resolved, sampling)
     if given is not None and processes.rank > 0:
         return {}
     after = AfterPruning.of(source, out, calibration, sampling, run, output, reported, processes)
@@ -143,8 +140,8 @@ def oneshot(
     del dense, batches, replace, job  # memory for the models that are measured
     delete_state(out)
     _say_what_could_be_closer(achieved, widths, recipe, calibration)
-    made = {"verified": output.verify, **after.finish(table, progress)}
-    return {"out": str(out), **achieved, **asdict(resolved), **chosen, **made}
+    chosen |= {"verified": output.verify, **after.finish(table, progress)}
+    return {"out": str(out), **achieved, **asdict(resolved), **chosen}
 
 
 def _given(
@@ -156,6 +153,17 @@ def _given(
     given = ImportanceTable.load(scores) if isinstance(scores, str | Path) else scores
     if not isinstance(given, ImportanceTable | None):
         raise ArgumentError(f"scores must be an ImportanceTable or its file, got {shown(scores)}")
+    return given
+
+
+def _checked(
+    given: ImportanceTable | None, source: ModelSource, recipe: Recipe, sampling: CalibrationOptions
+) -> ImportanceTable | None:
+    """Return scores that are this model's: those given, or those that need no text."""
+    if given is not None:
+        check_table(given, source)
+    elif recipe.criterion in DATA_FREE:
+        return data_free_table(source, recipe.criterion, sampling.seed)
     return given
 
 
