@@ -1,14 +1,9 @@
 import re
 import time
-from dataclasses import asdict
-from typing import Any
 
 import pytest
 
-from hfprune_fast.config import PRESETS, Recipe
 from hfprune_fast.console import human_bytes, mute, say, text_table, token_bar
-from hfprune_fast.models.spec import ModelSpec
-from hfprune_fast.pruning.model_card import model_card
 
 
 def test_table_is_aligned() -> None:
@@ -28,31 +23,6 @@ def test_table_is_aligned() -> None:
 )
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
-
-
-def test_model_card() -> None:
-    size = ModelSpec("llama", 2, 8, 100, 10_000, 9_000, 24)
-    record: dict[str, Any] = {"base_model": "org/name", "achieved": size.pruned_to(80)}
-    card = model_card(record)
-    assert card.startswith("---\nlibrary_name: transformers\nbase_model: org/name\n")
-    assert "| MLP neurons a layer | 80 of 100 |" in card
-    assert "| parameters | 9,040 of 10,000 |" in card
-    assert "calibration" not in card
-    record |= {
-        "base_model": "local",
-        "requested": {**asdict(PRESETS["paper"]), "statistic": "l2"},
-        "provenance": {"samples": 3, "tokens": 96, "calibration": {"source": "a.txt"}},
-    }
-    card = model_card(record)
-    assert "base_model:" not in card  # a folder's name is no hub name
-    assert "| ranked by | criterion `entropy`, statistic `l2` |" in card
-    assert "| allocation | uniform |" in card
-    assert "refitted" not in card
-    default = {**record, "requested": asdict(Recipe()), "chosen": {"allocation": 0.5}}
-    assert "| allocation | halfway between uniform and global |" in model_card(default)
-    assert "| down_proj | refitted to the dense model by least squares |" in model_card(default)
-    assert "| calibration size | 3 samples, 96 tokens |" in card
-    assert model_card({**record, "provenance": {"calibration": "edited by hand"}})
 
 
 def test_the_token_bar_says_how_fast_and_how_much_memory(

@@ -44,7 +44,7 @@ def test_all_say_the_same(place: Path) -> None:
     assert {name: fidelity[name] for name in found} == found
     bins = fidelity["kl_nats_by_position"]
     total = sum(kl * tokens for _, _, kl, tokens in bins)
-    assert total == pytest.approx(found['kl_nats'] * found['tokens'], rel=1e-9)
+    assert total == pytest.approx(found["kl_nats"] * found["tokens"], rel=1e-9)
     for said in (
         f"{found['kl_nats']:.4f}", f"{found['ppl_dense']:.3f}", f"{found['ppl_pruned']:.3f}",
         f"{record['achieved']['params']:,}", f"{record['achieved']['prune_ratio']:.2%}",
@@ -56,7 +56,7 @@ def test_all_say_the_same(place: Path) -> None:
     assert "not shown" not in page
     card = ModelCard.load(place / "out" / "README.md")
     metrics = card.data.to_dict()["model-index"][0]["results"][0]["metrics"]
-    assert metrics[0]["value"] == found['ppl_pruned']
+    assert metrics[0]["value"] == found["ppl_pruned"]
     assert sorted(record["files"]) == sorted(p.name for p in (place / "out").iterdir())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from huggingface_hub import ModelCard
 
 import hfprune_fast as hf
+from hfprune_fast.config import PRESETS, Recipe
 from hfprune_fast.console import display_name
+from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.pruning.model_card import model_card
 
 KEEP = {layer: torch.arange(0, 96, 2) for layer in range(3)}
 HOSTILE = (
@@ -86,3 +90,28 @@ def test_what_is_not_known_is_left_out(llama_dir: Path, tmp_path: Path) -> None:
     )  # of a folder that has no name on the hub
     data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
     assert data.keys() == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_its_tables_say_what_is_recorded() -> None:
+    size = ModelSpec("llama", 2, 8, 100, 10_000, 9_000, 24)
+    record: dict[str, Any] = {"base_model": "org/name", "achieved": size.pruned_to(80)}
+    card = model_card(record, {})
+    assert "\nbase_model: org/name\n" in card
+    assert "| MLP neurons a layer | 80 of 100 |" in card
+    assert "| parameters | 9,040 of 10,000 |" in card
+    assert "calibration" not in card
+    record |= {
+        "base_model": "local",
+        "requested": {**asdict(PRESETS["paper"]), "statistic": "l2"},
+        "provenance": {"samples": 3, "tokens": 96, "calibration": {"source": "a.txt"}},
+    }
+    card = model_card(record, {})
+    assert "base_model:" not in card  # a folder's name is no hub name
+    assert "| ranked by | criterion `entropy`, statistic `l2` |" in card
+    assert "| allocation | uniform |" in card
+    assert "refitted" not in card
+    default = {**record, "requested": asdict(Recipe()), "chosen": {"allocation": 0.5}}
+    assert "| allocation | halfway between uniform and global |" in model_card(default, {})
+    assert "| down_proj | refitted to the dense model by least squares |" in model_card(default, {})
+    assert "| calibration size | 3 samples, 96 tokens |" in card
+    assert model_card({**record, "provenance": {"calibration": "edited by hand"}}, {})
