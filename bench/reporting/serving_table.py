@@ -1,13 +1,9 @@
 """Puts what `make test-serving` measured into docs/serving.md.
 
-    python bench/reporting/serving_table.py [--check]
-
-With --check the exit status is 1 where the page is not what the result file says.
+python bench/reporting/serving_table.py
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +50,10 @@ def page(result: dict[str, Any], text: str) -> str:
     return before + heading + section(result) + following
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    text = PAGE.read_text(encoding="utf-8")
-    expected = page(json.loads(RESULT.read_text(encoding="utf-8")), text)
-    if check:
-        return int(text != expected)
-    PAGE.write_text(expected, encoding="utf-8")
-    return 0
+def main() -> None:
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    PAGE.write_text(page(result, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""Runs llama.cpp's convert_hf_to_gguf.py on a vocabulary that it need not know by name.
+"""Runs llama.cpp's convert_hf_to_gguf.py, also for tokenizers missing from its built-in list.
 
     python -m hfprune_fast.checkpoint.gguf_converter CONVERTER ARGUMENTS...
 
@@ -76,7 +76,8 @@ def main(converter: str, *arguments: str) -> None:
         try:
             name: str = known(self, tokenizer)
         except NotImplementedError:
-            rules = rules_of(json.loads((Path(self.dir_model) / "tokenizer.json").read_text()))
+            path = Path(self.dir_model) / "tokenizer.json"
+            rules = rules_of(json.loads(path.read_text(encoding="utf-8")))
             if rules is None:
                 raise
             return rules

@@ -13,12 +13,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.models.registration import register_with_transformers
-
-_CLASSES: dict[str, type] = {}  # the classes made so far
 
 
 def register() -> None:
@@ -38,11 +37,7 @@ def __getattr__(name: str) -> Any:
     match = re.fullmatch("HFPrune(.+ForCausalLM)", name)
     if match is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name not in _CLASSES:
-        from vllm import ModelRegistry
-
-        _CLASSES[name] = _narrow(name, ModelRegistry.models[match[1]].load_model_cls())
-    return _CLASSES[name]
+    return _narrow(name, match[1])
 
 
 def check_parallel(widths: Sequence[int], processes: int) -> None:
@@ -59,10 +54,12 @@ def check_parallel(widths: Sequence[int], processes: int) -> None:
             )
 
 
-def _narrow(name: str, family_class: Any) -> type:
-    """Return vLLM's class of a family with the width of `mlp_widths` in each layer."""
+@cache
+def _narrow(name: str, family_class: str) -> type:
+    """Return vLLM's class of this name with the width of `mlp_widths` in each layer."""
+    from vllm import ModelRegistry
 
-    class Narrow(family_class):  # type: ignore[misc]
+    class Narrow(ModelRegistry.models[family_class].load_model_cls()):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             from vllm.distributed import get_tensor_model_parallel_world_size
 

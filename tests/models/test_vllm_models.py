@@ -53,7 +53,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     models.utils = utils  # type: ignore[attr-defined]
     for module in (package, ModuleType("vllm.model_executor"), models, utils, llama, distributed):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(vllm_models, "_CLASSES", {})
+    vllm_models._narrow.cache_clear()
     return registered
 
 
