@@ -14,11 +14,11 @@ from hfprune_fast.config import CalibrationOptions, OutputOptions, ReportOptions
 from hfprune_fast.console import say, to_path
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.distributed import Processes
+from hfprune_fast.engine.run_log import RunLog
 from hfprune_fast.errors import OutputError
 from hfprune_fast.pruning.measured import held_out, measure
 from hfprune_fast.pruning.on_disk import add_to_record
 from hfprune_fast.pruning.reporting import check_report, write_report
-from hfprune_fast.report.run_log import RunLog
 from hfprune_fast.scoring.table import ImportanceTable
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import check_writable, write_whole
 from hfprune_fast.checkpoint.ours import check_not_read, real
+from hfprune_fast.engine.run_log import RunLog, peak_bytes
 from hfprune_fast.errors import CheckpointError, OutputError, ScoresFileError
 from hfprune_fast.pruning.measured import Measured
 from hfprune_fast.pruning.model_card import loading_text, recipe_rows
@@ -19,7 +20,6 @@ from hfprune_fast.pruning.on_disk import read_record
 from hfprune_fast.report.facts import Facts, read_facts
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
-from hfprune_fast.report.run_log import RunLog, peak_bytes
 from hfprune_fast.scoring.table import ImportanceTable
 
 _UNITS = {"obs": "nats a removal costs", "act": "norm of what goes through"}
