@@ -15,13 +15,12 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint import gguf_file
 from hfprune_fast.checkpoint.atomic import check_writable, whole_file
-from hfprune_fast.checkpoint.folder import read_json_object
 from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import check_not_read
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, CheckpointError, OutputError, printable
-from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint
+from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint, read_record
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
@@ -86,7 +85,7 @@ def _record(source: ModelSource, widths: Sequence[int], layout: str) -> dict[str
     path = source.folder / RECORD
     if not path.is_file():
         return {}
-    found = read_json_object(path)
+    found = read_record(source.folder)
     achieved = found.get("achieved")
     if not isinstance(achieved, dict) or not isinstance(achieved.get("dense_params"), int):
         raise CheckpointError(f"{path} does not say what was achieved; delete it to go on")
