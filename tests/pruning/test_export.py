@@ -261,7 +261,7 @@ def test_a_damaged_gguf_file(tmp_path: Path, hfprune: Callable[..., Any]) -> Non
         "--force",
     )  # fmt: skip
     assert run.code == 2
-    assert "is no GGUF file; --force replaces nothing else" in run.err
+    assert "is not a GGUF file; --force replaces only those" in run.err
 
 
 CONVERTER = """
