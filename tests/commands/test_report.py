@@ -189,6 +189,19 @@ def test_refusals_of_prune_come_before_the_work(
     assert not out.exists()
 
 
+def test_a_source_card_is_read_once(
+    llama_dir: Path, tmp_path: Path, text_file: Path, hfprune: Hfprune
+) -> None:
+    """The card is written again with the measurement; one that cannot be read is said once."""
+    (llama_dir / "README.md").write_text("---\nlicense: mit\n")
+    done = hfprune(
+        "prune", llama_dir, "--criterion", "magnitude", "--prune-ratio", 0.2, "--out",
+        tmp_path / "out", "--text", text_file, "--seq-len", 32,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.err.count("README.md is ignored") == 1
+
+
 def test_the_checkpoint_stays_when_the_measurement_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hfprune: Hfprune
 ) -> None:
