@@ -18,19 +18,37 @@ from hfprune_fast.console import human_bytes, say
 from hfprune_fast.errors import OutputError, one_line
 
 
-def check_writable(out: Path, needed_bytes: int = 0) -> None:
+def check_file(
+    out: Path, argument: str, kind: str, is_kind: Callable[[Path], bool], *, force: bool
+) -> None:
+    """Refuse a file that cannot be written, or that would replace what may not be replaced.
+
+    Args:
+        argument: what `out` is called in the error.
+        kind: what `force` replaces, such as "a GGUF file"; `is_kind` recognises it.
+    """
+    target = real(out)
+    if os.path.lexists(target):
+        if not force:
+            raise OutputError(f"{argument} {out} exists; --force replaces {kind}")
+        if not is_kind(target):
+            raise OutputError(f"{argument} {out} is not {kind}; --force replaces only those")
+    check_writable(out, argument=argument)
+
+
+def check_writable(out: Path, needed_bytes: int = 0, argument: str = "out") -> None:
     """Refuse an output in a place that cannot be written or has too little room."""
     parent = real(out).parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise OutputError(f"out {out} cannot be made: {parent} is a file, expected a folder")
+        raise OutputError(f"{argument} {out} cannot be made: {parent} is a file, expected a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"out {out} cannot be made: no permission to write in {parent}")
+        raise OutputError(f"{argument} {out} cannot be made: no permission to write in {parent}")
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < needed_bytes:
         raise OutputError(
-            f"out {out} takes {human_bytes(needed_bytes)}, "
+            f"{argument} {out} takes {human_bytes(needed_bytes)}, "
             f"but only {human_bytes(free_bytes)} are free in {parent}"
         )
 

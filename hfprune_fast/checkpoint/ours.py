@@ -17,12 +17,16 @@ def is_ours(path: Path, key: str) -> bool:
 
     Only its first bytes are read: a damaged file of ours is still ours.
     """
-    start = f'{{"__metadata__":{{"{key}":'.encode()
+    return begins_with(path, f'{{"__metadata__":{{"{key}":'.encode(), after=8)
+
+
+def begins_with(path: Path, start: bytes, after: int = 0) -> bool:
+    """Return whether a file, no link to one, holds these bytes after its first few."""
     if path.is_symlink() or not path.is_file():
         return False
     try:
         with path.open("rb") as file:
-            return file.read(8 + len(start))[8:] == start
+            return file.read(after + len(start))[after:] == start
     except OSError:
         return False
 
@@ -40,12 +44,13 @@ def files_of(place: Path) -> Iterator[Path]:
         yield place
 
 
-def check_not_read(outputs: Iterable[Path], read: Iterable[Path]) -> None:
+def check_not_read(outputs: Iterable[Path], read: Iterable[Path], argument: str = "out") -> None:
     """Refuse outputs that are, contain or lie in what a run reads, with all links followed.
 
     Args:
         outputs: files and folders that the run will write or delete.
         read: files, which may be links, and folders, which count with all files in them.
+        argument: what an output is called in the error.
     """
     targets = [(out, real(out), _identity(out)) for out in outputs]
     for place in read:
@@ -56,8 +61,8 @@ def check_not_read(outputs: Iterable[Path], read: Iterable[Path]) -> None:
                 inside = path == place and found in target.parents
                 if same or inside or target == found or target in found.parents:
                     raise OutputError(
-                        f"out {out} is, is inside or is above {path}, which is never written to; "
-                        "choose another place"
+                        f"{argument} {out} is, is inside or is above {path}, which is never "
+                        "written to; choose another place"
                     )
 
 

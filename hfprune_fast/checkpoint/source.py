@@ -32,6 +32,7 @@ from hfprune_fast.checkpoint.folder import (
 )
 from hfprune_fast.checkpoint.pretrained import load_config, load_tokenizer
 from hfprune_fast.checkpoint.safetensors import SafetensorsFile
+from hfprune_fast.checkpoint.source_card import source_card
 from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.models.families import Family, family_of, family_type, neuron_axis
@@ -86,6 +87,11 @@ class ModelSource:
     @cached_property
     def transformers_config(self) -> Any:
         return load_config(self.folder, self.config)
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """The licence and languages that its own model card names."""
+        return source_card(self.folder)
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

@@ -61,14 +61,15 @@ def _front_matter(path: Path) -> dict[str, Any]:
         raise ValueError("its front matter does not end, or is larger than 256 KiB")
     try:
         _check_plain(yaml.parse(matter[1]))
-        value = yaml.safe_load(matter[1])
+        # All scalars are strings, such as the language `no`, and nothing is constructed by a tag.
+        value = yaml.load(matter[1], yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"its front matter is no YAML ({one_line(error)})") from None
     return value if isinstance(value, dict) else {}
 
 
 def _check_plain(events: Iterable[Any]) -> None:
-    """Refuse YAML that a few lines make as large, or its parser as slow, as one likes."""
+    """Refuse YAML bombs: aliases and deep nesting."""
     import yaml
 
     depth = 0

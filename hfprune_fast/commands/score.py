@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.checkpoint.atomic import check_writable
+from hfprune_fast.checkpoint.atomic import check_file
 from hfprune_fast.checkpoint.ours import SCORES, check_not_read, is_ours, real
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.engine.distributed import launched
-from hfprune_fast.errors import OutputError
 from hfprune_fast.models.spec import widths_text
 from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import score
@@ -33,7 +31,7 @@ def run(
     """Score a model into a file; empty in the processes of torchrun but the first."""
     source = open_source(model)
     check_not_read([out, state_of(out)], [source.folder, Path(calibration)])
-    _check_output(out, force)
+    check_file(out, "out", "an hfprune scores file", _is_scores, force=force)
     check_state(out, resume=options.get("resume", False), force=force)
     table = score(
         source,
@@ -48,7 +46,7 @@ def run(
     if launched().rank > 0:
         return {}
     with saved_on_failure(table, out):
-        table.save(real(out), lambda path: force and is_ours(path, SCORES))
+        table.save(real(out), lambda path: force and _is_scores(path))
     delete_state(out)
     return {"out": str(out), **asdict(table.model), "provenance": table.provenance}
 
@@ -75,12 +73,5 @@ def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[st
     )
 
 
-def _check_output(out: Path, force: bool) -> None:
-    target = real(out)
-    if os.path.lexists(target) and not force:
-        raise OutputError(f"out {out} exists; --force replaces a scores file")
-    if os.path.lexists(target) and not is_ours(target, SCORES):
-        raise OutputError(
-            f"out {out} exists and is no scores file of hfprune, and --force replaces nothing else"
-        )
-    check_writable(out)
+def _is_scores(path: Path) -> bool:
+    return is_ours(path, SCORES)

@@ -14,11 +14,11 @@ from hfprune_fast.config import CalibrationOptions, OutputOptions, ReportOptions
 from hfprune_fast.console import say, to_path
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.distributed import Processes
+from hfprune_fast.engine.run_log import RunLog
 from hfprune_fast.errors import OutputError
 from hfprune_fast.pruning.measured import held_out, measure
 from hfprune_fast.pruning.on_disk import add_to_record
 from hfprune_fast.pruning.reporting import check_report, write_report
-from hfprune_fast.report.run_log import RunLog
 from hfprune_fast.scoring.table import ImportanceTable
 
 
@@ -57,8 +57,11 @@ class AfterPruning:
             texts = [Path(text) for text in (calibration, options.text) if text is not None]
             there = [text for text in texts if text.exists()]
             check_report(report, [source.folder, *there], force=output.force)
-            if real(out) in (real(report), *real(report).parents):
-                raise OutputError(f"report {report} is inside out {out}; choose a place beside it")
+            page, folder = real(report), real(out)
+            if page == folder or page in folder.parents or folder in page.parents:
+                raise OutputError(
+                    f"report {report} is, is inside or is above out {out}; choose a place beside it"
+                )
         data = None if options.text is None else held_out(options.text, source, sampling)
         return cls(source, out, run, output.force, data, report)
 
@@ -88,5 +91,5 @@ class AfterPruning:
         try:
             yield
         except BaseException:  # Ctrl-C too
-            say(f"{self.out} is written and whole; what came after it failed")
+            say(f"{self.out} is complete; measuring it or writing its report failed")
             raise

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.checkpoint import gguf_file
-from hfprune_fast.checkpoint.atomic import check_writable, whole_file
-from hfprune_fast.checkpoint.folder import read_json_object
+from hfprune_fast.checkpoint.atomic import check_file, whole_file
 from hfprune_fast.checkpoint.layouts import check_layout
-from hfprune_fast.checkpoint.ours import check_not_read
+from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
-from hfprune_fast.errors import ArgumentError, CheckpointError, OutputError, printable
-from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint
+from hfprune_fast.errors import ArgumentError, CheckpointError, printable
+from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint, read_record
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
@@ -86,7 +85,7 @@ def _record(source: ModelSource, widths: Sequence[int], layout: str) -> dict[str
     path = source.folder / RECORD
     if not path.is_file():
         return {}
-    found = read_json_object(path)
+    found = read_record(source.folder)
     achieved = found.get("achieved")
     if not isinstance(achieved, dict) or not isinstance(achieved.get("dense_params"), int):
         raise CheckpointError(f"{path} does not say what was achieved; delete it to go on")
@@ -101,6 +100,7 @@ def _record(source: ModelSource, widths: Sequence[int], layout: str) -> dict[str
 def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) -> list[int]:
     gguf_file.package()
     _check_gguf_output(out, force)
+    out = real(out)
     if model.is_file():
         check_not_read([out], [model])
         with whole_file(out, _is_gguf) as partial:
@@ -113,7 +113,7 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
             f"{source.name} was not pruned: llama.cpp's {_CONVERTER} takes it as it is"
         )
     converter = _find_converter(converter)
-    with tempfile.TemporaryDirectory(prefix=".hfprune-", dir=out.resolve().parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".hfprune-", dir=out.parent) as scratch:
         folder, padded = source.folder.resolve(), Path(scratch) / "padded.gguf"
         if len(set(widths)) > 1:
             folder = Path(scratch) / "padded"
@@ -135,19 +135,11 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
 def _check_gguf_output(out: Path, force: bool) -> None:
     if out.suffix != ".gguf":
         raise ArgumentError(f"out {out} must be a file that ends with .gguf")
-    if out.is_symlink() or out.exists():
-        if not force:
-            raise OutputError(f"out {out} exists; --force replaces a GGUF file, and nothing else")
-        if not _is_gguf(out):
-            raise OutputError(f"out {out} is no GGUF file; --force replaces nothing else")
-    check_writable(out)
+    check_file(out, "out", "a GGUF file", _is_gguf, force=force)
 
 
 def _is_gguf(path: Path) -> bool:
-    if path.is_symlink() or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+    return begins_with(path, b"GGUF")
 
 
 def _find_converter(given: Path | None) -> Path:

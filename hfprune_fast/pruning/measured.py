@@ -60,4 +60,7 @@ def warn_of_calibration_text(pruned: ModelSource, data: TokenData) -> None:
     except (CheckpointError, KeyError, TypeError):
         return  # no record, or one of another kind
     if is_same:
-        say(f"{name} calibrated the pruned model, which flatters it; use held-out text")
+        say(
+            f"{name} was also the calibration text, so these numbers are optimistic; use held-out "
+            "text"
+        )

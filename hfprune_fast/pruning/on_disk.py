@@ -21,7 +21,7 @@ from hfprune_fast.checkpoint.folder import INDEX, read_json_object
 from hfprune_fast.checkpoint.layouts import check_native, code_files, config_of, shipped_code
 from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.checkpoint.source_card import CARD, source_card
+from hfprune_fast.checkpoint.source_card import CARD
 from hfprune_fast.checkpoint.writer import Writing, json_text, write_json
 from hfprune_fast.config import OutputOptions
 from hfprune_fast.console import parse_bytes, say, to_path
@@ -95,7 +95,7 @@ def prune_checkpoint(
     with whole_folder(target, output.force, foreign_files) as partial:
         write_json(partial / "config.json", config_of(source.config, widths, layout))
         writing.write(partial, progress)
-        card = model_card(full_record, source_card(source.folder))
+        card = model_card(full_record, source.card)
         (partial / CARD).write_text(card, encoding="utf-8")
         made_anew = {*_MADE_ANEW, *source.shards, *code_files(source.config)}
         left_out = carry(source.folder, partial, made_anew)
@@ -144,7 +144,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def add_to_record(source: ModelSource, out: Path, more: Mapping[str, Any]) -> None:
     """Add to the record of a pruned checkpoint of `source`, and to its card what that shows."""
     record = {**read_record(out), **more}
-    card = model_card(record, source_card(source.folder))
+    card = model_card(record, source.card)
     for name, text in ((CARD, card), (RECORD, json_text(record, indent=None))):
         write_whole(out / name, text.encode())
 

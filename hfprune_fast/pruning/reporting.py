@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune_fast.checkpoint.atomic import check_writable, write_whole
-from hfprune_fast.checkpoint.ours import check_not_read, real
-from hfprune_fast.errors import CheckpointError, OutputError, ScoresFileError
+from hfprune_fast.checkpoint.atomic import check_file, write_whole
+from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
+from hfprune_fast.engine.run_log import RunLog, peak_bytes
+from hfprune_fast.errors import CheckpointError, ScoresFileError
 from hfprune_fast.pruning.measured import Measured
 from hfprune_fast.pruning.model_card import loading_text, recipe_rows
 from hfprune_fast.pruning.on_disk import read_record
 from hfprune_fast.report.facts import Facts, read_facts
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
-from hfprune_fast.report.run_log import RunLog, peak_bytes
 from hfprune_fast.scoring.table import ImportanceTable
 
-_UNITS = {"obs": "nats a removal costs", "act": "norm of what goes through"}
+_UNITS = {"obs": "cost of removal, nats", "act": "activation norm"}
 
 
 def check_report(path: Path, read: Sequence[Path], *, force: bool) -> None:
@@ -32,23 +31,12 @@ def check_report(path: Path, read: Sequence[Path], *, force: bool) -> None:
         read: files and folders that must not be written to.
     """
     check_matplotlib()
-    check_not_read([path], read)
-    if os.path.lexists(real(path)):
-        if not force:
-            raise OutputError(f"report {path} exists; --force replaces an earlier report")
-        if not _is_report(real(path)):
-            raise OutputError(
-                f"report {path} exists and is no report of hfprune, and --force replaces nothing "
-                "else"
-            )
-    check_writable(path)
+    check_not_read([path], read, "report")
+    check_file(path, "report", "an hfprune report", _is_report, force=force)
 
 
 def _is_report(path: Path) -> bool:
-    if path.is_symlink() or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(START)) == START.encode()
+    return begins_with(path, START.encode())
 
 
 def write_report(
@@ -99,8 +87,7 @@ def _ranked(
         for layer, width in enumerate(facts.widths)
     ):
         raise ScoresFileError(
-            "these scores did not choose the neurons of this model; give those that it was pruned "
-            "by"
+            "these scores are not the ones this model was pruned with; pass that scores file"
         )
     name = statistic or ""
     return ranked, _UNITS.get(name, f"{requested['criterion']} {name}".strip())

@@ -239,9 +239,8 @@ def _run(report: Report) -> str:
 
 def _loading(report: Report) -> str:
     facts, folder = report.facts, printable(report.name)[: html.MAX_CHARS]
-    quoted = shlex.quote(folder)
     if facts.layout == "decilm":
-        code = f"vllm serve {quoted} --trust-remote-code"
+        code = f"vllm serve {shlex.quote(folder)} --trust-remote-code"
     else:
         needed = "import hfprune_fast\n" if facts.layout == "custom" else ""
         code = (
@@ -249,19 +248,8 @@ def _loading(report: Report) -> str:
             f"model = AutoModelForCausalLM.from_pretrained({json.dumps(folder)})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})"
         )
-    text = f"<p>{html.code(report.loading)}</p>\n<pre>{escape(code)}</pre>"
-    if len(set(facts.widths)) > 1:
-        forms = {
-            "gguf": "--out model.gguf --converter convert_hf_to_gguf.py  # llama.cpp",
-            "decilm": "--out DIR  # vLLM",
-            "padded": "--out DIR  # everything; larger",
-        }
-        lines = [
-            f"hfprune export {quoted} --to {form} {rest}"
-            for form, rest in forms.items()
-            if form != facts.layout
-        ]
-        text += f"\n<p>In other forms:</p>\n<pre>{escape(chr(10).join(lines))}</pre>"
+    text = f"<p>{html.code(report.loading)}</p>\n<pre>{escape(code)}</pre>\n"
+    text += "<p>To serve it with vLLM or llama.cpp, see hfprune_fast’s docs/serving.md.</p>"
     return html.section("How to load it", text)
 
 

@@ -67,7 +67,7 @@ def test_force_replaces_no_file_but_scores(
     score = ["score", llama_dir, "--calibration", text_file, "--samples", 2, "--seq-len", 32]
     out = tmp_path / "out"
     out.write_text("three weeks of work")
-    refused(hfprune(*score, "--out", out, "--force"), "is no scores file of hfprune")
+    refused(hfprune(*score, "--out", out, "--force"), "is not an hfprune scores file")
     assert out.read_text() == "three weeks of work"
     out.unlink()
     assert hfprune(*score, "--out", out).code == 0
@@ -77,7 +77,7 @@ def test_force_replaces_no_file_but_scores(
     assert (tmp_path / "link").is_symlink()
     itself = tmp_path / "itself"
     itself.symlink_to("itself")
-    refused(hfprune(*score, "--out", itself, "--force"), "is no scores file of hfprune")
+    refused(hfprune(*score, "--out", itself, "--force"), "is not an hfprune scores file")
 
 
 @pytest.mark.parametrize("out", [".", "", "..", "/", "new/..", "x" * 300])

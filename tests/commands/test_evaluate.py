@@ -6,7 +6,7 @@ from typing import Any
 
 import hfprune_fast as hf
 
-WARNING = "calibrated the pruned model, which flatters it; use held-out text"
+WARNING = "was also the calibration text, so these numbers are optimistic; use held-out text"
 
 
 def test_text_that_calibrated_the_model_is_named(

@@ -83,6 +83,15 @@ def test_there_and_back_it_is_the_same(
     assert records[2]["achieved"] == records[0]["achieved"]
 
 
+def test_a_record_as_long_as_others_read_it(
+    pruned: Callable[..., Path], export: Export, tmp_path: Path
+) -> None:
+    """The kept neurons of a large model take more room than an index of its tensors may."""
+    record = pruned() / "hfprune.json"
+    record.write_text(record.read_text() + " " * (65 << 20))
+    assert export(record.parent, "--to", "padded", "--out", tmp_path / "out")
+
+
 def test_decilm_is_what_vllm_reads(
     pruned: Callable[..., Path], export: Export, tmp_path: Path
 ) -> None:
@@ -252,7 +261,7 @@ def test_a_damaged_gguf_file(tmp_path: Path, hfprune: Callable[..., Any]) -> Non
         "--force",
     )  # fmt: skip
     assert run.code == 2
-    assert "is no GGUF file; --force replaces nothing else" in run.err
+    assert "is not a GGUF file; --force replaces only those" in run.err
 
 
 CONVERTER = """

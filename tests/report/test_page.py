@@ -115,16 +115,14 @@ def test_every_size(layers: int, dense: int) -> None:
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("layout", ["uniform", "padded", "custom", "decilm", "native"])
 def test_every_layout(layout: str) -> None:
-    report = report_of(layout=layout)
-    found = checked(page(report))
+    found = checked(page(report_of(layout=layout)))
     for said in ("25.00%", "902,272 of 1,049,728", "0.0200", "32.25", "87.5%", "3.0 s", "1.0 GiB"):
         assert said in found.text, said
     has_own_code = "import hfprune_fast" in found.text
     assert has_own_code == (layout == "custom")
     assert ("vllm serve out" in found.text) == (layout == "decilm")
-    forms = set(re.findall(r"--to (\w+)", found.text))
-    narrow = {"gguf", "decilm", "padded"} - {layout} if len(set(report.facts.widths)) > 1 else set()
-    assert forms == narrow
+    assert "docs/serving.md" in found.text
+    assert "hfprune export" not in found.text  # which forms there are depends on the model
     assert "not shown" not in found.text
 
 
