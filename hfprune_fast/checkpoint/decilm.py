@@ -37,7 +37,8 @@ def config_of(config: Mapping[str, Any], family: str, widths: Sequence[int]) -> 
         "replace_with_linear": False,
     }
     # Not ffn_mult, which readers round up to multiples of 256.
-    ffn = {"hidden_act": config["hidden_act"], "no_op": False, "replace_with_linear": False}
+    activation = config.get("hidden_act", "silu")  # the default of these families
+    ffn = {"hidden_act": activation, "no_op": False, "replace_with_linear": False}
     return {
         **config,
         **_SAID.get(family, {}),

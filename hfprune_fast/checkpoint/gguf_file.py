@@ -94,6 +94,8 @@ def narrow(padded: Path, out: Path) -> list[int]:
         reader = gguf.GGUFReader(padded)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = _value(reader, "general.architecture")
+        if architecture in _TARGETS.values():
+            raise ArgumentError(f"{padded} has a width for each layer already")
         target = target_of(architecture, tied="output.weight" not in tensors)
         if target is None:
             raise ArgumentError(

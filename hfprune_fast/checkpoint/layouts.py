@@ -63,7 +63,9 @@ def code_files(config: Mapping[str, Any]) -> set[str]:
     """Return the files of a checkpoint's folder that hold copies of `nonuniform`."""
     if not str(config["model_type"]).startswith(NON_UNIFORM):
         return set()
-    modules = [str(name).partition(".")[0] for name in dict(config.get("auto_map") or {}).values()]
+    auto_map = config.get("auto_map")
+    names = auto_map.values() if isinstance(auto_map, dict) else ()
+    modules = [str(name).partition(".")[0] for name in names]
     return {decilm.CODE.name, *(f"{module}.py" for module in modules)}
 
 

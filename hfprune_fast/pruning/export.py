@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
-from hfprune_fast.errors import ArgumentError, CheckpointError, printable
+from hfprune_fast.errors import ArgumentError, CheckpointError, one_line_errors, printable
+from hfprune_fast.pruning.model_card import model_card
 from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint, read_record
+from hfprune_fast.report.facts import read_facts
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
@@ -53,8 +54,13 @@ def export(
 
 
 def _export_layout(source: ModelSource, to: str, out: Path, force: bool) -> list[int]:
-    keep = {layer: torch.arange(width) for layer, width in enumerate(_true_widths(source))}
-    widths = [len(kept) for kept in keep.values()]
+    widths = _true_widths(source)
+    if len(set(widths)) == 1:
+        raise ArgumentError(
+            f"all layers of {source.name} have {widths[0]} MLP neurons: it is a plain checkpoint, "
+            "which loads wherever its family does"
+        )
+    keep = {layer: torch.arange(width) for layer, width in enumerate(widths)}
     check_layout(source.config, to)
     record = _record(source, widths, to)
     prune_checkpoint(source, out, keep, layout=to, force=force, record=record, verify=True)
@@ -62,15 +68,10 @@ def _export_layout(source: ModelSource, to: str, out: Path, force: bool) -> list
 
 
 def _true_widths(source: ModelSource) -> list[int]:
-    """Return the width of each layer without padding, or refuse a model that needs no export."""
+    """Return the width of each layer without padding."""
     widths = list(source.spec.widths)
     if len(set(widths)) == 1:
         widths = [_used(source.read(source.down_proj(layer))) for layer in range(len(widths))]
-    if len(set(widths)) == 1:
-        raise ArgumentError(
-            f"all layers of {source.name} have {widths[0]} MLP neurons: it is a plain checkpoint, "
-            "which loads wherever its family does"
-        )
     return widths
 
 
@@ -80,42 +81,49 @@ def _used(down: Tensor) -> int:
     return int(used[-1]) + 1 if len(used) else 1
 
 
-def _record(source: ModelSource, widths: Sequence[int], layout: str) -> dict[str, Any]:
+def _record(source: ModelSource, widths: list[int], layout: str) -> dict[str, Any]:
     """Return the record of the pruning, with the sizes of the model in its new form."""
+    sizes = source.spec.pruned_to(max(widths) if layout == "padded" else widths)
+    now = {"params": sizes["params"], "layout": layout, "mlp_widths": widths}
     path = source.folder / RECORD
     if not path.is_file():
-        return {}
+        say(f"{source.name} has no {RECORD}: what was pruned is not known, and not in the card")
+        now |= {"dense_params": sizes["params"], "param_ratio": 0.0, "prune_ratio": 0.0}
+        return {"achieved": {**sizes, **now, "dense_mlp_widths": widths}}
     found = read_record(source.folder)
-    achieved = found.get("achieved")
-    if not isinstance(achieved, dict) or not isinstance(achieved.get("dense_params"), int):
-        raise CheckpointError(f"{path} does not say what was achieved; delete it to go on")
-    sizes = source.spec.pruned_to(max(widths) if layout == "padded" else widths)
-    dense = achieved["dense_params"]
-    achieved |= {"params": sizes["params"], "param_ratio": 1 - sizes["params"] / dense}
-    achieved |= {"layout": layout, "mlp_widths": list(widths)}
+    dense = read_facts(found).dense_params
+    now["param_ratio"] = 1 - sizes["params"] / dense
     kept = ("base_model", "requested", "chosen", "provenance", "fidelity", "keep")
-    return {**{name: found[name] for name in kept if name in found}, "achieved": achieved}
+    record = {name: found[name] for name in kept if name in found}
+    record["achieved"] = {**found["achieved"], **now}
+    with one_line_errors(f"{path}, which is damaged,", CheckpointError):
+        model_card(record, {})
+    return record
 
 
 def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) -> list[int]:
     gguf_file.package()
     _check_gguf_output(out, force)
     out = real(out)
-    if model.is_file():
+    if model.suffix == ".gguf":
+        if not model.is_file():
+            raise ArgumentError(f"there is no file {model}")
         check_not_read([out], [model])
+        out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out, _is_gguf) as partial:
             return gguf_file.narrow(model, partial)
     source = open_source(model)
     check_not_read([out], [source.folder])
-    widths = list(source.spec.widths)
+    widths = _true_widths(source)
     if len(set(widths)) == 1 and not (source.folder / RECORD).is_file():
         raise ArgumentError(
             f"{source.name} was not pruned: llama.cpp's {_CONVERTER} takes it as it is"
         )
     converter = _find_converter(converter)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".hfprune-", dir=out.parent) as scratch:
         folder, padded = source.folder.resolve(), Path(scratch) / "padded.gguf"
-        if len(set(widths)) > 1:
+        if source.spec.mlp_widths is not None:
             folder = Path(scratch) / "padded"
             _export_layout(source, "padded", folder, force=False)
         _convert(converter, folder, padded)
@@ -160,9 +168,11 @@ def _convert(converter: Path, folder: Path, out: Path) -> None:
     command = [sys.executable, "-P", "-m", "hfprune_fast.checkpoint.gguf_converter"]
     command += [str(converter), str(folder), "--outfile", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode != 0 or not out.is_file():
+    if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise ArgumentError(
             f"{converter} failed: {printable(lines[-1])[:300]}; to see all that it says, export "
             "--to padded and run it on that"
         )
+    if not _is_gguf(out):
+        raise ArgumentError(f"{converter} wrote no GGUF file")

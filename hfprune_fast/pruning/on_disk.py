@@ -141,6 +141,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / RECORD, _MAX_RECORD_BYTES)
 
 
+def is_padded(folder: Path) -> bool:
+    """Tell whether hfprune wrote this model with zero neurons up to the widest layer."""
+    try:
+        return bool(read_record(folder)["achieved"]["layout"] == "padded")
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
 def add_to_record(source: ModelSource, out: Path, more: Mapping[str, Any]) -> None:
     """Add to the record of a pruned checkpoint of `source`, and to its card what that shows."""
     record = {**read_record(out), **more}

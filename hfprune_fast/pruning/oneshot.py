@@ -40,7 +40,7 @@ from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.after import AfterPruning
-from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
+from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_checkpoint
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
@@ -160,6 +160,11 @@ def _checked(
     given: ImportanceTable | None, source: ModelSource, recipe: Recipe, sampling: CalibrationOptions
 ) -> ImportanceTable | None:
     """Return scores that are this model's: those given, or those that need no text."""
+    if is_padded(source.folder):
+        raise ArgumentError(
+            f"{source.name} is padded with zero neurons; its layers differ in width, and such a "
+            "model is pruned by hf.prune_checkpoint with neurons that you choose"
+        )
     if given is not None:
         check_table(given, source)
     elif recipe.criterion in DATA_FREE:
