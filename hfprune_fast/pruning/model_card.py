@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfprune_fast._version import __version__
+from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.models.spec import suits_text, widths_text
+from hfprune_fast.report.facts import allocation_name
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 PAPER = "arXiv 2603.08083"
-_MAX_CHARS = 200  # of a name
 
 # What each layout changes in the architecture, and what loading it takes beyond transformers.
 _CHANGED = {
@@ -53,9 +54,9 @@ def recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tuple
     else:
         ranked = f"criterion `{requested['criterion']}`"
         ranked += f", statistic `{requested['statistic']}`" if requested["statistic"] else ""
-    allocation = chosen.get("allocation", requested["allocation"])
-    shares = {0.0: "uniform", 0.5: "halfway between uniform and global", 1.0: "global"}
-    rows = [("ranked by", ranked), ("allocation", shares.get(allocation, str(allocation)))]
+    allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
+    allocation += " between uniform and global" if allocation == "halfway" else ""
+    rows = [("ranked by", ranked), ("allocation", allocation)]
     if requested["refit"]:
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
@@ -63,8 +64,7 @@ def recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tuple
 
 def escaped(text: str) -> str:
     """Return a text that Markdown and HTML show as it is, on one line; a tab is shown as \\t."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_MAX_CHARS])
-    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&@:])", r"\\\1", shown)
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&@:])", r"\\\1", printable(text[:MAX_CHARS]))
 
 
 def _front_matter(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
@@ -77,7 +77,7 @@ def _front_matter(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         # The hub has no word for a pruned model; this is its word for other weights of the same.
         given |= {"base_model": base_model, "base_model_relation": "finetune"}
     if "fidelity" in record:
-        given["model_name"] = f"{base_model.split('/')[-1][:_MAX_CHARS]}, pruned"
+        given["model_name"] = f"{base_model.split('/')[-1][:MAX_CHARS]}, pruned"
         given["eval_results"] = _eval_results(record["fidelity"])
     return ModelCardData(**given, tags=["pruned", "hfprune"]).to_yaml()
 
@@ -85,11 +85,11 @@ def _front_matter(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
 def _eval_results(fidelity: Mapping[str, Any]) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
-    text = str(fidelity["text"])[:_MAX_CHARS]
+    text = str(fidelity["text"])[:MAX_CHARS]
     metrics = {
         "perplexity": ("Perplexity", fidelity["ppl_pruned"]),
         "perplexity_dense": ("Perplexity of the dense model", fidelity["ppl_dense"]),
-        "kl_divergence": ("KL(dense || pruned), nats a token", fidelity["kl_nats"]),
+        "kl_divergence": ("KL(dense ‖ pruned), nats a token", fidelity["kl_nats"]),
         "top1_agreement": ("Top-1 agreement with the dense model", fidelity["top1_agreement"]),
     }
     return [
@@ -109,7 +109,7 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Say what was measured on held-out text."""
     ppl_dense, ppl_pruned = fidelity["ppl_dense"], fidelity["ppl_pruned"]
     return [
-        ("KL(dense to pruned)", f"{fidelity['kl_nats']:.4f} nats a token"),
+        ("KL(dense ‖ pruned)", f"{fidelity['kl_nats']:.4f} nats a token"),
         ("perplexity", f"{ppl_pruned:.2f}, dense {ppl_dense:.2f}"),
         ("top-1 agreement", f"{fidelity['top1_agreement']:.1%}"),
         ("measured on", f"{escaped(str(fidelity['text']))}, {fidelity['tokens']:,} tokens"),
