@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfprune_fast._version import __version__
@@ -47,19 +47,46 @@ def neurons_text(achieved: dict[str, Any]) -> str:
     return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
 
 
-def recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say how the neurons were chosen, and what became of the others."""
+def made_rows(
+    record: Mapping[str, Any], shown: Callable[[str], str] = str
+) -> list[tuple[str, str]]:
+    """Say how the neurons were chosen, what became of the others, and on what text.
+
+    Args:
+        shown: applied to what others chose.
+    """
+    rows: list[tuple[str, str]] = []
+    provenance = record.get("provenance", {})
+    if "criterion" in record.get("requested", {}):
+        rows += _recipe_rows(record["requested"], record.get("chosen", {}), shown)
+    calibration = provenance.get("calibration")
+    if isinstance(calibration, dict) and "source" in calibration:
+        rows.append(("calibration", shown(str(calibration["source"]))))
+    if {"samples", "tokens"} <= provenance.keys():
+        size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
+        rows.append(("calibration size", shown(size)))
+    return rows
+
+
+def _recipe_rows(
+    requested: dict[str, Any], chosen: dict[str, Any], shown: Callable[[str], str]
+) -> list[tuple[str, str]]:
     if requested["select"] == "obs":
         ranked = "what a removal costs when the others are refitted (criterion `fisher`)"
     else:
-        ranked = f"criterion `{requested['criterion']}`"
-        ranked += f", statistic `{requested['statistic']}`" if requested["statistic"] else ""
+        ranked = f"criterion `{_word(requested['criterion'])}`"
+        ranked += f", statistic `{_word(requested['statistic'])}`" if requested["statistic"] else ""
     allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
     allocation += " between uniform and global" if allocation == "halfway" else ""
-    rows = [("ranked by", ranked), ("allocation", allocation)]
+    rows = [("ranked by", ranked), ("allocation", shown(allocation))]
     if requested["refit"]:
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
+
+
+def _word(name: object) -> str:
+    """Return a name as it can stand between backticks."""
+    return re.sub(r"\W", "", str(name))[:MAX_CHARS]
 
 
 def escaped(text: str) -> str:
@@ -124,7 +151,6 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         facts: the source's licence and languages, as `checkpoint.source_card` reads them.
     """
     base_model, achieved = record["base_model"], record["achieved"]
-    provenance = record.get("provenance", {})
     rows = [
         ("base model", escaped(base_model)),
         ("MLP neurons a layer", neurons_text(achieved)),
@@ -133,14 +159,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]
-    if "criterion" in record.get("requested", {}):
-        rows += recipe_rows(record["requested"], record.get("chosen", {}))
-    calibration = provenance.get("calibration")
-    if isinstance(calibration, dict) and "source" in calibration:
-        rows.append(("calibration", escaped(str(calibration["source"]))))
-    if {"samples", "tokens"} <= provenance.keys():
-        size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
-        rows.append(("calibration size", escaped(size)))
+    rows += made_rows(record, escaped)
     if "fidelity" in record:
         rows += fidelity_rows(record["fidelity"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
