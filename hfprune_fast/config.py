@@ -21,6 +21,8 @@ CRITERIA = ("entropy", "cross_entropy", "fisher", "activation")
 DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
 ALLOCATIONS = ("auto", "uniform", "global")
+# What "auto" tries: shares of the way from one width for all layers to one ranking across them.
+ALLOCATIONS_TRIED = {"uniform": 0.0, "halfway": 0.5, "global": 1.0}
 SELECTS = ("obs", "statistic")
 OFFLOADS = ("auto", "none", "cpu", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")

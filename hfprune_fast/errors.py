@@ -15,6 +15,8 @@ _OUT_OF_MEMORY = (
     "error return without exception set",  # what Python says where it has no room to say more
 )
 
+MAX_CHARS = 200  # of what others chose or said
+
 
 def printable(text: str) -> str:
     """Return text with what a terminal would obey, line ends too, and lone surrogates escaped."""
@@ -28,11 +30,11 @@ def shown(value: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what a library's error says as one line of at most 200 printable characters."""
+    """Return what a library's error says as one line of at most MAX_CHARS printable characters."""
     text = printable(" ".join(str(error).split()))
     if not text or isinstance(error, KeyError):  # its text is the key alone
         text = f"{type(error).__name__} {text}".strip()
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 1]}…"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.config import Budget
+from hfprune_fast.config import ALLOCATIONS_TRIED, Budget
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.evaluation import fidelity
@@ -76,7 +76,7 @@ class Seed:
         importance = self._importance(variant)
         if variant.allocation != "auto":
             return width.keep(importance, variant.allocation)
-        keeps = [width.keep(importance, a) for a in allocation.ALLOCATIONS_TRIED.values()]
+        keeps = [width.keep(importance, a) for a in ALLOCATIONS_TRIED.values()]
         with ResidentModel(self.subject.model) as model:
             kl = allocation.held_out_kl(model, allocation.trial(self._batches), keeps)
         return keeps[min(range(len(kl)), key=kl.__getitem__)]

@@ -1,37 +1,24 @@
-"""Where in a text a pruned model differs from its dense one: by position, and most of all."""
+"""KL by position, and the positions where it is largest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heappush, heappushpop
 
 import torch
 from torch import Tensor
 
-LARGEST = 20
-_MOST_BINS = 32
 
-
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Change:
-    """One position of one window: what follows it is what the models disagree on."""
+    """One position of one window, and the next token that each model finds most likely there."""
 
     kl_nats: float
-    # Negative, so that of equal changes the first in the text comes first.
-    minus_sequence: int
-    minus_position: int
-    dense_top: int  # the most likely next token of the dense model, and its probability
+    sequence: int
+    position: int
+    dense_top: int  # a token id
     dense_probability: float
     pruned_top: int
     pruned_probability: float
-
-    @property
-    def sequence(self) -> int:
-        return -self.minus_sequence
-
-    @property
-    def position(self) -> int:
-        return -self.minus_position
 
 
 @dataclass(frozen=True)
@@ -45,11 +32,14 @@ class PositionBin:
 
 
 class TokenChanges:
-    """Collects KL by position and the LARGEST changes; (T,) numbers and LARGEST rows of memory."""
+    """Collects KL by position, and the positions of the largest KL, largest first in `largest`.
 
-    def __init__(self, largest: int = LARGEST) -> None:
-        self._count = largest
-        self._heap: list[Change] = []
+    It keeps two numbers a position of a window, and so many changes.
+    """
+
+    def __init__(self, most: int = 20) -> None:
+        self.largest: list[Change] = []
+        self._most = most
         self._kl_nats = torch.zeros(0, dtype=torch.float64)  # (T,) sums
         self._tokens = torch.zeros(0, dtype=torch.int64)
 
@@ -67,30 +57,21 @@ class TokenChanges:
             self._tokens = torch.nn.functional.pad(self._tokens, (0, more))
         self._kl_nats[start:end] += kl.double().cpu()
         self._tokens[start:end] += 1
-        values, rows = kl.topk(min(self._count, len(kl)))
-        for value, row in zip(values.tolist(), rows.tolist(), strict=True):
-            if len(self._heap) == self._count and value < self._heap[0].kl_nats:
-                break
-            p, dense_top = log_p[row].max(dim=-1)
-            q, pruned_top = log_q[row].max(dim=-1)
-            change = Change(
-                value, -sequence, -(start + row),
-                int(dense_top), float(p.exp()), int(pruned_top), float(q.exp()),
-            )  # fmt: skip
-            if len(self._heap) < self._count:
-                heappush(self._heap, change)
-            else:
-                heappushpop(self._heap, change)
+        kl_nats, rows = kl.topk(min(self._most, len(kl)))
+        p, dense_top = log_p[rows].max(dim=-1)
+        q, pruned_top = log_q[rows].max(dim=-1)
+        columns = (kl_nats, rows + start, dense_top, p.exp(), pruned_top, q.exp())
+        new = (
+            Change(value, sequence, *others)
+            for value, *others in zip(*(column.tolist() for column in columns), strict=True)
+        )
+        order = sorted([*self.largest, *new], key=lambda c: (-c.kl_nats, c.sequence, c.position))
+        self.largest = order[: self._most]
 
-    @property
-    def largest(self) -> list[Change]:
-        """The positions with the largest KL, largest first."""
-        return sorted(self._heap, reverse=True)
-
-    def by_position(self) -> list[PositionBin]:
-        """Return the mean KL of at most 32 equal runs of positions; together, all the tokens."""
+    def by_position(self, most: int = 32) -> list[PositionBin]:
+        """Return the mean KL of so many equal runs of positions at most, which hold all tokens."""
         bins, length = [], len(self._kl_nats)
-        size = max(1, -(-length // _MOST_BINS))
+        size = max(1, -(-length // most))
         for first in range(0, length, size):
             tokens = int(self._tokens[first : first + size].sum())
             kl_nats = float(self._kl_nats[first : first + size].sum()) / tokens

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune_fast.config import Recipe
+from hfprune_fast.config import ALLOCATIONS_TRIED, Recipe
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
@@ -16,9 +16,7 @@ from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 
-# What allocation "auto" tries, on at most _TRIAL_SEQUENCES sequences; a quarter is held out.
-ALLOCATIONS_TRIED = {"uniform": 0.0, "halfway": 0.5, "global": 1.0}
-_TRIAL_SEQUENCES = 64
+_TRIAL_SEQUENCES = 64  # at most; a quarter is held out
 
 
 def choose(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfprune_fast._version import __version__
+from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.models.spec import suits_text, widths_text
+from hfprune_fast.report.facts import allocation_name
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 PAPER = "arXiv 2603.08083"
-_MAX_CHARS = 200  # of a name
 
 # What each layout changes in the architecture, and what loading it takes beyond transformers.
 _CHANGED = {
@@ -46,25 +47,51 @@ def neurons_text(achieved: dict[str, Any]) -> str:
     return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
 
 
-def recipe_rows(requested: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say how the neurons were chosen, and what became of the others."""
+def made_rows(
+    record: Mapping[str, Any], shown: Callable[[str], str] = str
+) -> list[tuple[str, str]]:
+    """Say how the neurons were chosen, what became of the others, and on what text.
+
+    Args:
+        shown: applied to what others chose.
+    """
+    rows: list[tuple[str, str]] = []
+    provenance = record.get("provenance", {})
+    if "criterion" in record.get("requested", {}):
+        rows += _recipe_rows(record["requested"], record.get("chosen", {}), shown)
+    calibration = provenance.get("calibration")
+    if isinstance(calibration, dict) and "source" in calibration:
+        rows.append(("calibration", shown(str(calibration["source"]))))
+    if {"samples", "tokens"} <= provenance.keys():
+        size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
+        rows.append(("calibration size", shown(size)))
+    return rows
+
+
+def _recipe_rows(
+    requested: dict[str, Any], chosen: dict[str, Any], shown: Callable[[str], str]
+) -> list[tuple[str, str]]:
     if requested["select"] == "obs":
         ranked = "what a removal costs when the others are refitted (criterion `fisher`)"
     else:
-        ranked = f"criterion `{requested['criterion']}`"
-        ranked += f", statistic `{requested['statistic']}`" if requested["statistic"] else ""
-    allocation = chosen.get("allocation", requested["allocation"])
-    shares = {0.0: "uniform", 0.5: "halfway between uniform and global", 1.0: "global"}
-    rows = [("ranked by", ranked), ("allocation", shares.get(allocation, str(allocation)))]
+        ranked = f"criterion `{_word(requested['criterion'])}`"
+        ranked += f", statistic `{_word(requested['statistic'])}`" if requested["statistic"] else ""
+    allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
+    allocation += " between uniform and global" if allocation == "halfway" else ""
+    rows = [("ranked by", ranked), ("allocation", shown(allocation))]
     if requested["refit"]:
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
 
 
+def _word(name: object) -> str:
+    """Return a name as it can stand between backticks."""
+    return re.sub(r"\W", "", str(name))[:MAX_CHARS]
+
+
 def escaped(text: str) -> str:
     """Return a text that Markdown and HTML show as it is, on one line; a tab is shown as \\t."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_MAX_CHARS])
-    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&@:])", r"\\\1", shown)
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&@:])", r"\\\1", printable(text[:MAX_CHARS]))
 
 
 def _front_matter(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
@@ -77,7 +104,7 @@ def _front_matter(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         # The hub has no word for a pruned model; this is its word for other weights of the same.
         given |= {"base_model": base_model, "base_model_relation": "finetune"}
     if "fidelity" in record:
-        given["model_name"] = f"{base_model.split('/')[-1][:_MAX_CHARS]}, pruned"
+        given["model_name"] = f"{base_model.split('/')[-1][:MAX_CHARS]}, pruned"
         given["eval_results"] = _eval_results(record["fidelity"])
     return ModelCardData(**given, tags=["pruned", "hfprune"]).to_yaml()
 
@@ -85,11 +112,11 @@ def _front_matter(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
 def _eval_results(fidelity: Mapping[str, Any]) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
-    text = str(fidelity["text"])[:_MAX_CHARS]
+    text = str(fidelity["text"])[:MAX_CHARS]
     metrics = {
         "perplexity": ("Perplexity", fidelity["ppl_pruned"]),
         "perplexity_dense": ("Perplexity of the dense model", fidelity["ppl_dense"]),
-        "kl_divergence": ("KL(dense || pruned), nats a token", fidelity["kl_nats"]),
+        "kl_divergence": ("KL(dense ‖ pruned), nats a token", fidelity["kl_nats"]),
         "top1_agreement": ("Top-1 agreement with the dense model", fidelity["top1_agreement"]),
     }
     return [
@@ -109,7 +136,7 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Say what was measured on held-out text."""
     ppl_dense, ppl_pruned = fidelity["ppl_dense"], fidelity["ppl_pruned"]
     return [
-        ("KL(dense to pruned)", f"{fidelity['kl_nats']:.4f} nats a token"),
+        ("KL(dense ‖ pruned)", f"{fidelity['kl_nats']:.4f} nats a token"),
         ("perplexity", f"{ppl_pruned:.2f}, dense {ppl_dense:.2f}"),
         ("top-1 agreement", f"{fidelity['top1_agreement']:.1%}"),
         ("measured on", f"{escaped(str(fidelity['text']))}, {fidelity['tokens']:,} tokens"),
@@ -124,7 +151,6 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         facts: the source's licence and languages, as `checkpoint.source_card` reads them.
     """
     base_model, achieved = record["base_model"], record["achieved"]
-    provenance = record.get("provenance", {})
     rows = [
         ("base model", escaped(base_model)),
         ("MLP neurons a layer", neurons_text(achieved)),
@@ -133,14 +159,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]
-    if "criterion" in record.get("requested", {}):
-        rows += recipe_rows(record["requested"], record.get("chosen", {}))
-    calibration = provenance.get("calibration")
-    if isinstance(calibration, dict) and "source" in calibration:
-        rows.append(("calibration", escaped(str(calibration["source"]))))
-    if {"samples", "tokens"} <= provenance.keys():
-        size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
-        rows.append(("calibration size", escaped(size)))
+    rows += made_rows(record, escaped)
     if "fidelity" in record:
         rows += fidelity_rows(record["fidelity"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -12,11 +12,11 @@ from torch import Tensor
 from hfprune_fast.checkpoint.atomic import check_file, write_whole
 from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.engine.run_log import RunLog, peak_bytes
-from hfprune_fast.errors import CheckpointError, ScoresFileError
+from hfprune_fast.errors import ScoresFileError, one_line_errors
 from hfprune_fast.pruning.measured import Measured
-from hfprune_fast.pruning.model_card import loading_text, recipe_rows
+from hfprune_fast.pruning.model_card import loading_text, made_rows
 from hfprune_fast.pruning.on_disk import read_record
-from hfprune_fast.report.facts import Facts, read_facts
+from hfprune_fast.report.facts import DAMAGED, Facts, read_facts
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
 from hfprune_fast.scoring.table import ImportanceTable
@@ -95,22 +95,10 @@ def _ranked(
 
 def _about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Say how the neurons were chosen, on what, and by which versions."""
-    try:
-        rows: list[tuple[str, Any]] = []
-        if "criterion" in record.get("requested", {}):
-            rows += recipe_rows(record["requested"], record.get("chosen", {}))
-        provenance = record.get("provenance", {})
-        calibration = provenance.get("calibration", {})
-        rows += [("calibration", calibration["source"])] if "source" in calibration else []
-        if {"samples", "tokens"} <= provenance.keys():
-            size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
-            rows.append(("calibration size", size))
+    with one_line_errors(DAMAGED):
+        rows, provenance = made_rows(record), record.get("provenance", {})
         named = (("dtype", "scored in"), ("backend", "kernels"), ("seed", "seed"))
-        rows += [(label, provenance[key]) for key, label in named if key in provenance]
+        rows += [(label, str(provenance[key])) for key, label in named if key in provenance]
         versions = dict(provenance.get("versions", {"hfprune_fast": record["hfprune_fast"]}))
         made_with = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        return [(name, str(value)) for name, value in [*rows, ("versions", made_with)]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"hfprune.json is damaged, or not written by hfprune: {type(error).__name__} {error}"
-        ) from None
+        return [*rows, ("versions", made_with)]

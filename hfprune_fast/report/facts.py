@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune_fast.errors import CheckpointError, shown
+from hfprune_fast.config import ALLOCATIONS_TRIED
+from hfprune_fast.errors import one_line_errors, shown
 from hfprune_fast.evaluation.changes import PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
 
-ALLOCATION_NAMES = {"0.0": "uniform", "0.5": "halfway", "1.0": "global"}
+DAMAGED = "hfprune.json is damaged, or not written by hfprune"
 _MAX_LAYERS, _MAX_BINS, _MAX_KL_NATS = 10_000, 1000, 1e6
 
 
@@ -46,14 +47,16 @@ class Facts:
     measurement: Measurement | None
 
 
+def allocation_name(recorded: object) -> str:
+    """Return the name of an allocation that is recorded by its name or its share."""
+    names = {str(share): name for name, share in ALLOCATIONS_TRIED.items()}
+    return names.get(str(recorded), str(recorded))
+
+
 def read_facts(record: Mapping[str, Any]) -> Facts:
     """Return what a record says, or raise CheckpointError if it is damaged."""
-    try:
+    with one_line_errors(DAMAGED):
         return _facts(record)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(
-            f"hfprune.json is damaged, or not written by hfprune: {type(error).__name__} {error}"
-        ) from None
 
 
 def _facts(record: Mapping[str, Any]) -> Facts:
@@ -69,10 +72,10 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     pairs = zip(widths, dense_widths, strict=True)  # a ValueError if they are not as many
     if not all(1 <= width <= dense_width for width, dense_width in pairs):
         raise ValueError("its widths are not those of the layers that it lists")
-    tried = dict(chosen.get("allocations_kl_nats") or {})
-    if not tried.keys() <= ALLOCATION_NAMES.keys():
-        raise ValueError("it names an allocation that is none")
-    allocation = str(chosen.get("allocation", ""))
+    kl_nats = dict(chosen.get("allocations_kl_nats") or {})
+    tried = {allocation_name(name): _number(kl, _MAX_KL_NATS) for name, kl in kl_nats.items()}
+    if not tried.keys() <= ALLOCATIONS_TRIED.keys():
+        raise ValueError("unknown allocation")
     fidelity = record.get("fidelity")
     return Facts(
         base_model=str(record["base_model"]),
@@ -83,10 +86,8 @@ def _facts(record: Mapping[str, Any]) -> Facts:
         dense_params=_count(achieved["dense_params"]),
         prune_ratio=_number(achieved["prune_ratio"]),
         param_ratio=_number(achieved["param_ratio"]),
-        allocation=ALLOCATION_NAMES.get(allocation, allocation),
-        allocations_kl_nats={
-            ALLOCATION_NAMES[name]: _number(kl, _MAX_KL_NATS) for name, kl in tried.items()
-        },
+        allocation=allocation_name(chosen.get("allocation", "")),
+        allocations_kl_nats=tried,
         measurement=None if fidelity is None else _measurement(fidelity),
     )
 

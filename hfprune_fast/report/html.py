@@ -1,13 +1,11 @@
-"""Pieces of HTML; what others chose is escaped, so that it is shown and does nothing."""
+"""Pieces of HTML; untrusted text is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
-from hfprune_fast.errors import printable
-
-MAX_CHARS = 200  # of a name
+from hfprune_fast.errors import MAX_CHARS, printable
 
 
 def name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The page: one HTML file that asks nothing of anyone, no scripts, no other files."""
+"""The page: one self-contained HTML file; no scripts, no external resources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfprune_fast._version import __version__
 from hfprune_fast.console import human_bytes, human_seconds
-from hfprune_fast.errors import printable
+from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.models.spec import suits_text, widths_text
 from hfprune_fast.report import html, pictures
 from hfprune_fast.report.facts import Facts, Measurement
@@ -88,7 +88,7 @@ def _summary(facts: Facts) -> str:
         tiles += [
             ("KL(dense ‖ pruned)", f"{measured.kl_nats:.4f}", "nats a token"),
             ("perplexity", f"{measured.ppl_pruned:.2f}", f"dense {measured.ppl_dense:.2f}"),
-            ("same top token", f"{measured.top1_agreement:.1%}", "of the positions"),
+            ("top-1 agreement", f"{measured.top1_agreement:.1%}", "of the positions"),
         ]
         said += (
             f" On {measured.tokens:,} held-out tokens of {html.name(facts.measurement.text)}, "
@@ -173,7 +173,7 @@ def _positions(measured: Measurement) -> str:
         ("KL(dense ‖ pruned)", f"{fidelity.kl_nats:.4f} nats a token"),
         ("perplexity, dense", f"{fidelity.ppl_dense:.3f}"),
         ("perplexity, pruned", f"{fidelity.ppl_pruned:.3f}"),
-        ("same most likely token", f"{fidelity.top1_agreement:.2%}"),
+        ("top-1 agreement", f"{fidelity.top1_agreement:.2%}"),
         ("held-out text", html.name(measured.text)),
         ("tokens", f"{fidelity.tokens:,}"),
     ]
@@ -238,7 +238,7 @@ def _run(report: Report) -> str:
 
 
 def _loading(report: Report) -> str:
-    facts, folder = report.facts, printable(report.name)[: html.MAX_CHARS]
+    facts, folder = report.facts, printable(report.name)[:MAX_CHARS]
     if facts.layout == "decilm":
         code = f"vllm serve {shlex.quote(folder)} --trust-remote-code"
     else:
@@ -254,7 +254,7 @@ def _loading(report: Report) -> str:
 
 
 def _about(report: Report) -> str:
-    values = [(name, printable(value)[: html.MAX_CHARS]) for name, value in report.about]
+    values = [(name, printable(value)[:MAX_CHARS]) for name, value in report.about]
     rows = [(escape(name), html.code(value)) for name, value in values]
     if not rows:
         return ""

@@ -107,7 +107,7 @@ def _curves(ranked: Tensor, kept: Sequence[int], unit: str) -> Any:
         axis.plot((at + 1).tolist(), y, color=colours[layer], linewidth=1.5, label=str(layer))
     heights = [float(ranked[layer, width - 1]) for layer, width in enumerate(kept)]
     axis.scatter(kept, heights, s=36, color=CUT, edgecolors="white", zorder=3, label="cut")
-    axis.set(xlabel="neurons of a layer, most important first", ylabel=f"importance, {unit}")
+    axis.set(xlabel="neurons of a layer, most important first", ylabel=f"importance: {unit}")
     axis.set(yscale="log", xlim=(0, dense * 1.02))
     axis.grid(axis="y")
     handles, labels = axis.get_legend_handles_labels()
@@ -137,7 +137,7 @@ def _map(ranked: Tensor, kept: Sequence[int], unit: str) -> Any:
     axis.set_title("line: the cut; left of it is kept", fontsize=9, loc="left", color=CUT)
     _whole_numbers(axis.yaxis)
     bar = figure.colorbar(image, ax=axis, location="bottom", aspect=40, pad=0.02)
-    bar.set_label(f"log10 of importance, {unit}")
+    bar.set_label(f"log10 of importance: {unit}")
     bar.outline.set_visible(False)
     return figure
 
@@ -150,7 +150,7 @@ def allocations(kl_nats: Mapping[str, float], chosen: str) -> str:
     colours = [PRUNED if name == chosen else DENSE for name in names]
     bars = axis.barh(names, values, height=0.68, color=colours)
     axis.bar_label(bars, [f"{value:.4f}" for value in values], padding=4, fontsize=10)
-    axis.set(xlabel="KL(dense to pruned), nats a token", xlim=(0, max(values) * 1.18 or 1))
+    axis.set(xlabel="KL(dense ‖ pruned), nats a token", xlim=(0, max(values) * 1.18 or 1))
     axis.locator_params(axis="x", nbins=5)
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfprune_fast.data.batches import TokenData
-from hfprune_fast.errors import printable
+from hfprune_fast.errors import MAX_CHARS
 from hfprune_fast.evaluation.changes import Change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTEXT_TOKENS = 16
-_MAX_CHARS = 160
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,13 @@ class ChangedToken:
 def changed_tokens(
     changes: Sequence[Change], data: TokenData, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[ChangedToken]:
-    """Return changes as text; as token ids without a tokenizer."""
+    """Return changes as text, with ends of lines as ↵; as token ids without a tokenizer."""
 
     def text(ids: Sequence[int]) -> str:
         if tokenizer is None:
             return " ".join(f"#{token}" for token in ids)
-        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        decoded = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return decoded.replace("\r\n", "\n").replace("\n", "↵")
 
     windows = {
         batch.first + row: batch.ids[row, :length]
@@ -51,19 +51,14 @@ def changed_tokens(
         ids, at = windows[change.sequence].tolist(), change.position
         changed.append(
             ChangedToken(
-                context=_shown(text(ids[max(0, at + 1 - _CONTEXT_TOKENS) : at + 1]))[-_MAX_CHARS:],
+                context=text(ids[max(0, at + 1 - _CONTEXT_TOKENS) : at + 1])[-MAX_CHARS:],
                 position=at,
-                follows=_shown(text(ids[at + 1 : at + 2]))[:_MAX_CHARS],
-                dense_top=_shown(text([change.dense_top]))[:_MAX_CHARS],
+                follows=text(ids[at + 1 : at + 2])[:MAX_CHARS],
+                dense_top=text([change.dense_top])[:MAX_CHARS],
                 dense_probability=change.dense_probability,
-                pruned_top=_shown(text([change.pruned_top]))[:_MAX_CHARS],
+                pruned_top=text([change.pruned_top])[:MAX_CHARS],
                 pruned_probability=change.pruned_probability,
                 kl_nats=change.kl_nats,
             )
         )
     return changed
-
-
-def _shown(text: str) -> str:
-    """Return text with ends of lines as ↵ and whatever else does not print escaped."""
-    return printable(text.replace("\r\n", "\n").replace("\n", "↵"))

@@ -7,19 +7,18 @@ from truth import forward, kl_nats, tiny_model
 import hfprune_fast as hf
 from hfprune_fast.data.batches import token_data
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.evaluation import changes, fidelity
+from hfprune_fast.evaluation import fidelity
 from hfprune_fast.evaluation.changes import TokenChanges
 
 
 @pytest.mark.parametrize("bins", [32, 5])
 def test_positions_and_largest_changes(monkeypatch: pytest.MonkeyPatch, bins: int) -> None:
     monkeypatch.setattr(fidelity, "_CHUNK_ELEMENTS", 127 * 7)  # several chunks a window
-    monkeypatch.setattr(changes, "_MOST_BINS", bins)
     dense, pruned = tiny_model("llama"), tiny_model("llama")
     hf.prune(pruned, {layer: torch.arange(0, 96, 2) for layer in range(3)})
     ids = torch.randint(127, (5, 20), generator=torch.Generator().manual_seed(0))
     batches = token_data(ids.split(2), 127).batches
-    collected = TokenChanges(largest=7)
+    collected = TokenChanges(most=7)
     with ResidentModel(dense) as p, ResidentModel(pruned) as q:
         hidden = p.final_hidden(batches), q.final_hidden(batches)
         found = fidelity.compare(batches, *hidden, p.head(), q.head(), collected)
@@ -31,7 +30,7 @@ def test_positions_and_largest_changes(monkeypatch: pytest.MonkeyPatch, bins: in
         for m in (dense, pruned)
     )
     kl = kl_nats(z_p.flatten(0, 1), z_q.flatten(0, 1)).view(ids.shape)
-    by_position = collected.by_position()
+    by_position = collected.by_position(bins)
     assert len(by_position) <= bins
     assert [b.first for b in by_position[1:]] == [b.last + 1 for b in by_position[:-1]]
     for each in by_position:

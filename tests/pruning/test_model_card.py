@@ -34,7 +34,11 @@ def test_hostile_texts_are_escaped(llama_dir: Path, tmp_path: Path, name: str) -
     cards = []
     for text in (name, "harmless"):
         where: dict[str, Any] = {"calibration": {"source": text}, "samples": text, "tokens": text}
-        record = {"base_model": text, "provenance": where}
+        word = text.replace("_", "")  # which means nothing in a code span
+        named = {"select": "statistic", "criterion": word, "statistic": word}
+        requested = {**asdict(Recipe()), **named}
+        record = {"base_model": text, "provenance": where, "requested": requested}
+        record |= {"chosen": {"allocation": text}}
         hf.prune_checkpoint(llama_dir, tmp_path / "out", KEEP, record=record, force=True)
         cards.append((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
         assert cards[-1].replace("\n", "").isprintable()

@@ -1,4 +1,4 @@
-"""The page says what the record says, asks nothing of anyone, and shows hostile text as text."""
+"""The page says what the record says, is self-contained, and shows hostile text as text."""
 
 import re
 from collections.abc import Sequence
