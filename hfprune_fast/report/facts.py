@@ -64,7 +64,13 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     keep = record["keep"]
     if not 1 <= len(keep) <= _MAX_LAYERS:
         raise ValueError(f"{len(keep)} layers")
-    widths = tuple(len(list(keep[str(layer)])) for layer in range(len(keep)))
+    kept = [keep[str(layer)] for layer in range(len(keep))]
+    if not all(type(neuron) is int for neurons in kept for neuron in neurons):
+        raise ValueError("keep lists what is no neuron")
+    widths = tuple(len(neurons) for neurons in kept)
+    widest = achieved["intermediate_size"]
+    if list(widths) != achieved.get("mlp_widths", [widest] * len(kept)) or max(widths) != widest:
+        raise ValueError("keep and its widths say different numbers of neurons")
     dense = achieved.get("dense_mlp_widths")
     if dense is None:
         dense = [achieved["dense_intermediate_size"]] * len(widths)
@@ -76,9 +82,11 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     tried = {allocation_name(name): _number(kl, _MAX_KL_NATS) for name, kl in kl_nats.items()}
     if not tried.keys() <= ALLOCATIONS_TRIED.keys():
         raise ValueError("unknown allocation")
+    if _count(achieved["dense_params"]) == 0:
+        raise ValueError("the dense model has no parameters")
     fidelity = record.get("fidelity")
     return Facts(
-        base_model=str(record["base_model"]),
+        base_model=_text(record["base_model"]),
         layout=str(achieved.get("layout", "uniform")),
         widths=widths,
         dense_widths=dense_widths,
@@ -112,6 +120,12 @@ def _measurement(fidelity: Mapping[str, Any]) -> Measurement:
         ),
         bins,
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a name is {shown(value)}")
+    return value
 
 
 def _number(value: Any, most: float = sys.float_info.max) -> float:
