@@ -70,74 +70,62 @@ def evaluate_tasks(
             `evaluation/tasks.py`); the harness is missing; weights would be offloaded.
         CheckpointError: a model or its tokenizer cannot be loaded.
     """
-    sources = [open_source(dense), open_source(pruned)]
-    blueprints = blueprints_for_tasks(sources, options, seq_len)
-    loaded = load_tasks(which)
-    return run_tasks(blueprints, loaded, which.limit, options.batch_size, seq_len, progress)
-
-
-def blueprints_for_tasks(
-    sources: Sequence[ModelSource], options: RunOptions, seq_len: int | None
-) -> list[Blueprint]:
-    """Return the models to run tasks on, checked but for their weights."""
+    sources = open_source(dense), open_source(pruned)
     for source in sources:
-        longest = source.transformers_config.max_position_embeddings
-        if seq_len is not None and not (type(seq_len) is int and 2 <= seq_len <= longest):
-            raise ArgumentError(
-                f"seq_len must be a whole number from 2 to {longest}, the model's longest "
-                f"position, for tasks; got {shown(seq_len)}"
-            )
+        _check(source, options, seq_len)
+    loaded = load_tasks(which)
+    answers = [
+        _answers(name, source, loaded, options, which.limit, seq_len, progress)
+        for name, source in zip(("dense", "pruned"), sources, strict=True)
+    ]
+    return _side_by_side(*answers)
+
+
+def _check(source: ModelSource, options: RunOptions, seq_len: int | None) -> None:
+    """Refuse a model that tasks cannot run on, or raise what is wrong with its files."""
+    longest = source.transformers_config.max_position_embeddings
+    if seq_len is not None and not (type(seq_len) is int and 2 <= seq_len <= longest):
+        raise ArgumentError(
+            f"seq_len must be a whole number from 2 to {longest}, the model's longest "
+            f"position, for tasks; got {shown(seq_len)}"
+        )
     if options.offload in ("cpu", "disk") or options.memory_budget is not None:
         raise ArgumentError(
             "tasks need the whole model on the device; leave offload and memory_budget out"
         )
-    for source in sources:
-        _ = source.tokenizer  # or the error that says what is wrong with it
-    return [
-        blueprint(each, dtype=options.dtype, device=options.device, attention=options.attention)
-        for each in sources
-    ]
+    _ = source.tokenizer
+    _blueprint(source, options)
 
 
-def run_tasks(
-    blueprints: list[Blueprint],
-    loaded: dict[str, Any],
-    limit: int | None,
-    batch_size: int | None,
-    seq_len: int | None,
-    progress: bool,
-) -> list[TaskResult]:
-    """Run tasks that are loaded on the dense and the pruned model; the list is emptied."""
-    answers = []
-    for name in ("dense", "pruned"):
-        plan = blueprints.pop(0)
-        answers.append(_answers(name, plan, loaded, limit, batch_size, seq_len, progress))
-        del plan  # it holds the model
-    return _side_by_side(*answers)
+def _blueprint(source: ModelSource, options: RunOptions) -> Blueprint:
+    return blueprint(
+        source, dtype=options.dtype, device=options.device, attention=options.attention
+    )
 
 
 def _answers(
     name: str,
-    plan: Blueprint,
+    source: ModelSource,
     loaded: dict[str, Any],
+    options: RunOptions,
     limit: int | None,
-    batch_size: int | None,
     seq_len: int | None,
     progress: bool,
 ) -> dict[str, Any]:
-    """Return the harness's results of one model, with smaller batches where memory runs out."""
+    """Return the harness's results of one model, which is in memory meanwhile."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    plan = _blueprint(source, options)
     model = build(plan)
     for key, parameter in model.named_parameters():
         check_finite(key, parameter)
     what = "tasks" if seq_len is None else f"tasks with seq_len {seq_len}"
-    batch_size = batch_size or (_GPU_BATCH_SIZE if plan.device.type == "cuda" else 1)
+    batch_size = options.batch_size or (_GPU_BATCH_SIZE if plan.device.type == "cuda" else 1)
     while True:
         lm = HFLM(
             pretrained=model,
-            tokenizer=plan.source.tokenizer,
+            tokenizer=source.tokenizer,
             backend="causal",
             batch_size=batch_size,
             max_length=seq_len,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import random_llama
 from own_tasks import Docs, one_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -175,3 +176,19 @@ def test_beside_a_text_in_one_table(tasks: Path, hfprune: Callable[..., Any]) ->
     )
     assert "Running loglikelihood requests" not in run.err
     assert "dense, loglikelihood: 100%" in run.err
+
+
+def test_a_text_is_refused_before_tasks_run(
+    tasks: Path,
+    save_checkpoint: Callable[..., Path],
+    hfprune: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(harness, "build")
+    wider = save_checkpoint(random_llama(vocab_size=4096))
+    own = ["--tasks", "own_choice", "--include-path", tasks]
+    for pruned, text, message in (
+        ("demo", "nowhere.txt", "nowhere.txt"),
+        (wider, "demo", "share a vocabulary"),
+    ):
+        assert message in one_line(hfprune("evaluate", "demo", pruned, "--text", text, *own))
