@@ -139,27 +139,46 @@ def test_every_layout_one_model_at_a_time(
     assert second.pruned == pytest.approx(first.pruned, rel=1e-9)
 
 
+@pytest.mark.parametrize("short_of_memory", ["loglikelihood", "loglikelihood_rolling"])
 def test_smaller_batches_when_memory_runs_out(
-    tasks: Path, hfprune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    short_of_memory: str, tasks: Path, hfprune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
+    kinds: list[str] = []
     run_model = HFLM._model_call
 
-    def with_room_for_two(self: Any, inps: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(inps) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return run_model(self, inps, *args, **kwargs)
+    def recorded(kind: str) -> Callable[..., Any]:
+        answer = getattr(HFLM, kind)
 
-    flags = ["--tasks", "own_choice", "--include-path", tasks, "--limit", 4, "--dtype", "float64"]
-    command = ["evaluate", "demo", "demo", *flags, "--device", "cpu", "--json"]
-    expected = hfprune(*command).json()
-    monkeypatch.setattr(HFLM, "_model_call", with_room_for_two)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            kinds.append(kind)
+            return answer(*args, **kwargs)
+
+        return method
+
+    def with_room_for(rows: int) -> Callable[..., Any]:
+        def call(self: Any, inps: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(inps) > rows and kinds[-1] == short_of_memory:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return run_model(self, inps, *args, **kwargs)
+
+        return call
+
+    own = ["--tasks", "own_choice,own_text", "--include-path", tasks, "--limit", 4]
+    command = ["evaluate", "demo", "demo", *own, "--dtype", "float64", "--device", "cpu", "--json"]
+    expected = [row["dense"] for row in hfprune(*command).json()["tasks"]]
+    for kind in ("loglikelihood", "loglikelihood_rolling"):
+        monkeypatch.setattr(HFLM, kind, recorded(kind))
+    monkeypatch.setattr(HFLM, "_model_call", with_room_for(2))
     run = hfprune(*command, "--batch-size", 8)
-    assert run.json() == expected
+    # The order of additions: as in the test of the numbers.
+    assert [row["pruned"] for row in run.json()["tasks"]] == pytest.approx(expected, rel=1e-9)
     for size in (4, 2):
         assert run.err.count(f"out of memory; continuing with batches of {size}") == 2
-    monkeypatch.setattr(HFLM, "_model_call", lambda *_, **__: with_room_for_two(None, range(3)))
+    times = {"loglikelihood": 1, "loglikelihood_rolling": 1, short_of_memory: 3}
+    assert kinds == 2 * [kind for kind, count in times.items() for _ in range(count)]
+    monkeypatch.setattr(HFLM, "_model_call", with_room_for(0))
     assert "out of memory; try a smaller --batch-size" in one_line(hfprune(*command))
 
 
@@ -174,8 +193,8 @@ def test_beside_a_text_in_one_table(tasks: Path, hfprune: Callable[..., Any]) ->
     assert re.fullmatch(
         r"own_choice +acc +(0\.\d{4} ± 0\.\d{4}) +\1 +\+0\.0000 ± 0\.0000", table[2]
     )
-    assert "Running loglikelihood requests" not in run.err
-    assert "dense, loglikelihood: 100%" in run.err
+    said = [run.err.index(f"hfprune: tasks on the {name} model") for name in ("dense", "pruned")]
+    assert run.err.count("Running loglikelihood requests: 100%", *said) == 1
 
 
 def test_a_text_is_refused_before_tasks_run(
