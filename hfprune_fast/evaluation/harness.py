@@ -64,7 +64,7 @@ def evaluate_tasks(
             longest that the model takes.
 
     Raises:
-        ArgumentError: tasks are unknown, without data, or not to be run (see
+        ArgumentError: tasks are unknown, lack data or are refused (see
             `evaluation/tasks.py`); the harness is missing; weights would be offloaded.
         CheckpointError: a model or its tokenizer cannot be loaded.
     """
@@ -161,7 +161,7 @@ def _retrying_model() -> Any:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    class Retrying(HFLM):  # type: ignore[misc, no-any-unimported]
+    class Retrying(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: Any) -> Any:
             return halving(self, super().loglikelihood, requests)
 
