@@ -105,13 +105,6 @@ def byte_bar(what: str, total_bytes: int, show: bool) -> Iterator[Callable[[int]
         yield bar.update
 
 
-@contextmanager
-def count_bar(what: str, total: int, show: bool) -> Iterator[Callable[[int], Any]]:
-    """Show a bar of things on stderr; yield the function that takes how many more are done."""
-    with _bar(what, total, "", show) as bar:
-        yield bar.update
-
-
 def _bar(what: str, total: int, unit: str, show: bool) -> Any:
     stderr = Tolerant(sys.stderr)
     return tqdm(

@@ -12,8 +12,8 @@ from hfprune_fast.console import text_table
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.checkpoints import compare_checkpoints
-from hfprune_fast.evaluation.harness import blueprints_for_tasks, run_tasks
-from hfprune_fast.evaluation.tasks import load_tasks
+from hfprune_fast.evaluation.fidelity import check_vocabularies
+from hfprune_fast.evaluation.harness import evaluate_tasks
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.measured import warn_of_calibration_text
 
@@ -39,20 +39,19 @@ def run(
     if text_source is None and which.tasks is None:
         raise ArgumentError("evaluate needs text (--text SOURCE), tasks (--tasks NAMES), or both")
     first, second = open_source(dense), open_source(pruned)
-    result: dict[str, Any] = {}
-    if which.tasks is not None:
-        blueprints = blueprints_for_tasks([first, second], options, sampling.seq_len)
-        loaded = load_tasks(which)
-    if text_source is not None:
+    data = None
+    if text_source is not None:  # what can be refused is refused before the tasks run
+        check_vocabularies(first.spec.vocab_size, second.spec.vocab_size)
         data = calibrate(text_source, first, sampling, evaluation=True)
         warn_of_calibration_text(second, data)
-        fidelity = compare_checkpoints(first, second, data, options, progress=progress)
-        result = asdict(fidelity)
+    result: dict[str, Any] = {}
     if which.tasks is not None:
-        rows = run_tasks(
-            blueprints, loaded, which.limit, options.batch_size, sampling.seq_len, progress
-        )
+        given = {**vars(options), **vars(which), "seq_len": sampling.seq_len}
+        rows = evaluate_tasks(first, second, **given, progress=progress)
         result["tasks"] = [asdict(row) for row in rows]
+    if data is not None:
+        fidelity = compare_checkpoints(first, second, data, options, progress=progress)
+        result = asdict(fidelity) | result
     return result
 
 

@@ -1,16 +1,15 @@
 """Tasks of lm-evaluation-harness on a dense and a pruned model, side by side.
 
-The harness asks and counts; the models are loaded as everywhere here (any layout, no remote code),
-one at a time, and the tasks with their data are made before the first of them.
+lm-eval builds requests and computes metrics; models load through our own loader (any layout, no
+remote code), one at a time, after the tasks and their data.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ import torch
 from hfprune_fast.checkpoint.loading import Blueprint, blueprint, build
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import RunOptions, TaskOptions
-from hfprune_fast.console import count_bar, say
+from hfprune_fast.console import Tolerant, say
 from hfprune_fast.engine.layerwise import check_finite
 from hfprune_fast.errors import ArgumentError, is_out_of_memory, one_line_errors, shown
 from hfprune_fast.evaluation.tasks import hub_code_refused, load_tasks, seed_fewshot
 from hfprune_fast.options import keyword_options
 
-_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 _GPU_BATCH_SIZE = 8  # it is halved when memory runs out
 
 
@@ -66,141 +64,114 @@ def evaluate_tasks(
             longest that the model takes.
 
     Raises:
-        ArgumentError: tasks are unknown, without data, or not to be run (see
+        ArgumentError: tasks are unknown, lack data or are refused (see
             `evaluation/tasks.py`); the harness is missing; weights would be offloaded.
         CheckpointError: a model or its tokenizer cannot be loaded.
     """
-    sources = [open_source(dense), open_source(pruned)]
-    blueprints = blueprints_for_tasks(sources, options, seq_len)
-    loaded = load_tasks(which)
-    return run_tasks(blueprints, loaded, which.limit, options.batch_size, seq_len, progress)
-
-
-def blueprints_for_tasks(
-    sources: Sequence[ModelSource], options: RunOptions, seq_len: int | None
-) -> list[Blueprint]:
-    """Return the models to run tasks on, checked but for their weights."""
+    sources = open_source(dense), open_source(pruned)
     for source in sources:
-        longest = source.transformers_config.max_position_embeddings
-        if seq_len is not None and not (type(seq_len) is int and 2 <= seq_len <= longest):
-            raise ArgumentError(
-                f"seq_len must be a whole number from 2 to {longest}, the model's longest "
-                f"position, for tasks; got {shown(seq_len)}"
-            )
+        _check(source, options, seq_len)
+    loaded = load_tasks(which)
+    answers = [
+        _answers(name, source, loaded, options, which.limit, seq_len, progress)
+        for name, source in zip(("dense", "pruned"), sources, strict=True)
+    ]
+    return _side_by_side(*answers)
+
+
+def _check(source: ModelSource, options: RunOptions, seq_len: int | None) -> None:
+    """Refuse a model that tasks cannot run on, or raise what is wrong with its files."""
+    longest = source.transformers_config.max_position_embeddings
+    if seq_len is not None and not (type(seq_len) is int and 2 <= seq_len <= longest):
+        raise ArgumentError(
+            f"seq_len must be a whole number from 2 to {longest}, the model's longest "
+            f"position, for tasks; got {shown(seq_len)}"
+        )
     if options.offload in ("cpu", "disk") or options.memory_budget is not None:
         raise ArgumentError(
             "tasks need the whole model on the device; leave offload and memory_budget out"
         )
-    for source in sources:
-        _ = source.tokenizer  # or the error that says what is wrong with it
-    return [
-        blueprint(each, dtype=options.dtype, device=options.device, attention=options.attention)
-        for each in sources
-    ]
+    _ = source.tokenizer
+    _blueprint(source, options)
 
 
-def run_tasks(
-    blueprints: list[Blueprint],
-    loaded: dict[str, Any],
-    limit: int | None,
-    batch_size: int | None,
-    seq_len: int | None,
-    progress: bool,
-) -> list[TaskResult]:
-    """Run tasks that are loaded on the dense and the pruned model; the list is emptied."""
-    answers = []
-    for name in ("dense", "pruned"):
-        plan = blueprints.pop(0)
-        answers.append(_answers(name, plan, loaded, limit, batch_size, seq_len, progress))
-        del plan  # it holds the model
-    return _side_by_side(*answers)
+def _blueprint(source: ModelSource, options: RunOptions) -> Blueprint:
+    return blueprint(
+        source, dtype=options.dtype, device=options.device, attention=options.attention
+    )
 
 
 def _answers(
     name: str,
-    plan: Blueprint,
+    source: ModelSource,
     loaded: dict[str, Any],
+    options: RunOptions,
     limit: int | None,
-    batch_size: int | None,
     seq_len: int | None,
     progress: bool,
 ) -> dict[str, Any]:
-    """Return the harness's results of one model, with smaller batches where memory runs out."""
+    """Return the harness's results of one model, which is in memory meanwhile."""
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
+    plan = _blueprint(source, options)
     model = build(plan)
     for key, parameter in model.named_parameters():
         check_finite(key, parameter)
+    lm = _retrying_model()(
+        pretrained=model,
+        tokenizer=source.tokenizer,
+        backend="causal",
+        batch_size=options.batch_size or (_GPU_BATCH_SIZE if plan.device.type == "cuda" else 1),
+        max_length=seq_len,
+    )
+    if progress:
+        say(f"tasks on the {name} model")
     what = "tasks" if seq_len is None else f"tasks with seq_len {seq_len}"
-    batch_size = batch_size or (_GPU_BATCH_SIZE if plan.device.type == "cuda" else 1)
-    while True:
-        lm = HFLM(
-            pretrained=model,
-            tokenizer=plan.source.tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            max_length=seq_len,
-        )
-        try:
-            with (
-                _bars_of_ours(lm, name, progress),
-                hub_code_refused(),
-                one_line_errors(what, ArgumentError),
-            ):
-                seed_fewshot(loaded)
-                return dict(evaluate(lm, loaded, limit=limit))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or batch_size == 1:
-                raise
-            error.__traceback__ = None  # its frames hold the logits
-        batch_size //= 2
-        say(f"out of memory; continuing with batches of {batch_size}")
-        if plan.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True)
-class _Counter:
-    """Takes the place of the harness's cache, which is given every answer."""
-
-    on_answer: Any
-
-    def add_partial(self, *_: Any) -> None:
-        self.on_answer(1)
-
-
-@contextmanager
-def _bars_of_ours(lm: Any, name: str, show: bool) -> Iterator[None]:
-    """Show one bar for each kind of request in place of the harness's own bars."""
-    stderr = sys.stderr
-
-    def counted(kind: str) -> Any:
-        method = getattr(lm, kind)
-
-        def answer(requests: Sequence[Any]) -> Any:
-            with (
-                redirect_stderr(stderr),
-                count_bar(f"{name}, {kind}", len(requests), show) as on_answer,
-                redirect_stderr(nowhere),
-            ):
-                lm.cache_hook = _Counter(on_answer)
-                return method(requests, disable_tqdm=True)
-
-        return answer
-
     with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        redirect_stderr(nowhere),
-        redirect_stdout(nowhere),  # of a task's own Python
+        redirect_stderr(Tolerant(sys.stderr if progress else None)),
+        redirect_stdout(sys.stderr),  # of a task's own Python; stdout is the command's
+        hub_code_refused(),
+        one_line_errors(what, ArgumentError),
     ):
-        for kind in _REQUESTS:
-            setattr(lm, kind, counted(kind))
+        seed_fewshot(loaded)
         try:
-            yield
-        finally:  # they hold the model, which holds them
-            for kind in _REQUESTS:
-                delattr(lm, kind)
+            return dict(evaluate(lm, loaded, limit=limit))
+        except BaseException:
+            sys.stderr.write("\n")  # the harness leaves its bar open; the error gets a line
+            raise
+
+
+def _retrying_model() -> Any:
+    """Return the class of the harness's models, with smaller batches where memory runs out."""
+    from lm_eval.models.huggingface import HFLM
+
+    stderr = sys.stderr  # messages are shown without progress too
+
+    def halving(lm: Any, answer: Callable[[Any], Any], requests: Any) -> Any:
+        while True:
+            try:
+                return answer(requests)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or lm.batch_size == 1:
+                    raise
+                error.__traceback__ = None  # its frames hold the logits
+            lm.batch_size_per_gpu //= 2
+            with redirect_stderr(stderr):
+                say(f"out of memory; continuing with batches of {lm.batch_size}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    class Retrying(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: Any) -> Any:
+            return halving(self, super().loglikelihood, requests)
+
+        def loglikelihood_rolling(self, requests: Any) -> Any:
+            return halving(self, super().loglikelihood_rolling, requests)
+
+        def generate_until(self, requests: Any) -> Any:
+            return halving(self, super().generate_until, requests)
+
+    return Retrying
 
 
 def _side_by_side(dense: dict[str, Any], pruned: dict[str, Any]) -> list[TaskResult]:

@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness: found by name, made with their data, refused in one line.
+"""Tasks of lm-evaluation-harness: found by name, loaded with their data, or refused in one line.
 
-No code is fetched: of a data set's own there is none since datasets 4, metrics that the hub has as
-code are refused, and so are tasks that run what a model writes. A task file's own Python (which
-`!function` in it names) is run: it is the harness's, or in the folder that the user gave.
+No remote code runs: datasets 4 no longer runs dataset scripts, metrics that are code on the hub are
+refused, and so are tasks that run what a model writes. A task file's own Python (named by
+`!function`) runs: it is part of the harness or of the folder that the user gave.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
     """Return what the harness runs: {"tasks": {name: task}, "groups": ..., "group_map": ...}.
 
     Raises:
-        ArgumentError: an unknown task, one whose data are neither here nor to be had, one that
-            would run foreign code, a task file that is not valid, or the harness is missing.
+        ArgumentError: an unknown task, one whose data set is neither cached nor downloadable, one
+            that would run foreign code, a task file that is not valid, or the harness is missing.
     """
     wanted = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     if not wanted:
@@ -73,7 +73,7 @@ def seed_fewshot(loaded: dict[str, Any]) -> None:
 
 
 def _find(wanted: list[str], include_path: str | None) -> dict[str, Any]:
-    """Return the tasks that the names and patterns mean, with the manager that makes each."""
+    """Return the tasks that match the names and patterns, with the manager that loads each."""
     managers: list[Callable[[], Any]] = [_all_tasks]
     folder = None
     if include_path is not None:
@@ -114,7 +114,7 @@ def _manager(folder: Path | None, *, with_defaults: bool) -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    """Name the task file that cannot be read; the harness passes over it."""
+    """Name the task file that cannot be read; the harness skips it."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for path in sorted(folder.glob("**/*.yaml")):
@@ -131,7 +131,7 @@ def _build(found: dict[str, Any]) -> dict[str, Any]:
         except ConnectionError as error:  # the hub's and the data sets' own are among them
             missing.append((name, one_line(error)))
         except Exception as error:  # whatever a task file and its Python raise
-            raise ArgumentError(f"task {name} cannot be made: {one_line(error)}") from error
+            raise ArgumentError(f"task {name} cannot be loaded: {one_line(error)}") from error
     if missing:
         named = ", ".join(name for name, _ in missing[:_MAX_NAMED])
         more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
@@ -161,7 +161,7 @@ def _check(name: str, task: Any) -> None:
 
 @contextmanager
 def hub_code_refused() -> Iterator[None]:
-    """Let no task fetch and run the code of a metric, as the `evaluate` package would."""
+    """Refuse metrics that the `evaluate` package would download and run as code."""
     import evaluate
 
     def refuse(path: str, *_: Any, **__: Any) -> None:
@@ -184,7 +184,7 @@ def _is_local(config: dict[str, Any]) -> bool:
 def _hub_probed(found: dict[str, Any]) -> Iterator[None]:
     """Go offline meanwhile if the hub does not answer: each data set would try for half a minute.
 
-    Tasks over local files ask nothing of it.
+    Tasks over local files do not need it.
     """
     import datasets
     from huggingface_hub import constants, get_session

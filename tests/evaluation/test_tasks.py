@@ -42,13 +42,13 @@ def test_what_cannot_be_is_one_line(
 
 
 BROKEN = {
-    "no such file": ("dataset_path: json", "dataset_path: json", "own_choice cannot be made"),
-    "field": ("doc_to_choice: choices", "doc_to_choice: missing", "own_choice"),
-    "output": ("multiple_choice", "multiple", "cannot be made: Got invalid output_type"),
+    "no such file": ("dataset_path: json", "dataset_path: json", "own_choice cannot be loaded"),
+    "field": ("doc_to_choice: choices", "doc_to_choice: missing", "own_choice cannot be loaded"),
+    "output": ("multiple_choice", "multiple", "cannot be loaded: Got invalid output_type"),
     "code": ("metric_list", "unsafe_code: true\nmetric_list", "runs code that the model writes"),
     "metric": ("metric: acc_norm", "metric: of_the_hub", "metric of_the_hub, which the harness"),
     "hub": ("metric: acc_norm", "hf_evaluate: true, metric: rouge", "metric rouge, which"),
-    "image": ("doc_to_choice", "doc_to_image: x\ndoc_to_choice", "task own_choice"),
+    "image": ("doc_to_choice", "doc_to_image: x\ndoc_to_choice", "needs images or sound"),
     "data": ("dataset_path: json", "dataset_path: some/set", "no data set for own_choice: not in"),
 }
 
