@@ -19,8 +19,9 @@ from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
-from hfprune_fast.errors import ArgumentError, CheckpointError, printable
+from hfprune_fast.errors import ArgumentError, printable
 from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint, read_record
+from hfprune_fast.report.facts import read_facts
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
@@ -82,17 +83,14 @@ def _used(down: Tensor) -> int:
 
 def _record(source: ModelSource, widths: Sequence[int], layout: str) -> dict[str, Any]:
     """Return the record of the pruning, with the sizes of the model in its new form."""
-    path = source.folder / RECORD
-    if not path.is_file():
+    if not (source.folder / RECORD).is_file():
         return {}
     found = read_record(source.folder)
-    achieved = found.get("achieved")
-    if not isinstance(achieved, dict) or not isinstance(achieved.get("dense_params"), int):
-        raise CheckpointError(f"{path} does not say what was achieved; delete it to go on")
+    dense = read_facts(found).dense_params  # and the card shows its other numbers
     sizes = source.spec.pruned_to(max(widths) if layout == "padded" else widths)
-    dense = achieved["dense_params"]
-    achieved |= {"params": sizes["params"], "param_ratio": 1 - sizes["params"] / dense}
-    achieved |= {"layout": layout, "mlp_widths": list(widths)}
+    changed = {"params": sizes["params"], "param_ratio": 1 - sizes["params"] / dense}
+    changed |= {"layout": layout, "mlp_widths": list(widths)}
+    achieved = {**found["achieved"], **changed}
     kept = ("base_model", "requested", "chosen", "provenance", "fidelity", "keep")
     return {**{name: found[name] for name in kept if name in found}, "achieved": achieved}
 
