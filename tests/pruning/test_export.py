@@ -83,28 +83,6 @@ def test_there_and_back_it_is_the_same(
     assert records[2]["achieved"] == records[0]["achieved"]
 
 
-def test_a_record_as_long_as_others_read_it(
-    pruned: Callable[..., Path], export: Export, tmp_path: Path
-) -> None:
-    """The kept neurons of a large model take more room than an index of its tensors may."""
-    record = pruned() / "hfprune.json"
-    record.write_text(record.read_text() + " " * (65 << 20))
-    assert export(record.parent, "--to", "padded", "--out", tmp_path / "out")
-
-
-def test_a_damaged_record_is_one_line(
-    pruned: Callable[..., Path], hfprune: Callable[..., Any], tmp_path: Path
-) -> None:
-    file = pruned() / "hfprune.json"
-    record = json.loads(file.read_text())
-    for name, value in (("dense_params", None), ("dense_params", 0), ("prune_ratio", "<b>")):
-        achieved = {**record["achieved"], name: value}
-        file.write_text(json.dumps({**record, "achieved": achieved}))
-        run = hfprune("export", file.parent, "--to", "padded", "--out", tmp_path / "out")
-        assert run.code == 2, run.err
-        assert "hfprune.json is damaged" in run.err.splitlines()[-1]
-
-
 def test_decilm_is_what_vllm_reads(
     pruned: Callable[..., Path], export: Export, tmp_path: Path
 ) -> None:
