@@ -10,6 +10,7 @@ from hfprune_fast.checkpoint.folder import find_model
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions
 from hfprune_fast.errors import ArgumentError
+from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.measured import held_out, measure
 from hfprune_fast.pruning.on_disk import read_record
@@ -36,17 +37,21 @@ def run(
         raise ArgumentError("--dense MODEL and --text SOURCE go together: one is compared over it")
     folder = find_model(pruned)
     read = [Path(name) for name in (scores, dense, text) if name and Path(name).exists()]
-    check_report(out, [folder, *read], force=force)
     facts = read_facts(read_record(folder))
+    check_report(out, [folder, *read], force=force)
     table = None if scores is None else ImportanceTable.load(scores)
-    measured, fidelity = None, facts.measurement.fidelity if facts.measurement else None
+    measurement, changed = facts.measurement, list[ChangedToken]()
     if dense is not None and text is not None:
         source = open_source(dense)
+        if source.spec.total_params != facts.dense_params:
+            raise ArgumentError(
+                f"{pruned} was made of a model of {facts.dense_params:,} parameters "
+                f"({facts.base_model}), and {dense} has {source.spec.total_params:,}"
+            )
         data = held_out(text, source, sampling)
-        measured = measure(source, folder, data, options, progress)
-        fidelity = measured.measurement.fidelity
-    write_report(out, folder, table=table, measured=measured, force=force)
-    return {"out": str(out), "fidelity": asdict(fidelity) if fidelity else None}
+        measurement, changed = measure(source, folder, data, options, progress)
+    write_report(out, folder, table=table, measurement=measurement, changed=changed, force=force)
+    return {"out": str(out), "fidelity": asdict(measurement.fidelity) if measurement else None}
 
 
 def text(result: dict[str, Any]) -> str:

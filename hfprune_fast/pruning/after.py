@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.engine.run_log import RunLog
 from hfprune_fast.errors import OutputError
+from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.pruning.measured import held_out, measure
 from hfprune_fast.pruning.on_disk import add_to_record
 from hfprune_fast.pruning.reporting import check_report, write_report
@@ -62,7 +63,8 @@ class AfterPruning:
                 raise OutputError(
                     f"report {report} is, is inside or is above out {out}; choose a place beside it"
                 )
-        data = None if options.text is None else held_out(options.text, source, sampling)
+        whole = replace(sampling, samples=None)  # which are the calibration's
+        data = None if options.text is None else held_out(options.text, source, whole)
         return cls(source, out, run, output.force, data, report)
 
     def finish(self, table: ImportanceTable, progress: bool) -> dict[str, Any]:
@@ -71,17 +73,18 @@ class AfterPruning:
             return {}
         made: dict[str, Any] = {}
         with self._output_stays():
-            measured = None
+            measurement, changed = None, list[ChangedToken]()
             if self.data is not None:
                 with self.log.stage("measuring"):
-                    measured = measure(self.source, self.out, self.data, self.run, progress)
-                record = measured.measurement.record()
-                add_to_record(self.source, self.out, {"fidelity": record})
-                made["fidelity"] = asdict(measured.measurement.fidelity)
+                    measurement, changed = measure(
+                        self.source, self.out, self.data, self.run, progress
+                    )
+                add_to_record(self.source, self.out, {"fidelity": measurement.record()})
+                made["fidelity"] = asdict(measurement.fidelity)
             if self.report is not None:
                 write_report(
-                    self.report, self.out, table=table, measured=measured, log=self.log,
-                    force=self.force,
+                    self.report, self.out, table=table, measurement=measurement, changed=changed,
+                    log=self.log, force=self.force,
                 )  # fmt: skip
                 made["report"] = str(self.report)
         return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfprune_fast.checkpoint.source import ModelSource, open_source
@@ -12,33 +11,24 @@ from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.data.sources import STDIN
 from hfprune_fast.errors import CheckpointError
-from hfprune_fast.evaluation.changes import TokenChanges
+from hfprune_fast.evaluation.changes import ChangedToken, TokenChanges, changed_tokens
 from hfprune_fast.evaluation.checkpoints import compare_checkpoints
 from hfprune_fast.evaluation.fidelity import check_windows
 from hfprune_fast.pruning.on_disk import read_record
 from hfprune_fast.report.facts import Measurement
-from hfprune_fast.report.tokens import ChangedToken, changed_tokens
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Fidelity on a text, and the positions at which the model changed most."""
-
-    measurement: Measurement
-    changed: list[ChangedToken]
 
 
 def held_out(text: str, source: ModelSource, sampling: CalibrationOptions) -> TokenData:
-    """Return all windows of a held-out text, in order, as `hfprune evaluate` reads it."""
-    data = calibrate(text, source, replace(sampling, samples=None), evaluation=True)
+    """Return windows of a held-out text, as `hfprune evaluate` reads it."""
+    data = calibrate(text, source, sampling, evaluation=True)
     check_windows(data.batches)
     return data
 
 
 def measure(
     dense: ModelSource, folder: Path, data: TokenData, run: RunOptions, progress: bool = False
-) -> Measured:
-    """Compare a pruned checkpoint with its dense one over held-out windows."""
+) -> tuple[Measurement, list[ChangedToken]]:
+    """Return the fidelity of a pruned checkpoint on held-out text, and what changed most in it."""
     pruned, changes = open_source(folder), TokenChanges()
     warn_of_calibration_text(pruned, data)
     fidelity = compare_checkpoints(dense, pruned, data, run, changes=changes, progress=progress)
@@ -48,7 +38,7 @@ def measure(
     except CheckpointError:  # none, and the text is a file of token ids
         tokenizer = None
     changed = changed_tokens(changes.largest, data, tokenizer)
-    return Measured(Measurement(name, fidelity, bins), changed)
+    return Measurement(name, fidelity, bins), changed
 
 
 def warn_of_calibration_text(pruned: ModelSource, data: TokenData) -> None:

@@ -13,10 +13,10 @@ from hfprune_fast.checkpoint.atomic import check_file, write_whole
 from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.engine.run_log import RunLog, peak_bytes
 from hfprune_fast.errors import ScoresFileError, one_line_errors
-from hfprune_fast.pruning.measured import Measured
+from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.pruning.model_card import loading_text, made_rows
 from hfprune_fast.pruning.on_disk import read_record
-from hfprune_fast.report.facts import DAMAGED, Facts, read_facts
+from hfprune_fast.report.facts import DAMAGED, Facts, Measurement, read_facts
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
 from hfprune_fast.scoring.table import ImportanceTable
@@ -44,15 +44,16 @@ def write_report(
     folder: Path,
     *,
     table: ImportanceTable | None = None,
-    measured: Measured | None = None,
+    measurement: Measurement | None = None,
+    changed: Sequence[ChangedToken] = (),
     log: RunLog | None = None,
     force: bool = False,
 ) -> None:
     """Write the report of a pruned checkpoint, from its record and what else is at hand."""
     record = read_record(folder)
     facts = read_facts(record)
-    if measured is not None:
-        facts = replace(facts, measurement=measured.measurement)
+    if measurement is not None:
+        facts = replace(facts, measurement=measurement)
     ranked, unit = (None, "") if table is None else _ranked(table, record, facts)
     report = Report(
         name=folder.resolve().name,
@@ -61,7 +62,7 @@ def write_report(
         about=_about(record),
         ranked=ranked,
         importance_unit=unit,
-        changed=measured.changed if measured else (),
+        changed=changed,
         seconds=log.seconds if log else {},
         peak_bytes=peak_bytes() if log else {},
     )

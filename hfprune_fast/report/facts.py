@@ -78,12 +78,12 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     pairs = zip(widths, dense_widths, strict=True)  # a ValueError if they are not as many
     if not all(1 <= width <= dense_width for width, dense_width in pairs):
         raise ValueError("its widths are not those of the layers that it lists")
+    if _count(achieved["dense_params"]) == 0:
+        raise ValueError("the dense model has no parameters")
     kl_nats = dict(chosen.get("allocations_kl_nats") or {})
     tried = {allocation_name(name): _number(kl, _MAX_KL_NATS) for name, kl in kl_nats.items()}
     if not tried.keys() <= ALLOCATIONS_TRIED.keys():
         raise ValueError("unknown allocation")
-    if _count(achieved["dense_params"]) == 0:
-        raise ValueError("the dense model has no parameters")
     fidelity = record.get("fidelity")
     return Facts(
         base_model=_text(record["base_model"]),

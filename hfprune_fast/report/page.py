@@ -14,10 +14,10 @@ from torch import Tensor
 from hfprune_fast._version import __version__
 from hfprune_fast.console import human_bytes, human_seconds
 from hfprune_fast.errors import MAX_CHARS, printable
+from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.models.spec import suits_text, widths_text
 from hfprune_fast.report import html, pictures
 from hfprune_fast.report.facts import Facts, Measurement
-from hfprune_fast.report.tokens import ChangedToken
 
 # What a report begins with: by it, an earlier one is known and may be replaced.
 START = '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="hfprune_fast'

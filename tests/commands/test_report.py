@@ -118,6 +118,7 @@ def test_a_keep_of_ones_own(llama_dir: Path, tmp_path: Path, hfprune: Hfprune) -
         (["OUT", "--out", "MINE"], "report mine.html exists; --force replaces an hfprune report"),
         (["DAMAGED"], "hfprune.json is damaged"),
         (["OUT", "--dense", "demo", "--text", "nowhere.txt"], "no file"),
+        (["OUT", "--dense", "OUT", "--text", "demo"], "was made of a model of 1,049,728 param"),
     ],
 )  # fmt: skip
 def test_mistakes(

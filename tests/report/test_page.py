@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from hfprune_fast.errors import CheckpointError
-from hfprune_fast.evaluation.changes import PositionBin
+from hfprune_fast.evaluation.changes import ChangedToken, PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.report import pictures
 from hfprune_fast.report.facts import Facts, Measurement, read_facts
 from hfprune_fast.report.page import Report, page
-from hfprune_fast.report.tokens import ChangedToken
 
 HOSTILE = (
     "<script>alert(1)</script>", "</td></table><img src=x onerror=alert(1)>", "\"' onload='x'",
