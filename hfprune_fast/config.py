@@ -8,8 +8,7 @@ its use.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -280,42 +279,3 @@ PRESETS = {
     "default": Recipe(),
     "paper": Recipe("entropy", "statistic", "l1", "uniform", refit=False),
 }
-
-
-def resolve_recipe(
-    recipe: str | Recipe,
-    changes: Mapping[str, Any],
-    scored: tuple[tuple[str, ...], bool] | None = None,
-    *,
-    has_text: bool = True,
-) -> Recipe:
-    """Return a recipe with some fields changed, and those left open made to fit them.
-
-    The default recipe ranks by what the scores hold: by removal costs if they are among it and no
-    other criterion or statistic is given. It neither refits nor measures allocations without text.
-
-    Args:
-        recipe: a name in PRESETS, or a recipe, which is taken as it is but for `changes`.
-        changes: fields of Recipe; None leaves one open.
-        scored: of existing scores, their criteria, and whether they have removal costs.
-        has_text: whether there is a calibration text.
-    """
-    given = {name: value for name, value in changes.items() if value is not None}
-    if isinstance(recipe, Recipe):
-        return Recipe(**{**asdict(recipe), **given})
-    if not isinstance(recipe, str) or recipe not in PRESETS:
-        raise ArgumentError(
-            f"recipe must be a Recipe or one of {', '.join(PRESETS)}, got {shown(recipe)}"
-        )
-    values = asdict(PRESETS[recipe])
-    if recipe == "default" and scored is not None:
-        by_costs = scored[1] and "statistic" not in given
-        values["criterion"] = "fisher" if by_costs else scored[0][0]
-    values["criterion"] = given.get("criterion", values["criterion"])
-    has_costs = values["criterion"] == "fisher" and (scored is None or scored[1])
-    if not has_costs or "statistic" in given:
-        values["select"] = "statistic"
-    values["refit"] = given.get("refit", values["refit"] and has_text)
-    if values["allocation"] == "auto" and not values["refit"]:
-        values["allocation"] = "uniform"
-    return Recipe(**{**values, **given})

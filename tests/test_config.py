@@ -15,10 +15,10 @@ from hfprune_fast.config import (
     Recipe,
     RunOptions,
     ScoringOptions,
-    resolve_recipe,
 )
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.options import keyword_options
+from hfprune_fast.pruning.recipe import resolve_recipe
 from hfprune_fast.scoring import criteria, table
 
 PAPER = PRESETS["paper"]

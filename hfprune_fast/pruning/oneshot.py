@@ -29,7 +29,6 @@ from hfprune_fast.config import (
     ReportOptions,
     RunOptions,
     ScoringOptions,
-    resolve_recipe,
 )
 from hfprune_fast.console import say, to_path, token_bar
 from hfprune_fast.data.batches import MicroBatch
@@ -41,10 +40,11 @@ from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.after import AfterPruning
 from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_checkpoint
+from hfprune_fast.pruning.recipe import checked_recipe
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
-from hfprune_fast.scoring.job import ScoringJob, check_criteria
+from hfprune_fast.scoring.job import ScoringJob
 from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import open_job
 from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_failure
@@ -101,7 +101,7 @@ def oneshot(
     """
     out, processes = to_path(out, "out"), launched() if distributed else Processes()
     given = _given(scores, scoring)
-    resolved = _recipe(recipe, asdict(changes), given, calibration, scoring, processes)
+    resolved = checked_recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
     spec, widths = source.spec, WidthBudget.of(source.spec, budget)
     check_output(source, out, widths.even_widths(spec), output, calibration, resume=scoring.resume)
@@ -213,31 +213,6 @@ def _open_and_score(
         model = stack.enter_context(open_model(job.subject, plan.offload))
         table = given or job.run(model, plan, resume_file, progress)
     return (model if needs_refit else None), job.data.split(plan.batch_size), table
-
-
-def _recipe(
-    recipe: str | Recipe,
-    changes: dict[str, Any],
-    scores: ImportanceTable | None,
-    calibration: str | Path | None,
-    scoring: ScoringOptions,
-    processes: Processes,
-) -> Recipe:
-    """Return the recipe with its changes, if there is all that it needs."""
-    scored = None if scores is None else (scores.criteria, "obs" in scores.statistics)
-    resolved = resolve_recipe(recipe, changes, scored, has_text=calibration is not None)
-    data_free = resolved.criterion in DATA_FREE
-    if scores is None and calibration is None and not data_free:
-        raise ArgumentError("give --calibration SOURCE, or --scores FILE, or both")
-    if scores is not None and data_free:
-        raise ArgumentError(f"criterion {resolved.criterion} takes no --scores")
-    if resolved.refit and calibration is None:
-        raise ArgumentError("--refit needs --calibration, the text to fit to")
-    if data_free and scoring.resume:
-        raise ArgumentError(f"criterion {resolved.criterion} scores nothing that could be resumed")
-    if scores is None and not data_free:
-        check_criteria((resolved.criterion,), resolved.select == "obs", scoring, processes, "state")
-    return resolved
 
 
 def _warn_of_few_tokens(job: ScoringJob) -> None:

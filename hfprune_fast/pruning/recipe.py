@@ -1,0 +1,78 @@
+"""Which recipe a request means, and whether there is all that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hfprune_fast.config import DATA_FREE, PRESETS, Recipe, ScoringOptions
+from hfprune_fast.engine.distributed import Processes
+from hfprune_fast.errors import ArgumentError, shown
+from hfprune_fast.scoring.job import check_criteria
+from hfprune_fast.scoring.table import ImportanceTable
+
+
+def checked_recipe(
+    recipe: str | Recipe,
+    changes: dict[str, Any],
+    scores: ImportanceTable | None,
+    calibration: str | Path | None,
+    scoring: ScoringOptions,
+    processes: Processes,
+) -> Recipe:
+    """Return a recipe with its changes, or refuse one without what it needs."""
+    scored = None if scores is None else (scores.criteria, "obs" in scores.statistics)
+    resolved = resolve_recipe(recipe, changes, scored, has_text=calibration is not None)
+    data_free = resolved.criterion in DATA_FREE
+    if scores is None and calibration is None and not data_free:
+        raise ArgumentError("give --calibration SOURCE, or --scores FILE, or both")
+    if scores is not None and data_free:
+        raise ArgumentError(f"criterion {resolved.criterion} takes no --scores")
+    if resolved.refit and calibration is None:
+        raise ArgumentError("--refit needs --calibration, the text to fit to")
+    if data_free and scoring.resume:
+        raise ArgumentError(f"criterion {resolved.criterion} scores nothing that could be resumed")
+    if scores is None and not data_free:
+        check_criteria((resolved.criterion,), resolved.select == "obs", scoring, processes, "state")
+    return resolved
+
+
+def resolve_recipe(
+    recipe: str | Recipe,
+    changes: Mapping[str, Any],
+    scored: tuple[tuple[str, ...], bool] | None = None,
+    *,
+    has_text: bool = True,
+) -> Recipe:
+    """Return a recipe with some fields changed, and those left open made to fit them.
+
+    The default recipe ranks by what the scores hold: by removal costs if they are among it and no
+    other criterion or statistic is given. It neither refits nor measures allocations without text.
+
+    Args:
+        recipe: a name in PRESETS, or a recipe, which is taken as it is but for `changes`.
+        changes: fields of Recipe; None leaves one open.
+        scored: of existing scores, their criteria, and whether they have removal costs.
+        has_text: whether there is a calibration text.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if isinstance(recipe, Recipe):
+        return Recipe(**{**asdict(recipe), **given})
+    if not isinstance(recipe, str) or recipe not in PRESETS:
+        raise ArgumentError(
+            f"recipe must be a Recipe or one of {', '.join(PRESETS)}, got {shown(recipe)}"
+        )
+    values = asdict(PRESETS[recipe])
+    if recipe == "default" and scored is not None:
+        by_costs = scored[1] and "statistic" not in given
+        values["criterion"] = "fisher" if by_costs else scored[0][0]
+    values["criterion"] = given.get("criterion", values["criterion"])
+    has_costs = values["criterion"] == "fisher" and (scored is None or scored[1])
+    if not has_costs or "statistic" in given:
+        values["select"] = "statistic"
+    values["refit"] = given.get("refit", values["refit"] and has_text)
+    if values["allocation"] == "auto" and not values["refit"]:
+        values["allocation"] = "uniform"
+    return Recipe(**{**values, **given})
