@@ -13,6 +13,12 @@ PAGE = ROOT / "docs" / "serving.md"
 FORMS = {"default": "different widths", "uniform": "uniform widths"}
 
 
+def form(name: str) -> str:
+    """Return what a form is called in the table; a quantised one begins with how it was pruned."""
+    how, comma, quantised = name.partition(", ")
+    return FORMS.get(how, how) + comma + quantised
+
+
 def sizes(row: dict[str, Any]) -> str:
     if "bytes" not in row:
         return ""
@@ -24,7 +30,7 @@ def line(row: dict[str, Any]) -> str:
     cells = [
         row["engine"],
         row["model"],
-        FORMS.get(row["form"], row["form"]),
+        form(row["form"]),
         f"{row['perplexity']:.6g}",
         f"{row['transformers']:.6g}",
         f"{row['kl']:.1e}" if "kl" in row else "",

@@ -104,12 +104,15 @@ def test_a_quantised_pruned_file_is_smaller_than_the_dense_one(
     model: str, quantised: str, dense: Any, pruned: Any, gguf_of: Any, transformers_of: Any,
     keep: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
+    # That of an untied qwen3 is padded to its widest layer, which may be as wide as a dense one.
+    how = "uniform" if model == "qwen3" else "default"
     dense_file = tmp_path / "dense.gguf"
     convert(dense(model), dense_file)
     small, large = tmp_path / "small.gguf", tmp_path / "large.gguf"
-    quantise(gguf_of(model, "default"), small, quantised)
+    quantise(gguf_of(model, how), small, quantised)
     quantise(dense_file, large, quantised)
-    found = row(model, quantised, small, transformers_of(pruned(model, "default")))
+    form = f"{how}, {quantised}"
+    found = row(model, form, small, transformers_of(pruned(model, how)))
     keep(Row(**{**vars(found), "dense_bytes": large.stat().st_size}))
     assert small.stat().st_size < large.stat().st_size
     assert found.perplexity < 1.2 * found.transformers
