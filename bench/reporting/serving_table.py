@@ -13,6 +13,16 @@ PAGE = ROOT / "docs" / "serving.md"
 FORMS = {"default": "different widths", "uniform": "uniform widths"}
 
 
+MODELS = """\
+By `make test-serving`, over 256 tokens of the held-out text that ships: the same tokens in every
+engine, 8 greedy tokens after them in vLLM, all equal to those of transformers in float32. `demo`
+ships with the package; `qwen3` is that of `make qwen3-model`, trained for 200 steps if it was not
+made; other names are models that HFPRUNE_SERVING_MODELS gave. `mistral`, `qwen2` and `qwen3-tied`
+have random weights: what counts is that their perplexities agree. All were pruned by 25 %. MB is
+the size of the GGUF file.
+"""
+
+
 def form(name: str) -> str:
     """Return what a form is called in the table; a quantised one begins with how it was pruned."""
     how, comma, quantised = name.partition(", ")
@@ -31,8 +41,8 @@ def line(row: dict[str, Any]) -> str:
         row["engine"],
         row["model"],
         form(row["form"]),
-        f"{row['perplexity']:.6g}",
-        f"{row['transformers']:.6g}",
+        f"{row['perplexity']:.7g}",
+        f"{row['transformers']:.7g}",
         f"{row['kl']:.1e}" if "kl" in row else "",
         f"{row['top1']:.1%}" if "top1" in row else "",
         sizes(row),
@@ -46,7 +56,7 @@ def section(result: dict[str, Any]) -> str:
     head = "| engine | model | form | perplexity | in transformers | KL, nats | top-1 | MB |"
     rows = sorted(result["rows"], key=lambda row: row["engine"] != "llama.cpp")
     table = [head, "|---|---|---|---:|---:|---:|---:|---:|", *map(line, rows)]
-    return f"{versions}; {result['date']}, on a CPU.\n\n" + "\n".join(table) + "\n"
+    return f"{MODELS}\n" + "\n".join(table) + f"\n\n{versions}; {result['date']}, on a CPU.\n"
 
 
 def page(result: dict[str, Any], text: str) -> str:
