@@ -34,6 +34,7 @@ test-serving: $(SERVING)/.ready $(VENV)/.runtime
 	$(SERVING)/bin/pip install --quiet --no-index --no-deps --force-reinstall build/wheel/*.whl
 	HFPRUNE_CONVERTER=$(SERVING)/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py \
 	    $(SERVING)/bin/pytest --timeout 1800 tests/serving
+	mkdir -p bench/results/serving
 	cp build/serving.json bench/results/serving/serving.json
 	$(BIN)/python bench/reporting/serving_table.py
 

@@ -236,12 +236,18 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: list[str]) -> int:
     """Run a command line and return its exit code; only with --debug does an error come out."""
     debug = "--debug" in args
+    received: list[int] = []
+
+    def terminate(number: int, _: object) -> None:
+        received.append(number)
+        sys.exit(_TERMINATED)
+
     try:
         if launched().rank > 0:
             console.mute()
         # So that `docker stop` and job schedulers leave no unfinished output either.
         with suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+            signal.signal(signal.SIGTERM, terminate)
         if not debug:  # libraries' warnings and retries must not hide the one line
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             console.hide_libraries()
@@ -251,15 +257,15 @@ def _run(args: list[str]) -> int:
     except (KeyboardInterrupt, click.exceptions.Abort):
         console.say_last("interrupted; no unfinished output is left")
         return 128 + signal.SIGINT
-    except SystemExit as exit:
-        if exit.code != _TERMINATED:  # of click, when nobody reads stdout any more
-            return 128 + signal.SIGPIPE
-        console.say_last("terminated; no unfinished output is left")
-        return _TERMINATED
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 0
     except BaseException as error:  # a panic in a Rust library is no Exception
+        if received:  # also where a library made an error of its own of the exit
+            console.say_last("terminated; no unfinished output is left")
+            return _TERMINATED
+        if isinstance(error, SystemExit):  # of click, when nobody reads stdout any more
+            return 128 + signal.SIGPIPE
         if debug:
             raise
         code, message = _explain(error)
