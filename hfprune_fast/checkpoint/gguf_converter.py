@@ -43,13 +43,18 @@ _RULES = {
 }
 
 
+# What changes tokens in tokenizer.json's BPE and has no counterpart in llama.cpp's.
+_FOREIGN = ("byte_fallback", "continuing_subword_prefix", "dropout", "end_of_word_suffix")
+
+
 def rules_of(tokenizer: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for how a tokenizer.json splits text, if it has the same rules."""
     model = tokenizer["model"]
     pre_tokenizer = _without_offsets(tokenizer.get("pre_tokenizer"))
     found = (tokenizer.get("normalizer"), pre_tokenizer, bool(model.get("ignore_merges")))
     names = [name for name, rules in _RULES.items() if rules == found]
-    return names[0] if names and model["type"] == "BPE" else None
+    is_plain = model["type"] == "BPE" and not any(model.get(name) for name in _FOREIGN)
+    return names[0] if names and is_plain else None
 
 
 def _without_offsets(value: Any) -> Any:

@@ -46,6 +46,8 @@ def tokenizer_json(
         (None, tokenizer_json(pre_tokenizers.ByteLevel(add_prefix_space=True))),
         (None, tokenizer_json(pre_tokenizers.Whitespace())),
         (None, tokenizer_json(BYTES) | {"model": {"type": "Unigram"}}),
+        (None, tokenizer_json(BYTES) | {"model": {"type": "BPE", "byte_fallback": True}}),
+        (None, tokenizer_json(BYTES) | {"model": {"type": "BPE", "end_of_word_suffix": "</w>"}}),
     ],
 )
 def test_rules_have_llama_cpps_name(name: str | None, tokenizer: dict[str, object]) -> None:

@@ -167,4 +167,7 @@ def test_the_record_of_a_large_model_is_long(
 ) -> None:
     record = pruned() / "hfprune.json"
     record.write_text(record.read_text() + " " * (65 << 20))
-    export(record.parent, "--to", "padded", "--out", tmp_path / "out")
+    done = export(record.parent, "--to", "padded", "--out", tmp_path / "out")
+    assert done["mlp_widths"] == list(WIDTHS)
+    kept = json.loads((tmp_path / "out" / "hfprune.json").read_text())["keep"]
+    assert kept == json.loads(record.read_text())["keep"]
