@@ -146,6 +146,11 @@ class _PerLayerWidths:
             _narrow(layer, widest, width)
         self.post_init()  # type: ignore[attr-defined]  # initialises the new weights
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Have transformers treat the family's layers as its own: it initialises others less."""
+        return False
+
 
 def _follow_widths(config: Any, widths: list[int]) -> None:
     """Have a config's `per_layer_config` follow its widths, or refuse one that says others."""
