@@ -147,8 +147,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no {RECORD}; expected the folder of a model that hfprune has pruned"
         )
-    return read_json_object(folder / RECORD, _PREDICTS_FURTHER = re.compile(r"(^|\.)(mtp|nextn)[._]")  # layers for multi-token prediction
-_MAX_RECORD_BYTES)
+    return read_json_object(folder / RECORD, _MAX_RECORD_BYTES)
 
 
 def is_padded(folder: Path) -> bool:
