@@ -82,8 +82,7 @@ def text_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         defaults = {**defaults, "tie_word_embeddings": tied}
     needed = ("num_hidden_layers", "hidden_size", "vocab_size", FAMILIES[family].width)
     optional = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
-    optional += tuple(FAMILIES[family].refused)
-    for key in (*needed, *optional):
+    for key in (*needed, *optional, *FAMILIES[family].refused):
         if text.get(key) is None and defaults.get(key) is not None:
             text[key] = defaults[key]
     for key in needed:

@@ -144,8 +144,10 @@ def weight_map_of(folder: Path) -> Mapping[str, str]:
 
 # Marks in names, of what is no plain weight or bias.
 _ADAPTED = ("lora_", "base_layer", "adapter")
-_CHANGED = ("qweight", "qzeros", "g_idx", "weight_scale", "absmax", "SCB")
-_CHANGED += ("parametrizations", "_orig", "_mask", "weight_g", "weight_v")
+_CHANGED = (
+    *("qweight", "qzeros", "g_idx", "weight_scale", "absmax", "SCB"),
+    *("parametrizations", "_orig", "_mask", "weight_g", "weight_v"),
+)
 
 
 def check_tensors_are(

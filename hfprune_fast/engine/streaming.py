@@ -68,7 +68,7 @@ class StreamedModel(ResidentModel):
             for prefix in prefixes
         ]
         self._embedding = names[f"{decoder}{family.embedding}.weight"]
-        self.parts.embedding.padding_idx = None  # the table that is read has few rows
+        vars(self.parts.embedding)["padding_idx"] = None  # the table that is read has few rows
         self._placeholders = self.model.state_dict(keep_vars=True)
         self._checked: set[str] = set()
         self._tensors = CheckpointTensors(blueprint.source, self.dtype)

@@ -64,9 +64,10 @@ def nonuniform_classes(family: str) -> tuple[Any, Any]:
 
 def class_names(family: str) -> dict[str, str]:
     """Return the names of transformers' classes for a family, by the Auto class of each."""
-    from transformers.models.auto import configuration_auto, modeling_auto
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    found = {"AutoConfig": configuration_auto.CONFIG_MAPPING_NAMES.get(family)}
+    found = {"AutoConfig": CONFIG_MAPPING[family].__name__}
     for auto, mapping in (_TEXT if FAMILIES[family].tower is None else _WITH_TOWER).items():
         found[auto] = getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").get(family)
     return {auto: name for auto, name in found.items() if name is not None}
