@@ -1,7 +1,7 @@
 """Where each model family keeps its layers, gated MLP and head.
 
 To add a family: one line in FAMILIES (its `model_type` and what differs from LLaMA's names);
-docs/add-a-family.md lists the other steps.
+docs/families.md lists the other steps.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from padding import padded
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-# Lines of {"family", "what", "error"} are added to this file, of which
+# Lines of {"family", "known_as", "what", "error"} are added to this file, of which
 # bench/reporting/families_table.py makes docs/families.md.
 NOTES = os.environ.get("HFPRUNE_FAMILIES")
 F = 40  # width of every layer
@@ -93,7 +93,8 @@ class FamilyCase:
         assert error <= tolerance, f"{self.family}, {what}: {error:.1e} > {tolerance:.0e}"
         if NOTES:
             with Path(NOTES).open("a", encoding="utf-8") as file:
-                line = {"family": self.family, "what": what, "error": error}
+                known_as = TINY[self.family].known_as
+                line = {"family": self.family, "known_as": known_as, "what": what, "error": error}
                 file.write(json.dumps(line) + "\n")
 
 

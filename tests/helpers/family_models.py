@@ -171,7 +171,7 @@ TINY: dict[str, Tiny] = {
             "projectors_bias": True, "lm_head_multiplier": 0.8, "embedding_multiplier": 3.0,
             "mlp_multipliers": [0.7, 1.4], "key_multiplier": 1.2, "attention_in_multiplier": 0.8,
             "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.6,
-            "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], **BIASES, **HEAD_16,
+            "ssm_multipliers": [0.875, 1.25, 0.75, 1.5, 0.5], **BIASES, **HEAD_16,
         },
         down="feed_forward.down_proj",
     ),

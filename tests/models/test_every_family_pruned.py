@@ -76,7 +76,7 @@ def test_a_model_pruned_in_memory_is_the_masked_model(
 
 
 def test_a_refit_that_keeps_every_neuron_returns_the_weights(case: FamilyCase) -> None:
-    """The solve's condition is at most F / λ + 1; where x is 100 times W a, x - h loses that too."""
+    """The solve's condition is at most F / λ + 1; where x is 100 times W a, x - h loses so much."""
     dense = [down.weight for down in case.downs]
     with Float64():
         fitted = hf.refit_down_proj(case.model, case.batches, case.keep([F] * len(dense)))
