@@ -50,8 +50,8 @@ float64, over sequences of 2 to 70 tokens, padded:
 - evaluation: KL and perplexities of `hf.evaluate`, against those of the model's own logits;
 - refit: how far a refit that keeps every neuron is from the weights that it was given.
 
-Written as, in memory and export name the forms in which a pruned model, loaded by transformers, gave
-the logits of the dense model with those neurons masked, to 1e-12.
+Written as, in memory and export name the forms in which a pruned model, loaded by transformers,
+gave the logits of the dense model with those neurons masked, to 1e-12.
 """
 
 
