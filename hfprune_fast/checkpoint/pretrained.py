@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # What older versions of transformers wrote, which newer ones still read.
 _LEGACY_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
-_LEGACY_FIELDS |= {"original_max_position_embeddings"}
+_LEGACY_FIELDS |= {"original_max_position_embeddings", "rope_local_base_freq"}
 
 
 def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
