@@ -63,8 +63,11 @@ def skeleton(
         parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            unset = torch.nan if buffer.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
+            unset, of_run = 0.0, buffer.dtype
+            if buffer.is_floating_point():
+                unset = torch.nan
+                of_run = buffer.dtype if name.endswith("inv_freq") else dtype
+            module._buffers[name] = torch.full_like(buffer, unset, dtype=of_run, device="cpu")
     for module in model.modules():  # as from_pretrained computes what no checkpoint has
         model._init_weights(module)
     stored = model.state_dict().keys()

@@ -58,10 +58,11 @@ def __getattr__(name: str) -> Any:
     # Two threads may both have made the class; both return the one that was stored first.
     made = _CLASSES.setdefault(name, type(name, bases, members))
     of_family, _, head = base.__name__.partition("For")
-    if name.endswith("Model"):
+    _convert_alike(base.__name__, name)
+    if name.endswith("Config"):
+        _convert_alike(base.model_type, made.model_type)  # type: ignore[attr-defined]
+    elif name.endswith("Model"):
         transformers.AutoModel.register(made.config_class, made, exist_ok=True)  # type: ignore[attr-defined]
-    elif name.endswith("Config"):
-        _read_files_alike(made.model_type)  # type: ignore[attr-defined]
     elif head not in ("CausalLM", "ConditionalGeneration"):  # they make it by AutoModel
         __getattr__(f"HFPrune{of_family}Model")
     return made
@@ -145,6 +146,11 @@ class _PerLayerWidths:
             _narrow(layer, widest, width)
         self.post_init()  # type: ignore[attr-defined]  # initialises the new weights
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Have transformers treat the family's layers as its own: it initialises others less."""
+        return False
+
 
 def _follow_widths(config: Any, widths: list[int]) -> None:
     """Have a config's `per_layer_config` follow its widths, or refuse one that says others."""
@@ -189,17 +195,15 @@ def read_rope_parameters(config: Any) -> None:
         config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
 
 
-def _read_files_alike(model_type: str) -> None:
-    """Have transformers 5 convert the names of tensors in files as it does for the family's."""
+def _convert_alike(name: str, ours: str) -> None:
+    """Have transformers 5 convert the tensors of files as it does for a class or model_type."""
     try:
         from transformers import conversion_mapping
     except ImportError:
         return
-    family = conversion_mapping.get_checkpoint_conversion_mapping(
-        model_type.removeprefix("hfprune_")
-    )
-    if family is not None:
-        conversion_mapping.register_checkpoint_conversion_mapping(model_type, family, True)
+    known = conversion_mapping.get_checkpoint_conversion_mapping(name)
+    if known is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(ours, known, overwrite=True)
 
 
 def tell_peft(model_type: str) -> None:
