@@ -24,7 +24,9 @@ ERRORS = {
     "scores": ("scores resident", "scores loaded"),
     "streamed": ("scores cpu", "scores disk"),
     "recomputed": ("scores recomputed",),
+    "bfloat16": ("bfloat16 in float32",),
     "logits": ("logits none", "logits disk"),
+    "removal costs": ("removal costs",),
     "evaluation": ("evaluation",),
     "refit": ("refit",),
 }
@@ -45,7 +47,9 @@ float64, over sequences of 2 to 70 tokens, padded:
 
 - scores: l1, l2, fisher_mask and act by entropy and by fisher, against autograd through the whole
   model, as a share of the layer's largest; streamed, with `--offload cpu` and `disk`; recomputed,
-  with layers recomputed in the backward;
+  with layers recomputed in the backward; bfloat16, of a bfloat16 checkpoint run in float32, with
+  embedding and head tied where the tiny model does not tie them, and the other way round;
+- removal costs: against those by autograd at down_proj's output; gradients are summed in float32;
 - logits: run layer by layer, against the model's own forward;
 - evaluation: KL and perplexities of `hf.evaluate`, against those of the model's own logits;
 - refit: how far a refit that keeps every neuron is from the weights that it was given.

@@ -35,4 +35,4 @@ def test_notes_become_the_largest_error_of_each() -> None:
     result = families_table.gather([json.dumps(note) for note in notes])
     assert result["families"]["qwen2"]["errors"] == {"refit": 3e-13, "layout padded": 0.0}
     cells = families_table.row("qwen2", result["families"]["qwen2"]).split(" | ")
-    assert cells == ["| `qwen2`", "A 1", *5 * [""], "3e-13", "padded", "", " |"]
+    assert cells == ["| `qwen2`", "A 1", *7 * [""], "3e-13", "padded", "", " |"]

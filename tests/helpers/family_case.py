@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from criteria_truth import drawn_token, mean_entropy
+from criteria_truth import TRUTHS, drawn_token, mean_entropy
 from family_models import TINY, down_projections, sequences, tiny_family_model
-from family_truth import Float64, own_logits, own_scores
+from family_truth import Float64, own_logits, own_removal_costs, own_scores
 from padding import padded
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from hfprune_fast.config import STATISTICS
+from hfprune_fast.scoring.table import ImportanceTable
 
 # Lines of {"family", "known_as", "what", "error"} are added to this file, of which
 # bench/reporting/families_table.py makes docs/families.md.
@@ -58,16 +61,21 @@ class FamilyCase:
             return own_scores(self.model, self.downs, self.ids, losses)
 
     @cached_property
+    def removal_costs(self) -> Tensor:
+        with Float64():
+            return own_removal_costs(self.model, self.downs, self.ids, drawn_token)
+
+    @cached_property
     def logits(self) -> list[Tensor]:
         with Float64(), torch.no_grad():
             return [own_logits(self.model, ids) for ids in self.ids]
 
-    def load(self, folder: Path) -> PreTrainedModel:
+    def load(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Load a folder by the class that transformers has for its config."""
         auto = AutoModelForImageTextToText if TINY[self.family].vision else AutoModelForCausalLM
         with Float64():
-            model: PreTrainedModel = auto.from_pretrained(folder)
-        return model.eval()
+            model: PreTrainedModel = auto.from_pretrained(folder, **options)
+        return model.eval().requires_grad_(False)
 
     def is_of_an_mlp(self, name: str) -> bool:
         """Whether a stored tensor is of an MLP of the text, by its name."""
@@ -105,3 +113,15 @@ def largest_error(got: Sequence[Tensor] | Tensor, truth: Sequence[Tensor] | Tens
         for g, t in zip(got, truth, strict=True)
     ]
     return max(error if error == error else torch.inf for error in errors)
+
+
+def statistics_error(table: ImportanceTable, truth: dict[str, dict[str, Tensor]]) -> float:
+    """Return the largest error of a table's statistics and losses, of each criterion."""
+    errors = []
+    for criterion, of_criterion in truth.items():
+        for statistic in STATISTICS:
+            got = table.act if statistic == "act" else table.importance(statistic, criterion)
+            errors.append(largest_error(got, of_criterion[statistic]))
+        mean = of_criterion["loss"].mean()
+        errors.append(abs(table.provenance[TRUTHS[criterion][1]] / float(mean) - 1))
+    return max(errors)

@@ -44,6 +44,10 @@ GRANITE = {
     "attention_multiplier": 0.3, "attention_bias": True,
 }  # fmt: skip
 QWEN3_5 = {
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+    },
     "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "attention_bias": True, **HEAD_16,
 }  # fmt: skip
@@ -110,7 +114,15 @@ TINY: dict[str, Tiny] = {
     "gemma": Tiny("Gemma 1", {"attention_bias": True, **HEAD_16}),
     "olmo": Tiny("OLMo 1", {"clip_qkv": 1.0, "attention_bias": True}),
     "stablelm": Tiny("StableLM 2", {"use_qkv_bias": True, "qk_layernorm": True}),
-    "phi3": Tiny("Phi-3, Phi-3.5, Phi-4", WINDOW),
+    "phi3": Tiny(
+        "Phi-3, Phi-3.5, Phi-4",
+        {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+            },
+            **HEAD_16, **WINDOW,
+        },
+    ),
     "glm": Tiny("GLM-4 9B", HEAD_16),
     "glm4": Tiny("GLM-4 0414", HEAD_16),
     "granite": Tiny("Granite 3", {"mlp_bias": True, **GRANITE}),
@@ -148,7 +160,8 @@ TINY: dict[str, Tiny] = {
     "lfm2": Tiny(
         "LFM2",
         {
-            "num_hidden_layers": 4, "block_auto_adjust_ff_dim": False, "conv_bias": True,
+            "num_hidden_layers": 4, "conv_bias": True,
+            "intermediate_size": 60, "block_multiple_of": 8,  # of which 40 neurons are made
             "layer_types": ["conv", "full_attention", "conv", "full_attention"],
         },
         down="feed_forward.w2",
@@ -180,7 +193,14 @@ TINY: dict[str, Tiny] = {
         text_type="qwen3_5_text",
     ),
     "qwen3_vl": Tiny(
-        "Qwen3-VL", {"attention_bias": True, **HEAD_16}, "model.language_model.layers",
+        "Qwen3-VL",
+        {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+            "attention_bias": True, **HEAD_16,
+        }, "model.language_model.layers",
         vision=QWEN_VISION | {"deepstack_visual_indexes": [0]}, text_type="qwen3_vl_text",
     ),
     "qwen2_5_vl": Tiny(
@@ -205,8 +225,10 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     text = SIZES | tiny.overrides | overrides
     if tiny.vision is None:
         return AutoConfig.for_model(family, **text)
-    text["model_type"] = tiny.text_type
-    return AutoConfig.for_model(family, text_config=text, vision_config=tiny.vision)
+    text = {"model_type": tiny.text_type, **text}
+    parts = {"text_config": text, "vision_config": tiny.vision}
+    ties = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
+    return AutoConfig.for_model(family, **parts, **ties)
 
 
 def tiny_family_model(

@@ -107,3 +107,59 @@ def own_scores(
         | {"loss": torch.stack(losses[name])}
         for name in losses_of
     }
+
+
+def own_removal_costs(
+    model: PreTrainedModel,
+    downs: Sequence[nn.Module],
+    ids_of: Sequence[Tensor],
+    log_p_of: LossOf,
+    ridge: float = 0.01,
+) -> Tensor:
+    """Return what removing each neuron costs when the others are refitted, (L, F).
+
+    A = mean a aᵀ over the tokens, plus the ridge; C = mean g gᵀ, g the gradient of the sum over a
+    sequence of log_p_of, a mean, at down_proj's output. scoring/obs.py has the equation.
+    """
+    acts: dict[int, list[Tensor]] = {layer: [] for layer in range(len(downs))}
+    grads: dict[int, list[Tensor]] = {layer: [] for layer in range(len(downs))}
+
+    def hook(layer: int, act: Tensor) -> Tensor:
+        acts[layer].append(act.detach()[0])
+        return act if act.requires_grad else act.detach().requires_grad_()
+
+    outputs: list[Tensor] = []
+    handles = [
+        down.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        for down in downs
+    ]
+    for number, ids in enumerate(ids_of):
+        outputs.clear()
+        with torch.enable_grad(), hooked(downs, hook):
+            total = len(ids) * log_p_of(own_logits(model, ids), ids, number)
+            for layer, grad in enumerate(torch.autograd.grad(total, outputs)):
+                grads[layer].append(grad[0])
+    for handle in handles:
+        handle.remove()
+    costs = []
+    for layer, down in enumerate(downs):
+        a, g = torch.cat(acts[layer]), torch.cat(grads[layer])
+        gram = a.t() @ a / len(a)
+        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        costs.append(_greedy_costs(gram.inverse(), down.weight.double(), g.t() @ g / len(g)))
+    return torch.stack(costs)
+
+
+def _greedy_costs(inverse: Tensor, weight: Tensor, metric: Tensor) -> Tensor:
+    """Always remove the lowest cost ½ vᵀ C v / H_jj, and refit the others to what it did."""
+    costs, highest = inverse.new_zeros(len(inverse)), 0.0
+    left = list(range(len(inverse)))
+    while left:
+        each = ((metric @ weight) * weight).sum(0) / inverse.diagonal() / 2
+        j = min(left, key=each.tolist().__getitem__)
+        costs[j] = highest = max(highest, float(each[j]))
+        row = inverse[j] / inverse[j, j]
+        weight = weight - weight[:, j : j + 1] * row
+        inverse = inverse - torch.outer(inverse[j], row)
+        left.remove(j)
+    return costs

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from criteria_truth import SEED, TRUTHS
-from family_case import FamilyCase, largest_error
-from family_models import TINY
-from family_truth import Float64, masked_logits
-from torch import Tensor
+from criteria_truth import SEED, mean_entropy
+from family_case import FamilyCase, largest_error, statistics_error
+from family_models import TINY, down_projections, tiny_config
+from family_truth import Float64, masked_logits, own_scores
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.loading import blueprint
@@ -19,11 +18,14 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.scoring import job
 from hfprune_fast.scoring.passes import PassOptions
-from hfprune_fast.scoring.table import ImportanceTable
 
 # Sums of some 1e4 float64 products; what is forgotten is off by 1e-2 and more.
 SCORES, LOGITS = 1e-9, 1e-12
-WAYS = ("resident", "recomputed", "cpu", "disk", "loaded")
+# The covariance of gradients is summed in fp32.
+COSTS = 10 * torch.finfo(torch.float32).eps
+# Beside twice the error of autograd in fp32. A scale rounded to bfloat16 would be off by 1e-3.
+FLOAT32 = 100 * torch.finfo(torch.float32).eps
+BOTH = ("entropy", "fisher")
 
 
 def test_every_family_of_the_package_is_tried() -> None:
@@ -43,31 +45,25 @@ def test_the_outputs_are_peaked_and_depend_on_every_layers_acts(case: FamilyCase
     assert [name for name, t in stored if t.numel() > 1 and (t == t.flatten()[0]).all()] == []
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["resident", "recomputed", "cpu", "disk"])
 def test_scores_are_the_truth(case: FamilyCase, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, options = case.folder, {"offload": way if way in ("cpu", "disk") else "none"}
     if way == "recomputed":
         monkeypatch.setattr(job, "PassOptions", recomputing)
-    if way == "loaded":
-        subject, options = case.model, {}
+    offload = way if way in ("cpu", "disk") else "none"
     with Float64():
-        table = hf.score(
-            subject, case.batches, criterion=("entropy", "fisher"), seed=SEED, **options
-        )
-    for criterion, truth in case.truth.items():
-        for statistic in STATISTICS:
-            got = of(table, criterion, statistic)
-            case.note(f"scores {way}", largest_error(got, truth[statistic]), SCORES)
-        loss = table.provenance[TRUTHS[criterion][1]]
-        assert loss == pytest.approx(float(truth["loss"].mean()), rel=SCORES)
+        table = hf.score(case.folder, case.batches, criterion=BOTH, seed=SEED, offload=offload)
+    case.note(f"scores {way}", statistics_error(table, case.truth), SCORES)
 
 
 def recomputing(**options: Any) -> PassOptions:
     return PassOptions(**options | {"recompute": True})
 
 
-def of(table: ImportanceTable, criterion: str, statistic: str) -> Tensor:
-    return table.act if statistic == "act" else table.importance(statistic, criterion)
+def test_scores_of_a_loaded_model_are_the_truth(case: FamilyCase) -> None:
+    with Float64():
+        table = hf.score(case.model, case.batches, criterion=BOTH, obs=True, seed=SEED)
+    case.note("scores loaded", statistics_error(table, case.truth), SCORES)
+    case.note("removal costs", largest_error(table.obs, case.removal_costs), COSTS)
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
@@ -84,12 +80,21 @@ def test_logits_are_the_models_own(case: FamilyCase, offload: str) -> None:
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_bfloat16_run_in_float32_is_the_same_streamed(family: str, tmp_path: Path) -> None:
-    case = FamilyCase.save(family, tmp_path, dtype=torch.bfloat16)
+def test_bfloat16_tied_the_other_way_in_float32(family: str, tmp_path: Path) -> None:
+    """Embedding and head one tensor where the tiny model has two, or two: files have both kinds."""
+    tied = tiny_config(family).tie_word_embeddings
+    case = FamilyCase.save(family, tmp_path, dtype=torch.bfloat16, tie_word_embeddings=not tied)
     tables = [
         hf.score(case.folder, case.batches, dtype="float32", offload=offload)
         for offload in ("none", "disk", "cpu")
     ]
+    truth, eager = (
+        own_scores(model, down_projections(family, model), case.ids, {"entropy": mean_entropy})
+        for model in (case.load(tmp_path, dtype=d) for d in (torch.float64, torch.float32))
+    )
+    errors = [largest_error(eager["entropy"][s], truth["entropy"][s]) for s in STATISTICS]
+    error = statistics_error(tables[0], truth)
+    case.note("bfloat16 in float32", error, 2 * max(errors) + FLOAT32)
     for table in tables[1:]:
         for statistic in STATISTICS:
             assert torch.equal(getattr(table, statistic), getattr(tables[0], statistic))
