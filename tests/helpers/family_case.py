@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from criteria_truth import TRUTHS, drawn_token, mean_entropy
 from family_models import TINY, down_projections, sequences, tiny_family_model
-from family_truth import Float64, own_logits, own_removal_costs, own_scores
+from family_truth import Float64, masked_logits, own_logits, own_removal_costs, own_scores
 from padding import padded
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
 from hfprune_fast.scoring.table import ImportanceTable
 
@@ -24,6 +26,19 @@ from hfprune_fast.scoring.table import ImportanceTable
 # bench/reporting/families_table.py makes docs/families.md.
 NOTES = os.environ.get("HFPRUNE_FAMILIES")
 F = 40  # width of every layer
+NARROW = (17, F, 9, 24, 31, 5)  # widths that differ
+
+
+@dataclass(frozen=True)
+class Written:
+    """A pruned checkpoint."""
+
+    folder: Path
+    keep: dict[int, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class FamilyCase:
     family: str
     model: PreTrainedModel
     folder: Path
+    _written: dict[str, "Written"] = field(default_factory=dict)
 
     @classmethod
     def save(cls, family: str, folder: Path, **options: Any) -> "FamilyCase":
@@ -88,6 +104,24 @@ class FamilyCase:
         head = self.model.get_output_embeddings()
         unique = {id(p): p for part in (inside, head) for p in part.parameters()}
         return sum(p.numel() for p in unique.values())
+
+    def written(self, layout: str) -> "Written":
+        """Write a pruned checkpoint in a layout, once."""
+        if layout not in self._written:
+            layers = len(self.downs)
+            keep = self.keep([24] * layers if layout == "uniform" else NARROW[:layers])
+            folder = self.folder.parent / layout
+            named = "auto" if layout == "uniform" else layout
+            hf.prune_checkpoint(self.folder, folder, keep, layout=named, verify=True)
+            self._written[layout] = Written(folder, keep)
+        return self._written[layout]
+
+    def pruned_error(self, model: PreTrainedModel, keep: dict[int, Tensor]) -> float:
+        """Return how far a pruned model's logits are from the masked dense model's."""
+        with Float64(), torch.no_grad():
+            got = [own_logits(model, ids) for ids in self.ids]
+            masked = [masked_logits(self.model, self.downs, keep, ids) for ids in self.ids]
+        return largest_error(got, masked)
 
     def keep(self, widths: Sequence[int]) -> dict[int, Tensor]:
         generator = torch.Generator().manual_seed(3)

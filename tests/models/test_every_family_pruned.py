@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family_case import F, FamilyCase, largest_error
-from family_truth import Float64, masked_logits, own_logits
+from family_truth import Float64, own_logits
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,62 +17,50 @@ import hfprune_fast as hf
 from hfprune_fast.pruning.export import export
 
 LOGITS = 1e-12
-NARROW = (17, F, 9, 24, 31, 5)
-LAYOUTS = ("uniform", "custom", "padded")
 
 
-def widths_of(case: FamilyCase, layout: str) -> tuple[int, ...]:
-    layers = len(case.downs)
-    return (24,) * layers if layout == "uniform" else NARROW[:layers]
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in got if got[name].dtype != expected[name].dtype] == []
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
 
 
-def logits_error(case: FamilyCase, model: Any, keep: Any) -> float:
-    with Float64(), torch.no_grad():
-        got = [own_logits(model, ids) for ids in case.ids]
-        masked = [masked_logits(case.model, case.downs, keep, ids) for ids in case.ids]
-    return largest_error(got, masked)
-
-
-def write(case: FamilyCase, layout: str, out: Path) -> dict[int, Tensor]:
-    keep = case.keep(widths_of(case, layout))
-    hf.prune_checkpoint(
-        case.folder, out, keep, layout="auto" if layout == "uniform" else layout, verify=True
-    )
-    return keep
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_pruned_checkpoint_is_the_masked_model(
-    case: FamilyCase, layout: str, tmp_path: Path
-) -> None:
-    keep = write(case, layout, tmp_path / "out")
-    error = logits_error(case, case.load(tmp_path / "out"), keep)
+@pytest.mark.parametrize("layout", ["uniform", "custom", "padded"])
+def test_a_pruned_checkpoint_is_the_masked_model(case: FamilyCase, layout: str) -> None:
+    written = case.written(layout)
+    error = case.pruned_error(case.load(written.folder), written.keep)
     case.note(f"layout {layout}", error, LOGITS)
-    dense, pruned = (load_file(f / "model.safetensors") for f in (case.folder, tmp_path / "out"))
+    dense, pruned = load_file(case.folder / "model.safetensors"), written.tensors
     assert dense.keys() == pruned.keys()
-    other = [name for name in dense if not case.is_of_an_mlp(name)]
-    assert 0 < len(other) < len(dense)
-    assert [n for n in other if not torch.equal(dense[n], pruned[n])] == []
-    assert [n for n in other if dense[n].dtype != pruned[n].dtype] == []
+    others = dense.keys() - {name for name in dense if case.is_of_an_mlp(name)}
+    assert 0 < len(others) < len(dense)
+    assert_same({name: pruned[name] for name in others}, {name: dense[name] for name in others})
 
 
 def test_a_custom_checkpoint_is_exported_padded(case: FamilyCase, tmp_path: Path) -> None:
-    keep = write(case, "custom", tmp_path / "custom")
-    export(str(tmp_path / "custom"), "padded", tmp_path / "padded")
-    error = logits_error(case, case.load(tmp_path / "padded"), keep)
-    case.note("export padded", error, LOGITS)
+    export(str(case.written("custom").folder), "padded", tmp_path / "padded")
+    assert_same(
+        load_file(tmp_path / "padded" / "model.safetensors"), case.written("padded").tensors
+    )
+    case.note("export padded", 0.0, 0.0)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "custom"])
 def test_a_model_pruned_in_memory_is_the_masked_model(
     case: FamilyCase, layout: str, tmp_path: Path
 ) -> None:
-    model = copy.deepcopy(case.model)
-    keep = case.keep(widths_of(case, layout))
-    hf.prune(model, keep)
-    case.note(f"in memory {layout}", logits_error(case, model, keep), LOGITS)
+    model, written = copy.deepcopy(case.model), case.written(layout)
+    hf.prune(model, written.keep)
+    case.note(f"in memory {layout}", case.pruned_error(model, written.keep), LOGITS)
     model.save_pretrained(tmp_path)
-    case.note(f"saved {layout}", logits_error(case, case.load(tmp_path), keep), LOGITS)
+    assert_same(load_file(tmp_path / "model.safetensors"), written.tensors)
+
+
+def test_a_model_saved_with_different_widths_loads(case: FamilyCase, tmp_path: Path) -> None:
+    model, keep = copy.deepcopy(case.model), case.written("custom").keep
+    hf.prune(model, keep)
+    model.save_pretrained(tmp_path)
+    case.note("saved custom", case.pruned_error(case.load(tmp_path), keep), LOGITS)
 
 
 def test_a_refit_that_keeps_every_neuron_returns_the_weights(case: FamilyCase) -> None:
@@ -95,7 +83,7 @@ def test_a_plan_counts_the_parameters_of_the_text(
 
 def test_evaluation_is_of_the_models_own_logits(case: FamilyCase) -> None:
     pruned = copy.deepcopy(case.model)
-    hf.prune(pruned, case.keep(widths_of(case, "uniform")))
+    hf.prune(pruned, case.written("uniform").keep)
     with Float64(), torch.no_grad():
         fidelity = hf.evaluate(case.model, pruned, case.batches)
         p = [z.log_softmax(-1) for z in case.logits]
