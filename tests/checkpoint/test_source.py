@@ -173,7 +173,7 @@ def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
     [
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\).*quantise the re"),
         ({"quantization_config": "gptq"}, r"quantised \(gptq\)"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM.* is not .*mistral"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM.* is not .*no gate"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"architectures": 5, "model_type": "gpt2"}, "this model is not supported"),
         ({"architectures": "G", "model_type": None}, "this model is not supported"),

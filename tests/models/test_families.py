@@ -39,7 +39,7 @@ def test_where_neurons_are(name: str, place: Neurons | None) -> None:
     assert neurons_in(fused, "layers.2.mlp.both.weight") == Neurons(2, 0, times=2)
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": "gpt2"}, {"model_type": ["llama"]}])
+@pytest.mark.parametrize("config", [{}, {"model_type": "rwkv"}, {"model_type": ["llama"]}])
 def test_unknown_families(config: dict[str, object]) -> None:
     with pytest.raises(UnsupportedModelError, match="supported are llama, mistral, qwen2"):
         family_of(config)
