@@ -75,12 +75,16 @@ def gather(lines: list[str]) -> dict[str, Any]:
     }
 
 
+def shown(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
+
+
 def row(model_type: str, family: dict[str, Any]) -> str:
     errors = family["errors"]
     cells = [f"`{model_type}`", family["known_as"]]
     for whats in ERRORS.values():
         tried = [errors[what] for what in whats if what in errors]
-        cells.append(f"{max(tried):.0e}" if len(tried) == len(whats) else "")
+        cells.append(shown(max(tried)) if len(tried) == len(whats) else "")
     for forms in FORMS.values():
         cells.append(", ".join(name for what, name in forms.items() if what in errors))
     return f"| {' | '.join(cells)} |"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family_case import F, FamilyCase, largest_error
+from family_models import sequences
 from family_truth import Float64, own_logits
 from safetensors.torch import load_file
 from torch import Tensor
@@ -70,6 +71,16 @@ def test_a_refit_that_keeps_every_neuron_returns_the_weights(case: FamilyCase) -
         fitted = hf.refit_down_proj(case.model, case.batches, case.keep([F] * len(dense)))
     error = largest_error([fitted[layer] for layer in range(len(dense))], dense)
     case.note("refit", error, 100 * torch.finfo(torch.float64).eps * (F / 0.1 + 1))
+
+
+def test_a_refit_is_closer_than_the_cut_alone(case: FamilyCase) -> None:
+    batches = torch.stack(sequences((48,) * 16, seed=4)).split(8)
+    keep = case.keep([32] * len(case.downs))
+    cut, refitted = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    hf.prune(cut, keep)
+    hf.prune(refitted, keep, down_proj=hf.refit_down_proj(case.model, batches, keep))
+    kl = [hf.evaluate(case.model, model, batches).kl_nats for model in (refitted, cut)]
+    assert kl[0] < 0.95 * kl[1]
 
 
 def test_a_plan_counts_the_parameters_of_the_text(
