@@ -82,12 +82,14 @@ def text_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         defaults = {**defaults, "tie_word_embeddings": tied}
     needed = ("num_hidden_layers", "hidden_size", "vocab_size", FAMILIES[family].width)
     optional = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+    optional += tuple(FAMILIES[family].refused)
     for key in (*needed, *optional):
         if text.get(key) is None and defaults.get(key) is not None:
             text[key] = defaults[key]
     for key in needed:
         if key not in text:
             raise CheckpointError(f"{path} has no {key}")
+    family_of(text)  # which refuses what it cannot be right about, now that all is said
     return text
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint.config_json import read_config
 from hfprune_fast.checkpoint.folder import find_model
 from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
+from hfprune_fast.models.families import family_of
 from hfprune_fast.models.spec import suits_text
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text
@@ -25,13 +27,16 @@ from hfprune_fast.pruning.selection import WidthBudget
 def run(
     model: str | Path, *, budget: Budget, sampling: CalibrationOptions, options: RunOptions
 ) -> dict[str, Any]:
-    """Return sizes, FLOPs and both plans; weights are not read.
+    """Return sizes, FLOPs and both plans, of a text tower alone if there is one.
+
+    Weights are not read.
 
     FLOPs are those of a forward pass over one sequence, per token: 2 for each weight of a linear
     layer, and 4 · seq_len · heads · head_dim a layer for attention's two products. "pruning" is of
     the default recipe, and its seconds are its products' at the speed of one that is timed here.
     """
-    spec, config = spec_from_config(find_model(model, config_only=True))
+    folder = find_model(model, config_only=True)
+    spec, config = spec_from_config(folder)
     widths = WidthBudget.of(spec, budget).even_widths(spec)
     seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     samples = sampling.samples or 1
@@ -52,6 +57,7 @@ def run(
         result[f"{prefix}flops_per_token"] = 2 * spec.linear_params_at(neurons) + attention
     return {
         "model": display_name(model),
+        "text_tower": family_of(read_config(folder)).tower is not None,
         **result,
         "widths_suit": suits_text(widths),
         "dtype": str(stored).removeprefix("torch."),
@@ -80,8 +86,9 @@ def text(result: dict[str, Any]) -> str:
     ]
     table = text_table((result["model"], "dense", "pruned", "removed"), rows)
     scoring, pruning = result["scoring"], result["pruning"]
+    beside = "numbers are of the text tower; all else is copied\n" if result["text_tower"] else ""
     return (
-        f"{table}\n{result['widths_suit']}\n\n"
+        f"{table}\n{beside}{result['widths_suit']}\n\n"
         f"scoring on {scoring['device']}: {scoring['summary']}\n"
         f"prune, by the default recipe: {pruning['summary']}; about "
         f"{human_seconds(pruning['seconds'])} of products at this machine's speed"

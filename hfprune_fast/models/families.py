@@ -190,7 +190,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         family = FAMILIES[model_type]
         if family.tower is not None:
-            inner = family_of({**text_part(config), "architectures": classes})
+            inner = family_of(text_part(config))
             return replace(inner, tower=family.tower, decoder="model.language_model")
         for key, what in family.refused.items():
             if config.get(key):
@@ -225,7 +225,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     for rope in ("rope_parameters", "rope_scaling"):
         if text["model_type"] != of_text and isinstance(text.get(rope), Mapping):
             text[rope] = _one_axis(text[rope])
-    for key in ("dtype", "torch_dtype"):
+    for key in ("architectures", "dtype", "torch_dtype", "tokenizer_class"):
         if key in config:
             text.setdefault(key, config[key])
     tied = [c["tie_word_embeddings"] for c in (config, text) if "tie_word_embeddings" in c]
