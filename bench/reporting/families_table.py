@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.models.families import FAMILIES
+from hfprune_fast.models.families import FAMILIES, REFUSED
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "bench" / "results" / "families" / "families.json"
@@ -40,7 +40,6 @@ FORMS = {
     "in memory": {"in memory uniform": "uniform", "in memory custom": "different"},
     "export": {"export padded": "padded"},
 }
-HEADING = "## Supported\n\n"
 WORDS = """\
 The columns of numbers are largest errors, of a tiny random model of transformers' own class in
 float64, over sequences of 2 to 70 tokens, padded:
@@ -90,7 +89,7 @@ def row(model_type: str, family: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def section(result: dict[str, Any]) -> str:
+def supported(result: dict[str, Any]) -> str:
     """Return the table and what made it."""
     head = ["model_type", "known as", *ERRORS, *FORMS]
     table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -100,10 +99,24 @@ def section(result: dict[str, Any]) -> str:
     return f"{WORDS}\n" + "\n".join(table) + f"\n\n{made}\n"
 
 
+def refused() -> str:
+    """Return the table of what the package refuses by name."""
+    whys: dict[str, list[str]] = {}
+    for model_type, family in FAMILIES.items():
+        for key, what in family.refused.items():
+            whys.setdefault(f"it has {what}", []).append(f"`{model_type}` with `{key}`")
+    for model_type, why in REFUSED.items():
+        whys.setdefault(why, []).append(f"`{model_type}`")
+    table = [f"| {', '.join(names)} | {why} |" for why, names in whys.items()]
+    return "\n".join(["| model_type | why |", "|---|---|", *table]) + "\n"
+
+
 def page(result: dict[str, Any], text: str) -> str:
-    """Return the page with this result under its heading "Supported"."""
-    before, heading, rest = text.partition(HEADING)
-    return before + heading + section(result) + rest[rest.index("\n## ") :]
+    """Return the page with this result, and what is refused, under their headings."""
+    for heading, made in (("Supported", supported(result)), ("Refused by name", refused())):
+        before, heading, rest = text.partition(f"## {heading}\n\n")
+        text = before + heading + made + rest[rest.index("\n## ") :]
+    return text
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """docs/families.md has the table of the result file, which has every family and all its tests."""
 
 import json
+import re
 
 import families_table
 from family_models import TINY
@@ -25,6 +26,12 @@ def test_page_result_and_package_have_the_same_families() -> None:
     for name, family in families.items():
         assert family["known_as"] == TINY[name].known_as
         assert tried <= set(family["errors"]), name
+
+
+def test_the_readme_names_the_same_families() -> None:
+    text = (families_table.ROOT / "README.md").read_text(encoding="utf-8")
+    models = text.partition("## Models\n")[2].partition("\n## ")[0]
+    assert [name for name in FAMILIES if not re.search(rf"\b{name}\b", models)] == []
 
 
 def test_notes_become_the_largest_error_of_each() -> None:
