@@ -54,8 +54,10 @@ class Family:
         logit_scale, logit_divisor, softcap: keys of what logits are multiplied by, divided by and
             capped with, in this order.
         output: what becomes of the MLP's output: "sum", it is added to the residual stream;
-            "scaled", multiplied first by the value of `output_scale`; "used", anything else, such
-            as a norm. `output_scale` is a key, or a key and the index in its list.
+            "scaled", multiplied first by the value of `output_scale`; "used", anything else.
+            `output_scale` is a key, or a key and the index in its list.
+        norm_behind: the RMS norm that an MLP's output goes through before it is added.
+        layer_scale: the buffer of a layer by which its output is multiplied.
         means: keys that are written, or with None left out, so that `width` is the width.
         own_layers: it has a per_layer_config of its own, which is left as it is.
         qk_norm: q and k are normalised, which takes memory.
@@ -75,6 +77,8 @@ class Family:
     softcap: str = ""
     output: str = "sum"
     output_scale: str | tuple[str, int] = ""
+    norm_behind: str = ""
+    layer_scale: str = ""
     means: Mapping[str, Any] = field(default_factory=dict)
     own_layers: bool = False
     qk_norm: bool = False
@@ -83,7 +87,8 @@ class Family:
 
 
 _FUSED = Site("mlp.gate_up_proj", "mlp.gate_up_proj")
-_GEMMA = Family(softcap="final_logit_softcapping", output="used")
+_NORM_BEHIND = Family(output="used", norm_behind="post_feedforward_layernorm", qk_norm=True)
+_GEMMA = replace(_NORM_BEHIND, softcap="final_logit_softcapping")
 _GRANITE = Family(
     logit_divisor="logits_scaling", output="scaled", output_scale="residual_multiplier"
 )
@@ -107,17 +112,17 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family(qk_norm=True),
     # gate and up in one tensor.
     "glm": Family(_FUSED),
-    "glm4": Family(_FUSED, output="used"),
+    "glm4": Family(_FUSED, output="used", norm_behind="post_mlp_layernorm"),
     "phi3": Family(_FUSED),
     # Logits scaled or capped; a norm behind the MLP.
     "cohere": Family(logit_scale="logit_scale", qk_norm=True),
     "cohere2": Family(logit_scale="logit_scale"),
     "granite": _GRANITE,
-    "gemma2": _GEMMA,
-    "gemma3_text": replace(_GEMMA, qk_norm=True),
+    "gemma2": replace(_GEMMA, qk_norm=False),
+    "gemma3_text": _GEMMA,
     "gemma4_text": replace(
         _GEMMA,
-        qk_norm=True,
+        layer_scale="layer_scalar",
         own_layers=True,
         refused={
             "num_kv_shared_layers": "layers that share keys and values with others",
@@ -125,9 +130,9 @@ FAMILIES: dict[str, Family] = {
             "enable_moe_block": "experts",
         },
     ),
-    "olmo2": Family(output="used", qk_norm=True),
-    "olmo3": Family(output="used", qk_norm=True),
-    "exaone4": Family(output="used", qk_norm=True),
+    "olmo2": _NORM_BEHIND,
+    "olmo3": _NORM_BEHIND,
+    "exaone4": _NORM_BEHIND,
     # Layers of several kinds: convolution, linear attention, state-space.
     "falcon_h1": Family(
         Site("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),

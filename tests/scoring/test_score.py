@@ -172,7 +172,7 @@ def gpt2() -> PreTrainedModel:
         (lambda: random_llama().double(), {"backend": "triton"}, ArgumentError, "float64"),
         (lambda: torch.nn.Linear(2, 2), {}, UnsupportedModelError, "a causal language model"),
         (lambda: DataParallel(random_llama()), {}, UnsupportedModelError, "a causal language"),
-        (gpt2, {}, UnsupportedModelError, r"gpt2.*supported are llama"),
+        (gpt2, {}, UnsupportedModelError, r"GPT2LMHeadModel.*have no gate"),
     ],
 )
 def test_what_is_refused(
