@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run in as many processes, of a thread each; a process takes about 1 GB.
 JOBS ?= 2
 
-.PHONY: demo test test-all test-serving fuzz lint types aot bench bench-large tiny-model qwen3-model install clean
+.PHONY: demo test test-all test-serving families fuzz lint types aot bench bench-large tiny-model qwen3-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
@@ -48,6 +48,13 @@ $(SERVING)/.ready: requirements-serving.txt
 	    --dest $(SERVING) llama-cpp-python
 	tar -xzf $(SERVING)/$(LLAMA_CPP).tar.gz -C $(SERVING)
 	touch $@
+
+# The truth of every family, in two minutes: bench/results/families/families.json and docs/families.md.
+families: $(VENV)/.dev install
+	mkdir -p build
+	rm -f build/families.jsonl
+	HFPRUNE_FAMILIES=build/families.jsonl $(BIN)/pytest -n $(JOBS) --dist worksteal tests/models -k every_family
+	$(BIN)/python bench/reporting/families_table.py build/families.jsonl
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

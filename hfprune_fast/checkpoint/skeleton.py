@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hfprune_fast.checkpoint.config_json import check_widths, dtype_of, read_config, text_config
 from hfprune_fast.checkpoint.pretrained import load_config
@@ -70,7 +71,8 @@ def skeleton(
                 of_run = buffer.dtype if name.endswith("inv_freq") else dtype
             module._buffers[name] = torch.full_like(buffer, unset, dtype=of_run, device="cpu")
     for module in model.modules():  # as from_pretrained computes what no checkpoint has
-        model._init_weights(module)
+        if not isinstance(module, nn.Linear):  # these have no buffers, and take the longest
+            model._init_weights(module)
     stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name not in stored and not bool(buffer.isfinite().all()):

@@ -1,0 +1,67 @@
+"""What cannot be right yet is refused by name, with the reason, before any work."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from family_models import SIZES, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import hfprune_fast as hf
+from hfprune_fast.errors import UnsupportedModelError
+
+# What is written into config.json: a model_type and its options, and what the refusal must name.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Gemma 4 E2B, inputs of each layer": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 127},
+        "hidden_size_per_layer_input",
+    ),
+    "Gemma 4 E4B, shared keys and values": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        "num_kv_shared_layers",
+    ),
+    "Gemma 3n": ("gemma3n_text", {}, "gemma3n"),
+    "Granite 4.0 with experts": (
+        "granitemoehybrid",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "expert",
+    ),
+    "Mixtral": ("mixtral", {}, "expert|MoE|mixture"),
+    "GPT-2": ("gpt2", {}, "gate"),
+    "Phi-1 and 2": ("phi", {}, "gate"),
+}  # fmt: skip
+
+
+def config_of(model_type: str, options: dict[str, Any]) -> Any:
+    if model_type in ("gemma4_text", "granitemoehybrid"):
+        return tiny_config(model_type, **options)
+    return AutoConfig.for_model(model_type, **(SIZES if model_type != "gpt2" else {}))
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_it_is_refused_in_one_line(which: str, tmp_path: Path, hfprune: Callable[..., Any]) -> None:
+    model_type, options, reason = REFUSED[which]
+    config = config_of(model_type, options)
+    config.architectures = [name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    config.save_pretrained(tmp_path)
+    run = hfprune("plan", tmp_path, "--prune-ratio", 0.25)
+    assert (run.code, run.out) == (2, "")
+    (line,) = run.err.splitlines()
+    assert f"{name} is not supported: " in line
+    assert re.search(reason, line), line
+
+
+@pytest.mark.parametrize("which", ["Gemma 4 E4B, shared keys and values", "Mixtral", "Phi-1 and 2"])
+def test_a_loaded_model_is_refused_too(which: str) -> None:
+    model_type, options, reason = REFUSED[which]
+    model = AutoModelForCausalLM.from_config(config_of(model_type, options))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        hf.score(model, [[[3, 4, 5]]])
