@@ -12,15 +12,23 @@ import torch
 from hfprune_fast.checkpoint.decilm import custom_config
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, is_deeper, read_json_object
 from hfprune_fast.errors import CheckpointError, UnsupportedModelError
-from hfprune_fast.models.families import NON_UNIFORM, family_of
+from hfprune_fast.models.families import (
+    FAMILIES,
+    NON_UNIFORM,
+    Family,
+    family_of,
+    family_type,
+    text_part,
+)
+from hfprune_fast.models.registration import config_defaults
 
 _MAX_CONFIG_BYTES, _MAX_DEPTH = 8 << 20, 16
-_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 # Beyond those of any model, and small enough that tables of such sizes are.
 _MAX_SIZES = {
-    "num_hidden_layers": 10_000,
+    "num_hidden_layers": 1000,
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 24,
+    "shared_intermediate_size": 1 << 24,
     "vocab_size": 1 << 28,
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
@@ -55,26 +63,54 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is quantised ({quantization!s:.60}), so its neurons "
             "cannot be cut; prune the unquantised checkpoint and quantise the result"
         )
-    _check_sizes(path, config)
-    dtype_of(path, config)
+    text = text_config(path, config)
+    _check_sizes(path, text)
+    dtype_of(path, text)
     return config
+
+
+def text_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the causal language model that is run, with its sizes.
+
+    A text tower's leaves out what its class has by default.
+    """
+    text = text_part(config)
+    family, outer = family_type(text), family_type(config)
+    defaults = config_defaults(family)
+    if outer != family:
+        tied = config_defaults(outer).get("tie_word_embeddings")
+        defaults = {**defaults, "tie_word_embeddings": tied}
+    needed = ("num_hidden_layers", "hidden_size", "vocab_size", FAMILIES[family].width)
+    optional = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+    for key in (*needed, *optional):
+        if text.get(key) is None and defaults.get(key) is not None:
+            text[key] = defaults[key]
+    for key in needed:
+        if key not in text:
+            raise CheckpointError(f"{path} has no {key}")
+    return text
 
 
 def _check_is_causal(config: Mapping[str, Any]) -> None:
     """Refuse what was saved with another head: a classifier, a reward model."""
     declared = config.get("architectures")
     names = [str(name) for name in declared] if isinstance(declared, list) else []
-    if any("For" in name for name in names) and not any("ForCausalLM" in name for name in names):
+    heads = ("ForCausalLM", *(["ForConditionalGeneration"] if _has_tower(config) else []))
+    if any("For" in name for name in names) and not any(name.endswith(heads) for name in names):
         raise UnsupportedModelError(
             f"{names[0]:.100} is no causal language model, so it has no "
             "output distribution to score by; give the language model that it was made from"
         )
 
 
+def _has_tower(config: Mapping[str, Any]) -> bool:
+    return FAMILIES[family_type(config)].tower is not None
+
+
 def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
     for key, largest in _MAX_SIZES.items():
         value = config.get(key)
-        if value is None and key not in _SIZES:
+        if value is None:
             continue
         if type(value) is not int or not 1 <= value <= largest:
             raise CheckpointError(
@@ -110,37 +146,46 @@ def per_layer_config(widths: Sequence[int]) -> dict[str, dict[str, int]]:
     return {str(layer): {"intermediate_size": width} for layer, width in enumerate(widths)}
 
 
-def widths_of(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the width of each layer's MLP that a configuration declares."""
-    layers, widest = config["num_hidden_layers"], config["intermediate_size"]
-    widths: Any = [widest] * layers
-    declared_too = None
+def declares_widths(family: Family) -> bool:
+    """Return whether a family's widths stand in `per_layer_config` too, as transformers has it."""
+    return family.tower is None and not family.own_layers and family.width == "intermediate_size"
+
+
+def check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Refuse MLP widths of layers, as a configuration declares them, that are none.
+
+    Args:
+        config: config.json.
+        text: what `text_config` makes of it.
+    """
+    family = FAMILIES[family_type(text)]
+    layers, widest = text["num_hidden_layers"], text[family.width]
     if str(config["model_type"]).startswith(NON_UNIFORM):
-        widths = widths if config.get("mlp_widths") is None else config["mlp_widths"]
-        declared_too = config.get("per_layer_config")
-    elif config.get("per_layer_config"):  # transformers' own notation
+        widths: Any = config.get("mlp_widths")
+        widths = [widest] * layers if widths is None else widths
+        declared = config.get("per_layer_config") if declares_widths(family) else None
+        if declared is not None and declared != per_layer_config(widths):
+            raise CheckpointError(
+                f"{path} has a per_layer_config that does not say what mlp_widths says, "
+                f"{widths!r:.60}; delete per_layer_config there if mlp_widths is right"
+            )
+    elif text.get("per_layer_config") and not family.own_layers:  # transformers' own notation
         try:
-            declared = {int(i): dict(of) for i, of in config["per_layer_config"].items()}
+            by_layer = {int(i): dict(of) for i, of in text["per_layer_config"].items()}
         except (AttributeError, TypeError, ValueError):
-            declared = {-1: {}}
-        if any(set(of) != {"intermediate_size"} for of in declared.values()):
+            by_layer = {-1: {}}
+        if any(set(of) != {"intermediate_size"} for of in by_layer.values()):
             raise CheckpointError(
                 f"{path} has a per_layer_config that is not {{layer: "
                 '{"intermediate_size": width}}, and nothing else is known here'
             )
-        widths = [
-            declared.get(i, {"intermediate_size": widest})["intermediate_size"]
-            for i in range(layers)
-        ]
+        unset = {"intermediate_size": widest}
+        widths = [by_layer.get(i, unset)["intermediate_size"] for i in range(layers)]
+    else:
+        return
     ok = isinstance(widths, list) and len(widths) == layers
     if not ok or not all(type(w) is int and 1 <= w <= widest for w in widths):
         raise CheckpointError(
             f"{path} must have an MLP width in 1..{widest} for each of its "
             f"{layers} layers, got {widths!r:.60}"
         )
-    if declared_too is not None and declared_too != per_layer_config(widths):
-        raise CheckpointError(
-            f"{path} has a per_layer_config that does not say what mlp_widths says, "
-            f"{widths!r:.60}; delete per_layer_config there if mlp_widths is right"
-        )
-    return tuple(widths)

@@ -16,7 +16,8 @@ _NOT_IN_FIRST = {"_name_or_path", "auto_map", "transformers_version", "use_cache
 # What changes nothing that a model computes, or is known from the shapes of its tensors.
 _MEANS_NOTHING = {"initializer_range", "use_cache", "pretraining_tp", "attention_dropout"}
 _MEANS_NOTHING |= {"bos_token_id", "eos_token_id", "pad_token_id"}
-_MEANS_NOTHING |= {"intermediate_size", "mlp_widths", "tie_word_embeddings"}
+_MEANS_NOTHING |= {"intermediate_size", "shared_intermediate_size", "mlp_widths"}
+_MEANS_NOTHING |= {"tie_word_embeddings", "block_auto_adjust_ff_dim"}
 # In `sliding_window` and `layer_types`, which follow from them.
 _MEANS_NOTHING |= {"use_sliding_window", "max_window_layers"}
 
@@ -42,7 +43,7 @@ def first_fingerprint(config: Mapping[str, Any], samples: Mapping[str, bytes]) -
 def fingerprint_of(family: str, config: Any, samples: Mapping[str, bytes]) -> str:
     """Return a sha256 over a family, what a transformers config means for it, and samples."""
     names = own_fields(type(config)) - _MEANS_NOTHING
-    meaning = {name: _normal(getattr(config, name)) for name in names if hasattr(config, name)}
+    meaning = {name: _normal(value) for name, value in vars(config).items() if name in names}
     if set(meaning.get("layer_types") or ()) == {"full_attention"}:
         del meaning["layer_types"]
     meaning = {name: value for name, value in meaning.items() if value not in (None, False)}

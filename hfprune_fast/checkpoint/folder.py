@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -142,28 +142,41 @@ def weight_map_of(folder: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def check_plain(folder: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError for layers in another form than as plain weights and biases."""
-    for name in names:
-        adapted = any(mark in name for mark in ("lora_", "base_layer", "adapter"))
-        if adapted or not name.endswith((".weight", ".bias", IGNORED_SUFFIX)):
-            advice = "merge the adapter" if adapted else "is it quantised, masked or parametrised?"
-            raise CheckpointError(
-                f"{folder} has {name}, which is no plain weight or bias; {advice}"
-            )
+_NOT_PLAIN = {
+    "merge the adapter": ("lora_", "base_layer", "adapter"),
+    "is it quantised?": (
+        "qweight",
+        "qzeros",
+        "g_idx",
+        "weight_scale",
+        "absmax",
+        "quant_map",
+        "SCB",
+    ),
+    "is it masked or parametrised?": ("parametrizations", "_orig", "_mask", "weight_g", "weight_v"),
+}
 
 
 def check_tensors_are(
-    folder: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[int, ...]],
+    left_alone: Callable[[str], bool],
 ) -> None:
     """Raise CheckpointError unless the tensors are floats of the expected names and shapes.
 
-    Ignored buffers may be there too, but only as floats: pruning copies them.
+    Others may be there if they are `left_alone`, which pruning copies.
     """
-    stored = {name for name in tensors if not name.endswith(IGNORED_SUFFIX)}
+    unknown = {name for name in tensors.keys() - expected.keys() if not left_alone(name)}
+    for advice, marks in _NOT_PLAIN.items():
+        for name in sorted(unknown):
+            if any(mark in name for mark in marks):
+                raise CheckpointError(
+                    f"{folder} has {name}, which is no plain weight or bias; {advice}"
+                )
     for problem, names in (
-        ("lacks the tensor", expected.keys() - stored),
-        ("has a tensor that its architecture does not know:", stored - expected.keys()),
+        ("lacks the tensor", expected.keys() - tensors.keys()),
+        ("has a tensor that its architecture does not know:", unknown),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -174,8 +187,9 @@ def check_tensors_are(
                 f"{folder} has a tensor whose shape is not its config's: {name} is {info.shape}, "
                 f"expected {expected[name]}"
             )
-        if info.dtype not in ITEM_BYTES:
+        allowed = TORCH_DTYPES if name in expected else ITEM_BYTES
+        if info.dtype not in allowed:
             raise CheckpointError(
-                f"{folder} has {name} in {info.dtype}, expected one of {', '.join(ITEM_BYTES)}; "
+                f"{folder} has {name} in {info.dtype}, expected one of {', '.join(allowed)}; "
                 "is it quantised?"
             )

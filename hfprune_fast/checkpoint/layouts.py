@@ -17,46 +17,55 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_fast.checkpoint import decilm
-from hfprune_fast.checkpoint.config_json import per_layer_config
-from hfprune_fast.checkpoint.loading import skeleton
+from hfprune_fast.checkpoint.config_json import declares_widths, per_layer_config, text_config
 from hfprune_fast.checkpoint.pretrained import load_config
+from hfprune_fast.checkpoint.skeleton import skeleton
 from hfprune_fast.errors import ArgumentError, one_line
-from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
-from hfprune_fast.models.registration import heads_of
+from hfprune_fast.models.families import NON_UNIFORM, family_of, family_type
+from hfprune_fast.models.registration import class_names, main_class
 from hfprune_fast.models.sites import parts_of
 
 CODE = Path(__file__).parents[1] / "models" / "nonuniform.py"
 CODE_FILE = "modeling_hfprune.py"
+_TRIED_NATIVELY = ("llama", "mistral", "qwen2", "qwen3")  # all build their layers alike
 
 
 def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> dict[str, Any]:
     """Return a checkpoint's config.json for MLPs of these widths."""
-    family = family_type(config)
-    name = FAMILIES[family].class_name
-    pruned = {**config, "intermediate_size": max(widths)}
-    for key in ("per_layer_config", "auto_map"):  # code of another's is not carried
+    model_type, family = family_type(config), family_of(config)
+    pruned = {**config, "model_type": model_type}
+    for key in ("auto_map", "mlp_widths"):  # code of another's is not carried
         pruned.pop(key, None)
-    if config["model_type"] != family:
-        pruned.pop("mlp_widths", None)
-        pruned |= {"model_type": family, "architectures": [f"{name}ForCausalLM"]}
+    if config["model_type"] != model_type:
+        pruned["architectures"] = [main_class(model_type)]
+    text = pruned
+    if family.tower is not None and isinstance(config.get("text_config"), Mapping):
+        text = pruned["text_config"] = dict(config["text_config"])
+    text[family.width] = max(widths)
+    for key, value in family.means.items():
+        text.pop(key, None)
+        if value is not None:
+            text[key] = value
+    if not family.own_layers:
+        text.pop("per_layer_config", None)
     if layout == "padded" or len(set(widths)) == 1:
         return pruned
     if layout == "decilm":
-        return decilm.config_of(pruned, family, widths)
+        return decilm.config_of(pruned, model_type, widths)
     if layout == "native":
         return {**pruned, "per_layer_config": per_layer_config(widths)}
     module = Path(CODE_FILE).stem
-    return {
+    classes = {auto: f"{module}.HFPrune{name}" for auto, name in class_names(model_type).items()}
+    custom = {
         **pruned,
-        "model_type": NON_UNIFORM + family,
-        "architectures": [f"HFPrune{name}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{module}.HFPrune{name}Config",
-            **{auto: f"{module}.HFPrune{name}{head}" for head, auto in heads_of(family).items()},
-        },
+        "model_type": NON_UNIFORM + model_type,
+        "architectures": [f"HFPrune{main_class(model_type)}"],
+        "auto_map": classes,
         "mlp_widths": list(widths),
-        "per_layer_config": per_layer_config(widths),
     }
+    if declares_widths(family):
+        custom["per_layer_config"] = per_layer_config(widths)
+    return custom
 
 
 def code_files(config: Mapping[str, Any]) -> set[str]:
@@ -76,7 +85,8 @@ def shipped_code(layout: str) -> dict[str, Path]:
 
 def check_layout(config: Mapping[str, Any], layout: str) -> None:
     """Refuse a layout that this model cannot have, whatever its widths will be."""
-    widths = [2, *[1] * (config["num_hidden_layers"] - 1)]
+    layers = text_config(Path("config.json"), config)["num_hidden_layers"]
+    widths = [2, *[1] * (layers - 1)]
     if layout == "native":
         check_native(config, widths)
     elif layout == "decilm":
@@ -88,7 +98,7 @@ def native_families() -> list[str]:
     sizes = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 8, "head_dim": 8}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
     found = []
-    for family in FAMILIES:
+    for family in _TRIED_NATIVELY:
         with suppress(ArgumentError):
             check_layout({"model_type": family, **sizes, **heads}, "native")
             found.append(family)
@@ -99,11 +109,17 @@ def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
     """Refuse a native layout that the installed transformers does not build."""
     import transformers
 
+    family = family_of(config)
     pruned = config_of(config, widths, "native")
     reason = "its MLPs are all of one width"
+    if not declares_widths(family):
+        raise ArgumentError(
+            f"layout native: {pruned['model_type']} does not take the widths of its MLPs from "
+            "per_layer_config; use layout custom or padded"
+        )
     try:
         model = skeleton(load_config(Path(), pruned))
-        if [mlp.gate.out_features for mlp in parts_of(model).mlps] == list(widths):
+        if [mlp.width for mlp in parts_of(model).mlps] == list(widths):
             return
     except Exception as error:  # whatever a version that does not know it raises
         reason = one_line(error)

@@ -7,98 +7,22 @@ convert while loading is refused.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hfprune_fast.checkpoint.config_json import dtype_of, read_config, widths_of
-from hfprune_fast.checkpoint.folder import TORCH_DTYPES, check_tensors_are
-from hfprune_fast.checkpoint.pretrained import load_config
+from hfprune_fast.checkpoint.folder import TORCH_DTYPES
+from hfprune_fast.checkpoint.skeleton import skeleton
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.errors import ArgumentError, CheckpointError, one_line, one_line_errors
-from hfprune_fast.models.families import FAMILIES, family_type
-from hfprune_fast.models.spec import ModelSpec, spec_of
+from hfprune_fast.errors import ArgumentError, one_line, one_line_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# torch also keeps such a context's device in a global: two at a time would leave it at meta.
-_META_CONTEXT = threading.Lock()
-_MAX_BUFFER_ENTRIES = 1 << 24
-
-
-def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
-    """Return the spec and the transformers config of a folder, from its config.json alone.
-
-    Models of one and two layers are made, whatever their number is.
-    """
-    path, declared = folder / "config.json", read_config(folder)
-    widths, config = widths_of(path, declared), load_config(folder, declared)
-    base = f"{FAMILIES[family_type(declared)].class_name}Model"
-    if declared.get("architectures") == [base] and declared.get("tie_word_embeddings") is not True:
-        raise CheckpointError(f"{path} is of a {base}, a model without a head; give one with it")
-    config.dtype, widest = dtype_of(path, declared), max(widths)
-
-    def first_layers(count: int) -> ModelSpec:
-        of_family = {"model_type": family_type(declared), "intermediate_size": widest}
-        cut = {**declared, **of_family, "num_hidden_layers": count}
-        cut["layer_types"] = (declared.get("layer_types") or [])[:count] or None
-        cut.pop("per_layer_config", None)
-        return spec_of(skeleton(load_config(folder, cut)))
-
-    with one_line_errors(f"{path} does not make a model"):
-        one, two = first_layers(1), first_layers(2)
-    narrower = sum(widest - width for width in widths)
-
-    def of_all(one: int, two: int, params_per_neuron: int) -> int:
-        return one + (len(widths) - 1) * (two - one) - narrower * params_per_neuron
-
-    spec = replace(
-        one,
-        num_layers=len(widths),
-        total_params=of_all(one.total_params, two.total_params, one.params_per_neuron),
-        linear_params=of_all(one.linear_params, two.linear_params, 3 * one.hidden_size),
-        mlp_widths=widths,
-    )
-    return spec, config
-
-
-def skeleton(
-    config: Any, dtype: torch.dtype = torch.float32, attention: str = "auto"
-) -> PreTrainedModel:
-    """Return the model without weights: parameters on meta, buffers (rotary tables) computed.
-
-    Other threads may run models meanwhile, so nothing global changes: the meta device is a context
-    of this thread, and transformers gets no dtype, which it would set for the whole process.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    config.dtype = None
-    config._attn_implementation = None if attention == "auto" else attention
-    with _META_CONTEXT, torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    config.dtype = dtype
-    entries = sum(buffer.numel() for buffer in model.buffers())
-    if entries > _MAX_BUFFER_ENTRIES:
-        raise ValueError(f"its rotary tables would hold {entries} numbers")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        for name, buffer in buffers.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if buffers:
-            model._init_weights(module)  # as from_pretrained computes what no checkpoint has
-    return model.eval()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -133,24 +57,12 @@ def blueprint(
         ArgumentError: an unknown or absent device, or an attention that is not installed.
     """
     source = open_source(model_or_path)
-    target, family = torch_device(device), source.family
+    target = torch_device(device)
     to_run_in = dtype_to_run_in(dtype, source.stored_dtype, target)
     check_attention(attention)
-    config = source.transformers_config
     with one_line_errors(f"{source.folder}/config.json does not make a model"):
-        model = skeleton(config, to_run_in, attention)
-    decoder, head = f"{family.decoder}.", f"{family.head}.weight"
-    state = model.state_dict()
-    names = {name: name for name in state}
-    if not source.has_prefix:
-        names = {name: name.removeprefix(decoder) for name in state}
-    expected = {theirs: tuple(state[ours].shape) for ours, theirs in names.items()}
-    if model.config.tie_word_embeddings:
-        names[head] = names[f"{decoder}{family.embedding}.weight"]
-        if head not in source.tensors:
-            del expected[head]
-    check_tensors_are(source.folder, source.tensors, expected)
-    return Blueprint(source, model, names, to_run_in, target)
+        model = skeleton(source.transformers_config, to_run_in, attention)
+    return Blueprint(source, model, source.names, to_run_in, target)
 
 
 def load_model(
@@ -195,10 +107,14 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Set a parameter of a model by its full name."""
-    module, _, leaf = name.rpartition(".")
-    model.get_submodule(module)._parameters[leaf] = parameter
+def put(model: nn.Module, name: str, parameter: Tensor) -> None:
+    """Set a parameter or a buffer of a model by its full name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = parameter.detach()
+    else:
+        module._parameters[leaf] = cast("nn.Parameter", parameter)
 
 
 def dtype_to_run_in(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

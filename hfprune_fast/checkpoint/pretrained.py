@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# What older versions of transformers wrote, which newer ones still read.
-_LEGACY_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
-_LEGACY_FIELDS |= {"original_max_position_embeddings"}
+# What older versions of transformers wrote, which newer ones still read, and what classes read
+# without declaring it.
+_UNDECLARED = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
+_UNDECLARED |= {"original_max_position_embeddings", "per_layer_config", "layer_types"}
+_UNDECLARED |= {"head_dim", "global_head_dim", "num_global_key_value_heads"}
+_UNDECLARED |= {"sliding_window", "sliding_window_pattern", "full_attention_interval"}
+_UNDECLARED |= {"use_bidirectional_attention", "block_ff_dim", "tie_embedding"}
 
 
 def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
@@ -37,12 +41,25 @@ def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
         config_class, _ = nonuniform_classes(str(family_type(config)))
     else:
         config_class = CONFIG_MAPPING[config["model_type"]]
-    names = own_fields(config_class) | _LEGACY_FIELDS
+    names = own_fields(config_class) | _UNDECLARED
     with one_line_errors(f"{folder}/config.json is not a valid configuration"):
-        made = config_class(**{name: config[name] for name in sorted(names & config.keys())})
+        made = config_class(
+            **{name: _floats(config[name]) for name in sorted(names & config.keys())}
+        )
     if isinstance(config.get("tokenizer_class"), str):
         made.tokenizer_class = config["tokenizer_class"]
     return made
+
+
+def _floats(value: Any) -> Any:
+    """Return a value of config.json, with the numbers that transformers tags as JSON lacks them."""
+    if isinstance(value, list):
+        return [_floats(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _floats(each) for key, each in value.items()}
 
 
 def own_fields(config_class: type[Any]) -> set[str]:

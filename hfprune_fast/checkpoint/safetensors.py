@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from hfprune_fast.checkpoint import native
 from hfprune_fast.errors import CheckpointError, one_line
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2}
 # All of these bits are set in a value that is NaN or infinite.
 _EXPONENT_BITS = {"F64": 0x7FF << 52, "F32": 0x7F80_0000, "BF16": 0x7F80, "F16": 0x7C00}
 _ALIGN_BYTES = 64  # where the data start
@@ -159,9 +159,11 @@ class SafetensorsWriter:
                 f"tensor {name} must be {shape} {dtype}, "
                 f"got {tuple(size)} of {source.itemsize} bytes each"
             )
-        return native.write_tensor(
-            self._file, offset, source, exponent=_EXPONENT_BITS[dtype], axis=axis, keep=keep
+        bits = _EXPONENT_BITS.get(dtype, 1)
+        finite = native.write_tensor(
+            self._file, offset, source, exponent=bits, axis=axis, keep=keep
         )
+        return finite or dtype not in _EXPONENT_BITS  # integers are
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfprune_fast.checkpoint.config_json import read_config, widths_of
+from hfprune_fast.checkpoint.config_json import check_widths, read_config, text_config
 from hfprune_fast.checkpoint.fingerprint import (
     fingerprint_of,
     first_fingerprint,
@@ -24,7 +25,6 @@ from hfprune_fast.checkpoint.folder import (
     TORCH_DTYPES,
     WEIGHTS,
     TensorInfo,
-    check_plain,
     check_tensors_are,
     find_model,
     weight_files,
@@ -32,44 +32,52 @@ from hfprune_fast.checkpoint.folder import (
 )
 from hfprune_fast.checkpoint.pretrained import load_config, load_tokenizer
 from hfprune_fast.checkpoint.safetensors import SafetensorsFile
+from hfprune_fast.checkpoint.skeleton import skeleton as make_skeleton
 from hfprune_fast.checkpoint.source_card import source_card
 from hfprune_fast.console import display_name
-from hfprune_fast.errors import CheckpointError
-from hfprune_fast.models.families import Family, family_of, family_type, neuron_axis
-from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.errors import CheckpointError, one_line_errors
+from hfprune_fast.models.families import Family, Neurons, family_of, neurons_in
+from hfprune_fast.models.spec import ModelSpec, spec_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_DECODER = "model."  # begins the names of the decoder's parameters in the model that is run
 _BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An opened model folder: its tensors are those of a gated-MLP model of its config's sizes.
+    """An opened model folder: its tensors are those that its config calls for.
 
+    Of a model with a text tower, family, spec, names and transformers' config are the tower's.
     Fingerprint, tokenizer and transformers' config are made once, when first used.
     """
 
     name: str  # the hub name, or the last part of the path
     folder: Path
     config: dict[str, Any]  # config.json
+    text: dict[str, Any]  # what is run of it, see `text_config`
     family: Family
     spec: ModelSpec
+    names: dict[str, str]  # of the model's parameters -> of the checkpoint's tensors
+    prefix: str  # begins the names of the decoder's tensors
     tensors: dict[str, TensorInfo]
     shards: dict[str, SafetensorsFile]  # by file name, mapped
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what the configuration means and a sample of every tensor it calls for."""
-        head = f"{self.family.head}.weight"
-        tied = self.config.get("tie_word_embeddings") is True
         samples = {
-            name.removeprefix(f"{self.family.decoder}."): sample
-            for name, sample in self._samples.items()
-            if not name.endswith(IGNORED_SUFFIX) and not (tied and name == head)
+            ours.removeprefix(_DECODER): self._samples[theirs]
+            for ours, theirs in self.names.items()
+            if not (self._tied and ours == f"{self.family.head}.weight")
         }
         return fingerprint_of(self.spec.model_type, self.transformers_config, samples)
+
+    @property
+    def _tied(self) -> bool:
+        return self.text.get("tie_word_embeddings") is True
 
     @cached_property
     def first_fingerprint(self) -> str:
@@ -86,7 +94,7 @@ class ModelSource:
 
     @cached_property
     def transformers_config(self) -> Any:
-        return load_config(self.folder, self.config)
+        return load_config(self.folder, self.text)
 
     @cached_property
     def card(self) -> dict[str, Any]:
@@ -97,19 +105,17 @@ class ModelSource:
     def stored_dtype(self) -> torch.dtype:
         """The dtype of most of the parameters."""
         elements = Counter[str]()
-        for info in self.tensors.values():
-            elements[info.dtype] += prod(info.shape)
+        for name in set(self.names.values()):
+            elements[self.tensors[name].dtype] += prod(self.tensors[name].shape)
         return TORCH_DTYPES[elements.most_common(1)[0][0]]
 
-    @property
-    def has_prefix(self) -> bool:
-        """Whether names begin with the base model's; those of a saved base model do not."""
-        return any(name.startswith(f"{self.family.decoder}.") for name in self.tensors)
+    def neurons_in(self, name: str) -> Neurons | None:
+        """Return where a tensor of the checkpoint holds neurons, None if it does not."""
+        return neurons_in(self.family, name.removeprefix(self.prefix))
 
     def down_proj(self, layer: int) -> str:
         """Return the name of a layer's down_proj weight."""
-        name = f"{self.family.layers}.{layer}.{self.family.down}.weight"
-        return f"{self.family.decoder}.{name}" if self.has_prefix else name
+        return f"{self.prefix}{self.family.layers}.{layer}.{self.family.site.down}.weight"
 
     def data(self, name: str, *, prefetch: bool = True) -> memoryview:
         """Return the bytes of a tensor, mapped; with `prefetch`, reading them starts now."""
@@ -130,58 +136,96 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     """Open a model folder, hub name or `demo`; return an open source unchanged.
 
     Raises:
-        CheckpointError: a layer differs from the first in its tensors, an MLP, embedding, norm or
-            head is missing, of another shape than the config's, or not floating-point.
+        CheckpointError: a tensor that the config calls for is missing, of another shape or not
+            floating-point, or there is one that it does not call for.
         UnsupportedModelError: a family without a known gated MLP.
     """
     if isinstance(model, ModelSource):
         return model
     folder = find_model(model)
     config = read_config(folder)
-    family = family_of(config)
-    shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
+    path = folder / "config.json"
+    text, family = text_config(path, config), family_of(config)
+    check_widths(path, config, text)
+    shards = {file.name: SafetensorsFile(file) for file in weight_files(folder)}
     tensors = _headers(folder, shards)
-    widths = widths_of(folder / "config.json", config)
-    decoder = f"{family.decoder}."
-    if not any(name.startswith(decoder) for name in tensors):  # saved as base model
-        decoder = ""
-    in_layers = f"{decoder}{family.layers}."
-    check_plain(folder, (name for name in tensors if name.startswith(in_layers)))
-    biased, hidden = config.get("mlp_bias") is True, config["hidden_size"]
-    expected = _layer_tensors(folder, family, decoder, tensors, widths, hidden, biased)
-    linear = sum(prod(shape) for shape in expected.values() if len(shape) == 2)
-    vocab = config["vocab_size"]
-    embedding, head = f"{decoder}{family.embedding}.weight", f"{family.head}.weight"
-    tied = config.get("tie_word_embeddings") is True
-    expected |= {embedding: (vocab, hidden), f"{decoder}{family.norm}.weight": (hidden,)}
-    if not tied or head in tensors:
-        expected[head] = (vocab, hidden)
-    check_tensors_are(folder, tensors, expected)
-    attention = f"{decoder}{family.layers}.0.{family.attention_out}.weight"
-    if attention not in tensors:
-        raise CheckpointError(f"{folder} lacks the tensor {attention}")
-    spec = ModelSpec(
-        model_type=str(family_type(config)),
-        num_layers=len(widths),
-        hidden_size=hidden,
-        intermediate_size=max(widths),
-        total_params=sum(
-            prod(shape) for name, shape in expected.items() if not (tied and name == head)
-        ),
-        linear_params=linear + vocab * hidden,
-        params_per_neuron=3 * hidden + 2 * biased,
-        mlp_widths=widths,
-        vocab_size=vocab,
-        attention_width=tensors[attention].shape[-1],
-    )
-    source = ModelSource(display_name(model), folder, config, family, spec, tensors, shards)
-    if tied and head in tensors and not _equal(source, head, embedding):
+    prefix, head = _stored_names(family, tensors)
+    _check_layers(folder, f"{prefix}{family.layers}.", tensors, text["num_hidden_layers"])
+    embedding = f"{prefix}{family.embedding}.weight"
+    if text.get("tie_word_embeddings") is True and {head, embedding} <= tensors.keys():
         # transformers unties a head that is stored beside the embedding and differs from it.
+        text["tie_word_embeddings"] = _equal(shards, tensors, head, embedding)
+        if not text["tie_word_embeddings"] and family.tower is None:
+            raise CheckpointError(
+                f"{folder} ties its head to the embedding, yet {head} differs from {embedding}; "
+                "set tie_word_embeddings to false in its config.json"
+            )
+    with one_line_errors(f"{path} does not make a model"):
+        made = make_skeleton(load_config(folder, text))
+    names = _names(made, family, prefix, head)
+    shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in made.state_dict().items()}
+    if text.get("tie_word_embeddings") is True:
+        names[f"{family.head}.weight"] = embedding
+        if head not in tensors:
+            del shapes[head]
+    check_tensors_are(folder, tensors, shapes, _LeftAlone(made, family, prefix))
+    return ModelSource(
+        display_name(model), folder, config, text, family,
+        spec_of(made), names, prefix, tensors, shards,
+    )  # fmt: skip
+
+
+def _names(skeleton: PreTrainedModel, family: Family, prefix: str, head: str) -> dict[str, str]:
+    """Return {name in the model that is run: name in the checkpoint} of all its tensors."""
+    return {
+        ours: f"{prefix}{ours.removeprefix(_DECODER)}"
+        if ours.startswith(_DECODER)
+        else ours.replace(family.head, head.removesuffix(".weight"), 1)
+        for ours in skeleton.state_dict()
+    }
+
+
+def _stored_names(family: Family, tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:
+    """Return how the names of the decoder's tensors begin in files, and the head's weight's."""
+    tower = family.tower
+    prefixes = (_DECODER, "") if tower is None else tower.stored
+    heads = (family.head,) if tower is None else tower.stored_heads
+    down = f"{family.layers}.0.{family.site.down}.weight"
+    prefix = next((p for p in prefixes if f"{p}{down}" in tensors), prefixes[0])
+    head = next((h for h in heads if f"{h}.weight" in tensors), heads[0])
+    return prefix, f"{head}.weight"
+
+
+def _check_layers(
+    folder: Path, prefix: str, tensors: Mapping[str, TensorInfo], declared: int
+) -> None:
+    """Refuse a number of layers that the files do not hold, before as many are made."""
+    numbers = {
+        name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)
+    }
+    if declared > len(numbers):
         raise CheckpointError(
-            f"{folder} ties its head to the embedding, yet {head} differs from {embedding}; "
-            "set tie_word_embeddings to false in its config.json"
+            f"{folder}/config.json has num_hidden_layers {declared}, but its files hold "
+            f"{len(numbers)} layers, named {prefix}0 and so on"
         )
-    return source
+
+
+class _LeftAlone:
+    """Whether a tensor that the model does not have may be there, as it is never used.
+
+    Old LLaMA checkpoints have buffers that transformers computes itself; a family's class ignores
+    more, such as layers that predict further tokens (mtp); a text tower stands beside others.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, family: Family, prefix: str) -> None:
+        self._ignored = list(skeleton._keys_to_ignore_on_load_unexpected or [])
+        own = (family.layers, family.embedding, family.norm)
+        self._tower = tuple(f"{prefix}{part}." for part in own) if family.tower else None
+
+    def __call__(self, name: str) -> bool:
+        if self._tower is not None and not name.startswith(self._tower):
+            return True
+        return name.endswith(IGNORED_SUFFIX) or any(re.search(p, name) for p in self._ignored)
 
 
 def _headers(folder: Path, shards: Mapping[str, SafetensorsFile]) -> dict[str, TensorInfo]:
@@ -199,50 +243,12 @@ def _headers(folder: Path, shards: Mapping[str, SafetensorsFile]) -> dict[str, T
     return headers
 
 
-def _layer_tensors(
-    folder: Path,
-    family: Family,
-    decoder: str,
-    tensors: Mapping[str, TensorInfo],
-    widths: tuple[int, ...],
-    hidden: int,
-    biased: bool,
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all layers' tensors: outside the MLPs those of the first layer."""
-    first = f"{decoder}{family.layers}.0."
-    others = {
-        name.removeprefix(first): info.shape
-        for name, info in tensors.items()
-        if name.startswith(first)
-        and neuron_axis(family, name) is None
-        and not name.endswith(IGNORED_SUFFIX)
-    }
-
-    if len(others) * len(widths) > 4 * len(tensors):  # before as many names are made
-        raise CheckpointError(
-            f"{folder}/config.json has num_hidden_layers {len(widths)}, "
-            f"but its files hold {len(tensors)} tensors"
-        )
-
-    def mlp(width: int) -> dict[str, tuple[int, ...]]:
-        wide = (width, hidden)
-        shapes: dict[str, tuple[int, ...]] = {
-            family.gate: wide, family.up: wide, family.down: wide[::-1],
-        }  # fmt: skip
-        biases = {f"{part}.bias": shape[:1] for part, shape in shapes.items() if biased}
-        return {f"{part}.weight": shape for part, shape in shapes.items()} | biases
-
-    return {
-        f"{decoder}{family.layers}.{i}.{name}": shape
-        for i, width in enumerate(widths)
-        for name, shape in (others | mlp(width)).items()
-    }
-
-
-def _equal(source: ModelSource, name: str, other: str) -> bool:
-    if source.tensors[name].dtype != source.tensors[other].dtype:
+def _equal(
+    shards: Mapping[str, SafetensorsFile], tensors: Mapping[str, TensorInfo], name: str, other: str
+) -> bool:
+    if tensors[name].dtype != tensors[other].dtype:
         return False
-    a, b = source.data(name), source.data(other)
+    a, b = (shards[tensors[each].file].data(each) for each in (name, other))
     return len(a) == len(b) and all(
         bytes(a[at : at + _BLOCK_BYTES]) == bytes(b[at : at + _BLOCK_BYTES])
         for at in range(0, len(a), _BLOCK_BYTES)

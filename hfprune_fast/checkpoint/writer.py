@@ -19,7 +19,6 @@ from hfprune_fast.checkpoint.safetensors import ITEM_BYTES, SafetensorsFile, Saf
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import byte_bar
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
-from hfprune_fast.models.families import neuron_axis
 
 _VERIFIED_BYTES = 16 << 20  # compared at once
 
@@ -38,17 +37,21 @@ class Writing:
     ) -> None:
         self.source, self.replace = source, replace
         self.cuts: dict[str, tuple[int, Any]] = {}  # axis and the indices that stay
+        self.blocks: dict[str, int] = {}  # how often each neuron is in a tensor
         self.kept_shapes: dict[str, tuple[int, ...]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}  # as written, with zeros up to pad_to neurons
         for name, info in source.tensors.items():
             kept_shape = shape = info.shape
-            place = neuron_axis(source.family, name)
+            place = source.neurons_in(name)
             if place is not None:
-                layer, axis = place
-                self.cuts[name] = axis, keep[layer].cpu().contiguous().numpy()
-                width = len(keep[layer])
-                kept_shape = (*shape[:axis], width, *shape[axis + 1 :])
-                shape = (*shape[:axis], max(width, pad_to), *shape[axis + 1 :])
+                axis, kept = place.axis, keep[place.layer].cpu()
+                blocks = place.times
+                rows = torch.cat([kept + shape[axis] // blocks * i for i in range(blocks)])
+                self.cuts[name] = axis, rows.contiguous().numpy()
+                self.blocks[name] = blocks
+                width = len(kept)
+                kept_shape = (*shape[:axis], blocks * width, *shape[axis + 1 :])
+                shape = (*shape[:axis], blocks * max(width, pad_to), *shape[axis + 1 :])
             self.kept_shapes[name], self.shapes[name] = kept_shape, shape
         for name in replace:
             if name not in self.shapes:
@@ -148,8 +151,12 @@ class Writing:
             self.source.release(name)
         if self.shapes[name] == shape:
             return cut
-        padded = np.zeros(self.shapes[name], cut.dtype)
-        padded[tuple(slice(size) for size in shape)] = cut
+        padded, axis = np.zeros(self.shapes[name], cut.dtype), self.cuts[name][0]
+        blocks = self.blocks[name]
+        for from_block, to_block in zip(
+            np.split(cut, blocks, axis), np.split(padded, blocks, axis), strict=True
+        ):
+            to_block[tuple(slice(size) for size in from_block.shape)] = from_block  # a view
         return padded
 
     def _write_index(self, partial: Path, total_bytes: int) -> None:

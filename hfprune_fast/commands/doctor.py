@@ -18,7 +18,6 @@ from hfprune_fast.console import human_bytes
 from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.errors import one_line
 from hfprune_fast.kernels import TRITON_VERSION
-from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.scoring.run import backend_for
 
 
@@ -62,10 +61,8 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _native_layout() -> str:
-    built = native_families()
-    others = [family for family in FAMILIES if family not in built]
-    which = f"transformers builds {', '.join(built) or 'no family'} by per_layer_config"
-    return f"{which}; {', '.join(others)} take layout custom or padded" if others else which
+    built = ", ".join(native_families()) or "no family"
+    return f"transformers builds {built} by per_layer_config; others take layout custom or padded"
 
 
 def _show(value: Any) -> str:

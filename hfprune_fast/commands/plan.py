@@ -11,6 +11,7 @@ import torch
 
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import find_model
+from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
@@ -30,7 +31,7 @@ def run(
     layer, and 4 · seq_len · heads · head_dim a layer for attention's two products. "pruning" is of
     the default recipe, and its seconds are its products' at the speed of one that is timed here.
     """
-    spec, config = loading.spec_from_config(find_model(model, config_only=True))
+    spec, config = spec_from_config(find_model(model, config_only=True))
     widths = WidthBudget.of(spec, budget).even_widths(spec)
     seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     samples = sampling.samples or 1

@@ -5,6 +5,9 @@ micro-batch with stubs in place of the layers, which record how each layer is ca
 `for_each_layer` runs the layers one by one, each called as recorded, so that only the layer that
 runs needs its weights in memory. `ResidentModel` keeps all there; `StreamedModel` fetches them.
 
+This is right where a layer's output is all that the next one is given, and where the other
+arguments do not depend on the tokens. Both are checked, so a family that passes on more is refused.
+
 Sequences of a micro-batch are padded on the right. Under causal attention no token sees a later
 one, so padding needs no attention mask; it is only left out of the sums.
 """
@@ -20,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.mlp_hooks import known_activation
 from hfprune_fast.errors import ArgumentError, NumericsError, UnsupportedModelError
-from hfprune_fast.models.sites import parts_of
+from hfprune_fast.models.sites import Logits, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]  # the arguments of each layer's call
 OnProgress = Callable[[float], object]  # takes the tokens processed since the last call
 
 _CACHED_SHAPES = 16  # micro-batch shapes whose recorded calls (masks, position embeddings) are kept
@@ -59,14 +64,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear layer that outlives its model."""
+class Head:
+    """A model's head, which outlives the model and returns its logits, scaled and capped."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None
+    logits: Logits
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
+        hidden = hidden.to(self.weight.device)
+        return self.logits(nn.functional.linear(hidden, self.weight, self.bias))
 
 
 class ResidentModel:
@@ -85,7 +92,10 @@ class ResidentModel:
         self.model = model
         self.parts = parts_of(model)
         self.device, self.dtype = self.parts.head.weight.device, self.parts.head.weight.dtype
-        self._calls: dict[tuple[int, ...], list[tuple[Any, dict[str, Any]]]] = {}
+        self._calls: dict[tuple[int, ...], _Calls] = {}
+        self._compared = False  # whether the calls of two micro-batches of one shape have been
+        self._returns_tuple = False  # whether the decoder takes a layer's output out of a tuple
+        self._activations: dict[int, str | None] = {}
         self._check()
 
     @property
@@ -131,23 +141,48 @@ class ResidentModel:
         yield
 
     def begin(self, batch: MicroBatch) -> Tensor:
-        """Return the first layer's input (B, T, D), and record how the layers are called."""
-        calls: list[tuple[Any, dict[str, Any]]] = []
-        with torch.no_grad(), _stubs(self, calls):
-            embeddings = self.embed(batch.ids)
-            hidden: Tensor = self.parts.decoder(
-                inputs_embeds=embeddings, use_cache=False, return_dict=True
-            ).last_hidden_state
-        if len(calls) != len(self.parts.layers):
+        """Return the first layer's input (B, T, D), and record how the layers are called.
+
+        Raises:
+            UnsupportedModelError: the decoder does more between its layers than to call each with
+                the output of the one before, or calls them with what depends on the tokens.
+        """
+        calls, first = self._record(batch)
+        if calls is None and not self._returns_tuple:
+            self._returns_tuple = True
+            calls, first = self._record(batch)
+        if calls is None or len(calls) != len(self.parts.layers):
             raise UnsupportedModelError(
-                f"the decoder ran {len(calls)} of its {len(self.parts.layers)} layers; "
-                "it must run each once, in their order"
+                f"{type(self.model).__name__} does not run its layers one after the other, each on "
+                "the output of the one before, so they cannot be run alone"
             )
+        shape = tuple(batch.ids.shape)
         if len(self._calls) >= _CACHED_SHAPES:
             self._calls.clear()
         # The calls depend only on the shape, so micro-batches of one shape share them.
-        self._calls.setdefault(tuple(batch.ids.shape), calls)
-        return hidden
+        known = self._calls.setdefault(shape, calls)
+        if known is not calls and not self._compared:
+            self._compared = True
+            if not _same(known, calls):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} calls its layers with what depends on the "
+                    "tokens, so they cannot be run alone"
+                )
+        return first
+
+    def _record(self, batch: MicroBatch) -> tuple[_Calls | None, Tensor]:
+        """Return how the layers are called, None if not one after the other; the first's input."""
+        calls: _Calls = []
+        embedding = _Embedded(self.parts.embedding, self.embed(batch.ids))
+        seen: list[Tensor] = []
+        try:
+            with torch.no_grad(), _stubs(self, embedding, calls, seen):
+                self.parts.decoder(
+                    input_ids=batch.ids.to(self.device), use_cache=False, return_dict=True
+                )
+        except _NotInARowError:
+            return None, seen[0]
+        return calls, seen[0]
 
     def run(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """Return a layer's output (B, T, D); its weights must be in place."""
@@ -158,10 +193,16 @@ class ResidentModel:
         output: Tensor | tuple[Tensor, ...] = self.parts.layers[layer](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def head(self) -> Linear:
+    def activation(self, layer: int) -> str | None:
+        """Return the activation of a layer's MLP, None if it does not compute the plain formula."""
+        if layer not in self._activations:
+            self._activations[layer] = known_activation(self.parts.mlps[layer])
+        return self._activations[layer]
+
+    def head(self) -> Head:
         """Return the head; it stays usable after other layers have run."""
         head = self.parts.head
-        return Linear(head.weight, head.bias)
+        return Head(head.weight, head.bias, self.parts.logits)
 
     def final_hidden(
         self, batches: Sequence[MicroBatch], on_progress: OnProgress = no_progress
@@ -217,32 +258,91 @@ def each_batch(
 
 
 @contextmanager
-def _stubs(model: ResidentModel, calls: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
+def _stubs(
+    model: ResidentModel, embedding: nn.Module, calls: _Calls, seen: list[Tensor]
+) -> Iterator[None]:
     """Replace the layers by stubs that record their call, and the final norm by nothing."""
     family, decoder = model.parts.family, model.parts.decoder
-    found = {path: decoder.get_submodule(path) for path in (family.layers, family.norm)}
+    paths = (family.layers, family.norm, family.embedding)
+    found = {path: decoder.get_submodule(path) for path in paths}
+    stubs = (_Stub(layer, calls, seen, model._returns_tuple) for layer in model.parts.layers)
     try:
-        decoder.set_submodule(
-            family.layers, nn.ModuleList(_Stub(layer, calls) for layer in model.parts.layers)
-        )
-        decoder.set_submodule(family.norm, nn.Identity())
+        decoder.set_submodule(family.layers, nn.ModuleList(stubs))
+        decoder.set_submodule(family.norm, _Last(seen))
+        decoder.set_submodule(family.embedding, embedding)
         yield
     finally:
         for path, module in found.items():
             decoder.set_submodule(path, module)
 
 
-class _Stub(nn.Module):
-    """Records how its layer is called and returns the input; other attributes are the layer's."""
+class _Standing(nn.Module):
+    """Stands in place of a module, whose attributes it has."""
 
-    def __init__(self, layer: nn.Module, calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.__dict__["_layer"] = layer  # not as a submodule: its mode and hooks must not change
-        self.__dict__["_record"] = calls
+        self.__dict__["_module"] = module  # not as a submodule: its mode and hooks must not change
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
+        return getattr(self.__dict__["_module"], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.__dict__["_record"].append((args, kwargs))
+
+class _Embedded(_Standing):
+    """Returns embeddings that are there already."""
+
+    def __init__(self, module: nn.Module, embeddings: Tensor) -> None:
+        super().__init__(module)
+        self.__dict__["_embeddings"] = embeddings
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embeddings: Tensor = self.__dict__["_embeddings"]
+        return embeddings
+
+
+class _Stub(_Standing):
+    """Records how its layer is called and returns the input, in a tuple if the layer does."""
+
+    def __init__(
+        self, layer: nn.Module, calls: _Calls, seen: list[Tensor], returns_tuple: bool
+    ) -> None:
+        super().__init__(layer)
+        self.__dict__.update(_calls=calls, _seen=seen, _returns_tuple=returns_tuple)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        self.__dict__["_calls"].append((args, kwargs))
+        _note(hidden, self.__dict__["_seen"])
+        return (hidden,) if self.__dict__["_returns_tuple"] else hidden
+
+
+class _Last(nn.Module):
+    """Stands in place of the final norm: notes what it is given, and returns it."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_seen"] = seen
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        _note(hidden, self.__dict__["_seen"])
         return hidden
+
+
+class _NotInARowError(Exception):
+    """A layer was given something other than the output of the one before."""
+
+
+def _note(hidden: Tensor, seen: list[Tensor]) -> None:
+    if not seen:
+        seen.append(hidden)
+    if hidden is not seen[0]:
+        raise _NotInARowError
+
+
+def _same(some: Any, others: Any) -> bool:
+    """Return whether the recorded arguments of calls are the same."""
+    if isinstance(some, Tensor):
+        return isinstance(others, Tensor) and torch.equal(some, others)
+    if isinstance(some, dict):
+        return some.keys() == others.keys() and all(_same(some[k], others[k]) for k in some)
+    if isinstance(some, list | tuple):
+        return len(some) == len(others) and all(map(_same, some, others))
+    return some is others or bool(some == others)

@@ -9,8 +9,8 @@ and up are kept. Backward, given d_out, with a = act_fn(gate) * up:
     d_x = d_gate · W_gate + d_up · W_up
 
 No weight gets a gradient. Where x needs none either, as in the first layer, a is kept instead and
-only the statistics are made. An MLP that is not known to compute exactly this keeps its forward
-and is hooked at the input of down_proj.
+only the statistics are made. An MLP that does not compute exactly this, bit by bit, keeps its
+forward and is hooked at the input of down_proj.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
 from hfprune_fast.models.sites import GatedMLP
 
-_ACTIVATIONS = {
-    "torch.nn.modules.activation.SiLU": "silu",
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
+# As transformers computes them.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
 }
+_PROBES = (1.0, 30.0, 1000.0)  # sizes of the inputs by which an MLP's formula is compared
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class TaylorOptions:
     grad_scale: float
     parity: bool
     backend: str
+    activation: str | None = None  # of `known_activation`; without it the MLP is hooked
 
     @property
     def common(self) -> dict[str, Any]:
         """The options that both kernels take."""
-        return {name: value for name, value in vars(self).items() if name != "parity"}
+        names = ("token_mask", "grad_scale", "backend")
+        return {name: getattr(self, name) for name in names}
 
 
 class ScoredGraph:
@@ -56,8 +60,8 @@ class ScoredGraph:
         run: the layer; inside, it runs `mlp`, whose statistics are made as `options` say.
         hidden: the layer's input.
         needs_grad: whether the backward must give the input a gradient; not so in the first layer.
-        only_backward: the output's values are not needed, so a known MLP skips the product with
-            W_down and returns NaN, so that any use of the values shows.
+        only_backward: the values of the MLP's output are not needed, so a known MLP skips the
+            product with W_down and returns NaN, so that any use of the values shows.
     """
 
     def __init__(
@@ -80,19 +84,26 @@ class ScoredGraph:
             self.output = run(self._input)
 
     def backward(
-        self, d_output: Tensor, take: Callable[[TaylorStatistics], object], *, last: bool = True
+        self,
+        d_output: Tensor,
+        take: Callable[[TaylorStatistics], object],
+        *,
+        take_gradient: Callable[[Tensor], object] | None = None,
+        last: bool = True,
     ) -> Tensor | None:
         """Run one backward; return the gradient at the input, None if it needs none.
 
         Args:
             d_output: the gradient at the output.
             take: is given the statistics that this backward makes.
+            take_gradient: is given the gradient at the output of down_proj, (B, T, D).
             last: no other backward follows, so what the graph holds may be overwritten.
         """
         if self._overwritten:
             raise RuntimeError("the graph's last backward has been run; run the forward again")
         self._overwritten = last
         self._target.take, self._target.last = take, last
+        self._target.take_gradient = take_gradient
         self.output.backward(d_output, retain_graph=not last)
         d_input, self._input.grad = self._input.grad, None
         return d_input
@@ -112,6 +123,14 @@ def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def outputs_of(mlp: GatedMLP) -> Iterator[list[Tensor]]:
+    """Collect the outputs of down_proj."""
+    seen: list[Tensor] = []
+    with mlp.down.register_forward_hook(lambda *args: seen.append(args[2])):
+        yield seen
+
+
+@contextmanager
 def pruned_down_proj(mlp: GatedMLP, kept: Tensor, weight: Tensor) -> Iterator[None]:
     """Inside, down_proj reads only the `kept` neurons, with `weight` (D, K) instead of its own."""
 
@@ -122,32 +141,50 @@ def pruned_down_proj(mlp: GatedMLP, kept: Tensor, weight: Tensor) -> Iterator[No
         yield
 
 
+@torch.no_grad()
 def known_activation(mlp: GatedMLP) -> str | None:
     """Return the activation's name in our kernels, or None for an MLP that must be hooked.
 
-    Known are transformers' MLP classes, unmodified: no hooks, and no forward set on an instance,
-    the activation included. The linear layers are plain (`models.sites.plain_model`).
+    Its module's output is compared, bit by bit, with down(act_fn(gate(x)) * up(x)) for a few
+    invented x, with the layers' weights in place. Modules with hooks, or with a forward set on the
+    instance, are not asked: what they do beside must happen each time. The linear layers are plain
+    (`models.sites.plain_model`).
     """
-    linears = (mlp.gate, mlp.up, mlp.down)
-    act_fn = getattr(mlp.module, "act_fn", None)
     changed = any(
         "forward" in vars(m)
         or m._forward_hooks
         or m._forward_pre_hooks
         or m._backward_hooks
         or m._backward_pre_hooks
-        for m in (mlp.module, act_fn, *linears)
-        if isinstance(m, nn.Module)
+        for m in mlp.module.modules()
     )
-    if changed or not type(mlp.module).__module__.startswith("transformers.models."):
+    weight = mlp.down.weight
+    if changed or weight.is_meta:
         return None
-    return _ACTIVATIONS.get(f"{type(act_fn).__module__}.{type(act_fn).__name__}")
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, 1, weight.shape[0], generator=generator)
+    x = torch.cat([row * size for size in _PROBES], dim=1).to(weight.device, weight.dtype)
+    output = mlp.module(x)
+    gate, up = _gate_and_up(mlp, x)
+    for name, act_fn in _ACTIVATIONS.items():
+        if torch.equal(mlp.down(act_fn(gate) * up), output):
+            return name
+    return None
+
+
+def _gate_and_up(mlp: GatedMLP, x: Tensor) -> tuple[Tensor, ...]:
+    """Return gate(x) and up(x): two tensors, or the halves of one."""
+    if mlp.fused:
+        halves: tuple[Tensor, ...] = mlp.gate(x).chunk(2, dim=-1)
+        return halves
+    return mlp.gate(x), mlp.up(x)
 
 
 class _Target:
-    """Where the backward that runs delivers its statistics, and whether it is the graph's last."""
+    """Where the backward that runs delivers its results, and whether it is the graph's last."""
 
     take: Callable[[TaylorStatistics], object]
+    take_gradient: Callable[[Tensor], object] | None
     last: bool
 
 
@@ -156,16 +193,18 @@ def _scored(
     mlp: GatedMLP, target: _Target, options: TaylorOptions, needs_grad: bool, only_backward: bool
 ) -> Iterator[None]:
     """Inside, the MLP's forward is one whose backward makes the statistics."""
-    activation = None if options.parity else known_activation(mlp)
-    if activation is None:
-        with mlp.down.register_forward_pre_hook(_at_down_proj(target, options, needs_grad)):
+    if options.activation is None or options.parity:
+        with (
+            mlp.down.register_forward_pre_hook(_at_down_proj(target, options, needs_grad)),
+            mlp.down.register_forward_hook(_behind_down_proj(target)),
+        ):
             yield
         return
     anchor = torch.empty(0, requires_grad=True)  # so that there always is a backward
 
     def forward(x: Tensor) -> Tensor:
         output: Tensor = _ScoredMLP.apply(  # type: ignore[no-untyped-call]
-            x, anchor, mlp, target, options, activation, only_backward
+            x, anchor, mlp, target, options, only_backward
         )
         return output
 
@@ -192,6 +231,17 @@ def _at_down_proj(
     return hook
 
 
+def _behind_down_proj(target: _Target) -> Callable[..., None]:
+    def at_gradient(grad: Tensor) -> None:
+        if target.take_gradient is not None:
+            target.take_gradient(grad)
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(at_gradient)
+
+    return hook
+
+
 class _ScoredMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -201,15 +251,14 @@ class _ScoredMLP(torch.autograd.Function):
         mlp: GatedMLP,
         target: _Target,
         options: TaylorOptions,
-        activation: str,
         only_backward: bool,
     ) -> Tensor:
-        gate, up = mlp.gate(x), mlp.up(x)
-        ctx.mlp, ctx.target, ctx.options, ctx.activation = mlp, target, options, activation
+        gate, up = _gate_and_up(mlp, x)
+        ctx.mlp, ctx.target, ctx.options = mlp, target, options
         first = not ctx.needs_input_grad[0]
         if first or not only_backward:
-            act_fn: Any = mlp.module.act_fn
-            act = act_fn(gate) * up
+            assert options.activation is not None
+            act = _ACTIVATIONS[options.activation](gate) * up
         ctx.save_for_backward(*((act,) if first else (gate, up)))
         if only_backward:
             return x.new_full((), torch.nan).expand_as(x)
@@ -221,18 +270,22 @@ class _ScoredMLP(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         mlp: GatedMLP = ctx.mlp
         target: _Target = ctx.target
-        options: dict[str, Any] = ctx.options.common
+        options: TaylorOptions = ctx.options
         saved: tuple[Tensor, ...] = ctx.saved_tensors
+        if target.take_gradient is not None:
+            target.take_gradient(d_out)
         rows = d_out.flatten(0, 1)
         grad = (rows @ mlp.down.weight).view(*d_out.shape[:2], -1)
         if len(saved) == 1:
-            target.take(taylor_statistics(grad, saved[0], **options))
-            return (None,) * 7
+            target.take(taylor_statistics(grad, saved[0], **options.common))
+            return (None,) * 6
+        assert options.activation is not None
         statistics, d_gate, d_up = gated_taylor(
-            grad, *saved, activation=ctx.activation, overwrite=target.last, **options
+            grad, *saved, activation=options.activation, overwrite=target.last, **options.common
         )
         del grad
         target.take(statistics)
-        d_x = d_gate.flatten(0, 1) @ mlp.gate.weight
-        torch.addmm(d_x, d_up.flatten(0, 1), mlp.up.weight, out=d_x)
-        return d_x.view_as(d_out), None, None, None, None, None, None
+        gate_weight, up_weight = mlp.gate_and_up_weights
+        d_x = d_gate.flatten(0, 1) @ gate_weight
+        torch.addmm(d_x, d_up.flatten(0, 1), up_weight, out=d_x)
+        return d_x.view_as(d_out), None, None, None, None, None

@@ -16,7 +16,7 @@ from torch import Tensor
 from hfprune_fast.checkpoint.loading import Blueprint, build, frozen, put
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import (
-    Linear,
+    Head,
     OnProgress,
     ResidentModel,
     check_finite,
@@ -56,21 +56,26 @@ class StreamedModel(ResidentModel):
         for module in self.model.modules():  # rotary tables and others that are in no file
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
-        names, family = blueprint.names, blueprint.source.family
+        names, family = blueprint.names, self.parts.family
         decoder = f"{family.decoder}."
         prefixes: list[tuple[str, ...]] = [
             (f"{decoder}{family.layers}.{layer}.",) for layer in range(len(self.parts.layers))
         ]
         prefixes.append((f"{decoder}{family.norm}.", f"{family.head}."))
-        # Of each unit: {name of a parameter: name of its tensor in the checkpoint}.
+        # Of each unit: {name of a parameter or buffer: name of its tensor in the checkpoint}.
         self._names = [
             {ours: theirs for ours, theirs in names.items() if ours.startswith(prefix)}
             for prefix in prefixes
         ]
         self._embedding = names[f"{decoder}{family.embedding}.weight"]
+        self.parts.embedding.padding_idx = None  # the table that is read has few rows
+        self._placeholders = self.model.state_dict(keep_vars=True)
         self._checked: set[str] = set()
         self._tensors = CheckpointTensors(blueprint.source, self.dtype)
         units = [sorted(set(unit.values())) for unit in self._names]
+        covered = {f"{decoder}{family.embedding}.weight"}.union(*self._names)
+        for ours in names.keys() - covered:  # in no unit, so these stay
+            put(self.model, ours, frozen(self._tensors.tensor(names[ours]).to(self.device)))
         self._weights: MappedWeights | BufferedWeights
         if offload == "disk" and self.device.type == "cpu":
             self._weights = MappedWeights(self._tensors, units)
@@ -88,17 +93,19 @@ class StreamedModel(ResidentModel):
         # Only a few rows of the table are read.
         table = self._tensors.stored(self._embedding, read_ahead=False)
         self._check_once(self._embedding, table)
-        embeddings: Tensor = torch.func.functional_call(
-            self.parts.embedding, {"weight": table}, (ids,)
-        )
+        used, rows = ids.unique(return_inverse=True)
+        weight = {"weight": table[used].to(self.dtype)}
         self._tensors.release(self._embedding)
-        return embeddings.to(self.device, self.dtype)
+        module = self.parts.embedding
+        buffers = {name: buffer.to("cpu") for name, buffer in module.named_buffers()}
+        embeddings: Tensor = torch.func.functional_call(module, weight | buffers, (rows,))
+        return embeddings.to(self.device)
 
     @contextmanager
     def weights_of(self, unit: int, then: int) -> Iterator[None]:
         tensors = self._weights.fetch(unit, then)
         names = self._names[unit]
-        placeholders = {ours: self.model.get_parameter(ours) for ours in names}
+        placeholders = {ours: self._placeholders[ours] for ours in names}
         try:
             for ours, theirs in names.items():
                 self._check_once(theirs, tensors[theirs])
@@ -110,13 +117,13 @@ class StreamedModel(ResidentModel):
             del tensors
             self._weights.release(unit)
 
-    def head(self) -> Linear:
+    def head(self) -> Head:
         with self.weights_of(self.head_unit, then=0):
             head = super().head()
             if isinstance(self._weights, MappedWeights):
                 return head
             bias = None if head.bias is None else head.bias.clone()
-            return Linear(_copy_with_alignment(head.weight), bias)
+            return Head(_copy_with_alignment(head.weight), bias, head.logits)
 
     def final_hidden(
         self, batches: Sequence[MicroBatch], on_progress: OnProgress = no_progress

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch, as_batches, token_data
-from hfprune_fast.engine.layerwise import Linear, ResidentModel, own_modes
+from hfprune_fast.engine.layerwise import Head, ResidentModel, own_modes
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 from hfprune_fast.evaluation.changes import TokenChanges
 from hfprune_fast.models.sites import plain_model
@@ -81,8 +81,8 @@ def compare(
     batches: Iterable[MicroBatch],
     dense_hidden: Iterable[Tensor],
     pruned_hidden: Iterable[Tensor],
-    dense_head: Linear,
-    pruned_head: Linear,
+    dense_head: Head,
+    pruned_head: Head,
     changes: TokenChanges | None = None,
 ) -> Fidelity:
     """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time.

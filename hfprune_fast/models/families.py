@@ -1,41 +1,185 @@
-"""Where each model family keeps its layers, gated MLP and head.
+"""The model families: where each keeps its layers, gated MLP and head, and what becomes of outputs.
 
-To add a family: one line in FAMILIES (its `model_type` and what differs from LLaMA's names);
-docs/add-a-family.md lists the other steps.
+To add a family: one line in FAMILIES (its `model_type` and what differs from LLaMA);
+docs/families.md lists the other steps. What can be found in a model is not declared here: shapes,
+biases, kinds of layers, the activation, whether an MLP computes the plain formula.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hfprune_fast.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
-class Family:
-    """Names of the parts, as paths below the base model (`decoder`) or below one layer."""
+class Site:
+    """The linear layers of a gated MLP, down(act_fn(gate(x)) * up(x)), as paths below a layer.
 
-    class_name: str  # begins the names of transformers' classes: Llama, as in LlamaForCausalLM
-    decoder: str = "model"
-    layers: str = "layers"
+    Where `gate` and `up` are one path, its rows are gate's and then up's.
+    """
+
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The text tower of a model that has others, such as vision, which are copied as they are.
+
+    The tower runs as the causal language model that computes the same for text.
+
+    Args:
+        runs_as: {model_type of the text's config: model_type to run as}, if these differ.
+        stored: how the names of its tensors may begin in files, where those of the model that is
+            run begin with `model.`; the first that fits.
+        stored_heads: what its head may be called in files.
+    """
+
+    runs_as: Mapping[str, str] = field(default_factory=dict)
+    stored: tuple[str, ...] = ("model.language_model.", "language_model.model.", "model.")
+    stored_heads: tuple[str, ...] = ("lm_head", "language_model.lm_head")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the parts, as paths below the base model (`decoder`), and keys of config.json.
+
+    Args:
+        width: the key of the MLP's width.
+        logit_scale, logit_divisor, softcap: keys of what logits are multiplied by, divided by and
+            capped with, in this order.
+        output: what becomes of the MLP's output: "sum", it is added to the residual stream;
+            "scaled", multiplied first by the value of `output_scale`; "used", anything else, such
+            as a norm. `output_scale` is a key, or a key and the index in its list.
+        means: keys that are written, or with None left out, so that `width` is the width.
+        own_layers: it has a per_layer_config of its own, which is left as it is.
+        qk_norm: q and k are normalised, which takes memory.
+        tower: it has a text tower, which is what is scored and cut.
+        refused: {key: what is not supported where its value is neither false, null nor 0}.
+    """
+
+    site: Site = Site()
+    decoder: str = "model"
+    layers: str = "layers"
     embedding: str = "embed_tokens"
     norm: str = "norm"
     head: str = "lm_head"
-    attention_out: str = "self_attn.o_proj"
-    qk_norm: bool = False  # q and k are normalised, which takes memory
+    width: str = "intermediate_size"
+    logit_scale: str = ""
+    logit_divisor: str = ""
+    softcap: str = ""
+    output: str = "sum"
+    output_scale: str | tuple[str, int] = ""
+    means: Mapping[str, Any] = field(default_factory=dict)
+    own_layers: bool = False
+    qk_norm: bool = False
+    tower: Tower | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
+
+_FUSED = Site("mlp.gate_up_proj", "mlp.gate_up_proj")
+_GEMMA = Family(softcap="final_logit_softcapping", output="used")
+_GRANITE = Family(
+    logit_divisor="logits_scaling", output="scaled", output_scale="residual_multiplier"
+)
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral"),
-    "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3", qk_norm=True),
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(qk_norm=True),
+    "cwm": Family(),
+    "ernie4_5": Family(),
+    "gemma": Family(),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(qk_norm=True),
+    "ministral": Family(),
+    "ministral3": Family(),
+    "seed_oss": Family(),
+    "smollm3": Family(),
+    # A norm without a weight, or with a bias.
+    "olmo": Family(),
+    "stablelm": Family(qk_norm=True),
+    # gate and up in one tensor.
+    "glm": Family(_FUSED),
+    "glm4": Family(_FUSED, output="used"),
+    "phi3": Family(_FUSED),
+    # Logits scaled or capped; a norm behind the MLP.
+    "cohere": Family(logit_scale="logit_scale", qk_norm=True),
+    "cohere2": Family(logit_scale="logit_scale"),
+    "granite": _GRANITE,
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, qk_norm=True),
+    "gemma4_text": replace(
+        _GEMMA,
+        qk_norm=True,
+        own_layers=True,
+        refused={
+            "num_kv_shared_layers": "layers that share keys and values with others",
+            "hidden_size_per_layer_input": "an embedding for each layer (E2B, E4B)",
+            "enable_moe_block": "experts",
+        },
+    ),
+    "olmo2": Family(output="used", qk_norm=True),
+    "olmo3": Family(output="used", qk_norm=True),
+    "exaone4": Family(output="used", qk_norm=True),
+    # Layers of several kinds: convolution, linear attention, state-space.
+    "falcon_h1": Family(
+        Site("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+        norm="final_layernorm",
+        logit_scale="lm_head_multiplier",
+        output="scaled",
+        output_scale=("mlp_multipliers", 1),
+    ),
+    "granitemoehybrid": replace(
+        _GRANITE,
+        site=Site("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear"),
+        width="shared_intermediate_size",
+        refused={"num_local_experts": "experts"},
+    ),
+    "lfm2": Family(
+        Site("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
+        norm="embedding_norm",
+        means={"block_auto_adjust_ff_dim": False, "block_ff_dim": None},
+        qk_norm=True,
+    ),
+    "qwen3_5_text": Family(qk_norm=True),
+    # Models with a text tower.
+    "gemma3": Family(tower=Tower()),
+    "mistral3": Family(tower=Tower()),
+    "qwen2_5_vl": Family(tower=Tower({"qwen2_5_vl_text": "qwen2", "qwen2_5_vl": "qwen2"})),
+    "qwen3_5": Family(tower=Tower()),
+    "qwen3_vl": Family(tower=Tower({"qwen3_vl_text": "qwen3"})),
+}
+
+# Families that are known and cannot be right yet, and why.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        ("arcee", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "nemotron"),
+        "its MLPs have no gate",
+    ),
+    **dict.fromkeys(
+        ("opt", "phi", "starcoder2", "bloom", "codegen", "mpt", "apertus"), "its MLPs have no gate"
+    ),
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        "it has experts, each with its own neurons",
+    ),
+    **dict.fromkeys(
+        ("olmoe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3", "granitemoe", "lfm2_moe"),
+        "it has experts, each with its own neurons",
+    ),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), "its layers pass several streams and embeddings of their own"
+    ),
+    **dict.fromkeys(
+        ("deepseek_v4", "qwen4_exp", "glm5_next"), "its layers pass state or several streams on"
+    ),
 }
 
 NON_UNIFORM = "hfprune_"  # begins the model_type of a family whose layers have their own widths
@@ -50,26 +194,87 @@ def family_type(config: Mapping[str, Any]) -> Any:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family of a parsed config.json, or raise UnsupportedModelError."""
+    """Return the family of a parsed config.json, or raise UnsupportedModelError.
+
+    A model with a text tower has the tower's family, with its own paths.
+    """
     model_type, classes = family_type(config), config.get("architectures")
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
     name = classes[0] if isinstance(classes, list) and classes else "this model"
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        family = FAMILIES[model_type]
+        if family.tower is not None:
+            inner = family_of({**text_part(config), "architectures": classes})
+            return replace(inner, tower=family.tower, decoder="model.language_model")
+        for key, what in family.refused.items():
+            if config.get(key):
+                raise UnsupportedModelError(
+                    f"{name!s:.100} is not supported: it has {what} ({key} {config[key]!r:.20})"
+                )
+        return family
+    why = REFUSED.get(model_type) if isinstance(model_type, str) else None
     raise UnsupportedModelError(
-        f"{name!s:.100} is not supported: no gated MLP is known for model_type {model_type!r:.60}; "
+        f"{name!s:.100} is not supported: "
+        f"{why or 'no gated MLP is known'} (model_type {model_type!r:.60}); "
         f"supported are {', '.join(FAMILIES)}"
     )
 
 
-def neuron_axis(family: Family, tensor_name: str) -> tuple[int, int] | None:
-    """Return (layer, axis of its neurons) of a checkpoint tensor, None if it holds no neurons.
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of what is run: that of a text tower, as the model that it runs as.
 
-    Names with and without the base model's prefix are understood; down_proj's bias is not cut.
+    A tower's is in `text_config`, or beside the others' in files of older versions.
     """
-    prefix = rf"(?:{re.escape(family.decoder)}\.)?{re.escape(family.layers)}\.(\d+)\."
-    rows = f"(?:{re.escape(family.gate)}|{re.escape(family.up)})"
-    columns = re.escape(family.down)
-    match = re.fullmatch(rf"{prefix}(?:({rows})\.(?:weight|bias)|({columns})\.weight)", tensor_name)
+    model_type = family_type(config)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or family.tower is None:
+        return dict(config)
+    inner = config.get("text_config")
+    text = dict(inner) if isinstance(inner, Mapping) else dict(config)
+    of_text = text.get("model_type", "")
+    text["model_type"] = family.tower.runs_as.get(str(of_text), of_text)
+    for rope in ("rope_parameters", "rope_scaling"):
+        if text["model_type"] != of_text and isinstance(text.get(rope), Mapping):
+            text[rope] = _one_axis(text[rope])
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            text.setdefault(key, config[key])
+    tied = [c["tie_word_embeddings"] for c in (config, text) if "tie_word_embeddings" in c]
+    if tied:  # versions wrote it in one place, or the other
+        text["tie_word_embeddings"] = True in tied
+    if config["model_type"] != model_type:  # layers of different widths
+        text["model_type"] = NON_UNIFORM + str(text["model_type"])
+        text["mlp_widths"] = config.get("mlp_widths")
+    return text
+
+
+def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rotary parameters for text, whose positions are the same on all axes."""
+    kept = {key: v for key, v in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return {key: "default" if v == "mrope" else v for key, v in kept.items()}
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Where a tensor of a checkpoint holds its layer's neurons."""
+
+    layer: int
+    axis: int
+    times: int = 1  # how often each is there, one block after the other: 2 where gate and up are
+
+
+def neurons_in(family: Family, tensor_name: str) -> Neurons | None:
+    """Return where a tensor, named as below the decoder, holds neurons; None if it does not.
+
+    down_proj's bias is not cut.
+    """
+    site, layers = family.site, re.escape(family.layers)
+    rows = f"(?:{re.escape(site.gate)}|{re.escape(site.up)})"
+    match = re.fullmatch(
+        rf"{layers}\.(\d+)\.(?:({rows})\.(?:weight|bias)|({re.escape(site.down)})\.weight)",
+        tensor_name,
+    )
     if match is None:
         return None
-    return int(match[1]), 0 if match[2] else 1
+    if match[3]:
+        return Neurons(int(match[1]), 1)
+    return Neurons(int(match[1]), 0, times=2 if site.gate == site.up else 1)

@@ -18,51 +18,69 @@ from typing import Any
 
 import transformers
 
-# What a family's classes are called beyond its name, and the Auto class of each.
-HEADS = {
-    "Model": "AutoModel",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-}
+# The layers of a gated MLP: what reads the hidden states (gate and up, or both in one), and what
+# reads the neurons.
+_READ_HIDDEN = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "input_linear")
+_READ_NEURONS = ("down_proj", "w2", "output_linear")
 _CLASSES: dict[str, type] = {}  # the classes made so far
 
 
 def __getattr__(name: str) -> Any:
-    """Return HFPruneLlamaConfig, HFPruneLlamaForCausalLM, or the same for any other family or head.
+    """Return HFPruneLlamaConfig, HFPruneLlamaForCausalLM, or the same for any other class.
 
     Each class is made of transformers' own (LlamaConfig, LlamaForCausalLM) when it is first used:
     this file needs no list of families, and imports only the families that are used.
     """
-    match = re.fullmatch(f"HFPrune(.+?)(Config|{'|'.join(HEADS)})", name)
+    match = re.fullmatch("HFPrune([A-Z]\\w+)", name)
     if match is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _CLASSES:
         return _CLASSES[name]
-    family, kind = match.groups()
-    base = getattr(transformers, family + kind)
+    base = getattr(transformers, match[1])
     members: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
-    if kind == "Config":
+    if name.endswith("Config"):
         bases: tuple[type, ...] = (base,)
         members |= {
             "model_type": f"hfprune_{base.model_type}",
             "_auto_class": "AutoConfig",  # has save_pretrained ship this file
             "mlp_widths": None,
             "__annotations__": {"mlp_widths": list[int] | None},  # a field of the config
-            "per_layer_config": property(_LayerConfigs, _keep_declared),
-            "to_dict": lambda self: {**_declaration(self.mlp_widths), **base.to_dict(self)},
         }
+        if _declares_widths(base):
+            members |= {
+                "per_layer_config": property(_LayerConfigs, _keep_declared),
+                "to_dict": lambda self: {**_declaration(self.mlp_widths), **base.to_dict(self)},
+            }
     else:
         bases = (_PerLayerWidths, base)
-        members["config_class"] = __getattr__(f"HFPrune{family}Config")
-        members["_auto_class"] = HEADS[kind]
+        members["config_class"] = __getattr__(f"HFPrune{base.config_class.__name__}")
+        members["_auto_class"] = _auto_class(base)
     # Two threads may both have made the class; both return the one that was stored first.
     made = _CLASSES.setdefault(name, type(name, bases, members))
-    if kind == "Model":  # heads of transformers make their decoder by AutoModel
+    of_family, _, head = base.__name__.partition("For")
+    _convert_alike(base.__name__, name)
+    if name.endswith("Config"):
+        _convert_alike(base.model_type, made.model_type)  # type: ignore[attr-defined]
+    elif name.endswith("Model"):
         transformers.AutoModel.register(made.config_class, made, exist_ok=True)  # type: ignore[attr-defined]
-    elif kind != "Config":
-        __getattr__(f"HFPrune{family}Model")
+    elif head not in ("CausalLM", "ConditionalGeneration"):  # they make it by AutoModel
+        __getattr__(f"HFPrune{of_family}Model")
     return made
+
+
+def _auto_class(base: type) -> str:
+    """Return the name of the Auto class that loads a model's class."""
+    _, split, head = base.__name__.partition("For")
+    head = "ImageTextToText" if head == "ConditionalGeneration" else head
+    return f"AutoModelFor{head}" if split else "AutoModel"
+
+
+def _declares_widths(base: type) -> bool:
+    """Return whether `per_layer_config` says a family's widths: where it says nothing else."""
+    config = base()
+    own = getattr(getattr(config, "_heterogeneity_spec", None), "per_layer_overrides", None)
+    others = hasattr(config, "text_config") or hasattr(config, "shared_intermediate_size")
+    return not own and not others
 
 
 class _LayerConfigs(list[Any]):
@@ -104,33 +122,69 @@ class _PerLayerWidths:
     """Mixin for a family's models that gives each layer's MLP its own width."""
 
     def __init__(self, config: Any) -> None:
-        widths, widest = config.mlp_widths, config.intermediate_size
+        text: Any = getattr(config, "text_config", None) or config
+        widths, layers = config.mlp_widths, text.num_hidden_layers
+        widest = getattr(text, "shared_intermediate_size", None) or text.intermediate_size
         if widths is None:
-            widths = [widest] * config.num_hidden_layers
-        if len(widths) != config.num_hidden_layers or not 1 <= min(widths) <= max(widths) <= widest:
+            widths = [widest] * layers
+        if len(widths) != layers or not 1 <= min(widths) <= max(widths) <= widest:
             raise ValueError(
                 f"mlp_widths must have a width in 1..{widest} for each of the "
-                f"{config.num_hidden_layers} layers, got {widths}"
+                f"{layers} layers, got {widths}"
             )
-        declared = {"per_layer_config": vars(config).get("per_layer_config")}
-        if declared["per_layer_config"] is not None and declared != _declaration(widths):
-            raise ValueError(
-                "per_layer_config and mlp_widths must say the same widths, got "
-                f"{declared['per_layer_config']} and {config.mlp_widths}; delete per_layer_config "
-                "from config.json if mlp_widths is right"
-            )
-        config.per_layer_config = None  # it follows mlp_widths from here on
+        if isinstance(vars(type(config)).get("per_layer_config"), property):
+            _follow_widths(config, widths)
         read_rope_parameters(config)
         super().__init__(config)  # type: ignore[call-arg]
         tell_peft(config.model_type)
-        below: Any = getattr(self, "model", None)
-        if isinstance(below, _PerLayerWidths):
-            return
-        decoder: Any = self if below is None else below
-        for layer, own in zip(decoder.layers, _LayerConfigs(config), strict=True):
-            if layer.mlp.up_proj.out_features != own.intermediate_size:
-                layer.mlp = type(layer.mlp)(own)
+        decoder: Any = self
+        for name in ("model", "language_model"):
+            decoder = getattr(decoder, name, decoder)
+            if decoder is not self and isinstance(decoder, _PerLayerWidths):
+                return
+        for layer, width in zip(decoder.layers, widths, strict=True):
+            _narrow(layer, widest, width)
         self.post_init()  # type: ignore[attr-defined]  # initialises the new weights
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Have transformers treat the family's layers as its own: it initialises others less."""
+        return False
+
+
+def _follow_widths(config: Any, widths: list[int]) -> None:
+    """Have a config's `per_layer_config` follow its widths, or refuse one that says others."""
+    declared = {"per_layer_config": vars(config).get("per_layer_config")}
+    if declared["per_layer_config"] is not None and declared != _declaration(widths):
+        raise ValueError(
+            "per_layer_config and mlp_widths must say the same widths, got "
+            f"{declared['per_layer_config']} and {config.mlp_widths}; delete per_layer_config "
+            "from config.json if mlp_widths is right"
+        )
+    config.per_layer_config = None
+
+
+def _narrow(layer: Any, widest: int, width: int) -> None:
+    """Make the MLP of a layer, which has the widest, so wide."""
+    for module in list(layer.modules()):
+        for name in _READ_NEURONS:
+            down = module._modules.get(name)
+            if down is None or down.in_features == width:
+                continue
+            module._modules[name] = _resized(down, width, down.out_features)
+            for other in _READ_HIDDEN:
+                up = module._modules.get(other)
+                if up is not None:
+                    out = up.out_features // widest * width
+                    module._modules[other] = _resized(up, up.in_features, out)
+            if hasattr(module, "intermediate_size"):
+                module.intermediate_size = width
+
+
+def _resized(linear: Any, inside: int, out: int) -> Any:
+    """Return a linear layer like this one, of another size."""
+    like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+    return type(linear)(inside, out, bias=linear.bias is not None, **like)
 
 
 def read_rope_parameters(config: Any) -> None:
@@ -139,6 +193,17 @@ def read_rope_parameters(config: Any) -> None:
     if rope and hasattr(config, "rope_theta"):  # which configs of transformers 5 have not
         config.rope_theta = rope.pop("rope_theta", config.rope_theta)
         config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
+
+
+def _convert_alike(name: str, ours: str) -> None:
+    """Have transformers 5 convert the tensors of files as it does for a class or model_type."""
+    try:
+        from transformers import conversion_mapping
+    except ImportError:
+        return
+    known = conversion_mapping.get_checkpoint_conversion_mapping(name)
+    if known is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(ours, known, overwrite=True)
 
 
 def tell_peft(model_type: str) -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_type
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_of, family_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_TEXT = {
+    "AutoModel": "MODEL",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION",
+}
+_WITH_TOWER = {
+    "AutoModel": "MODEL",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT",
+}
 
 
 def register_with_transformers() -> None:
@@ -39,25 +51,38 @@ def nonuniform_classes(family: str) -> tuple[Any, Any]:
 
     from hfprune_fast.models import nonuniform
 
-    name = FAMILIES[family].class_name
-    config = getattr(nonuniform, f"HFPrune{name}Config")
+    classes = class_names(family)
+    config = getattr(nonuniform, f"HFPrune{classes['AutoConfig']}")
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    for head, auto in heads_of(family).items():
-        model = getattr(nonuniform, f"HFPrune{name}{head}")
-        getattr(transformers, auto).register(config, model, exist_ok=True)
+    for auto, name in classes.items():
+        if auto != "AutoConfig":
+            model = getattr(nonuniform, f"HFPrune{name}")
+            getattr(transformers, auto).register(config, model, exist_ok=True)
     nonuniform.tell_peft(config.model_type)
-    return config, getattr(nonuniform, f"HFPrune{name}ForCausalLM")
+    return config, getattr(nonuniform, f"HFPrune{main_class(family)}")
 
 
-def heads_of(family: str) -> dict[str, str]:
-    """Return what a family's classes are called beyond its name, with their Auto classes."""
-    import transformers
+def class_names(family: str) -> dict[str, str]:
+    """Return the names of transformers' classes for a family, by the Auto class of each."""
+    from transformers.models.auto import configuration_auto, modeling_auto
 
-    from hfprune_fast.models.nonuniform import HEADS
+    found = {"AutoConfig": configuration_auto.CONFIG_MAPPING_NAMES.get(family)}
+    for auto, mapping in (_TEXT if FAMILIES[family].tower is None else _WITH_TOWER).items():
+        found[auto] = getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").get(family)
+    return {auto: name for auto, name in found.items() if name is not None}
 
-    known = dir(transformers)  # unlike hasattr, it imports no model
-    name = FAMILIES[family].class_name
-    return {head: auto for head, auto in HEADS.items() if name + head in known}
+
+def main_class(family: str) -> str:
+    """Return the name of transformers' class of a family's whole model, with its language head."""
+    auto = "ForCausalLM" if FAMILIES[family].tower is None else "ForImageTextToText"
+    return class_names(family)[f"AutoModel{auto}"]
+
+
+def config_defaults(family: str) -> dict[str, Any]:
+    """Return what the config class of a family has where config.json says nothing."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return {f.name: f.default for f in fields(CONFIG_MAPPING[family]) if f.default is not MISSING}
 
 
 def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
@@ -70,17 +95,23 @@ def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     import transformers
 
     config: Any = model.config
-    family, uniform = family_type(config.to_dict()), len(set(widths)) == 1
+    declared = config.to_dict()
+    of_text, family, uniform = family_of(declared), family_type(declared), len(set(widths)) == 1
     was_uniform = config.model_type == family
-    config.intermediate_size = max(widths)
+    text: Any = config if of_text.tower is None else config.text_config
+    setattr(text, of_text.width, max(widths))
+    for key, value in of_text.means.items():
+        if value is not None:
+            setattr(text, key, value)
     vars(config).pop("mlp_widths", None)
-    config.per_layer_config = None  # transformers' own, where it has built the model by it
+    if not of_text.own_layers:
+        config.per_layer_config = None  # transformers' own, where it has built the model by it
     if not uniform:
         config.mlp_widths = list(widths)
     if uniform == was_uniform:  # the class fits already
         return
-    name = FAMILIES[family].class_name
-    own = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+    names = class_names(family)["AutoConfig"], main_class(family)
+    own = tuple(getattr(transformers, name) for name in names)
     if uniform:
         vars(config).pop("auto_map", None)
         config.__class__, model.__class__ = own

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line
-from hfprune_fast.models.families import Family, family_of
+from hfprune_fast.models.families import Family, family_of, family_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,12 +31,57 @@ _NOT_PLAIN = {
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """The three linear layers of one gated MLP, down(act_fn(gate(x)) * up(x)), and their module."""
+    """The linear layers of one gated MLP, down(act_fn(gate(x)) * up(x)), and their module.
+
+    Where `gate` and `up` are one layer, its rows are gate's and then up's.
+    """
 
     module: nn.Module
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
+
+    @property
+    def fused(self) -> bool:
+        return self.gate is self.up
+
+    @property
+    def width(self) -> int:
+        """The number of neurons."""
+        return self.down.weight.shape[1]
+
+    @property
+    def gate_and_up_weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of gate and up, (F, D) each, without copying them."""
+        if self.fused:
+            gate, up = self.gate.weight.detach().chunk(2)
+            return gate, up
+        return self.gate.weight, self.up.weight
+
+    @property
+    def linears(self) -> list[tuple[nn.Linear, int, int]]:
+        """Each layer with the axis of its neurons, and how often each neuron is in it."""
+        rows = [(self.gate, 0, 2)] if self.fused else [(self.gate, 0, 1), (self.up, 0, 1)]
+        return [*rows, (self.down, 1, 1)]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a model makes of its head's output z: softcap · tanh(scale · z / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of the kernels."""
+        return {"logit_scale": self.scale, "softcap": self.softcap}
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if self.scale == 1 else logits * self.scale
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True)
@@ -48,9 +93,10 @@ class ModelParts:
     embedding: nn.Module
     layers: tuple[nn.Module, ...]
     mlps: tuple[GatedMLP, ...]
-    attention_out: nn.Module  # of the first layer
     norm: nn.Module
     head: nn.Linear
+    logits: Logits
+    output_scale: float  # of an MLP's output before it is added to the residual stream
 
 
 def parts_of(model: PreTrainedModel) -> ModelParts:
@@ -59,9 +105,12 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
         raise UnsupportedModelError(
             f"expected a causal language model of transformers, got {type(model).__name__}"
         )
-    family = family_of(model.config.to_dict())
-    mlp, _, _ = family.down.rpartition(".")
-    paths = (mlp, family.gate, family.up, family.down)
+    config: Any = model.config
+    family = family_of({**config.to_dict(), "architectures": [type(model).__name__]})
+    text = config if family.tower is None else config.text_config
+    site = family.site
+    mlp, _, _ = site.down.rpartition(".")
+    paths = (mlp, site.gate, site.up, site.down)
     try:
         decoder = model.get_submodule(family.decoder)
         layers: Any = decoder.get_submodule(family.layers)
@@ -71,15 +120,35 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
             embedding=decoder.get_submodule(family.embedding),
             layers=tuple(layers),
             mlps=tuple(GatedMLP(*map(layer.get_submodule, paths)) for layer in layers),
-            attention_out=layers[0].get_submodule(family.attention_out),
             norm=decoder.get_submodule(family.norm),
             head=model.get_submodule(family.head),  # type: ignore[arg-type]
+            logits=_logits(family, text),
+            output_scale=_output_scale(family, text),
         )
     except (AttributeError, TypeError, IndexError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has not the parts of a {family.class_name} with a head, such "
-            f"as {family.head} ({one_line(error)}); load it with AutoModelForCausalLM"
+            f"{type(model).__name__} has not the parts of a {family_type(config.to_dict())} with a "
+            f"head, such as {family.head} ({one_line(error)}); load it with AutoModelForCausalLM"
         ) from None
+
+
+def _logits(family: Family, config: Any) -> Logits:
+    scale = 1.0
+    if family.logit_scale:
+        scale = float(getattr(config, family.logit_scale))
+    if family.logit_divisor:
+        scale = 1 / float(getattr(config, family.logit_divisor))
+    cap = getattr(config, family.softcap, None) if family.softcap else None
+    return Logits(scale, None if cap is None else float(cap))
+
+
+def _output_scale(family: Family, config: Any) -> float:
+    if family.output != "scaled":
+        return 1.0
+    if isinstance(family.output_scale, str):
+        return float(getattr(config, family.output_scale))
+    key, index = family.output_scale
+    return float(getattr(config, key)[index])
 
 
 def plain_model(model: Any, use: str) -> PreTrainedModel:
@@ -108,7 +177,7 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
         if use != "evaluate":
             _check_parameter(name, parameter, use)
     modules = {id(module): name for name, module in model.named_modules()}
-    linears = [m for mlp in parts.mlps for m in (mlp.gate, mlp.up, mlp.down)]
+    linears = [linear for mlp in parts.mlps for linear, _, _ in mlp.linears]
     for linear in [parts.head] if use == "evaluate" else [parts.head, *linears]:
         problem = _problem(linear)
         if problem is not None:
@@ -204,11 +273,10 @@ def _check_sizes(parts: ModelParts, modules: Mapping[int, str]) -> None:
     """Refuse layers whose weights have not the shapes of a gated MLP: sharded ones have not."""
     hidden = parts.head.weight.shape[-1]
     for mlp in parts.mlps:
-        width = len(mlp.gate.weight)
-        wide = (width, hidden)
-        for linear, shape in ((mlp.gate, wide), (mlp.up, wide), (mlp.down, wide[::-1])):
+        for linear, axis, times in mlp.linears:
+            shape = (hidden, mlp.width) if axis else (times * mlp.width, hidden)
             bias = linear.bias is None or linear.bias.shape == shape[:1]
-            if width < 1 or tuple(linear.weight.shape) != shape or not bias:
+            if mlp.width < 1 or tuple(linear.weight.shape) != shape or not bias:
                 raise ArgumentError(
                     f"{modules[id(linear)]} has a weight {tuple(linear.weight.shape)}, expected "
                     f"{shape}; a sharded model must be gathered first"

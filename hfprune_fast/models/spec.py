@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hfprune_fast.models.families import family_type
+from hfprune_fast.models.families import family_type, text_part
 from hfprune_fast.models.sites import adapters_in, parts_of
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ _TAKEN_BY = (
     ("nf4", 64),
     ("Q4_0 and Q8_0", 32),
 )
+
+
+# What the layers are called that read the result of attention, a convolution or the like.
+_MIXED = ("o_proj", "out_proj", "dense")
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,11 @@ def suits_text(widths: Sequence[int]) -> str:
 def spec_of(model: PreTrainedModel) -> ModelSpec:
     """Count the parameters of a model, which may be on the meta device."""
     parts = parts_of(model)
-    mlps, hidden = parts.mlps, parts.mlps[0].gate.weight.shape[1]
-    widths = tuple(len(mlp.gate.weight) for mlp in mlps)
-    biases = sum(linear.bias is not None for linear in (mlps[0].gate, mlps[0].up))
+    mlps, hidden = parts.mlps, parts.mlps[0].down.weight.shape[0]
+    widths = tuple(mlp.width for mlp in mlps)
+    biases = sum(
+        times for linear, axis, times in mlps[0].linears if axis == 0 and linear.bias is not None
+    )
     # Adapters on other layers go before a model is saved as what these sizes are compared with.
     added = {
         id(parameter)
@@ -132,20 +138,30 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
         for name, parameter in adapter.named_parameters()
         if not name.startswith("base_layer.")
     }
-    own = [p for p in model.parameters() if id(p) not in added]
+    towers = (parts.decoder, parts.head)  # what stands beside them, such as vision, is not cut
+    own = {id(p): p for m in towers for p in m.parameters() if id(p) not in added}
     return ModelSpec(
-        model_type=str(family_type(model.config.to_dict())),
+        model_type=str(family_type(text_part(model.config.to_dict()))),
         num_layers=len(mlps),
         hidden_size=hidden,
         intermediate_size=max(widths),
-        total_params=sum(p.numel() for p in own),
+        total_params=sum(p.numel() for p in own.values()),
         linear_params=sum(
             m.weight.numel()
-            for m in model.modules()
+            for m in (*parts.decoder.modules(), parts.head)
             if isinstance(m, nn.Linear) and id(m.weight) not in added
         ),
         params_per_neuron=3 * hidden + biases,
         mlp_widths=widths,
         vocab_size=parts.head.weight.shape[0],
-        attention_width=getattr(parts.attention_out, "in_features", 0),
+        attention_width=max(map(_mixed_width, parts.layers)),
+    )
+
+
+def _mixed_width(layer: nn.Module) -> int:
+    """Return the width of what a layer mixes tokens in: heads · head_dim of attention."""
+    return sum(
+        module.in_features
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _MIXED
     )

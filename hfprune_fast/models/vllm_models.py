@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from hfprune_fast.models.families import FAMILIES
-from hfprune_fast.models.registration import register_with_transformers
+from hfprune_fast.models.families import FAMILIES, Site
+from hfprune_fast.models.registration import main_class, register_with_transformers
 
 
 def register() -> None:
@@ -26,10 +26,12 @@ def register() -> None:
 
     register_with_transformers()
     known = ModelRegistry.get_supported_archs()
-    for family in FAMILIES.values():
-        name = f"HFPrune{family.class_name}ForCausalLM"
-        if name.removeprefix("HFPrune") in known:
-            ModelRegistry.register_model(name, f"{__name__}:{name}")
+    for model_type, family in FAMILIES.items():
+        if family.tower is not None or family.site.down != Site().down or family.own_layers:
+            continue  # it would have to be told of its widths in another way
+        name = main_class(model_type)
+        if name in known:
+            ModelRegistry.register_model(f"HFPrune{name}", f"{__name__}:HFPrune{name}")
 
 
 def __getattr__(name: str) -> Any:

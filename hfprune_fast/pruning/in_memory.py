@@ -55,13 +55,13 @@ def prune(
     """
     model = plain_model(model, "prune")
     parts = parts_of(model)
-    dense = [mlp.gate.out_features for mlp in parts.mlps]
+    dense = [mlp.width for mlp in parts.mlps]
     keep = check_keep(keep, dense)
     replaced = _check_down_proj(down_proj, parts, keep)
     cuts = [
-        (linear, name, axis, keep[layer])
+        (linear, name, axis, torch.cat([keep[layer] + mlp.width * i for i in range(times)]))
         for layer, mlp in enumerate(parts.mlps)
-        for linear, axis in ((mlp.gate, 0), (mlp.up, 0), (mlp.down, 1))
+        for linear, axis, times in mlp.linears
         for name, parameter in linear._parameters.items()
         if parameter is not None and (axis == 0 or name == "weight")
     ]
@@ -74,8 +74,11 @@ def prune(
             for layer, weight in replaced.items():
                 parts.mlps[layer].down.weight.copy_(weight)
             for layer, mlp in enumerate(parts.mlps):
-                mlp.gate.out_features = mlp.up.out_features = widths[layer]
-                mlp.down.in_features = widths[layer]
+                for linear, axis, times in mlp.linears:
+                    if axis:
+                        linear.in_features = widths[layer]
+                    else:
+                        linear.out_features = times * widths[layer]
                 for module in parts.layers[layer].modules():  # LlamaMLP and the like store it too
                     if getattr(module, "intermediate_size", None) == dense[layer]:
                         module.intermediate_size = widths[layer]  # type: ignore[assignment]

@@ -8,7 +8,9 @@ and x the dense model's residual stream after the same MLP, down_proj becomes th
 
 over the tokens, so that a layer corrects the error of the layers before it, as far as its kept
 neurons can. (Fitting V a to the dense MLP's own output instead leaves their error in the
-stream: on the models of bench/fidelity, 15 to 20 % more KL.)
+stream: on the models of bench/fidelity, 15 to 20 % more KL.) Where a family scales the MLP's output
+before it is added, x - h is divided by the scale. Where a norm or the like follows the MLP, V a is
+fitted to the dense MLP's own output.
 
 The second moments of one layer are in memory at a time, and the streams: for the dense and each
 pruned model a tensor of all tokens by hidden_size, on the host if the model is on a GPU.
@@ -32,7 +34,7 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
     own_modes,
 )
-from hfprune_fast.engine.mlp_hooks import acts_of, pruned_down_proj
+from hfprune_fast.engine.mlp_hooks import acts_of, outputs_of, pruned_down_proj
 from hfprune_fast.models.sites import check_keep, plain_model
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.costs import check_moments, moments_dtype, token_rows
@@ -82,12 +84,18 @@ def refit(
     results = [Refitted({}, []) for _ in keeps]
 
     def visit(layer: int) -> None:
+        targets = dense
+        if model.parts.family.output == "used":
+            targets = [hidden.new_empty(0) for hidden in dense]
         for i, batch in each_batch(batches, on_progress, steps):
-            dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
+            with outputs_of(model.parts.mlps[layer]) as outputs:
+                dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
+            if targets is not dense:
+                targets[i] = outputs[0].cpu()
         for keep, stream, result in zip(keeps, streams, results, strict=True):
             pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
             for i, batch in each_batch(batches[:fitted], on_progress, steps):
-                pruned.add_moments(dense[i], stream[i], batch)
+                pruned.add_moments(targets[i], stream[i], batch)
             weight = pruned.solve(fitted_tokens)
             result.weights[layer] = weight.cpu()
             for i, batch in each_batch(batches, on_progress, steps):
@@ -142,18 +150,25 @@ class _PrunedLayer:
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
         self._cross = self._gram.new_zeros(self._dense_weight.shape)
 
-    def add_moments(self, dense: Tensor, stream: Tensor, batch: MicroBatch) -> None:
-        """Add a batch's moments of act, and of what the pruned stream lacks, before its MLP."""
-        model, dtype = self._model, moments_dtype(self._model)
+    def add_moments(self, target: Tensor, stream: Tensor, batch: MicroBatch) -> None:
+        """Add a batch's moments of act, and of what down_proj shall return.
+
+        Args:
+            target: the dense model's residual stream after the MLP; or its MLP's output, where the
+                family's is not simply added.
+        """
+        model, parts, dtype = self._model, self._model.parts, moments_dtype(self._model)
         with acts_of(self._mlp, silent=True) as acts:
             before_mlp = model.run(self._layer, stream.to(model.device), batch)
-        missing = dense.to(model.device, dtype) - before_mlp.to(dtype)
+        output = target.to(model.device, dtype)
+        if parts.family.output != "used":
+            output = (output - before_mlp.to(dtype)) / parts.output_scale
         if self._mlp.down.bias is not None:
-            missing -= self._mlp.down.bias
+            output = output - self._mlp.down.bias
         act = token_rows(acts[0][..., self._kept], batch).to(dtype)
-        missing = token_rows(missing, batch)
+        output = token_rows(output, batch)
         self._gram += act.t() @ act
-        self._cross += missing.t() @ act
+        self._cross += output.t() @ act
 
     def solve(self, tokens: int) -> Tensor:
         """Return the refitted (D, width) weight, rounded to the model's dtype."""

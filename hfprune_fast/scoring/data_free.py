@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.models.families import neuron_axis
 from hfprune_fast.scoring.passes import column_norms
 from hfprune_fast.scoring.table import ImportanceTable
 
@@ -30,9 +29,10 @@ def weight_norms(source: ModelSource) -> Tensor:
     """Return (L, F) the 2-norm of each neuron's weights: gate and up row and down column."""
     squares = torch.zeros(source.spec.num_layers, source.spec.intermediate_size).double()
     for name in source.tensors:
-        place = neuron_axis(source.family, name)
+        place = source.neurons_in(name)
         if place is not None and name.endswith(".weight"):
-            layer, axis = place
             weight = source.read(name)
-            squares[layer] += column_norms(weight if axis == 1 else weight.t()).square()
+            norms = column_norms(weight if place.axis == 1 else weight.t()).square()
+            norms = norms.view(place.times, -1).sum(dim=0)
+            squares[place.layer, : len(norms)] += norms
     return squares.sqrt()

@@ -60,7 +60,7 @@ def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumu
     """Return an accumulator of zeros, on the model's device."""
     mlps, device = model.parts.mlps, model.device
     hidden = mlps[0].down.weight.shape[0]
-    shape = len(mlps), max(mlp.gate.weight.shape[0] for mlp in mlps)
+    shape = len(mlps), max(mlp.width for mlp in mlps)
     criteria = max(1, len(options.criteria)), len(TaylorStatistics._fields)
     dtype = model.dtype if options.parity else torch.float64
     return ScoreAccumulator(
@@ -148,10 +148,11 @@ class Pass:
         output_fisher = None if total.output_fisher is None else total.output_fisher.clone()
 
         def backward(layer: int) -> None:
-            if output_fisher is not None:
-                output_fisher[layer] += self._output_fisher(grads).cpu()
+            fisher = None if output_fisher is None else _Covariance(self.model)
             for i, _ in each_batch(self.batches, self._report, self._steps):
-                grads[i] = self._backward(layer, i, grads[i], statistics[:, :, layer])
+                grads[i] = self._backward(layer, i, grads[i], statistics[:, :, layer], fisher)
+            if output_fisher is not None and fisher is not None:
+                output_fisher[layer] += fisher.total.cpu()
 
         for_each_layer(model, backward, then=0, backward=True)
         # Read here, where the device is waited for anyway.
@@ -187,14 +188,16 @@ class Pass:
         return self._offload(output)
 
     def _graph(self, layer: int, i: int, hidden: Tensor, *, only_backward: bool) -> ScoredGraph:
-        options = self.options
+        options, activation = self.options, self.model.activation(layer)
         return ScoredGraph(
             lambda h: self.model.run(layer, h, self.batches[i]),
             self._onload(hidden),
             self.model.parts.mlps[layer],
-            TaylorOptions(self._masks[i], self._scales[i], options.parity, options.backend),
+            TaylorOptions(
+                self._masks[i], self._scales[i], options.parity, options.backend, activation
+            ),
             needs_grad=layer > 0,
-            only_backward=only_backward,
+            only_backward=only_backward and self.model.parts.family.output != "used",
         )
 
     def _head(self, i: int, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,38 +217,36 @@ class Pass:
             grad_scale=self._scales[i],
             logits_budget_bytes=self.options.logits_budget_bytes,
             backend=self.options.backend,
+            **self.model.parts.logits.options,
         )
         normed.backward(d_normed.view_as(normed))
         assert hidden.grad is not None
         return loss, self._offload(hidden.grad)
 
     def _backward(
-        self, layer: int, i: int, d_outputs: list[Tensor], statistics: Tensor
+        self,
+        layer: int,
+        i: int,
+        d_outputs: list[Tensor],
+        statistics: Tensor,
+        fisher: _Covariance | None,
     ) -> list[Tensor]:
         """Return the gradients at a layer's input, and add to its statistics (C, 4, F).
 
-        The gradients are one a criterion; those at the first layer's input are unused.
+        The gradients are one a criterion; those at the first layer's input are unused. `fisher` is
+        given that of criterion fisher at the MLP's output.
         """
         graph, d_inputs = self._graphs[i].pop()(), []
         for c, d_output in enumerate(d_outputs):
             add, last = partial(_add, statistics[c]), c == len(d_outputs) - 1
-            d_input = graph.backward(self._onload(d_output), add, last=last)
+            take_gradient = None
+            if fisher is not None and self.options.criteria[c] == "fisher":
+                take_gradient = partial(fisher.add, self.batches[i], self._scales[i])
+            d_input = graph.backward(
+                self._onload(d_output), add, take_gradient=take_gradient, last=last
+            )
             d_inputs.append(d_output if d_input is None else self._offload(d_input))
         return d_inputs
-
-    def _output_fisher(self, grads: list[list[Tensor]]) -> Tensor:
-        """Return Σ g gᵀ over the tokens, g of log p(y) at a layer's output, which its MLP adds to.
-
-        (D, D), at least fp32. The loss of a sequence is a mean, so g is its length times more.
-        """
-        fisher, dtype = self.options.criteria.index("fisher"), self.model.dtype
-        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32))
-        for batch, of_batch, scale in zip(self.batches, grads, self._scales, strict=True):
-            grad = self._onload(of_batch[fisher]).to(total.dtype)
-            lengths = torch.tensor(batch.lengths, dtype=grad.dtype, device=grad.device)
-            rows = (grad * (lengths / scale)[:, None, None]).flatten(0, 1)
-            total = total.to(rows.device) + rows.t() @ rows
-        return total
 
     def _offload(self, tensor: Tensor) -> Tensor:
         """Return what is kept of a tensor until the other micro-batches have run too."""
@@ -257,6 +258,24 @@ class Pass:
 
     def _onload(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, non_blocking=True)
+
+
+class _Covariance:
+    """Σ g gᵀ over tokens, (D, D) fp32 at least, g of log p(y) at the output of a layer's MLP.
+
+    There, and not at the layer's output, since a norm, a gate or a scale may follow the MLP.
+    """
+
+    def __init__(self, model: ResidentModel) -> None:
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.total = torch.zeros((), dtype=dtype, device=model.device)
+
+    def add(self, batch: MicroBatch, scale: float, grad: Tensor) -> None:
+        """Add a micro-batch's gradients; the loss of a sequence is a mean, so g is length times."""
+        wide = grad.to(self.total.dtype)
+        lengths = torch.tensor(batch.lengths, dtype=wide.dtype, device=wide.device)
+        rows = (wide * (lengths / scale)[:, None, None]).flatten(0, 1)
+        self.total = self.total + rows.t() @ rows
 
 
 def _add(sums: Tensor, statistics: TaylorStatistics) -> None:
