@@ -25,6 +25,7 @@ from records import Row, row
 from torch import Tensor
 
 from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.config import RunOptions
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.machine import available_bytes
@@ -72,7 +73,7 @@ class Streamed:
 
     def plan(self, offload: str, sequences: int) -> Plan:
         return plan_run(
-            loading.spec_from_config(self.folder)[0],
+            spec_from_config(self.folder)[0],
             RunOptions(batch_size=BATCH_SIZE, offload=offload),
             device=DEVICE, dtype=BF16, seq_len=SEQ_LEN, sequences=sequences,
         )  # fmt: skip

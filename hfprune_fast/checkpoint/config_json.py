@@ -160,15 +160,11 @@ def check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any])
     """
     family = FAMILIES[family_type(text)]
     layers, widest = text["num_hidden_layers"], text[family.width]
+    widths: Any = [widest] * layers
+    declared = None
     if str(config["model_type"]).startswith(NON_UNIFORM):
-        widths: Any = config.get("mlp_widths")
-        widths = [widest] * layers if widths is None else widths
+        widths = widths if config.get("mlp_widths") is None else config["mlp_widths"]
         declared = config.get("per_layer_config") if declares_widths(family) else None
-        if declared is not None and declared != per_layer_config(widths):
-            raise CheckpointError(
-                f"{path} has a per_layer_config that does not say what mlp_widths says, "
-                f"{widths!r:.60}; delete per_layer_config there if mlp_widths is right"
-            )
     elif text.get("per_layer_config") and not family.own_layers:  # transformers' own notation
         try:
             by_layer = {int(i): dict(of) for i, of in text["per_layer_config"].items()}
@@ -181,11 +177,14 @@ def check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any])
             )
         unset = {"intermediate_size": widest}
         widths = [by_layer.get(i, unset)["intermediate_size"] for i in range(layers)]
-    else:
-        return
     ok = isinstance(widths, list) and len(widths) == layers
     if not ok or not all(type(w) is int and 1 <= w <= widest for w in widths):
         raise CheckpointError(
             f"{path} must have an MLP width in 1..{widest} for each of its "
             f"{layers} layers, got {widths!r:.60}"
+        )
+    if declared is not None and declared != per_layer_config(widths):
+        raise CheckpointError(
+            f"{path} has a per_layer_config that does not say what mlp_widths says, "
+            f"{widths!r:.60}; delete per_layer_config there if mlp_widths is right"
         )

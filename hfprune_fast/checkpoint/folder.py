@@ -142,19 +142,10 @@ def weight_map_of(folder: Path) -> Mapping[str, str]:
     return weight_map
 
 
-_NOT_PLAIN = {
-    "merge the adapter": ("lora_", "base_layer", "adapter"),
-    "is it quantised?": (
-        "qweight",
-        "qzeros",
-        "g_idx",
-        "weight_scale",
-        "absmax",
-        "quant_map",
-        "SCB",
-    ),
-    "is it masked or parametrised?": ("parametrizations", "_orig", "_mask", "weight_g", "weight_v"),
-}
+# Marks in names, of what is no plain weight or bias.
+_ADAPTED = ("lora_", "base_layer", "adapter")
+_CHANGED = ("qweight", "qzeros", "g_idx", "weight_scale", "absmax", "SCB")
+_CHANGED += ("parametrizations", "_orig", "_mask", "weight_g", "weight_v")
 
 
 def check_tensors_are(
@@ -168,12 +159,13 @@ def check_tensors_are(
     Others may be there if they are `left_alone`, which pruning copies.
     """
     unknown = {name for name in tensors.keys() - expected.keys() if not left_alone(name)}
-    for advice, marks in _NOT_PLAIN.items():
-        for name in sorted(unknown):
-            if any(mark in name for mark in marks):
-                raise CheckpointError(
-                    f"{folder} has {name}, which is no plain weight or bias; {advice}"
-                )
+    for name in sorted(unknown):
+        adapted = any(mark in name for mark in _ADAPTED)
+        if adapted or any(mark in name for mark in _CHANGED):
+            advice = "merge the adapter" if adapted else "is it quantised, masked or parametrised?"
+            raise CheckpointError(
+                f"{folder} has {name}, which is no plain weight or bias; {advice}"
+            )
     for problem, names in (
         ("lacks the tensor", expected.keys() - tensors.keys()),
         ("has a tensor that its architecture does not know:", unknown),

@@ -34,6 +34,9 @@ _MORE_PARTS = {
     "qwen2": {f"attn_{name}.bias" for name in "qkv"},
     "qwen3": {"attn_q_norm.weight", "attn_k_norm.weight"},
 }
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # what those architectures were tried with
+# What the other architectures do not read.
+_ONLY_ITS_OWN = ("attention.temperature_scale", "attention.sliding_window")
 _TARGETS = {"llama": "deci", "mistral3": "deci", "qwen2": "deci", "qwen3": "openelm"}
 
 
@@ -72,9 +75,15 @@ def target_of(architecture: str, tied: bool) -> str | None:
 def target_of_file(padded: Path) -> str | None:
     """Return `target_of` of a GGUF file."""
     with _errors(padded):
-        reader = package().GGUFReader(padded)
-        names = {tensor.name for tensor in reader.tensors}
-        return target_of(_value(reader, "general.architecture"), "output.weight" not in names)
+        return _target(package().GGUFReader(padded))
+
+
+def _target(reader: Any) -> str | None:
+    architecture = _value(reader, "general.architecture")
+    if any(f"{architecture}.{key}" in reader.fields for key in _ONLY_ITS_OWN):
+        return None
+    names = {tensor.name for tensor in reader.tensors}
+    return target_of(architecture, tied="output.weight" not in names)
 
 
 def narrow(padded: Path, out: Path) -> list[int]:
@@ -96,7 +105,7 @@ def narrow(padded: Path, out: Path) -> list[int]:
         architecture = _value(reader, "general.architecture")
         if architecture in _TARGETS.values():
             raise ArgumentError(f"{padded} has a width for each layer already")
-        target = target_of(architecture, tied="output.weight" not in tensors)
+        target = _target(reader)
         if target is None:
             raise ArgumentError(
                 f"{padded} is of architecture {architecture}, for which llama.cpp has no form with "

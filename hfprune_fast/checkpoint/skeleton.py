@@ -61,6 +61,7 @@ def skeleton(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so that it is passed by
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             unset, of_run = 0.0, buffer.dtype

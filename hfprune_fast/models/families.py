@@ -157,29 +157,16 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(tower=Tower({"qwen3_vl_text": "qwen3"})),
 }
 
+_UNGATED = """apertus arcee bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mpt nemotron
+opt phi starcoder2"""
+_EXPERTS = """deepseek_v2 deepseek_v3 glm4_moe gpt_oss granitemoe lfm2_moe mixtral olmoe
+qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next"""
+_STATE = "deepseek_v4 gemma3n gemma3n_text glm5_next qwen4_exp"
 # Families that are known and cannot be right yet, and why.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("arcee", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "nemotron"),
-        "its MLPs have no gate",
-    ),
-    **dict.fromkeys(
-        ("opt", "phi", "starcoder2", "bloom", "codegen", "mpt", "apertus"), "its MLPs have no gate"
-    ),
-    **dict.fromkeys(
-        ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
-        "it has experts, each with its own neurons",
-    ),
-    **dict.fromkeys(
-        ("olmoe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3", "granitemoe", "lfm2_moe"),
-        "it has experts, each with its own neurons",
-    ),
-    **dict.fromkeys(
-        ("gemma3n", "gemma3n_text"), "its layers pass several streams and embeddings of their own"
-    ),
-    **dict.fromkeys(
-        ("deepseek_v4", "qwen4_exp", "glm5_next"), "its layers pass state or several streams on"
-    ),
+    **dict.fromkeys(_UNGATED.split(), "its MLPs have no gate"),
+    **dict.fromkeys(_EXPERTS.split(), "it has experts, each with neurons of its own"),
+    **dict.fromkeys(_STATE.split(), "its layers pass on more than one hidden state"),
 }
 
 NON_UNIFORM = "hfprune_"  # begins the model_type of a family whose layers have their own widths
@@ -212,9 +199,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
                 )
         return family
     why = REFUSED.get(model_type) if isinstance(model_type, str) else None
+    if why is not None:
+        raise UnsupportedModelError(
+            f"{name!s:.100} is not supported: {why} (model_type {model_type})"
+        )
     raise UnsupportedModelError(
-        f"{name!s:.100} is not supported: "
-        f"{why or 'no gated MLP is known'} (model_type {model_type!r:.60}); "
+        f"{name!s:.100} is not supported: no gated MLP is known for model_type {model_type!r:.60}; "
         f"supported are {', '.join(FAMILIES)}"
     )
 

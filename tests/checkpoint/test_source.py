@@ -12,7 +12,8 @@ from truth import tiny_model
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.config_json import read_config
 from hfprune_fast.checkpoint.folder import TINY_MODEL, find_model, weight_files
-from hfprune_fast.checkpoint.loading import blueprint, spec_from_config
+from hfprune_fast.checkpoint.loading import blueprint
+from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.errors import ArgumentError, CheckpointError, HFPruneError
 from hfprune_fast.models.spec import spec_of
@@ -64,9 +65,6 @@ def test_old_rotary_buffers_are_tolerated(llama_dir: Path) -> None:
     change_tensors(llama_dir, add)
     loaded = loading.load_model(llama_dir, device="cpu")
     assert torch.equal(loaded.lm_head.weight, random_llama().lm_head.weight)
-    change_tensors(llama_dir, lambda t: t.update({OLD_BUFFER: torch.ones(8, dtype=torch.int64)}))
-    with pytest.raises(CheckpointError, match=rf"{OLD_BUFFER} in I64, expected one of F64, F32"):
-        open_source(llama_dir)
 
 
 def test_base_model_names_without_prefix(llama_dir: Path) -> None:
@@ -175,7 +173,7 @@ def test_bad_config(llama_dir: Path, content: str, message: str) -> None:
     [
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\).*quantise the re"),
         ({"quantization_config": "gptq"}, r"quantised \(gptq\)"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM.* is not .*mistral"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM.* is not .*no gate"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"architectures": 5, "model_type": "gpt2"}, "this model is not supported"),
         ({"architectures": "G", "model_type": None}, "this model is not supported"),

@@ -70,7 +70,7 @@ def graph_of(
     mlp: GatedMLP, x: Tensor, needs_grad: bool,
     only_backward: bool = False, grad_scale: float = 1.0,
 ) -> ScoredGraph:  # fmt: skip
-    options = TaylorOptions(SEEN, grad_scale, parity=False, backend="torch")
+    options = TaylorOptions(SEEN, grad_scale, False, "torch", known_activation(mlp))
     run = mlp.module
     return ScoredGraph(run, x, mlp, options, needs_grad=needs_grad, only_backward=only_backward)
 

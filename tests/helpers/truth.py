@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those that are written out here
+
 
 @dataclass(frozen=True)
 class Forward:

@@ -17,7 +17,7 @@ from fresh_process import in_fresh_process
 from safetensors.torch import load_file
 from tolerances import assert_no_worse
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from truth import forward, tiny_model
+from truth import FAMILIES, forward, tiny_model
 from uneven import IDS, WIDTHS, keep_of, logits, widths_of
 
 import hfprune_fast as hf
@@ -26,7 +26,7 @@ from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.commands import evaluate
 from hfprune_fast.errors import ArgumentError, CheckpointError
 from hfprune_fast.models import nonuniform
-from hfprune_fast.models.families import FAMILIES
+from hfprune_fast.models.registration import main_class
 from hfprune_fast.pruning import selection
 from hfprune_fast.scoring.table import check_table
 
@@ -290,7 +290,7 @@ def test_evaluated_from_the_command_line(
 
 @families
 def test_classes_are_made_once_and_copied_like_any(family: str) -> None:
-    name = f"HFPrune{FAMILIES[family].class_name}"
+    name = f"HFPrune{main_class(family)}".removesuffix("ForCausalLM")
     config_class = getattr(nonuniform, f"{name}Config")
     model_class = getattr(nonuniform, f"{name}ForCausalLM")
     assert config_class.model_type == f"hfprune_{family}"
@@ -317,7 +317,7 @@ def test_other_heads_load_by_their_auto_classes(family: str, tmp_path: Path) -> 
     for head in ("SequenceClassification", "TokenClassification"):
         auto = getattr(transformers, f"AutoModelFor{head}")
         loaded = auto.from_pretrained(tmp_path, num_labels=3, pad_token_id=0)
-        assert type(loaded).__name__ == f"HFPrune{FAMILIES[family].class_name}For{head}"
+        assert type(loaded).__name__ == f"HFPrune{main_class(family)}".replace("CausalLM", head)
         assert torch.equal(loaded.model(ids).last_hidden_state, expected)
 
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from fresh_process import in_fresh_process
 from transformers import AutoConfig, AutoModelForCausalLM
-from truth import tiny_model
+from truth import FAMILIES, tiny_model
 
 import hfprune_fast as hf
 from hfprune_fast.models import nonuniform, registration
-from hfprune_fast.models.families import FAMILIES
 
 WIDTHS = [61, 96, 30]
 OURS_FIRST = """
@@ -66,8 +65,8 @@ def test_any_order_of_imports(folders: dict[str, Path], tmp_path: Path, first: s
     rotated = [first, *(family for family in FAMILIES if family != first)]
     code = f"{ORDERS[first]}\n{LOADS}"
     out = in_fresh_process(code, *(folders[family] for family in rotated), cwd=tmp_path)
-    names = (FAMILIES[family].class_name for family in rotated)
-    expected = (f"hfprune_fast.models.nonuniform HFPrune{name}ForCausalLM" for name in names)
+    names = (registration.main_class(family) for family in rotated)
+    expected = (f"hfprune_fast.models.nonuniform HFPrune{name}" for name in names)
     assert out.splitlines() == list(expected)
 
 

@@ -127,7 +127,7 @@ BROKEN: dict[str, tuple[Callable[[PreTrainedModel], object], str]] = {
     "layer used twice": (repeat, "are one parameter; give each its own"),
     "meta": (lambda m: offload(mlp(m).gate_proj), "is on the meta device"),
     "sharded": (lambda m: shard(mlp(m).gate_proj), "gate_proj has a weight .* must be gathered"),
-    "missing": (lambda m: delattr(mlp(m), "up_proj"), "has not the parts of a Llama"),
+    "missing": (lambda m: delattr(mlp(m), "up_proj"), "has not the parts of a llama"),
 }
 
 
