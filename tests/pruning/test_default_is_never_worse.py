@@ -4,14 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trained_family import trained
+import torch
+from trained_family import WRAPPED, trained
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 
-# One or two of each kind: LLaMA's names, fused gate and up, multipliers, a norm behind the MLP,
-# wrappers, layers of several kinds.
-FAMILIES = ["llama"]
+FAMILIES = [
+    "llama",
+    "phi3",  # gate and up in one tensor
+    "granite",  # multipliers
+    "gemma2",  # a norm behind the MLP, and logits capped
+    "olmo2",  # a norm behind the MLP
+    "gemma3",  # the text tower of a model that has others
+    "lfm2",  # convolutions and attention
+    "qwen3_5_text",  # linear attention and attention
+]
 WINDOWS = {"samples": 32, "seq_len": 256}
 
 
@@ -48,3 +56,11 @@ def test_kl_of_the_default_is_not_above_the_papers(
             kl[recipe] = done["fidelity"]["kl_nats"]
         measured(f"{family} {ratio:.0%}: KL {kl['paper']:.4f} paper, {kl['default']:.4f} default")
         assert kl["default"] <= kl["paper"]
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_a_text_tower_is_trained_like_its_own_family_and_the_same_every_time(family: str) -> None:
+    tower, wrapper = trained(WRAPPED[family][0], steps=2), trained(family, steps=2)
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        assert torch.equal(wrapper(input_ids=ids).logits, tower(input_ids=ids).logits)
