@@ -102,8 +102,8 @@ def test_products_are_those_documented_and_none_makes_a_gradient_of_a_weight(
 ) -> None:
     """4 FLOPs a token and weight, 2 of them in the backward, of which the first layer has little.
 
-    A layer that is recomputed runs forward once more, but for down_proj. Once, each MLP's formula is
-    compared over 3 invented rows: 6 products more.
+    A layer that is recomputed runs forward once more, but for down_proj. Once, each MLP's formula
+    is compared over 3 invented rows: 6 products more.
     """
     layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
     forward = L * layer + V * D

@@ -147,7 +147,13 @@ class ResidentModel:
             UnsupportedModelError: the decoder does more between its layers than to call each with
                 the output of the one before, or calls them with what depends on the tokens.
         """
-        calls, first = self._record(batch)
+        recorded = None
+        if not self._returns_tuple:
+            try:
+                recorded = self._record(batch)
+            except (IndexError, TypeError, ValueError):  # a tensor where a tuple was expected
+                self._returns_tuple = True
+        calls, first = recorded or self._record(batch)
         if calls is None and not self._returns_tuple:
             self._returns_tuple = True
             calls, first = self._record(batch)
@@ -308,10 +314,10 @@ class _Stub(_Standing):
         super().__init__(layer)
         self.__dict__.update(_calls=calls, _seen=seen, _returns_tuple=returns_tuple)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         self.__dict__["_calls"].append((args, kwargs))
         _note(hidden, self.__dict__["_seen"])
-        return (hidden,) if self.__dict__["_returns_tuple"] else hidden
+        return (hidden, None) if self.__dict__["_returns_tuple"] else hidden
 
 
 class _Last(nn.Module):

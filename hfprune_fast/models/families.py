@@ -38,11 +38,13 @@ class Tower:
         stored: how the names of its tensors may begin in files, where those of the model that is
             run begin with `model.`; the first that fits.
         stored_heads: what its head may be called in files.
+        caps_logits: the whole model scales and caps its logits as the tower alone does.
     """
 
     runs_as: Mapping[str, str] = field(default_factory=dict)
     stored: tuple[str, ...] = ("model.language_model.", "language_model.model.", "model.")
     stored_heads: tuple[str, ...] = ("lm_head", "language_model.lm_head")
+    caps_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class Family:
         width: the key of the MLP's width.
         logit_scale, logit_divisor, softcap: keys of what logits are multiplied by, divided by and
             capped with, in this order.
-        output: what becomes of the MLP's output: "sum", it is added to the residual stream;
-            "scaled", multiplied first by the value of `output_scale`; "used", anything else.
-            `output_scale` is a key, or a key and the index in its list.
-        norm_behind: the RMS norm that an MLP's output goes through before it is added.
-        layer_scale: the buffer of a layer by which its output is multiplied.
+        output: what becomes of the MLP's output: "sum", it is added to the residual stream; "used",
+            anything else.
+        output_scale: what it is multiplied by when it is added: an attribute, as a path below a
+            layer.
+        norm_behind: the RMS norm that it goes through before.
         means: keys that are written, or with None left out, so that `width` is the width.
         own_layers: it has a per_layer_config of its own, which is left as it is.
         qk_norm: q and k are normalised, which takes memory.
@@ -76,9 +78,8 @@ class Family:
     logit_divisor: str = ""
     softcap: str = ""
     output: str = "sum"
-    output_scale: str | tuple[str, int] = ""
+    output_scale: str = ""
     norm_behind: str = ""
-    layer_scale: str = ""
     means: Mapping[str, Any] = field(default_factory=dict)
     own_layers: bool = False
     qk_norm: bool = False
@@ -86,12 +87,11 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+_FEED_FORWARD = Site("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
 _FUSED = Site("mlp.gate_up_proj", "mlp.gate_up_proj")
 _NORM_BEHIND = Family(output="used", norm_behind="post_feedforward_layernorm", qk_norm=True)
 _GEMMA = replace(_NORM_BEHIND, softcap="final_logit_softcapping")
-_GRANITE = Family(
-    logit_divisor="logits_scaling", output="scaled", output_scale="residual_multiplier"
-)
+_GRANITE = Family(logit_divisor="logits_scaling", output_scale="residual_multiplier")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
@@ -99,6 +99,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(),
     "qwen3": Family(qk_norm=True),
     "cwm": Family(),
+    "diffllama": Family(),
+    "doge": Family(qk_norm=True, refused={"is_moe": "experts"}),
     "ernie4_5": Family(),
     "gemma": Family(),
     "helium": Family(),
@@ -118,11 +120,20 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(logit_scale="logit_scale", qk_norm=True),
     "cohere2": Family(logit_scale="logit_scale"),
     "granite": _GRANITE,
+    "granite_swa": _GRANITE,
+    "hyperclovax": Family(
+        logit_scale="logits_scaling",
+        output="used",
+        output_scale="residual_multiplier",
+        norm_behind="post_norm2",
+    ),
+    "minicpm3": Family(logit_divisor="logits_scaling", output_scale="residual_scale"),
+    "vaultgemma": Family(softcap="final_logit_softcapping"),
     "gemma2": replace(_GEMMA, qk_norm=False),
     "gemma3_text": _GEMMA,
     "gemma4_text": replace(
         _GEMMA,
-        layer_scale="layer_scalar",
+        output_scale="layer_scalar",
         own_layers=True,
         refused={
             "num_kv_shared_layers": "layers that share keys and values with others",
@@ -134,12 +145,12 @@ FAMILIES: dict[str, Family] = {
     "olmo3": _NORM_BEHIND,
     "exaone4": _NORM_BEHIND,
     # Layers of several kinds: convolution, linear attention, state-space.
+    "bamba": Family(_FEED_FORWARD, norm="final_layernorm"),
     "falcon_h1": Family(
-        Site("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+        _FEED_FORWARD,
         norm="final_layernorm",
         logit_scale="lm_head_multiplier",
-        output="scaled",
-        output_scale=("mlp_multipliers", 1),
+        output_scale="feed_forward.down_multiplier",
     ),
     "granitemoehybrid": replace(
         _GRANITE,
@@ -156,7 +167,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": Family(qk_norm=True),
     # Models with a text tower.
     "gemma3": Family(tower=Tower()),
+    "gemma4": Family(tower=Tower(caps_logits=True)),
+    "internvl": Family(tower=Tower()),
+    "llava": Family(tower=Tower()),
+    "llava_next": Family(tower=Tower()),
+    "llava_onevision": Family(tower=Tower()),
     "mistral3": Family(tower=Tower()),
+    "lfm2_vl": Family(tower=Tower()),
+    "qwen2_vl": Family(tower=Tower({"qwen2_vl_text": "qwen2", "qwen2_vl": "qwen2"})),
     "qwen2_5_vl": Family(tower=Tower({"qwen2_5_vl_text": "qwen2", "qwen2_5_vl": "qwen2"})),
     "qwen3_5": Family(tower=Tower()),
     "qwen3_vl": Family(tower=Tower({"qwen3_vl_text": "qwen3"})),
@@ -166,11 +184,13 @@ _UNGATED = """apertus arcee bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_ne
 opt phi starcoder2"""
 _EXPERTS = """deepseek_v2 deepseek_v3 glm4_moe gpt_oss granitemoe lfm2_moe mixtral olmoe
 qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next"""
+_UNSCALED = "aya_vision cohere2_vision"
 _STATE = "deepseek_v4 gemma3n gemma3n_text glm5_next qwen4_exp"
 # Families that are known and cannot be right yet, and why.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(_UNGATED.split(), "its MLPs have no gate"),
     **dict.fromkeys(_EXPERTS.split(), "it has experts, each with neurons of its own"),
+    **dict.fromkeys(_UNSCALED.split(), "its logits are not those of its text tower"),
     **dict.fromkeys(_STATE.split(), "its layers pass on more than one hidden state"),
 }
 
@@ -195,7 +215,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         family = FAMILIES[model_type]
         if family.tower is not None:
-            inner = family_of(text_part(config))
+            text = text_part(config)
+            inner = family_of(text)
+            scaled = inner.logit_scale or inner.logit_divisor or text.get(inner.softcap)
+            if scaled and not family.tower.caps_logits:
+                raise UnsupportedModelError(
+                    f"{name!s:.100} is not supported: the logits of its class are not those of its "
+                    "text tower, which are scaled or capped"
+                )
             return replace(inner, tower=family.tower, decoder="model.language_model")
         for key, what in family.refused.items():
             if config.get(key):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -96,7 +97,11 @@ class ModelParts:
     norm: nn.Module
     head: nn.Linear
     logits: Logits
-    output_scale: float  # of an MLP's output before it is added to the residual stream
+
+    def output_scale(self, layer: int) -> float:
+        """What an MLP's output is multiplied by when it is added to the residual stream."""
+        path = self.family.output_scale
+        return float(attrgetter(path)(self.layers[layer])) if path else 1.0
 
 
 def parts_of(model: PreTrainedModel) -> ModelParts:
@@ -123,7 +128,6 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
             norm=decoder.get_submodule(family.norm),
             head=model.get_submodule(family.head),  # type: ignore[arg-type]
             logits=_logits(family, text),
-            output_scale=_output_scale(family, text),
         )
     except (AttributeError, TypeError, IndexError) as error:
         raise UnsupportedModelError(
@@ -140,15 +144,6 @@ def _logits(family: Family, config: Any) -> Logits:
         scale = 1 / float(getattr(config, family.logit_divisor))
     cap = getattr(config, family.softcap, None) if family.softcap else None
     return Logits(scale, None if cap is None else float(cap))
-
-
-def _output_scale(family: Family, config: Any) -> float:
-    if family.output != "scaled":
-        return 1.0
-    if isinstance(family.output_scale, str):
-        return float(getattr(config, family.output_scale))
-    key, index = family.output_scale
-    return float(getattr(config, key)[index])
 
 
 def plain_model(model: Any, use: str) -> PreTrainedModel:

@@ -174,7 +174,7 @@ class _PrunedLayer:
         missing = dense.to(model.device, dtype) - before_mlp.to(dtype)
         act = token_rows(acts[0][..., self._kept], batch).to(dtype)
         if output is None:
-            target, weights = missing / model.parts.output_scale, None
+            target, weights = missing / model.parts.output_scale(self._layer), None
         else:
             target, weights = self._behind(output.to(model.device), missing)
         if self._mlp.down.bias is not None:
@@ -198,8 +198,8 @@ class _PrunedLayer:
         # Of numbers so large that the norm's epsilon does not count.
         gains = norm(torch.full_like(output[:1, :1], 1e3)).to(missing.dtype)
         normed, wide = norm(output).to(missing.dtype), output.to(missing.dtype)
-        if family.layer_scale:
-            gains, normed = (g * layer.get_buffer(family.layer_scale) for g in (gains, normed))
+        scale = self._model.parts.output_scale(self._layer)
+        gains, normed = gains * scale, normed * scale
         share = gains * wide
         length = share.square().sum(-1, keepdim=True)
         rms = length / (normed * share).sum(-1, keepdim=True)  # normed = share / rms

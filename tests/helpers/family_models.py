@@ -110,6 +110,38 @@ TINY: dict[str, Tiny] = {
             **WINDOW,
         },
     ),
+    "diffllama": Tiny("DiffLlama", {"attention_bias": True, "mlp_bias": True}),
+    "doge": Tiny("Doge", {"attention_bias": True, "mlp_bias": True, "keep_window_size": 200}),
+    "granite_swa": Tiny("Granite with sliding windows", {**GRANITE, **WINDOW}),
+    "hyperclovax": Tiny(
+        "HyperCLOVA X SEED",
+        {
+            "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.6,
+            "attention_multiplier": 0.3, **BIASES,
+        },
+    ),
+    "minicpm3": Tiny(
+        "MiniCPM3",
+        {
+            "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8, "v_head_dim": 8, "dim_model_base": 16, "scale_emb": 3,
+        },
+    ),
+    "vaultgemma": Tiny(
+        "VaultGemma",
+        {
+            "query_pre_attn_scalar": 24, "final_logit_softcapping": 4.0,
+            "attn_logit_softcapping": 2.0, "attention_bias": True, **HEAD_16, **WINDOW,
+        },
+    ),
+    "bamba": Tiny(
+        "Bamba",
+        {
+            "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16,
+            "mamba_n_groups": 1, "mamba_proj_bias": True, "attn_layer_indices": [1], **BIASES,
+        },
+        down="feed_forward.down_proj",
+    ),
     "helium": Tiny("Helium 1", {"head_dim": 8, **BIASES}),
     "gemma": Tiny("Gemma 1", {"attention_bias": True, **HEAD_16}),
     "olmo": Tiny("OLMo 1", {"clip_qkv": 1.0, "attention_bias": True}),
@@ -191,6 +223,42 @@ TINY: dict[str, Tiny] = {
     "qwen3_5": Tiny(
         "Qwen3.5", QWEN3_5, "model.language_model.layers", vision=QWEN_VISION,
         text_type="qwen3_5_text",
+    ),
+    "gemma4": Tiny(
+        "Gemma 4 12B and 31B",
+        {
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "global_head_dim": 24, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+            "final_logit_softcapping": 4.0, **HEAD_16, **WINDOW,
+        },
+        "model.language_model.layers", vision=VISION | HEAD_16, text_type="gemma4_text",
+    ),
+    "internvl": Tiny(
+        "InternVL3", SOME_SLIDE, "model.language_model.layers",
+        vision=VISION | {"image_size": [16, 16], "patch_size": [4, 4]}, text_type="qwen2",
+    ),
+    "llava": Tiny(
+        "LLaVA 1.5, Pixtral", {}, "model.language_model.layers", vision=VISION, text_type="llama"
+    ),
+    "llava_next": Tiny(
+        "LLaVA-NeXT", WINDOW, "model.language_model.layers", vision=VISION, text_type="mistral"
+    ),
+    "llava_onevision": Tiny(
+        "LLaVA-OneVision", SOME_SLIDE, "model.language_model.layers", vision=VISION,
+        text_type="qwen2",
+    ),
+    "lfm2_vl": Tiny(
+        "LFM2-VL",
+        {
+            "num_hidden_layers": 4, "block_auto_adjust_ff_dim": False,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        },
+        "model.language_model.layers", "feed_forward.w2", vision=VISION | {"num_patches": 16},
+        text_type="lfm2",
+    ),
+    "qwen2_vl": Tiny(
+        "Qwen2-VL", {"rope_parameters": MROPE}, "model.language_model.layers",
+        vision={**QWEN_VISION, "embed_dim": 16}, text_type="qwen2_vl_text",
     ),
     "qwen3_vl": Tiny(
         "Qwen3-VL",
