@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -111,7 +112,6 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "diffllama": Tiny("DiffLlama", {"attention_bias": True, "mlp_bias": True}),
-    "doge": Tiny("Doge", {"attention_bias": True, "mlp_bias": True, "keep_window_size": 200}),
     "granite_swa": Tiny("Granite with sliding windows", {**GRANITE, **WINDOW}),
     "hyperclovax": Tiny(
         "HyperCLOVA X SEED",
@@ -285,6 +285,11 @@ TINY: dict[str, Tiny] = {
         "model.language_model.layers", vision=VISION | HEAD_16, text_type="ministral3",
     ),
 }  # fmt: skip
+
+# At least one of each group, which `make test` runs; CI runs all.
+FAST = {"llama", "stablelm", "phi3", "granite", "gemma2", "gemma4_text", "olmo2"}
+FAST |= {"lfm2", "qwen3_5_text", "falcon_h1", "gemma3", "qwen2_5_vl"}
+EVERY = [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in TINY]
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
