@@ -1,9 +1,8 @@
 import pytest
-from family_case import FamilyCase
-from family_models import TINY
+from family_case import FAMILIES, FamilyCase
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyCase:
     """Each family in turn."""
     return FamilyCase.save(request.param, tmp_path_factory.mktemp(request.param) / "dense")
