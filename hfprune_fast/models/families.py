@@ -35,6 +35,7 @@ class Tower:
 
     Args:
         runs_as: {model_type of the text's config: model_type to run as}, if these differ.
+        decoder: its path in the whole model.
         stored: how the names of its tensors may begin in files, where those of the model that is
             run begin with `model.`; the first that fits.
         stored_heads: what its head may be called in files.
@@ -42,6 +43,7 @@ class Tower:
     """
 
     runs_as: Mapping[str, str] = field(default_factory=dict)
+    decoder: str = "model.language_model"
     stored: tuple[str, ...] = ("model.language_model.", "language_model.model.", "model.")
     stored_heads: tuple[str, ...] = ("lm_head", "language_model.lm_head")
     caps_logits: bool = False
@@ -92,6 +94,7 @@ _FUSED = Site("mlp.gate_up_proj", "mlp.gate_up_proj")
 _NORM_BEHIND = Family(output="used", norm_behind="post_feedforward_layernorm", qk_norm=True)
 _GEMMA = replace(_NORM_BEHIND, softcap="final_logit_softcapping")
 _GRANITE = Family(logit_divisor="logits_scaling", output_scale="residual_multiplier")
+_TEXT_MODEL = Tower(decoder="model.text_model", stored=("model.text_model.",))
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
@@ -165,8 +168,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5_text": Family(qk_norm=True),
     # Models with a text tower.
+    "exaone4_5": Family(tower=Tower()),
     "gemma3": Family(tower=Tower()),
     "gemma4": Family(tower=Tower(caps_logits=True)),
+    "idefics3": Family(tower=_TEXT_MODEL),
     "internvl": Family(tower=Tower()),
     "llava": Family(tower=Tower()),
     "llava_next": Family(tower=Tower()),
@@ -177,6 +182,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(tower=Tower({"qwen2_5_vl_text": "qwen2", "qwen2_5_vl": "qwen2"})),
     "qwen3_5": Family(tower=Tower()),
     "qwen3_vl": Family(tower=Tower({"qwen3_vl_text": "qwen3"})),
+    "smolvlm": Family(tower=_TEXT_MODEL),
 }
 
 _UNGATED = """apertus arcee bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mpt nemotron
@@ -222,7 +228,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
                     f"{name!s:.100} is not supported: the logits of its class are not those of its "
                     "text tower, which are scaled or capped"
                 )
-            return replace(inner, tower=family.tower, decoder="model.language_model")
+            return replace(inner, tower=family.tower, decoder=family.tower.decoder)
         for key, what in family.refused.items():
             if config.get(key):
                 raise UnsupportedModelError(

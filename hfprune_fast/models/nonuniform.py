@@ -138,7 +138,7 @@ class _PerLayerWidths:
         super().__init__(config)  # type: ignore[call-arg]
         tell_peft(config.model_type)
         decoder: Any = self
-        for name in ("model", "language_model"):
+        for name in ("model", "language_model", "text_model"):
             decoder = getattr(decoder, name, decoder)
             if decoder is not self and isinstance(decoder, _PerLayerWidths):
                 return

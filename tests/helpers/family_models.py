@@ -238,10 +238,10 @@ TINY: dict[str, Tiny] = {
         vision=VISION | {"image_size": [16, 16], "patch_size": [4, 4]}, text_type="qwen2",
     ),
     "llava": Tiny(
-        "LLaVA 1.5, Pixtral", {}, "model.language_model.layers", vision=VISION, text_type="llama"
+        "LLaVA 1.5, Pixtral", {}, "model.language_model.layers", vision=VISION, text_type="llama",
     ),
     "llava_next": Tiny(
-        "LLaVA-NeXT", WINDOW, "model.language_model.layers", vision=VISION, text_type="mistral"
+        "LLaVA-NeXT", WINDOW, "model.language_model.layers", vision=VISION, text_type="mistral",
     ),
     "llava_onevision": Tiny(
         "LLaVA-OneVision", SOME_SLIDE, "model.language_model.layers", vision=VISION,
@@ -284,11 +284,23 @@ TINY: dict[str, Tiny] = {
         "Mistral Small 3.1, Ministral 3", {"rope_parameters": YARN, **HEAD_16},
         "model.language_model.layers", vision=VISION | HEAD_16, text_type="ministral3",
     ),
+    "exaone4_5": Tiny(
+        "EXAONE 4.5", {"num_hidden_layers": 4, "sliding_window_pattern": 4, **WINDOW},
+        "model.language_model.layers", text_type="exaone4", vision=QWEN_VISION | {
+            "fullatt_block_indexes": [0], "window_size": 16, "num_key_value_heads": 2,
+        },
+    ),
+    "idefics3": Tiny(
+        "Idefics3", BIASES, "model.text_model.layers", vision=VISION, text_type="llama",
+    ),
+    "smolvlm": Tiny(
+        "SmolVLM", BIASES, "model.text_model.layers", vision=VISION, text_type="llama",
+    ),
 }  # fmt: skip
 
 # At least one of each group, which `make test` runs; CI runs all.
 FAST = {"llama", "stablelm", "phi3", "granite", "gemma2", "gemma4_text", "olmo2"}
-FAST |= {"lfm2", "qwen3_5_text", "falcon_h1", "gemma3", "qwen2_5_vl"}
+FAST |= {"lfm2", "qwen3_5_text", "falcon_h1", "gemma3", "qwen2_5_vl", "smolvlm"}
 EVERY = [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in TINY]
 
 
