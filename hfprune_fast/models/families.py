@@ -215,35 +215,40 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
     A model with a text tower has the tower's family, with its own paths.
     """
-    model_type, classes = family_type(config), config.get("architectures")
-    name = classes[0] if isinstance(classes, list) and classes else "this model"
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        family = FAMILIES[model_type]
-        if family.tower is not None:
-            text = text_part(config)
-            inner = family_of(text)
-            scaled = inner.logit_scale or inner.logit_divisor or text.get(inner.softcap)
-            if scaled and not family.tower.caps_logits:
-                raise UnsupportedModelError(
-                    f"{name!s:.100} is not supported: the logits of its class are not those of its "
-                    "text tower, which are scaled or capped"
-                )
-            return replace(inner, tower=family.tower, decoder=family.tower.decoder)
-        for key, what in family.refused.items():
-            if config.get(key):
-                raise UnsupportedModelError(
-                    f"{name!s:.100} is not supported: it has {what} ({key} {config[key]!r:.20})"
-                )
-        return family
-    why = REFUSED.get(model_type) if isinstance(model_type, str) else None
-    if why is not None:
-        raise UnsupportedModelError(
-            f"{name!s:.100} is not supported: {why} (model_type {model_type})"
+    model_type = family_type(config)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        why = REFUSED.get(model_type) if isinstance(model_type, str) else None
+        raise _unsupported(
+            config,
+            f"no gated MLP is known for model_type {model_type!r:.60}; supported are "
+            f"{', '.join(FAMILIES)}"
+            if why is None
+            else f"{why} (model_type {model_type})",
         )
-    raise UnsupportedModelError(
-        f"{name!s:.100} is not supported: no gated MLP is known for model_type {model_type!r:.60}; "
-        f"supported are {', '.join(FAMILIES)}"
-    )
+    family = FAMILIES[model_type]
+    for key, what in family.refused.items():
+        if config.get(key):
+            raise _unsupported(config, f"it has {what} ({key} {config[key]!r:.20})")
+    if family.tower is None:
+        return family
+    text = text_part(config)
+    of_text = FAMILIES.get(str(family_type(text)))
+    if of_text is not None and of_text.tower is not None:  # a tower has none of its own
+        raise _unsupported(config, "its config.json has no text_config of another model_type")
+    inner = family_of(text)
+    scaled = inner.logit_scale or inner.logit_divisor or text.get(inner.softcap)
+    if scaled and not family.tower.caps_logits:
+        raise _unsupported(
+            config,
+            "the logits of its class are not those of its text tower, which are scaled or capped",
+        )
+    return replace(inner, tower=family.tower, decoder=family.tower.decoder)
+
+
+def _unsupported(config: Mapping[str, Any], why: str) -> UnsupportedModelError:
+    classes = config.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else "this model"
+    return UnsupportedModelError(f"{name!s:.100} is not supported: {why}")
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +261,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     if family is None or family.tower is None:
         return dict(config)
     inner = config.get("text_config")
-    text = dict(inner) if isinstance(inner, Mapping) else dict(config)
+    text = dict(inner) if isinstance(inner, Mapping) else {**config, "model_type": model_type}
     of_text = text.get("model_type", "")
     text["model_type"] = family.tower.runs_as.get(str(of_text), of_text)
     for rope in ("rope_parameters", "rope_scaling"):
