@@ -1,4 +1,4 @@
-"""How a decoder calls its layers: recorded by its own forward, with stubs in place of the layers."""
+"""How a decoder calls its layers: recorded by its own forward, with stubs in their place."""
 
 from __future__ import annotations
 
