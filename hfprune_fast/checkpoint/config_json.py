@@ -65,6 +65,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     text = text_config(path, config)
     _check_sizes(path, text)
+    _check_widths(path, config, text)
     dtype_of(path, text)
     return config
 
@@ -152,7 +153,7 @@ def declares_widths(family: Family) -> bool:
     return family.tower is None and not family.own_layers and family.width == "intermediate_size"
 
 
-def check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def _check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     """Refuse MLP widths of layers, as a configuration declares them, that are none.
 
     Args:

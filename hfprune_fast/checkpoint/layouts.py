@@ -42,7 +42,7 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
     if family.tower is not None and isinstance(config.get("text_config"), Mapping):
         text = pruned["text_config"] = dict(config["text_config"])
     text[family.width] = max(widths)
-    for key, value in family.means.items():
+    for key, value in family.with_width.items():
         text.pop(key, None)
         if value is not None:
             text[key] = value

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfprune_fast.checkpoint.config_json import check_widths, read_config, text_config
+from hfprune_fast.checkpoint.config_json import read_config, text_config
 from hfprune_fast.checkpoint.fingerprint import (
     fingerprint_of,
     first_fingerprint,
@@ -146,7 +146,6 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     config = read_config(folder)
     path = folder / "config.json"
     text, family = text_config(path, config), family_of(config)
-    check_widths(path, config, text)
     shards = {file.name: SafetensorsFile(file) for file in weight_files(folder)}
     tensors = _headers(folder, shards)
     prefix, head = _stored_names(family, tensors)

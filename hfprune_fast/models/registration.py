@@ -101,7 +101,7 @@ def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     was_uniform = config.model_type == family
     text: Any = config if of_text.tower is None else config.text_config
     setattr(text, of_text.width, max(widths))
-    for key, value in of_text.means.items():
+    for key, value in of_text.with_width.items():
         if value is not None:
             setattr(text, key, value)
     vars(config).pop("mlp_widths", None)

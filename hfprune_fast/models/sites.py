@@ -278,6 +278,11 @@ def _check_sizes(parts: ModelParts, modules: Mapping[int, str]) -> None:
                 )
 
 
+def rows_of(kept: Tensor, width: int, times: int) -> Tensor:
+    """Return where kept neurons are in an axis of `times` blocks of `width` neurons each."""
+    return torch.cat([kept + width * i for i in range(times)])
+
+
 def check_keep(keep: Mapping[int, Tensor], dense: Sequence[int]) -> dict[int, Tensor]:
     """Return keep as int64 tensors, or raise ArgumentError; `dense` is each layer's width."""
     if not isinstance(keep, Mapping) or set(keep) != set(range(len(dense))):

@@ -20,7 +20,7 @@ from hfprune_fast.errors import (
     one_line,
 )
 from hfprune_fast.models.registration import record_widths
-from hfprune_fast.models.sites import ModelParts, check_keep, parts_of, plain_model
+from hfprune_fast.models.sites import ModelParts, check_keep, parts_of, plain_model, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ def prune(
     keep = check_keep(keep, dense)
     replaced = _check_down_proj(down_proj, parts, keep)
     cuts = [
-        (linear, name, axis, torch.cat([keep[layer] + mlp.width * i for i in range(times)]))
+        (linear, name, axis, rows_of(keep[layer], mlp.width, times))
         for layer, mlp in enumerate(parts.mlps)
         for linear, axis, times in mlp.linears
         for name, parameter in linear._parameters.items()
