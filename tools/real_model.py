@@ -42,7 +42,8 @@ def read_tokenizer(file: Path) -> FastTokenizer:
     changes how spaces in front of a number are merged.
     """
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    if GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == "smollm":
+    splits = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if splits is not None and splits.contents() == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         words = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
@@ -54,7 +55,8 @@ def read_model(file: Path) -> PreTrainedModel:
     read = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
-    del read.config.quantization_config  # of the file, as the model itself refuses to be saved
+    if hasattr(read.config, "quantization_config"):  # newer versions of transformers leave it there
+        del read.config.quantization_config  # and then refuse to save the model itself
     with torch.device("meta"):
         model = type(read)(read.config)
     model.load_state_dict(read.state_dict(), assign=True)

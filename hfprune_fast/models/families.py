@@ -103,7 +103,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(qk_norm=True),
     "cwm": Family(),
     "diffllama": Family(),
-    "doge": Family(qk_norm=True, refused={"is_moe": "experts"}),
     "ernie4_5": Family(),
     "gemma": Family(),
     "helium": Family(),

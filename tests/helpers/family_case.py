@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from criteria_truth import TRUTHS, drawn_token, mean_entropy
 from family_models import TINY, down_projections, sequences, tiny_family_model
@@ -26,9 +25,6 @@ from hfprune_fast.scoring.table import ImportanceTable
 # Lines of {"family", "known_as", "what", "error"} are added to this file, of which
 # bench/reporting/families_table.py makes docs/families.md.
 NOTES = os.environ.get("HFPRUNE_FAMILIES")
-FAMILIES = [
-    pytest.param(name, marks=pytest.mark.slow) if tiny.like else name for name, tiny in TINY.items()
-]
 F = 40  # width of every layer
 NARROW = (17, F, 9, 24, 31, 5)  # widths that differ
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -76,7 +77,6 @@ class Tiny:
     down: str = "mlp.down_proj"  # below a layer
     vision: dict[str, Any] | None = None  # of a wrapper, whose text_config the overrides are
     text_type: str | None = None  # of a wrapper: the model_type of its text_config
-    like: str | None = None  # a family that tries the same code; the tests are slow ones
 
 
 TINY: dict[str, Tiny] = {
@@ -111,8 +111,7 @@ TINY: dict[str, Tiny] = {
             **WINDOW,
         },
     ),
-    "diffllama": Tiny("DiffLlama", {"attention_bias": True, "mlp_bias": True}, like="llama"),
-    "doge": Tiny("Doge", {"attention_bias": True, "mlp_bias": True, "keep_window_size": 200}),
+    "diffllama": Tiny("DiffLlama", {"attention_bias": True, "mlp_bias": True}),
     "granite_swa": Tiny("Granite with sliding windows", {**GRANITE, **WINDOW}),
     "hyperclovax": Tiny(
         "HyperCLOVA X SEED",
@@ -237,20 +236,16 @@ TINY: dict[str, Tiny] = {
     "internvl": Tiny(
         "InternVL3", SOME_SLIDE, "model.language_model.layers",
         vision=VISION | {"image_size": [16, 16], "patch_size": [4, 4]}, text_type="qwen2",
-        like="mistral3",
     ),
     "llava": Tiny(
         "LLaVA 1.5, Pixtral", {}, "model.language_model.layers", vision=VISION, text_type="llama",
-        like="mistral3",
     ),
     "llava_next": Tiny(
         "LLaVA-NeXT", WINDOW, "model.language_model.layers", vision=VISION, text_type="mistral",
-        like="mistral3",
     ),
     "llava_onevision": Tiny(
         "LLaVA-OneVision", SOME_SLIDE, "model.language_model.layers", vision=VISION,
         text_type="qwen2",
-        like="mistral3",
     ),
     "lfm2_vl": Tiny(
         "LFM2-VL",
@@ -260,12 +255,10 @@ TINY: dict[str, Tiny] = {
         },
         "model.language_model.layers", "feed_forward.w2", vision=VISION | {"num_patches": 16},
         text_type="lfm2",
-        like="mistral3",
     ),
     "qwen2_vl": Tiny(
         "Qwen2-VL", {"rope_parameters": MROPE}, "model.language_model.layers",
         vision={**QWEN_VISION, "embed_dim": 16}, text_type="qwen2_vl_text",
-        like="qwen2_5_vl",
     ),
     "qwen3_vl": Tiny(
         "Qwen3-VL",
@@ -296,16 +289,19 @@ TINY: dict[str, Tiny] = {
         "model.language_model.layers", text_type="exaone4", vision=QWEN_VISION | {
             "fullatt_block_indexes": [0], "window_size": 16, "num_key_value_heads": 2,
         },
-        like="qwen3_vl",
     ),
     "idefics3": Tiny(
         "Idefics3", BIASES, "model.text_model.layers", vision=VISION, text_type="llama",
-        like="smolvlm",
     ),
     "smolvlm": Tiny(
         "SmolVLM", BIASES, "model.text_model.layers", vision=VISION, text_type="llama",
     ),
 }  # fmt: skip
+
+# At least one of each group, which `make test` runs; CI runs all.
+FAST = {"llama", "stablelm", "phi3", "granite", "gemma2", "gemma4_text", "olmo2"}
+FAST |= {"lfm2", "qwen3_5_text", "falcon_h1", "gemma3", "qwen2_5_vl", "smolvlm"}
+EVERY = [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in TINY]
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 from criteria_truth import SEED, mean_entropy
-from family_case import FAMILIES as FAMILY_PARAMS
 from family_case import FamilyCase, largest_error, statistics_error
-from family_models import TINY, down_projections, tiny_config
+from family_models import EVERY, TINY, down_projections, tiny_config
 from family_truth import Float64, masked_logits, own_scores
 
 import hfprune_fast as hf
@@ -80,7 +79,7 @@ def test_logits_are_the_models_own(case: FamilyCase, offload: str) -> None:
     case.note(f"logits {offload}", largest_error(logits, case.logits), LOGITS)
 
 
-@pytest.mark.parametrize("family", FAMILY_PARAMS)
+@pytest.mark.parametrize("family", EVERY)
 def test_bfloat16_tied_the_other_way_in_float32(family: str, tmp_path: Path) -> None:
     """Embedding and head one tensor where the tiny model has two, or two: files have both kinds."""
     tied = tiny_config(family).tie_word_embeddings

@@ -20,7 +20,7 @@ FAMILIES = [
     "lfm2",  # convolutions and attention
     "qwen3_5_text",  # linear attention and attention
 ]
-WINDOWS = {"samples": 32, "seq_len": 256}
+WINDOWS = {"samples": 16, "seq_len": 256}
 
 
 @pytest.fixture
