@@ -67,8 +67,9 @@ class FamilyCase:
 
     @property
     def batches(self) -> list[dict[str, Tensor]]:
-        """The sequences, two at a time, padded on one side and the other."""
-        return [padded(self.ids[:2], "right"), padded(self.ids[2:], "left")]
+        """The sequences, two at a time, padded on either side; two batches are of one shape."""
+        ids = self.ids
+        return [padded(ids[:2], "right"), padded(ids[2:4], "left"), padded(ids[4:], "right")]
 
     @cached_property
     def truth(self) -> dict[str, dict[str, Tensor]]:

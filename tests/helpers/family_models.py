@@ -356,7 +356,7 @@ def down_projections(family: str, model: PreTrainedModel) -> list[nn.Module]:
     return [layer.get_submodule(tiny.down) for layer in layers.children()]
 
 
-def sequences(lengths: tuple[int, ...] = (33, 9, 70, 2), *, seed: int = 1) -> list[Tensor]:
+def sequences(lengths: tuple[int, ...] = (33, 9, 70, 2, 5, 33), *, seed: int = 1) -> list[Tensor]:
     """Token sequences of several lengths: past a window, and past the chunks of hybrid layers."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, V, (length,), generator=generator) for length in lengths]

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_models import SIZES, tiny_config
+from family_models import SIZES, TINY, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import hfprune_fast as hf
 from hfprune_fast.errors import UnsupportedModelError
 
+CLASSES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 # What is written into config.json: a model_type and its options, and what the refusal must name.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Gemma 4 E2B, inputs of each layer": (
@@ -36,22 +40,28 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "expert",
     ),
     "Mixtral": ("mixtral", {}, "expert|MoE|mixture"),
+    "Gemma 4 E4B with vision": ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers"),
+    "Gemma 3 with vision and a softcap": ("gemma3", {"final_logit_softcapping": 4.0}, "capped"),
+    "LLaVA whose text has experts": ("llava", {"model_type": "mixtral"}, "expert"),
+    "LLaVA whose text has no gate": ("llava", {"model_type": "phi"}, "gate"),
+    "Aya Vision": ("aya_vision", {}, "logits"),
     "GPT-2": ("gpt2", {}, "gate"),
     "Phi-1 and 2": ("phi", {}, "gate"),
 }  # fmt: skip
 
 
 def config_of(model_type: str, options: dict[str, Any]) -> Any:
-    if model_type in ("gemma4_text", "granitemoehybrid"):
+    if model_type in TINY:
         return tiny_config(model_type, **options)
-    return AutoConfig.for_model(model_type, **(SIZES if model_type != "gpt2" else {}))
+    sizes = {} if model_type in ("gpt2", "aya_vision") else SIZES
+    return AutoConfig.for_model(model_type, **sizes)
 
 
 @pytest.mark.parametrize("which", REFUSED)
 def test_it_is_refused_in_one_line(which: str, tmp_path: Path, hfprune: Callable[..., Any]) -> None:
     model_type, options, reason = REFUSED[which]
     config = config_of(model_type, options)
-    config.architectures = [name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    config.architectures = [name := CLASSES[model_type]]
     config.save_pretrained(tmp_path)
     run = hfprune("plan", tmp_path, "--prune-ratio", 0.25)
     assert (run.code, run.out) == (2, "")
