@@ -12,14 +12,8 @@ import torch
 from hfprune_fast.checkpoint.decilm import custom_config
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, is_deeper, read_json_object
 from hfprune_fast.errors import CheckpointError, UnsupportedModelError
-from hfprune_fast.models.families import (
-    FAMILIES,
-    NON_UNIFORM,
-    Family,
-    family_of,
-    family_type,
-    text_part,
-)
+from hfprune_fast.models.declared import family_of, family_type, text_part
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, Family
 from hfprune_fast.models.registration import config_defaults
 
 _MAX_CONFIG_BYTES, _MAX_DEPTH = 8 << 20, 16

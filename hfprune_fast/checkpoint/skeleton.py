@@ -13,7 +13,7 @@ from torch import nn
 from hfprune_fast.checkpoint.config_json import dtype_of, read_config, text_config
 from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.errors import CheckpointError, one_line_errors
-from hfprune_fast.models.families import family_type
+from hfprune_fast.models.declared import family_type
 from hfprune_fast.models.registration import class_names
 from hfprune_fast.models.spec import ModelSpec, spec_of
 

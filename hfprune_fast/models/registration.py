@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_of, family_type
+from hfprune_fast.models.declared import family_of, family_type
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

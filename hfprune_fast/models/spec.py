@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hfprune_fast.models.families import family_type, text_part
-from hfprune_fast.models.sites import adapters_in, parts_of
+from hfprune_fast.models.declared import family_type, text_part
+from hfprune_fast.models.plain import adapters_in
+from hfprune_fast.models.sites import parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
