@@ -11,6 +11,7 @@ import torch
 
 from hfprune_fast.checkpoint.decilm import custom_config
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, is_deeper, read_json_object
+from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.errors import CheckpointError, UnsupportedModelError
 from hfprune_fast.models.declared import family_of, family_type, text_part
 from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, Family
@@ -28,7 +29,10 @@ _MAX_SIZES = {
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
     "max_position_embeddings": 1 << 40,
+    "mamba_chunk_size": 1 << 12,
 }
+# Sizes of convolutions, linear attention and state-space layers.
+_OF_LAYERS, _MAX_OF_LAYERS = ("mamba_", "linear_", "conv_", "block_"), 1 << 20
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json_object(path, _MAX_CONFIG_BYTES)
     if is_deeper(config, _MAX_DEPTH):
         raise CheckpointError(f"{path} is nested more than {_MAX_DEPTH} levels deep")
-    config = dict(custom_config(path, config))
+    config = _with_text_type(path, dict(custom_config(path, config)))
     family_of(config)
     _check_is_causal(config)
     quantization = config.get("quantization_config", config.get("compression_config"))
@@ -65,16 +69,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def text_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of the causal language model that is run, with its sizes.
-
-    A text tower's leaves out what its class has by default.
-    """
-    text = text_part(config)
-    family, outer = family_type(text), family_type(config)
+    """Return the configuration of the causal language model that is run, with its sizes."""
+    text = text_part(_with_whole_text(path, config))
+    family = family_type(text)
     defaults = config_defaults(family)
-    if outer != family:
-        tied = config_defaults(outer).get("tie_word_embeddings")
-        defaults = {**defaults, "tie_word_embeddings": tied}
     needed = ("num_hidden_layers", "hidden_size", "vocab_size", FAMILIES[family].width)
     optional = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
     for key in (*needed, *optional, *FAMILIES[family].refused):
@@ -85,6 +83,41 @@ def text_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{path} has no {key}")
     family_of(text)  # which refuses what it cannot be right about, now that all is said
     return text
+
+
+def _with_text_type(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the model_type of its text, if its class alone says it."""
+    if not _has_tower(config) or config.get("text_config") is None:
+        return config
+    if not isinstance(config["text_config"], dict):
+        got = type(config["text_config"]).__name__
+        raise CheckpointError(f"{path} has a text_config that is a {got}, expected an object")
+    by_default = load_config(path.parent, {"model_type": family_type(config)}).text_config
+    text = {"model_type": by_default.model_type, **config["text_config"]}
+    return {**config, "text_config": text}
+
+
+def _with_whole_text(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration with all of its text's, as the text's own class completes it.
+
+    The class that the text runs as has other defaults.
+    """
+    if not _has_tower(config):
+        return config
+    folder, outer_type = path.parent, {"model_type": family_type(config)}
+    declared = config.get("text_config")
+    if declared is None:  # beside the others', in files of older versions
+        own_type = load_config(folder, outer_type).text_config.model_type
+        declared = {**config, "model_type": own_type}
+    _check_sizes(path, declared)
+    own = load_config(folder, declared).to_dict()
+    own = {key: value for key, value in own.items() if value is not None}
+    kept = ("dtype", "torch_dtype", "tie_word_embeddings")  # which any config may hold
+    own |= {key: declared[key] for key in kept if key in declared}
+    tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    outer = load_config(folder, {**outer_type, "text_config": own, **tied})
+    tied = {"tie_word_embeddings": outer.tie_word_embeddings}
+    return {**config, "text_config": own, **tied}
 
 
 def _check_is_causal(config: Mapping[str, Any]) -> None:
@@ -100,11 +133,17 @@ def _check_is_causal(config: Mapping[str, Any]) -> None:
 
 
 def _has_tower(config: Mapping[str, Any]) -> bool:
-    return FAMILIES[family_type(config)].tower is not None
+    family = FAMILIES.get(str(family_type(config)))
+    return family is not None and family.tower is not None
 
 
 def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
-    for key, largest in _MAX_SIZES.items():
+    of_layers = {
+        key: _MAX_OF_LAYERS
+        for key, value in config.items()
+        if key.startswith(_OF_LAYERS) and type(value) is int
+    }
+    for key, largest in {**of_layers, **_MAX_SIZES}.items():
         value = config.get(key)
         if value is None:
             continue
@@ -118,8 +157,8 @@ def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
             f"{path} has num_key_value_heads {config['num_key_value_heads']}, which does not "
             f"divide num_attention_heads {heads}"
         )
-    vocab, padding = config["vocab_size"], config.get("pad_token_id")
-    if isinstance(padding, int) and not -vocab <= padding < vocab:
+    vocab, padding = config.get("vocab_size"), config.get("pad_token_id")
+    if isinstance(padding, int) and vocab and not -vocab <= padding < vocab:
         raise CheckpointError(
             f"{path} has pad_token_id {padding!r:.60}, expected null or less than "
             f"vocab_size {vocab}; correct it there"

@@ -220,8 +220,12 @@ class _LeftAlone:
 
     def __init__(self, skeleton: PreTrainedModel, family: Family, prefix: str) -> None:
         self._ignored = list(skeleton._keys_to_ignore_on_load_unexpected or [])
-        own = (family.layers, family.embedding, family.norm)
-        self._tower = tuple(f"{prefix}{part}." for part in own) if family.tower else None
+        self._tower: tuple[str, ...] | None = None
+        if family.tower is not None:
+            own = (family.layers, family.embedding, family.norm)
+            # What begins as the whole model's does may be of another tower.
+            whole = prefix == _DECODER
+            self._tower = tuple(f"{prefix}{part}." for part in own) if whole else (prefix,)
 
     def __call__(self, name: str) -> bool:
         if self._tower is not None and not name.startswith(self._tower):

@@ -30,6 +30,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if family is None:
         known = f"no gated MLP is known for model_type {model_type!r:.60}; supported are "
         raise _unsupported(config, known + ", ".join(FAMILIES))
+    both_ways = config.get("use_bidirectional_attention") in (True, "all")
+    if both_ways or config.get("is_causal") is False:
+        raise _unsupported(
+            config, "its tokens see later ones (is_causal, use_bidirectional_attention)"
+        )
     for key, what in family.refused.items():
         if config.get(key):
             raise _unsupported(config, f"it has {what} ({key} {config[key]!r:.20})")
@@ -74,9 +79,8 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("architectures", "dtype", "torch_dtype", "tokenizer_class"):
         if key in config:
             text.setdefault(key, config[key])
-    tied = [c["tie_word_embeddings"] for c in (config, text) if "tie_word_embeddings" in c]
-    if tied:  # versions wrote it in one place, or the other
-        text["tie_word_embeddings"] = True in tied
+    if "tie_word_embeddings" in config:  # the whole model's counts
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
     if config["model_type"] != model_type:  # layers of different widths
         text["model_type"] = NON_UNIFORM + str(text["model_type"])
         text["mlp_widths"] = config.get("mlp_widths")

@@ -186,11 +186,13 @@ _EXPERTS = """deepseek_v2 deepseek_v3 glm4_moe gpt_oss granitemoe lfm2_moe mixtr
 qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next"""
 _OTHER_LOGITS = "aya_vision cohere2_vision"
 _STATE = "deepseek_v4 gemma3n gemma3n_text glm5_next qwen4_exp"
+_TOWERS = "qwen2_vl_text qwen2_5_vl_text qwen3_vl_text"
 # Families that are known and cannot be right yet, and why.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(_UNGATED.split(), "its MLPs have no gate"),
     **dict.fromkeys(_EXPERTS.split(), "it has experts, each with neurons of its own"),
     **dict.fromkeys(_OTHER_LOGITS.split(), "its logits are not those of its text tower"),
+    **dict.fromkeys(_TOWERS.split(), "it is a text tower without a head; give the whole model"),
     **dict.fromkeys(_STATE.split(), "its layers pass on more than one hidden state"),
 }
 

@@ -120,18 +120,22 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
     except (AttributeError, TypeError, IndexError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} has not the parts of a {family_type(config.to_dict())} with a "
-            f"head, such as {family.head} ({one_line(error)}); load it with AutoModelForCausalLM"
+            f"head, such as {family.head} ({one_line(error)}); load it with AutoModelForCausalLM, "
+            "or give the whole model that it is the text of"
         ) from None
 
 
 def _logits(family: Family, config: Any) -> Logits:
-    scale = 1.0
-    if family.logit_scale:
-        scale = float(getattr(config, family.logit_scale))
-    if family.logit_divisor:
-        scale = 1 / float(getattr(config, family.logit_divisor))
-    cap = getattr(config, family.softcap, None) if family.softcap else None
-    return Logits(scale, None if cap is None else float(cap))
+    by_key: dict[str, float] = {}
+    for key in (family.logit_scale, family.logit_divisor, family.softcap):
+        value = getattr(config, key, None) if key else None
+        if value is None:
+            continue
+        by_key[key] = float(value)
+        if not 2.0**-100 <= by_key[key] <= 2.0**100:
+            raise UnsupportedModelError(f"{key} is {value!r:.40}, expected a positive number")
+    scale = by_key.get(family.logit_scale, 1.0) / by_key.get(family.logit_divisor, 1.0)
+    return Logits(scale, by_key.get(family.softcap))
 
 
 def rows_of(kept: Tensor, width: int, times: int) -> Tensor:

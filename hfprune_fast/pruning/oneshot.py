@@ -185,6 +185,8 @@ def _say_what_could_be_closer(
     if recipe == "default" and calibration is None:
         say("nothing was refitted; with --calibration as well it stays closer to the dense model")
     requested = 1 - widths.mean / achieved["dense_intermediate_size"]
+    if achieved.get("layout") == "padded":
+        return  # its zeros count as neurons
     if not widths.protect and abs(achieved["prune_ratio"] - requested) > 0.005:
         say(
             f"{achieved['prune_ratio']:.1%} of the neurons are removed, {requested:.1%} were "
