@@ -12,14 +12,8 @@ import torch
 from hfprune_fast.checkpoint.decilm import custom_config
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, is_deeper, read_json_object
 from hfprune_fast.errors import CheckpointError, UnsupportedModelError
-from hfprune_fast.models.families import (
-    FAMILIES,
-    NON_UNIFORM,
-    Family,
-    family_of,
-    family_type,
-    text_part,
-)
+from hfprune_fast.models.declared import family_of, family_type, text_part
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, Family
 from hfprune_fast.models.registration import config_defaults
 
 _MAX_CONFIG_BYTES, _MAX_DEPTH = 8 << 20, 16
@@ -65,6 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     text = text_config(path, config)
     _check_sizes(path, text)
+    _check_widths(path, config, text)
     dtype_of(path, text)
     return config
 
@@ -152,7 +147,7 @@ def declares_widths(family: Family) -> bool:
     return family.tower is None and not family.own_layers and family.width == "intermediate_size"
 
 
-def check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def _check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     """Refuse MLP widths of layers, as a configuration declares them, that are none.
 
     Args:

@@ -34,7 +34,7 @@ _MORE_PARTS = {
     "qwen2": {f"attn_{name}.bias" for name in "qkv"},
     "qwen3": {"attn_q_norm.weight", "attn_k_norm.weight"},
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # what those architectures were tried with
+TRIED = ("llama", "mistral", "qwen2", "qwen3")  # what those architectures were tried with
 # What the other architectures do not read.
 _ONLY_ITS_OWN = ("attention.temperature_scale", "attention.sliding_window")
 _TARGETS = {"llama": "deci", "mistral3": "deci", "qwen2": "deci", "qwen3": "openelm"}

@@ -21,7 +21,8 @@ from hfprune_fast.checkpoint.config_json import declares_widths, per_layer_confi
 from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.checkpoint.skeleton import skeleton
 from hfprune_fast.errors import ArgumentError, one_line
-from hfprune_fast.models.families import NON_UNIFORM, family_of, family_type
+from hfprune_fast.models.declared import family_of, family_type
+from hfprune_fast.models.families import NON_UNIFORM
 from hfprune_fast.models.registration import class_names, main_class
 from hfprune_fast.models.sites import parts_of
 
@@ -42,7 +43,7 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
     if family.tower is not None and isinstance(config.get("text_config"), Mapping):
         text = pruned["text_config"] = dict(config["text_config"])
     text[family.width] = max(widths)
-    for key, value in family.means.items():
+    for key, value in family.with_width.items():
         text.pop(key, None)
         if value is not None:
             text[key] = value

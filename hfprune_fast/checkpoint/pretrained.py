@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from hfprune_fast.checkpoint.carried import check_tokenizer_files
 from hfprune_fast.console import library_hidden
 from hfprune_fast.errors import CheckpointError, one_line_errors, refuse_pointer
-from hfprune_fast.models.families import NON_UNIFORM, family_type
+from hfprune_fast.models.declared import family_type
+from hfprune_fast.models.families import NON_UNIFORM
 from hfprune_fast.models.registration import nonuniform_classes
 
 if TYPE_CHECKING:

@@ -163,7 +163,7 @@ class SafetensorsWriter:
         finite = native.write_tensor(
             self._file, offset, source, exponent=bits, axis=axis, keep=keep
         )
-        return finite or dtype not in _EXPONENT_BITS  # integers are
+        return finite or dtype not in _EXPONENT_BITS  # integers are always finite
 
     def __enter__(self) -> Self:
         return self

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hfprune_fast.checkpoint.config_json import check_widths, dtype_of, read_config, text_config
+from hfprune_fast.checkpoint.config_json import dtype_of, read_config, text_config
 from hfprune_fast.checkpoint.pretrained import load_config
 from hfprune_fast.errors import CheckpointError, one_line_errors
-from hfprune_fast.models.families import family_type
+from hfprune_fast.models.declared import family_type
 from hfprune_fast.models.registration import class_names
 from hfprune_fast.models.spec import ModelSpec, spec_of
 
@@ -29,7 +29,6 @@ def spec_from_config(folder: Path) -> tuple[ModelSpec, Any]:
     """Return the spec and the transformers config of a folder, from its config.json alone."""
     path, declared = folder / "config.json", read_config(folder)
     text = text_config(path, declared)
-    check_widths(path, declared, text)
     base = class_names(str(family_type(declared)))["AutoModel"]
     if declared.get("architectures") == [base] and text.get("tie_word_embeddings") is not True:
         raise CheckpointError(f"{path} is of a {base}, a model without a head; give one with it")
@@ -62,7 +61,7 @@ def skeleton(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so that it is passed by
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so that _init_weights skips it
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             unset, of_run = 0.0, buffer.dtype

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfprune_fast.checkpoint.config_json import check_widths, read_config, text_config
+from hfprune_fast.checkpoint.config_json import read_config, text_config
 from hfprune_fast.checkpoint.fingerprint import (
     fingerprint_of,
     first_fingerprint,
@@ -36,7 +36,8 @@ from hfprune_fast.checkpoint.skeleton import skeleton as make_skeleton
 from hfprune_fast.checkpoint.source_card import source_card
 from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError, one_line_errors
-from hfprune_fast.models.families import Family, Neurons, family_of, neurons_in
+from hfprune_fast.models.declared import family_of
+from hfprune_fast.models.families import Family, Neurons, neurons_in
 from hfprune_fast.models.spec import ModelSpec, spec_of
 
 if TYPE_CHECKING:
@@ -146,7 +147,6 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     config = read_config(folder)
     path = folder / "config.json"
     text, family = text_config(path, config), family_of(config)
-    check_widths(path, config, text)
     shards = {file.name: SafetensorsFile(file) for file in weight_files(folder)}
     tensors = _headers(folder, shards)
     prefix, head = _stored_names(family, tensors)
@@ -162,6 +162,7 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
             )
     with one_line_errors(f"{path} does not make a model"):
         made = make_skeleton(load_config(folder, text))
+        spec = spec_of(made)
     names = _names(made, family, prefix, head)
     shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in made.state_dict().items()}
     if text.get("tie_word_embeddings") is True:
@@ -171,7 +172,7 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     check_tensors_are(folder, tensors, shapes, _LeftAlone(made, family, prefix))
     return ModelSource(
         display_name(model), folder, config, text, family,
-        spec_of(made), names, prefix, tensors, shards,
+        spec, names, prefix, tensors, shards,
     )  # fmt: skip
 
 
@@ -224,7 +225,7 @@ class _LeftAlone:
 
     def __call__(self, name: str) -> bool:
         if self._tower is not None and not name.startswith(self._tower):
-            return True
+            return "lora_" not in name and "base_layer" not in name
         return name.endswith(IGNORED_SUFFIX) or any(re.search(p, name) for p in self._ignored)
 
 

@@ -19,6 +19,7 @@ from hfprune_fast.checkpoint.safetensors import ITEM_BYTES, SafetensorsFile, Saf
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import byte_bar
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
+from hfprune_fast.models.sites import rows_of
 
 _VERIFIED_BYTES = 16 << 20  # compared at once
 
@@ -46,8 +47,7 @@ class Writing:
             if place is not None:
                 axis, kept = place.axis, keep[place.layer].cpu()
                 blocks = place.times
-                rows = torch.cat([kept + shape[axis] // blocks * i for i in range(blocks)])
-                self.cuts[name] = axis, rows.contiguous().numpy()
+                self.cuts[name] = axis, rows_of(kept, shape[axis] // blocks, blocks).numpy()
                 self.blocks[name] = blocks
                 width = len(kept)
                 kept_shape = (*shape[:axis], blocks * width, *shape[axis + 1 :])

@@ -16,7 +16,7 @@ from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
-from hfprune_fast.models.families import family_of
+from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.spec import suits_text
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text

@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.layer_calls import NOT_IN_A_ROW, Calls, recorded_calls, same_calls
 from hfprune_fast.engine.mlp_hooks import known_activation
 from hfprune_fast.errors import ArgumentError, NumericsError, UnsupportedModelError
 from hfprune_fast.models.sites import Logits, parts_of
@@ -30,7 +31,6 @@ from hfprune_fast.models.sites import Logits, parts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]  # the arguments of each layer's call
 OnProgress = Callable[[float], object]  # takes the tokens processed since the last call
 
 _CACHED_SHAPES = 16  # micro-batch shapes whose recorded calls (masks, position embeddings) are kept
@@ -92,9 +92,9 @@ class ResidentModel:
         self.model = model
         self.parts = parts_of(model)
         self.device, self.dtype = self.parts.head.weight.device, self.parts.head.weight.dtype
-        self._calls: dict[tuple[int, ...], _Calls] = {}
+        self._calls: dict[tuple[int, ...], Calls] = {}
         self._compared = False  # whether the calls of two micro-batches of one shape have been
-        self._returns_tuple = False  # whether the decoder takes a layer's output out of a tuple
+        self._in_tuples = False  # whether the decoder takes a layer's output out of a tuple
         self._activations: dict[int, str | None] = {}
         self._check()
 
@@ -147,48 +147,32 @@ class ResidentModel:
             UnsupportedModelError: the decoder does more between its layers than to call each with
                 the output of the one before, or calls them with what depends on the tokens.
         """
-        recorded = None
-        if not self._returns_tuple:
-            try:
-                recorded = self._record(batch)
-            except (IndexError, TypeError, ValueError):  # a tensor where a tuple was expected
-                self._returns_tuple = True
-        calls, first = recorded or self._record(batch)
-        if calls is None and not self._returns_tuple:
-            self._returns_tuple = True
-            calls, first = self._record(batch)
-        if calls is None or len(calls) != len(self.parts.layers):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} does not run its layers one after the other, each on "
-                "the output of the one before, so they cannot be run alone"
-            )
-        shape = tuple(batch.ids.shape)
+        calls, first = self._record(batch, self.embed(batch.ids))
         if len(self._calls) >= _CACHED_SHAPES:
             self._calls.clear()
         # The calls depend only on the shape, so micro-batches of one shape share them.
-        known = self._calls.setdefault(shape, calls)
+        known = self._calls.setdefault(tuple(batch.ids.shape), calls)
         if known is not calls and not self._compared:
             self._compared = True
-            if not _same(known, calls):
+            if not same_calls(known, calls):
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} calls its layers with what depends on the "
                     "tokens, so they cannot be run alone"
                 )
         return first
 
-    def _record(self, batch: MicroBatch) -> tuple[_Calls | None, Tensor]:
-        """Return how the layers are called, None if not one after the other; the first's input."""
-        calls: _Calls = []
-        embedding = _Embedded(self.parts.embedding, self.embed(batch.ids))
-        seen: list[Tensor] = []
+    def _record(self, batch: MicroBatch, embeddings: Tensor) -> tuple[Calls, Tensor]:
+        ids = batch.ids.to(self.device)
         try:
-            with torch.no_grad(), _stubs(self, embedding, calls, seen):
-                self.parts.decoder(
-                    input_ids=batch.ids.to(self.device), use_cache=False, return_dict=True
-                )
-        except _NotInARowError:
-            return None, seen[0]
-        return calls, seen[0]
+            return recorded_calls(self.parts, ids, embeddings, in_tuples=self._in_tuples)
+        except NOT_IN_A_ROW as error:
+            if not self._in_tuples:
+                self._in_tuples = True
+                return self._record(batch, embeddings)
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not run its layers one after the other, each on "
+                "the output of the one before, so they cannot be run alone"
+            ) from error
 
     def run(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """Return a layer's output (B, T, D); its weights must be in place."""
@@ -261,94 +245,3 @@ def each_batch(
     for i, batch in enumerate(batches):
         yield i, batch
         on_progress(batch.tokens / steps)
-
-
-@contextmanager
-def _stubs(
-    model: ResidentModel, embedding: nn.Module, calls: _Calls, seen: list[Tensor]
-) -> Iterator[None]:
-    """Replace the layers by stubs that record their call, and the final norm by nothing."""
-    family, decoder = model.parts.family, model.parts.decoder
-    paths = (family.layers, family.norm, family.embedding)
-    found = {path: decoder.get_submodule(path) for path in paths}
-    stubs = (_Stub(layer, calls, seen, model._returns_tuple) for layer in model.parts.layers)
-    try:
-        decoder.set_submodule(family.layers, nn.ModuleList(stubs))
-        decoder.set_submodule(family.norm, _Last(seen))
-        decoder.set_submodule(family.embedding, embedding)
-        yield
-    finally:
-        for path, module in found.items():
-            decoder.set_submodule(path, module)
-
-
-class _Standing(nn.Module):
-    """Stands in place of a module, whose attributes it has."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["_module"] = module  # not as a submodule: its mode and hooks must not change
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
-
-
-class _Embedded(_Standing):
-    """Returns embeddings that are there already."""
-
-    def __init__(self, module: nn.Module, embeddings: Tensor) -> None:
-        super().__init__(module)
-        self.__dict__["_embeddings"] = embeddings
-
-    def forward(self, ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.__dict__["_embeddings"]
-        return embeddings
-
-
-class _Stub(_Standing):
-    """Records how its layer is called and returns the input, in a tuple if the layer does."""
-
-    def __init__(
-        self, layer: nn.Module, calls: _Calls, seen: list[Tensor], returns_tuple: bool
-    ) -> None:
-        super().__init__(layer)
-        self.__dict__.update(_calls=calls, _seen=seen, _returns_tuple=returns_tuple)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        self.__dict__["_calls"].append((args, kwargs))
-        _note(hidden, self.__dict__["_seen"])
-        return (hidden, None) if self.__dict__["_returns_tuple"] else hidden
-
-
-class _Last(nn.Module):
-    """Stands in place of the final norm: notes what it is given, and returns it."""
-
-    def __init__(self, seen: list[Tensor]) -> None:
-        super().__init__()
-        self.__dict__["_seen"] = seen
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        _note(hidden, self.__dict__["_seen"])
-        return hidden
-
-
-class _NotInARowError(Exception):
-    """A layer was given something other than the output of the one before."""
-
-
-def _note(hidden: Tensor, seen: list[Tensor]) -> None:
-    if not seen:
-        seen.append(hidden)
-    if hidden is not seen[0]:
-        raise _NotInARowError
-
-
-def _same(some: Any, others: Any) -> bool:
-    """Return whether the recorded arguments of calls are the same."""
-    if isinstance(some, Tensor):
-        return isinstance(others, Tensor) and torch.equal(some, others)
-    if isinstance(some, dict):
-        return some.keys() == others.keys() and all(_same(some[k], others[k]) for k in some)
-    if isinstance(some, list | tuple):
-        return len(some) == len(others) and all(map(_same, some, others))
-    return some is others or bool(some == others)

@@ -148,7 +148,7 @@ def known_activation(mlp: GatedMLP) -> str | None:
     Its module's output is compared, bit by bit, with down(act_fn(gate(x)) * up(x)) for a few
     invented x, with the layers' weights in place. Modules with hooks, or with a forward set on the
     instance, are not asked: what they do beside must happen each time. The linear layers are plain
-    (`models.sites.plain_model`).
+    (`models.plain.plain_model`).
     """
     changed = any(
         "forward" in vars(m)

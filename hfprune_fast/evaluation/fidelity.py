@@ -21,7 +21,7 @@ from hfprune_fast.data.batches import MicroBatch, as_batches, token_data
 from hfprune_fast.engine.layerwise import Head, ResidentModel, own_modes
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 from hfprune_fast.evaluation.changes import TokenChanges
-from hfprune_fast.models.sites import plain_model
+from hfprune_fast.models.plain import plain_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hfprune_fast.errors import UnsupportedModelError
-
 
 @dataclass(frozen=True)
 class Site:
@@ -57,13 +55,12 @@ class Family:
         width: the key of the MLP's width.
         logit_scale, logit_divisor, softcap: keys of what logits are multiplied by, divided by and
             capped with, in this order.
-        output: what becomes of the MLP's output: "sum", it is added to the residual stream; "used",
-            anything else.
-        output_scale: what it is multiplied by when it is added: an attribute, as a path below a
-            layer.
-        norm_behind: the RMS norm that it goes through before.
-        means: keys that are written, or with None left out, so that `width` is the width.
-        own_layers: it has a per_layer_config of its own, which is left as it is.
+        norm_behind: the RMS norm that the MLP's output goes through before it is added to the
+            residual stream, as a path below a layer. Nothing else may stand between.
+        output_scale: what the output is multiplied by when it is added: an attribute, as a path
+            below a layer.
+        with_width: other keys of config.json that are set when `width` is; None deletes a key.
+        own_layers: its per_layer_config says other things than widths, and is left alone.
         qk_norm: q and k are normalised, which takes memory.
         tower: it has a text tower, which is what is scored and cut.
         refused: {key: what is not supported where its value is neither false, null nor 0}.
@@ -79,10 +76,9 @@ class Family:
     logit_scale: str = ""
     logit_divisor: str = ""
     softcap: str = ""
-    output: str = "sum"
-    output_scale: str = ""
     norm_behind: str = ""
-    means: Mapping[str, Any] = field(default_factory=dict)
+    output_scale: str = ""
+    with_width: Mapping[str, Any] = field(default_factory=dict)
     own_layers: bool = False
     qk_norm: bool = False
     tower: Tower | None = None
@@ -91,7 +87,7 @@ class Family:
 
 _FEED_FORWARD = Site("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
 _FUSED = Site("mlp.gate_up_proj", "mlp.gate_up_proj")
-_NORM_BEHIND = Family(output="used", norm_behind="post_feedforward_layernorm", qk_norm=True)
+_NORM_BEHIND = Family(norm_behind="post_feedforward_layernorm", qk_norm=True)
 _GEMMA = replace(_NORM_BEHIND, softcap="final_logit_softcapping")
 _GRANITE = Family(logit_divisor="logits_scaling", output_scale="residual_multiplier")
 _TEXT_MODEL = Tower(decoder="model.text_model", stored=("model.text_model.",))
@@ -116,7 +112,7 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family(qk_norm=True),
     # gate and up in one tensor.
     "glm": Family(_FUSED),
-    "glm4": Family(_FUSED, output="used", norm_behind="post_mlp_layernorm"),
+    "glm4": Family(_FUSED, norm_behind="post_mlp_layernorm"),
     "phi3": Family(_FUSED),
     # Logits scaled or capped; a norm behind the MLP.
     "cohere": Family(logit_scale="logit_scale", qk_norm=True),
@@ -125,9 +121,8 @@ FAMILIES: dict[str, Family] = {
     "granite_swa": _GRANITE,
     "hyperclovax": Family(
         logit_scale="logits_scaling",
-        output="used",
-        output_scale="residual_multiplier",
         norm_behind="post_norm2",
+        output_scale="residual_multiplier",
     ),
     "minicpm3": Family(logit_divisor="logits_scaling", output_scale="residual_scale"),
     "vaultgemma": Family(softcap="final_logit_softcapping"),
@@ -163,7 +158,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2": Family(
         Site("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
         norm="embedding_norm",
-        means={"block_auto_adjust_ff_dim": False, "block_ff_dim": None},
+        with_width={"block_auto_adjust_ff_dim": False, "block_ff_dim": None},
         qk_norm=True,
     ),
     "qwen3_5_text": Family(qk_norm=True),
@@ -189,95 +184,17 @@ _UNGATED = """apertus arcee bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_ne
 opt phi starcoder2"""
 _EXPERTS = """deepseek_v2 deepseek_v3 glm4_moe gpt_oss granitemoe lfm2_moe mixtral olmoe
 qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next"""
-_UNSCALED = "aya_vision cohere2_vision"
+_OTHER_LOGITS = "aya_vision cohere2_vision"
 _STATE = "deepseek_v4 gemma3n gemma3n_text glm5_next qwen4_exp"
 # Families that are known and cannot be right yet, and why.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(_UNGATED.split(), "its MLPs have no gate"),
     **dict.fromkeys(_EXPERTS.split(), "it has experts, each with neurons of its own"),
-    **dict.fromkeys(_UNSCALED.split(), "its logits are not those of its text tower"),
+    **dict.fromkeys(_OTHER_LOGITS.split(), "its logits are not those of its text tower"),
     **dict.fromkeys(_STATE.split(), "its layers pass on more than one hidden state"),
 }
 
 NON_UNIFORM = "hfprune_"  # begins the model_type of a family whose layers have their own widths
-
-
-def family_type(config: Mapping[str, Any]) -> Any:
-    """Return the model_type of a parsed config.json's family."""
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type.removeprefix(NON_UNIFORM) in FAMILIES:
-        return model_type.removeprefix(NON_UNIFORM)
-    return model_type
-
-
-def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family of a parsed config.json, or raise UnsupportedModelError.
-
-    A model with a text tower has the tower's family, with its own paths.
-    """
-    model_type, classes = family_type(config), config.get("architectures")
-    name = classes[0] if isinstance(classes, list) and classes else "this model"
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        family = FAMILIES[model_type]
-        if family.tower is not None:
-            text = text_part(config)
-            inner = family_of(text)
-            scaled = inner.logit_scale or inner.logit_divisor or text.get(inner.softcap)
-            if scaled and not family.tower.caps_logits:
-                raise UnsupportedModelError(
-                    f"{name!s:.100} is not supported: the logits of its class are not those of its "
-                    "text tower, which are scaled or capped"
-                )
-            return replace(inner, tower=family.tower, decoder=family.tower.decoder)
-        for key, what in family.refused.items():
-            if config.get(key):
-                raise UnsupportedModelError(
-                    f"{name!s:.100} is not supported: it has {what} ({key} {config[key]!r:.20})"
-                )
-        return family
-    why = REFUSED.get(model_type) if isinstance(model_type, str) else None
-    if why is not None:
-        raise UnsupportedModelError(
-            f"{name!s:.100} is not supported: {why} (model_type {model_type})"
-        )
-    raise UnsupportedModelError(
-        f"{name!s:.100} is not supported: no gated MLP is known for model_type {model_type!r:.60}; "
-        f"supported are {', '.join(FAMILIES)}"
-    )
-
-
-def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of what is run: that of a text tower, as the model that it runs as.
-
-    A tower's is in `text_config`, or beside the others' in files of older versions.
-    """
-    model_type = family_type(config)
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or family.tower is None:
-        return dict(config)
-    inner = config.get("text_config")
-    text = dict(inner) if isinstance(inner, Mapping) else dict(config)
-    of_text = text.get("model_type", "")
-    text["model_type"] = family.tower.runs_as.get(str(of_text), of_text)
-    for rope in ("rope_parameters", "rope_scaling"):
-        if text["model_type"] != of_text and isinstance(text.get(rope), Mapping):
-            text[rope] = _one_axis(text[rope])
-    for key in ("architectures", "dtype", "torch_dtype", "tokenizer_class"):
-        if key in config:
-            text.setdefault(key, config[key])
-    tied = [c["tie_word_embeddings"] for c in (config, text) if "tie_word_embeddings" in c]
-    if tied:  # versions wrote it in one place, or the other
-        text["tie_word_embeddings"] = True in tied
-    if config["model_type"] != model_type:  # layers of different widths
-        text["model_type"] = NON_UNIFORM + str(text["model_type"])
-        text["mlp_widths"] = config.get("mlp_widths")
-    return text
-
-
-def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rotary parameters for text, whose positions are the same on all axes."""
-    kept = {key: v for key, v in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
-    return {key: "default" if v == "mrope" else v for key, v in kept.items()}
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class _PerLayerWidths:
         for name in ("model", "language_model", "text_model"):
             decoder = getattr(decoder, name, decoder)
             if decoder is not self and isinstance(decoder, _PerLayerWidths):
-                return
+                return  # it has narrowed its layers
         for layer, width in zip(decoder.layers, widths, strict=True):
             _narrow(layer, widest, width)
         self.post_init()  # type: ignore[attr-defined]  # initialises the new weights
@@ -165,7 +165,7 @@ def _follow_widths(config: Any, widths: list[int]) -> None:
 
 
 def _narrow(layer: Any, widest: int, width: int) -> None:
-    """Make the MLP of a layer, which has the widest, so wide."""
+    """Give the MLP of a layer, which is `widest` wide, linear layers of this width."""
     for module in list(layer.modules()):
         for name in _READ_NEURONS:
             down = module._modules.get(name)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, family_of, family_type
+from hfprune_fast.models.declared import family_of, family_type
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,7 @@ def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     was_uniform = config.model_type == family
     text: Any = config if of_text.tower is None else config.text_config
     setattr(text, of_text.width, max(widths))
-    for key, value in of_text.means.items():
+    for key, value in of_text.with_width.items():
         if value is not None:
             setattr(text, key, value)
     vars(config).pop("mlp_widths", None)

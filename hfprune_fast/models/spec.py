@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hfprune_fast.models.families import family_type, text_part
-from hfprune_fast.models.sites import adapters_in, parts_of
+from hfprune_fast.models.declared import family_type, text_part
+from hfprune_fast.models.plain import adapters_in
+from hfprune_fast.models.sites import parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,8 +139,8 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
         for name, parameter in adapter.named_parameters()
         if not name.startswith("base_layer.")
     }
-    towers = (parts.decoder, parts.head)  # what stands beside them, such as vision, is not cut
-    own = {id(p): p for m in towers for p in m.parameters() if id(p) not in added}
+    run = (parts.decoder, parts.head)  # what stands beside them, such as vision, is not counted
+    own = {id(p): p for m in run for p in m.parameters() if id(p) not in added}
     return ModelSpec(
         model_type=str(family_type(text_part(model.config.to_dict()))),
         num_layers=len(mlps),

@@ -128,7 +128,7 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
             _export_layout(source, "padded", folder, force=False)
         _convert(converter, folder, padded)
         with whole_file(out, _is_gguf) as partial:
-            known = source.spec.model_type in gguf_file.FAMILIES and source.family.tower is None
+            known = source.spec.model_type in gguf_file.TRIED and source.family.tower is None
             if len(set(widths)) > 1 and not (known and gguf_file.target_of_file(padded)):
                 say(
                     f"llama.cpp has no form of {source.spec.model_type} with a width for each "

@@ -19,8 +19,9 @@ from hfprune_fast.errors import (
     is_out_of_memory,
     one_line,
 )
+from hfprune_fast.models.plain import plain_model
 from hfprune_fast.models.registration import record_widths
-from hfprune_fast.models.sites import ModelParts, check_keep, parts_of, plain_model
+from hfprune_fast.models.sites import ModelParts, check_keep, parts_of, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def prune(
 
     Raises:
         ArgumentError: keep or down_proj does not fit the model, an MLP or the head is not plain
-            (`models.sites.plain_model`), or adapters are attached; nothing was cut.
+            (`models.plain.plain_model`), or adapters are attached; nothing was cut.
         MemoryShortageError: not enough memory; nothing was cut.
 
     Whole or not at all: what can fail comes before the first parameter is replaced, and Ctrl-C or
@@ -59,7 +60,7 @@ def prune(
     keep = check_keep(keep, dense)
     replaced = _check_down_proj(down_proj, parts, keep)
     cuts = [
-        (linear, name, axis, torch.cat([keep[layer] + mlp.width * i for i in range(times)]))
+        (linear, name, axis, rows_of(keep[layer], mlp.width, times))
         for layer, mlp in enumerate(parts.mlps)
         for linear, axis, times in mlp.linears
         for name, parameter in linear._parameters.items()

@@ -11,14 +11,15 @@ neurons can. (Fitting V a to the dense MLP's own output instead leaves their err
 stream: on the models of bench/fidelity, 15 to 20 % more KL.) Where a family scales the MLP's output
 before it is added, x - h is divided by the scale.
 
-Where an RMS norm with gains g follows the MLP, the sum to minimise is over tokens with weights, and
-the norm is taken as linear with the root mean square of the dense MLP's output y:
+Where an RMS norm with gains g follows the MLP, the norm is taken as linear, with the root mean
+square of the dense MLP's output y at each token. What is minimised, beside the ridge, is
 
     mean‖u (g ∘ V a) - (x - h)‖² + μ·mean(g²)·mean‖u (V a - y)‖²        u = 1 / rms(y)
 
-The second term keeps V a at y where a gain is so small that V would have to grow to correct the
-stream. (On OLMo 2 and Gemma 2 of a million parameters, fitting V a to y alone has 18 % more KL.)
-Where anything else follows the MLP, V a is fitted to y.
+which is least squares for each row of V, over tokens with weights u²; a row's ridge is in
+proportion to its terms. The second term keeps V a at y where a gain is so small that V would have
+to grow to correct the stream. (Fitting V a to y alone has 10 to 18 % more KL on the small OLMo 2
+and Gemma 2 of bench/results/NOTES.md.) Where the output is scaled too, g has the scale in it.
 
 The second moments of one layer are in memory at a time, and the streams: for the dense and each
 pruned model a tensor of all tokens by hidden_size, on the host if the model is on a GPU.
@@ -43,7 +44,8 @@ from hfprune_fast.engine.layerwise import (
     own_modes,
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, outputs_of, pruned_down_proj
-from hfprune_fast.models.sites import check_keep, plain_model
+from hfprune_fast.models.plain import plain_model
+from hfprune_fast.models.sites import check_keep
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.costs import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import least_squares
@@ -94,11 +96,11 @@ def refit(
     results = [Refitted({}, []) for _ in keeps]
 
     def visit(layer: int) -> None:
-        outputs: list[Tensor | None] = [None] * len(batches)  # of the dense MLP, where needed
+        outputs: list[Tensor | None] = [None] * len(batches)  # of the dense MLP, for a norm
         for i, batch in each_batch(batches, on_progress, steps):
             with outputs_of(model.parts.mlps[layer]) as seen:
                 dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
-            if model.parts.family.output == "used":
+            if model.parts.family.norm_behind:
                 outputs[i] = seen[0].cpu()
         for keep, stream, result in zip(keeps, streams, results, strict=True):
             pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
@@ -165,7 +167,7 @@ class _PrunedLayer:
 
         Args:
             dense: the dense model's residual stream after the layer.
-            output: what the dense model's down_proj returns, where it is not simply added.
+            output: what the dense model's down_proj returns, where a norm follows; else None.
             stream: the pruned model's residual stream before the layer.
         """
         model, dtype = self._model, moments_dtype(self._model)
@@ -184,21 +186,19 @@ class _PrunedLayer:
         self._gram += weighted.t() @ act
         self._cross += target.t() @ weighted
 
-    def _behind(self, output: Tensor, missing: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what down_proj shall return (B, T, D), and the weights of the tokens (B, T, 1).
+    def _behind(self, output: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what down_proj shall return in front of a norm (B, T, D), and weights (B, T, 1).
 
         Args:
             output: y, what the dense model's returns.
             missing: x - h, what the layer shall add to the stream.
         """
-        family, layer = self._model.parts.family, self._model.parts.layers[self._layer]
-        if not family.norm_behind:
-            return output.to(missing.dtype), None
-        norm = layer.get_submodule(family.norm_behind)
-        # Of numbers so large that the norm's epsilon does not count.
+        parts = self._model.parts
+        norm = parts.layers[self._layer].get_submodule(parts.family.norm_behind)
+        # Of equal numbers, so large that the norm's epsilon does not count.
         gains = norm(torch.full_like(output[:1, :1], 1e3)).to(missing.dtype)
         normed, wide = norm(output).to(missing.dtype), output.to(missing.dtype)
-        scale = self._model.parts.output_scale(self._layer)
+        scale = parts.output_scale(self._layer)
         gains, normed = gains * scale, normed * scale
         share = gains * wide
         length = share.square().sum(-1, keepdim=True)

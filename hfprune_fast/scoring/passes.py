@@ -197,7 +197,7 @@ class Pass:
                 self._masks[i], self._scales[i], options.parity, options.backend, activation
             ),
             needs_grad=layer > 0,
-            only_backward=only_backward and self.model.parts.family.output != "used",
+            only_backward=only_backward and not self.model.parts.family.norm_behind,
         )
 
     def _head(self, i: int, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ class Pass:
         """Return the gradients at a layer's input, and add to its statistics (C, 4, F).
 
         The gradients are one a criterion; those at the first layer's input are unused. `fisher` is
-        given that of criterion fisher at the MLP's output.
+        given that of criterion fisher at down_proj's output.
         """
         graph, d_inputs = self._graphs[i].pop()(), []
         for c, d_output in enumerate(d_outputs):
@@ -261,9 +261,9 @@ class Pass:
 
 
 class _Covariance:
-    """Σ g gᵀ over tokens, (D, D) fp32 at least, g of log p(y) at the output of a layer's MLP.
+    """Σ g gᵀ over tokens, (D, D) fp32 at least, g of log p(y) at the output of down_proj.
 
-    There, and not at the layer's output, since a norm, a gate or a scale may follow the MLP.
+    There, and not at the layer's output, since a norm or a scale may follow.
     """
 
     def __init__(self, model: ResidentModel) -> None:
@@ -271,7 +271,7 @@ class _Covariance:
         self.total = torch.zeros((), dtype=dtype, device=model.device)
 
     def add(self, batch: MicroBatch, scale: float, grad: Tensor) -> None:
-        """Add a micro-batch's gradients; the loss of a sequence is a mean, so g is length times."""
+        """Add a micro-batch's gradients, times its length: the loss of a sequence is a mean."""
         wide = grad.to(self.total.dtype)
         lengths = torch.tensor(batch.lengths, dtype=wide.dtype, device=wide.device)
         rows = (wide * (lengths / scale)[:, None, None]).flatten(0, 1)

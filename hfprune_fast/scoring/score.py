@@ -21,7 +21,7 @@ from hfprune_fast.engine.distributed import Processes, joined, launched, own_dev
 from hfprune_fast.engine.layerwise import ResidentModel, own_modes
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.models.sites import plain_model
+from hfprune_fast.models.plain import plain_model
 from hfprune_fast.models.spec import spec_of
 from hfprune_fast.options import keyword_options
 from hfprune_fast.scoring.job import ScoringJob, check_criteria
@@ -51,7 +51,7 @@ def score(
 
     Args:
         model_or_path: a loaded causal language model, or a folder, hub name or `demo`. Its MLPs
-            and head must be plain (`models.sites.plain_model`); adapters on its attention are part
+            and head must be plain (`models.plain.plain_model`); adapters on its attention are part
             of what is scored.
         batches_or_source: token batches: (B, T) integers each, or mappings with such `input_ids`
             and an `attention_mask` of padding on one side; or one (N, T) tensor or array; or, for a

@@ -85,3 +85,19 @@ def test_a_decoder_that_runs_a_layer_twice_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(model.config, "num_hidden_layers", 4)
     with pytest.raises(UnsupportedModelError, match="does not run its layers one after the other"):
         hf.score(model, torch.arange(32)[None])
+
+
+def test_a_decoder_that_works_between_its_layers_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_llama()
+
+    def between(self: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        hidden = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden + 1)
+        return self.norm(hidden)
+
+    monkeypatch.setattr(type(model.model), "forward", between)
+    with pytest.raises(UnsupportedModelError, match="does not run its layers one after the other"):
+        hf.score(model, torch.arange(32)[None])

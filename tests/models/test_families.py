@@ -4,7 +4,8 @@ import pytest
 from truth import tiny_model
 
 from hfprune_fast.errors import UnsupportedModelError
-from hfprune_fast.models.families import Family, Neurons, Site, family_of, neurons_in
+from hfprune_fast.models.declared import family_of
+from hfprune_fast.models.families import Family, Neurons, Site, neurons_in
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.models.spec import ModelSpec, spec_of
 

@@ -13,6 +13,7 @@ from family_truth import Float64
 from safetensors.torch import load_file, save_file
 
 import hfprune_fast as hf
+from hfprune_fast.pruning.export import export
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "StableLM, attention beside the MLP": ("stablelm", {"use_parallel_residual": True}),
@@ -78,6 +79,9 @@ def test_a_wrappers_text_beside_its_vision_in_config_json(tmp_path: Path) -> Non
     check(case, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["intermediate_size"], "text_config" in written) == (24, False)
+    custom = case.written("custom")
+    export(str(custom.folder), "padded", tmp_path / "padded")
+    assert case.pruned_error(case.load(tmp_path / "padded"), custom.keep) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_text"])

@@ -1,5 +1,6 @@
 """What cannot be right yet is refused by name, with the reason, before any work."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -75,3 +76,16 @@ def test_a_loaded_model_is_refused_too(which: str) -> None:
     model = AutoModelForCausalLM.from_config(config_of(model_type, options))
     with pytest.raises(UnsupportedModelError, match=reason):
         hf.score(model, [[[3, 4, 5]]])
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [{}, {"text_config": {"model_type": "gemma3"}}, {"text_config": {"model_type": "llava"}}],
+)
+def test_a_wrapper_without_a_text_of_its_own_is_refused(
+    inside: dict[str, Any], tmp_path: Path, hfprune: Callable[..., Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", **inside}))
+    run = hfprune("plan", tmp_path, "--prune-ratio", 0.25)
+    assert (run.code, len(run.err.splitlines())) == (2, 1), run.err
+    assert "has no text_config of another model_type" in run.err
