@@ -49,7 +49,7 @@ $(SERVING)/.ready: requirements-serving.txt
 	tar -xzf $(SERVING)/$(LLAMA_CPP).tar.gz -C $(SERVING)
 	touch $@
 
-# The truth of every family, in two minutes: bench/results/families/families.json and docs/families.md.
+# The truth of every family, in five minutes on 2 idle cores: bench/results/families/families.json and docs/families.md.
 families: $(VENV)/.dev install
 	mkdir -p build
 	rm -f build/families.jsonl

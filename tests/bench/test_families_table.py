@@ -4,7 +4,7 @@ import json
 import re
 
 import families_table
-from family_models import TINY
+from family_configs import TINY
 
 from hfprune_fast.models.families import FAMILIES
 

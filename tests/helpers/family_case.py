@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from criteria_truth import TRUTHS, drawn_token, mean_entropy
-from family_models import TINY, down_projections, sequences, tiny_family_model
+from family_configs import TINY
+from family_models import down_projections, sequences, tiny_family_model
 from family_truth import Float64, masked_logits, own_logits, own_removal_costs, own_scores
 from padding import padded
 from safetensors.torch import load_file

@@ -7,7 +7,8 @@ import pytest
 import torch
 from criteria_truth import SEED, mean_entropy
 from family_case import FamilyCase, largest_error, statistics_error
-from family_models import EVERY, TINY, down_projections, tiny_config
+from family_configs import TINY
+from family_models import EVERY, down_projections, tiny_config
 from family_truth import Float64, masked_logits, own_scores
 
 import hfprune_fast as hf

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_models import SIZES, TINY, tiny_config
+from family_configs import SIZES, TINY
+from family_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
