@@ -13,6 +13,7 @@ from family_truth import Float64
 from safetensors.torch import load_file, save_file
 
 import hfprune_fast as hf
+from hfprune_fast.checkpoint import loading
 from hfprune_fast.pruning.export import export
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,6 +83,56 @@ def test_a_wrappers_text_beside_its_vision_in_config_json(tmp_path: Path) -> Non
     custom = case.written("custom")
     export(str(custom.folder), "padded", tmp_path / "padded")
     assert case.pruned_error(case.load(tmp_path / "padded"), custom.keep) < 1e-12
+
+
+def without(*keys: str) -> Callable[[dict[str, Any]], None]:
+    """Leave keys of the text's configuration to the defaults of its class."""
+
+    def edit(config: dict[str, Any]) -> None:
+        for key in keys:
+            del config["text_config"][key]
+
+    return edit
+
+
+def without_theta(config: dict[str, Any]) -> None:
+    del config["text_config"]["rope_parameters"]["rope_theta"]
+    del config["text_config"]["rms_norm_eps"]
+
+
+def by_its_alias(config: dict[str, Any]) -> None:
+    config["layers_block_type"] = config.pop("layer_types")
+
+
+def tied_inside_alone(config: dict[str, Any]) -> None:
+    config["text_config"]["tie_word_embeddings"] = True
+    del config["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        ("qwen2_5_vl", without_theta),  # other defaults than Qwen2's
+        ("qwen2_vl", without_theta),
+        ("qwen3_vl", without("rope_parameters")),
+        ("mistral3", without("model_type")),
+        ("gemma3", without("model_type")),
+        ("qwen2_5_vl", tied_inside_alone),
+        ("granitemoehybrid", by_its_alias),
+    ],
+)
+def test_what_a_config_leaves_to_its_class_or_calls_otherwise(
+    family: str, edit: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    case = FamilyCase.save(family, tmp_path / "dense")
+    path = case.folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+    theirs, ids = case.load(case.folder, dtype=torch.float64), case.ids[0][None]
+    with Float64(), torch.no_grad():
+        ours = loading.load_model(case.folder, device="cpu", dtype="float64")
+        assert torch.equal(ours(ids).logits, theirs(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_text"])

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from family_case import FamilyCase
 from family_configs import SIZES, TINY
 from family_models import tiny_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -16,7 +19,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import hfprune_fast as hf
-from hfprune_fast.errors import UnsupportedModelError
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.errors import CheckpointError, UnsupportedModelError
 
 CLASSES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 # What is written into config.json: a model_type and its options, and what the refusal must name.
@@ -46,6 +50,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "LLaVA whose text has experts": ("llava", {"model_type": "mixtral"}, "expert"),
     "LLaVA whose text has no gate": ("llava", {"model_type": "phi"}, "gate"),
     "Aya Vision": ("aya_vision", {}, "logits"),
+    "Qwen2 as an encoder": ("qwen2", {"is_causal": False}, "see later ones"),
+    "Gemma 3 as an encoder": (
+        "gemma3_text",
+        {"use_bidirectional_attention": True},
+        "see later ones",
+    ),
     "GPT-2": ("gpt2", {}, "gate"),
     "Phi-1 and 2": ("phi", {}, "gate"),
 }  # fmt: skip
@@ -90,3 +100,36 @@ def test_a_wrapper_without_a_text_of_its_own_is_refused(
     run = hfprune("plan", tmp_path, "--prune-ratio", 0.25)
     assert (run.code, len(run.err.splitlines())) == (2, 1), run.err
     assert "has no text_config of another model_type" in run.err
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("granite", {"logits_scaling": 0}, "logits_scaling is 0.*expected a positive number"),
+        ("cohere", {"logit_scale": float("inf")}, "logit_scale is inf"),
+        ("gemma2", {"final_logit_softcapping": -3.0}, "final_logit_softcapping is -3"),
+        ("bamba", {"mamba_chunk_size": 0}, "mamba_chunk_size 0"),
+        ("falcon_h1", {"mamba_chunk_size": 1 << 50}, "mamba_chunk_size 1125899906842624"),
+        ("lfm2", {"block_ff_dim": -5}, "block_ff_dim -5"),
+        ("gemma3", {"text_config": [3]}, "text_config that is a list, expected an object"),
+        ("qwen2_5_vl", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers 10000000"),
+    ],
+)
+def test_values_that_no_model_has(
+    family: str, change: dict[str, Any], said: str, tmp_path: Path, hfprune: Callable[..., Any]
+) -> None:
+    config = tiny_config(family).to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = hfprune("plan", tmp_path, "--prune-ratio", 0.25)
+    assert (run.code, len(run.err.splitlines())) == (2, 1), run.err
+    assert re.search(said, run.err), run.err
+
+
+@pytest.mark.parametrize("name", ["rogue.weight", "layers.0.rogue.weight"])
+def test_an_unknown_tensor_in_a_text_tower_is_refused(name: str, tmp_path: Path) -> None:
+    case = FamilyCase.save("qwen3_vl", tmp_path)
+    file = case.folder / "model.safetensors"
+    more = {f"model.language_model.{name}": torch.ones(2)}
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"does not know: model.language_model.{name}"):
+        open_source(case.folder)
