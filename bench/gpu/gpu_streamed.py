@@ -49,11 +49,13 @@ def executed_flops(layers: int, tokens: int) -> int:
     A weight takes 2 FLOPs a token in a product forward, and 2 in that of the gradient at the
     product's input. Every layer runs forward, and once more in the backward but for down_proj,
     whose output is not needed again. In the first only the gradient at down_proj's input is made.
+    Each MLP is run twice over 3 rows to compare its formula.
     """
     down = SHAPE.mlp_params // 3
     forward, again = layers * SHAPE.layer_params, layers * (SHAPE.layer_params - down)
     backward = (layers - 1) * SHAPE.layer_params + down
-    return 2 * tokens * (forward + again + backward + 2 * SHAPE.head_params)
+    compared = layers * 2 * 3 * SHAPE.mlp_params
+    return 2 * (tokens * (forward + again + backward + 2 * SHAPE.head_params) + compared)
 
 
 class Streamed:
