@@ -44,7 +44,7 @@ from typing import Any
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 import torch
-from records import RESULTS, ROOT, Result, described, write
+from records import RESULTS, ROOT, Result, described, rounded, write
 from report import markdown
 
 # Seconds a phase may take; build, compile, correctness and timing are under 8 minutes together.
@@ -108,7 +108,8 @@ def report(result: Result) -> str:
         lines.append(f"- {name}: {phase['error'] or 'ok'} ({phase['seconds']:.0f} s)")
         lines += [f"  - skipped: {reason}" for reason in phase.get("skipped", ())]
         lines += [f"  - {line}" for line in phase.get("tests", ())]
-    return "\n".join(lines) + "\n\n" + markdown(result)
+    rows = [rounded(row) for row in result["rows"]]  # as the file has them
+    return "\n".join(lines) + "\n\n" + markdown({**result, "rows": rows})
 
 
 class Run:
