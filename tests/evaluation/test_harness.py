@@ -194,8 +194,9 @@ def test_beside_a_text_in_one_table(tasks: Path, hfprune: Callable[..., Any]) ->
         r"own_choice +acc +(0\.\d{4} ± 0\.\d{4}) +\1 +\+0\.0000 ± 0\.0000", table[2]
     )
     said = [run.err.index(f"hfprune: tasks on the {name} model") for name in ("dense", "pruned")]
-    # A full bar is drawn again where the last request took long.
-    assert run.err.count("Running loglikelihood requests: 100%", *said) >= 1
+    # Counted where it begins: a full bar is drawn again if the last request took long.
+    assert run.err.count("Running loglikelihood requests:   0%", *said) == 1
+    assert "Running loglikelihood requests: 100%" in run.err[slice(*said)]
 
 
 def test_a_text_is_refused_before_tasks_run(
