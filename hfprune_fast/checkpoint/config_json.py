@@ -114,10 +114,10 @@ def _with_whole_text(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]
     own = {key: value for key, value in own.items() if value is not None}
     kept = ("dtype", "torch_dtype", "tie_word_embeddings")  # which any config may hold
     own |= {key: declared[key] for key in kept if key in declared}
-    tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-    outer = load_config(folder, {**outer_type, "text_config": own, **tied})
-    tied = {"tie_word_embeddings": outer.tie_word_embeddings}
-    return {**config, "text_config": own, **tied}
+    tie = "tie_word_embeddings"  # the whole model's counts, for which its class has rules
+    given = {tie: config[tie]} if tie in config else {}
+    outer = load_config(folder, {**outer_type, "text_config": own, **given})
+    return {**config, "text_config": own, tie: outer.tie_word_embeddings}
 
 
 def _check_is_causal(config: Mapping[str, Any]) -> None:
