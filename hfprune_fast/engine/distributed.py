@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -112,7 +113,7 @@ def joined(device: torch.device, processes: Processes) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+        _connect("nccl" if cuda else "gloo")
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(
             f"the {processes.count} processes of this run cannot join: {one_line(error)}"
@@ -121,3 +122,20 @@ def joined(device: torch.device, processes: Processes) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _connect(backend: str) -> None:
+    """Wait for the others in a thread: the main one can then be interrupted or terminated."""
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            dist.init_process_group(backend, timeout=_PATIENCE)
+        except Exception as error:
+            failures.append(error)
+
+    waiting = Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join()
+    if failures:
+        raise failures[0]

@@ -199,21 +199,29 @@ def test_torchrun_starts_them(hfprune: Hfprune) -> None:
     assert done.stderr.count("hfprune: scoring with") == 1
 
 
+# Where the first process is when the other dies, and where the other is then.
+MIDDLE = ("hfprune_fast.scoring.passes:Pass.add_to", "hfprune_fast.scoring.passes:Pass.add_to")
+JOINING = ("torch.distributed:init_process_group", "hfprune_fast.scoring.score:calibrate")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["scoring.passes:Pass.add_to", "scoring.score:calibrate"])
-def test_torchrun_ends_all_when_one_is_killed(place: str) -> None:
-    """In the middle, and before they have joined."""
+@pytest.mark.parametrize("places", [MIDDLE, JOINING], ids=["in the middle", "while one joins"])
+def test_torchrun_ends_all_when_one_is_killed(places: tuple[str, str]) -> None:
     Path("driver.py").write_text(
         "import os, sys, time\n"
-        "from forked import kill_at\n"
+        "from pathlib import Path\n"
+        "from forked import do_first, kill_at\n"
         "from hfprune_fast.cli import main\n"
+        "def wait_for_the_first():\n"
+        "    while not Path('there').exists():\n"
+        "        time.sleep(0.05)\n"
         "if __name__ == '__main__':\n"
+        f"    first, other = {places}\n"
         "    if os.environ['RANK'] == '0':\n"
-        "        open('started', 'w').close()\n"
+        "        do_first(first, Path('there').touch)\n"
         "    else:\n"
-        "        while not os.path.exists('started'):\n"
-        "            time.sleep(0.05)\n"
-        f"        kill_at('hfprune_fast.{place}', 0)()\n"
+        "        kill_at(other, 0)()\n"
+        "        do_first(other, wait_for_the_first)\n"
         "    main(sys.argv[1:])\n"
     )
     done = torchrun("driver.py", *score_args())

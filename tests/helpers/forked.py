@@ -106,15 +106,25 @@ def kill_at(function: str, number: int) -> Prepare:
 
 
 def _kill_at(function: str, number: int) -> None:
-    calls, original = count(), resolve_name(function)
+    calls = count()
 
-    def killing(*args: Any, **options: Any) -> Any:
+    def kill() -> None:
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    do_first(function, kill)
+
+
+def do_first(function: str, what: Callable[[], object]) -> None:
+    """Do something before each call of a function."""
+    original = resolve_name(function)
+
+    def and_then(*args: Any, **options: Any) -> Any:
+        what()
         return original(*args, **options)
 
     owner, _, name = function.replace(":", ".").rpartition(".")
-    setattr(resolve_name(owner), name, killing)
+    setattr(resolve_name(owner), name, and_then)
 
 
 def kill_between(events: int, pass_tokens: int) -> Prepare:
