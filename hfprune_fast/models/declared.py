@@ -43,6 +43,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if config.get(key):
             raise _unsupported(config, f"it has {what} ({key} {config[key]!r:.20})")
     if family.tower is None:
+        without = family.experts is not None and family.experts.enabled
+        if without and not config.get(without):
+            return replace(family, experts=None)
         return family
     text = text_part(config)
     of_text = FAMILIES.get(str(family_type(text)))

@@ -7,7 +7,6 @@ biases, kinds of layers, the activation, whether an MLP computes the plain formu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +22,43 @@ class Site:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer, what chooses among them, and the MLP beside them.
+
+    Paths are below a layer, keys of config.json. A layer without the module at `path` has only the
+    family's own MLP.
+
+    Args:
+        path: the module of all experts, whose parameters gate_up_proj and down_proj are 3-D.
+        per_expert: the router's tensors that hold an entry for each expert, along the first axis;
+            not every model has all.
+        stored: what an expert's gate, up and down are called below `path.NUMBER.` in files that
+            hold each apart; files may also hold the parameters as they are.
+        transposed: the parameters' last two axes are the other way round, and the columns of
+            gate_up_proj are a neuron's gate, its up, and then the next neuron's.
+        count, width, chosen: the number of experts, their neurons, and how many a token chooses.
+        groups: the number of groups that a token's experts are chosen from.
+        enabled: without this key, or where it is false, there are none.
+        shared: the MLP beside the experts, which sees every token.
+        shared_width: the key of its width; without one it is a multiple of the experts'.
+        shared_gate: the linear layer whose sigmoid its output is multiplied by.
+    """
+
+    path: str = "mlp.experts"
+    per_expert: tuple[str, ...] = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+    stored: tuple[str, str, str] = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    transposed: bool = False
+    count: str = "num_experts"
+    width: str = "moe_intermediate_size"
+    chosen: str = "num_experts_per_tok"
+    groups: str = ""
+    enabled: str = ""
+    shared: Site | None = None
+    shared_width: str = ""
+    shared_gate: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +99,8 @@ class Family:
         own_layers: its per_layer_config says other things than widths, and is left alone.
         qk_norm: q and k are normalised, which takes memory.
         tower: it has a text tower, which is what is scored and cut.
+        experts: its layers, or some of them, have experts.
+        renamed: {part of a name below a layer: what stands there in files}.
         refused: {key: what is not supported where its value is neither false, null nor 0}.
     """
 
@@ -82,14 +120,28 @@ class Family:
     own_layers: bool = False
     qk_norm: bool = False
     tower: Tower | None = None
+    experts: Experts | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-_FEED_FORWARD = Site("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
+def _mlp_at(path: str) -> Site:
+    return Site(f"{path}.gate_proj", f"{path}.up_proj", f"{path}.down_proj")
+
+
+_FEED_FORWARD = _mlp_at("feed_forward")
 _FUSED = Site("mlp.gate_up_proj", "mlp.gate_up_proj")
 _NORM_BEHIND = Family(norm_behind="post_feedforward_layernorm", qk_norm=True)
 _GEMMA = replace(_NORM_BEHIND, softcap="final_logit_softcapping")
 _GRANITE = Family(logit_divisor="logits_scaling", output_scale="residual_multiplier")
+_QWEN_EXPERTS = Experts(
+    shared=_mlp_at("mlp.shared_expert"),
+    shared_width="shared_expert_intermediate_size",
+    shared_gate="mlp.shared_expert_gate",
+)
+_SHARED_EXPERTS = Experts(
+    count="n_routed_experts", groups="n_group", shared=_mlp_at("mlp.shared_experts")
+)
 _TEXT_MODEL = Tower(decoder="model.text_model", stored=("model.text_model.",))
 
 FAMILIES: dict[str, Family] = {
@@ -135,8 +187,15 @@ FAMILIES: dict[str, Family] = {
         refused={
             "num_kv_shared_layers": "layers that share keys and values with others",
             "hidden_size_per_layer_input": "an embedding for each layer (E2B, E4B)",
-            "enable_moe_block": "experts",
         },
+        experts=Experts(
+            "experts",
+            ("router.proj.weight", "router.per_expert_scale"),
+            chosen="top_k_experts",
+            enabled="enable_moe_block",
+            shared=Site(),
+            shared_width="intermediate_size",
+        ),
     ),
     "olmo2": _NORM_BEHIND,
     "olmo3": _NORM_BEHIND,
@@ -162,6 +221,45 @@ FAMILIES: dict[str, Family] = {
         qk_norm=True,
     ),
     "qwen3_5_text": Family(qk_norm=True),
+    # Layers with experts.
+    "mixtral": Family(
+        width="intermediate_size",
+        experts=Experts(
+            stored=("w1.weight", "w3.weight", "w2.weight"),
+            count="num_local_experts",
+            width="intermediate_size",
+        ),
+        renamed={"mlp.": "block_sparse_moe."},
+    ),
+    "qwen2_moe": Family(experts=_QWEN_EXPERTS),
+    "qwen3_moe": Family(qk_norm=True, experts=Experts()),
+    "olmoe": Family(qk_norm=True, experts=Experts(width="intermediate_size")),
+    "gpt_oss": Family(
+        experts=Experts(
+            per_expert=("mlp.router.weight", "mlp.router.bias"),
+            transposed=True,
+            count="num_local_experts",
+            width="intermediate_size",
+        )
+    ),
+    "granitemoe": replace(
+        _GRANITE,
+        experts=Experts(
+            "block_sparse_moe.experts",
+            ("block_sparse_moe.router.weight",),
+            count="num_local_experts",
+            width="intermediate_size",
+        ),
+        renamed={
+            "experts.gate_up_proj": "input_linear.weight",
+            "experts.down_proj": "output_linear.weight",
+            "router.weight": "router.layer.weight",
+        },
+    ),
+    "qwen3_next": Family(qk_norm=True, experts=_QWEN_EXPERTS),
+    "qwen3_5_moe_text": Family(qk_norm=True, experts=_QWEN_EXPERTS),
+    "glm4_moe": Family(qk_norm=True, experts=_SHARED_EXPERTS),
+    "deepseek_v3": Family(experts=_SHARED_EXPERTS),
     # Models with a text tower.
     "exaone4_5": Family(tower=Tower()),
     "gemma3": Family(tower=Tower()),
@@ -176,51 +274,26 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(tower=Tower({"qwen2_vl_text": "qwen2", "qwen2_vl": "qwen2"})),
     "qwen2_5_vl": Family(tower=Tower({"qwen2_5_vl_text": "qwen2", "qwen2_5_vl": "qwen2"})),
     "qwen3_5": Family(tower=Tower()),
+    "qwen3_5_moe": Family(tower=Tower()),
     "qwen3_vl": Family(tower=Tower({"qwen3_vl_text": "qwen3"})),
     "smolvlm": Family(tower=_TEXT_MODEL),
 }
 
 _UNGATED = """apertus arcee bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mpt nemotron
 opt phi starcoder2"""
-_EXPERTS = """deepseek_v2 deepseek_v3 glm4_moe gpt_oss granitemoe lfm2_moe mixtral olmoe
-qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next"""
+_EXPERTS = """afmoe cohere2_moe deepseek_v2 deepseek_v32 dots1 ernie4_5_moe ernie4_5_vl_moe
+exaone_moe flex_olmo glm4_moe_lite glm4v_moe glm_moe_dsa granitemoeshared hunyuan_v1_moe jamba
+lfm2_moe llama4 llama4_text longcat_flash minimax phimoe qwen3_omni_moe qwen3_vl_moe qwen3_vl_moe_text solar_open"""
 _OTHER_LOGITS = "aya_vision cohere2_vision"
 _STATE = "deepseek_v4 gemma3n gemma3n_text glm5_next qwen4_exp"
 _TOWERS = "qwen2_vl_text qwen2_5_vl_text qwen3_vl_text"
 # Families that are known and cannot be right yet, and why.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(_UNGATED.split(), "its MLPs have no gate"),
-    **dict.fromkeys(_EXPERTS.split(), "it has experts, each with neurons of its own"),
+    **dict.fromkeys(_EXPERTS.split(), "how it runs its experts is not known yet"),
     **dict.fromkeys(_OTHER_LOGITS.split(), "its logits are not those of its text tower"),
     **dict.fromkeys(_TOWERS.split(), "it is a text tower without a head; give the whole model"),
     **dict.fromkeys(_STATE.split(), "its layers pass on more than one hidden state"),
 }
 
 NON_UNIFORM = "hfprune_"  # begins the model_type of a family whose layers have their own widths
-
-
-@dataclass(frozen=True)
-class Neurons:
-    """Where a tensor of a checkpoint holds its layer's neurons."""
-
-    layer: int
-    axis: int
-    times: int = 1  # how often each is there, one block after the other: 2 where gate and up are
-
-
-def neurons_in(family: Family, tensor_name: str) -> Neurons | None:
-    """Return where a tensor, named as below the decoder, holds neurons; None if it does not.
-
-    down_proj's bias is not cut.
-    """
-    site, layers = family.site, re.escape(family.layers)
-    rows = f"(?:{re.escape(site.gate)}|{re.escape(site.up)})"
-    match = re.fullmatch(
-        rf"{layers}\.(\d+)\.(?:({rows})\.(?:weight|bias)|({re.escape(site.down)})\.weight)",
-        tensor_name,
-    )
-    if match is None:
-        return None
-    if match[3]:
-        return Neurons(int(match[1]), 1)
-    return Neurons(int(match[1]), 0, times=2 if site.gate == site.up else 1)

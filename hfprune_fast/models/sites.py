@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line
 from hfprune_fast.models.declared import family_of, family_type
-from hfprune_fast.models.families import Family
+from hfprune_fast.models.experts import ExpertsMLP, experts_of
+from hfprune_fast.models.families import Family, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What names a gated MLP of a model: the layer whose own it is, or (layer, expert).
+SiteKey = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,41 @@ class Logits:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The parts of one model, found by the names in `families`."""
+    """The parts of one model, found by the names in `families`.
+
+    A layer has an MLP of its own, or experts, or both: then the MLP is the shared expert.
+    """
 
     family: Family
     decoder: nn.Module
     embedding: nn.Module
     layers: tuple[nn.Module, ...]
-    mlps: tuple[GatedMLP, ...]
+    mlps: tuple[GatedMLP | None, ...]
+    experts: tuple[ExpertsMLP | None, ...]
     norm: nn.Module
     head: nn.Linear
     logits: Logits
+
+    @property
+    def own_mlps(self) -> dict[int, GatedMLP]:
+        """The MLPs that all tokens go through, by layer."""
+        return {layer: mlp for layer, mlp in enumerate(self.mlps) if mlp is not None}
+
+    @property
+    def with_experts(self) -> dict[int, ExpertsMLP]:
+        """The experts, by layer."""
+        return {layer: of for layer, of in enumerate(self.experts) if of is not None}
+
+    @property
+    def widths(self) -> dict[SiteKey, int]:
+        """The neurons of each MLP, by layer; of each expert, by (layer, expert)."""
+        widths: dict[SiteKey, int] = {}
+        for layer, (mlp, experts) in enumerate(zip(self.mlps, self.experts, strict=True)):
+            if mlp is not None:
+                widths[layer] = mlp.width
+            if experts is not None:
+                widths |= {(layer, expert): experts.width for expert in range(experts.count)}
+        return widths
 
     def output_scale(self, layer: int) -> float:
         """What an MLP's output is multiplied by when it is added to the residual stream."""
@@ -101,18 +131,17 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
     config: Any = model.config
     family = family_of({**config.to_dict(), "architectures": [type(model).__name__]})
     text = config if family.tower is None else config.text_config
-    site = family.site
-    mlp, _, _ = site.down.rpartition(".")
-    paths = (mlp, site.gate, site.up, site.down)
     try:
         decoder = model.get_submodule(family.decoder)
         layers: Any = decoder.get_submodule(family.layers)
+        experts = tuple(experts_of(layer, family.experts) for layer in layers)
         return ModelParts(
             family,
             decoder,
             embedding=decoder.get_submodule(family.embedding),
             layers=tuple(layers),
-            mlps=tuple(GatedMLP(*map(layer.get_submodule, paths)) for layer in layers),
+            mlps=tuple(_mlp_of(*each, family) for each in zip(layers, experts, strict=True)),
+            experts=experts,
             norm=decoder.get_submodule(family.norm),
             head=model.get_submodule(family.head),  # type: ignore[arg-type]
             logits=_logits(family, text),
@@ -123,6 +152,15 @@ def parts_of(model: PreTrainedModel) -> ModelParts:
             f"head, such as {family.head} ({one_line(error)}); load it with AutoModelForCausalLM, "
             "or give the whole model that it is the text of"
         ) from None
+
+
+def _mlp_of(layer: nn.Module, experts: ExpertsMLP | None, family: Family) -> GatedMLP | None:
+    """Return the MLP of a layer that all tokens go through; None where there are experts alone."""
+    site: Site | None = family.site if experts is None else experts.described.shared
+    if site is None:
+        return None
+    mlp, _, _ = site.down.rpartition(".")
+    return GatedMLP(*map(layer.get_submodule, (mlp, site.gate, site.up, site.down)))  # type: ignore[arg-type]
 
 
 def _logits(family: Family, config: Any) -> Logits:
@@ -143,31 +181,43 @@ def rows_of(kept: Tensor, width: int, times: int) -> Tensor:
     return torch.cat([kept + width * i for i in range(times)])
 
 
-def check_keep(keep: Mapping[int, Tensor], dense: Sequence[int]) -> dict[int, Tensor]:
-    """Return keep as int64 tensors, or raise ArgumentError; `dense` is each layer's width."""
-    if not isinstance(keep, Mapping) or set(keep) != set(range(len(dense))):
+def check_keep(keep: Mapping[Any, Tensor], dense: Mapping[SiteKey, int]) -> dict[Any, Tensor]:
+    """Return keep as int64 tensors, or raise ArgumentError.
+
+    Args:
+        keep: an entry for each layer's own MLP, and one for each expert that stays.
+        dense: the neurons of each MLP and expert.
+    """
+    needed = {site for site in dense if isinstance(site, int)}
+    if not isinstance(keep, Mapping) or not needed <= set(keep) <= set(dense):
         got = list(keep) if isinstance(keep, Mapping) else f"a {type(keep).__name__}"
         raise ArgumentError(
-            f"keep must have an entry for each layer 0..{len(dense) - 1}, got {got}"
+            f"keep must have an entry for each layer {_range(needed)}"
+            f"{' and (layer, expert) that stays' if len(dense) > len(needed) else ''}, got "
+            f"{got!s:.300}"
         )
     try:
-        tensors = {layer: torch.as_tensor(keep[layer]).cpu() for layer in range(len(dense))}
+        tensors = {site: torch.as_tensor(keep[site]).cpu() for site in dense if site in keep}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
             f"keep must hold tensors of int64 indices ({one_line(error)})"
         ) from None
-    for layer, indices in tensors.items():
+    for site, indices in tensors.items():
         ok = (
             indices.dim() == 1
             and len(indices) > 0
             and indices.dtype == torch.int64
             and bool((indices.diff() > 0).all())
             and int(indices[0]) >= 0
-            and int(indices[-1]) < dense[layer]
+            and int(indices[-1]) < dense[site]
         )
         if not ok:
             raise ArgumentError(
-                f"keep[{layer}] must be sorted, distinct int64 indices in 0..{dense[layer] - 1}, "
+                f"keep[{site}] must be sorted, distinct int64 indices in 0..{dense[site] - 1}, "
                 "one or more"
             )
     return tensors
+
+
+def _range(layers: set[Any]) -> str:
+    return f"0..{max(layers)}" if layers == set(range(len(layers))) else f"in {sorted(layers)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from hfprune_fast.models.declared import family_type, text_part
 from hfprune_fast.models.plain import adapters_in
-from hfprune_fast.models.sites import parts_of
+from hfprune_fast.models.sites import ModelParts, SiteKey, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,10 +42,16 @@ class ModelSpec:
     total_params: int  # tied ones once
     linear_params: int  # weights of linear layers, the head among them
     params_per_neuron: int  # biases included
-    mlp_widths: tuple[int, ...] | None = None  # if not all are intermediate_size, the widest
+    # If not all are intermediate_size, the widest; 0 where a layer has experts alone.
+    mlp_widths: tuple[int, ...] | None = None
     # 0 in a spec that was read from a scores file, which has no use for them.
     vocab_size: int = 0
     attention_width: int = 0  # heads · head_dim
+    experts: tuple[int, ...] = ()  # how many each layer has; empty where none has any
+    expert_width: int = 0  # neurons of each
+    experts_per_token: int = 0
+    expert_params_per_neuron: int = 0
+    params_per_expert: int = 0  # beside its neurons: its entries in the router, a bias
 
     def __post_init__(self) -> None:
         uniform = self.mlp_widths is None or set(self.mlp_widths) == {self.intermediate_size}
@@ -56,6 +62,23 @@ class ModelSpec:
     def widths(self) -> tuple[int, ...]:
         """Neurons of each layer's MLP."""
         return self.mlp_widths or (self.intermediate_size,) * self.num_layers
+
+    @property
+    def sites(self) -> dict[SiteKey, int]:
+        """The neurons of each MLP, by layer; of each expert, by (layer, expert)."""
+        return dict(self._sites())
+
+    def _sites(self) -> Iterator[tuple[SiteKey, int]]:
+        for layer, width in enumerate(self.widths):
+            if width:
+                yield layer, width
+            for expert in range(self.experts[layer] if self.experts else 0):
+                yield (layer, expert), self.expert_width
+
+    @property
+    def num_experts(self) -> int:
+        """How many a layer has; 0 where none has any."""
+        return max(self.experts, default=0)
 
     @property
     def layer_params(self) -> int:
@@ -127,10 +150,13 @@ def suits_text(widths: Sequence[int]) -> str:
 def spec_of(model: PreTrainedModel) -> ModelSpec:
     """Count the parameters of a model, which may be on the meta device."""
     parts = parts_of(model)
-    mlps, hidden = parts.mlps, parts.mlps[0].down.weight.shape[0]
-    widths = tuple(mlp.width for mlp in mlps)
+    hidden = parts.head.weight.shape[1]
+    widths = tuple(0 if mlp is None else mlp.width for mlp in parts.mlps)
     biases = sum(
-        times for linear, axis, times in mlps[0].linears if axis == 0 and linear.bias is not None
+        times
+        for mlp in list(parts.own_mlps.values())[:1]
+        for linear, axis, times in mlp.linears
+        if axis == 0 and linear.bias is not None
     )
     # Adapters on other layers go before a model is saved as what these sizes are compared with.
     added = {
@@ -151,12 +177,32 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
             m.weight.numel()
             for m in (*parts.decoder.modules(), parts.head)
             if isinstance(m, nn.Linear) and id(m.weight) not in added
-        ),
+        )
+        + sum(p.numel() for of in parts.with_experts.values() for p in of.module.parameters()),
         params_per_neuron=3 * hidden + biases,
         mlp_widths=widths,
         vocab_size=parts.head.weight.shape[0],
         attention_width=max(map(_mixed_width, parts.layers)),
+        **_experts(parts, model.config),
     )
+
+
+def _experts(parts: ModelParts, config: Any) -> dict[str, Any]:
+    """Return what a spec says of experts; nothing where there are none."""
+    experts = parts.with_experts
+    if not experts:
+        return {}
+    first = next(iter(experts.values()))
+    text = config if parts.family.tower is None else config.text_config
+    hidden, biases = parts.head.weight.shape[1], "gate_up_proj_bias" in first.module._parameters
+    of_router = sum(tensor[0].numel() for _, _, tensor in first.per_expert())
+    return {
+        "experts": tuple(0 if each is None else each.count for each in parts.experts),
+        "expert_width": first.width,
+        "experts_per_token": int(getattr(text, first.described.chosen)),
+        "expert_params_per_neuron": 3 * hidden + 2 * biases,
+        "params_per_expert": of_router + hidden * biases,
+    }
 
 
 def _mixed_width(layer: nn.Module) -> int:

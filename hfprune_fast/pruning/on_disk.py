@@ -76,7 +76,7 @@ def prune_checkpoint(
     """
     source, target = open_source(source), real(to_path(out, "out"))
     check_output_folder(target, source.folder, force=output.force)
-    keep = check_keep(keep, source.spec.widths)
+    keep = check_keep(keep, source.spec.sites)
     widths = [len(keep[layer]) for layer in range(len(keep))]
     layout = "uniform" if len(set(widths)) == 1 else output.layout.replace("auto", "custom")
     if layout == "native":

@@ -144,7 +144,7 @@ def refit_down_proj(
     """
     with ResidentModel(plain_model(model, "refit")) as dense:
         items = token_data(as_batches(batches), dense.vocab).batches
-        keep = check_keep(keep, [mlp.down.in_features for mlp in dense.parts.mlps])
+        keep = check_keep(keep, dense.parts.widths)
         (result,), _ = refit(dense, items, [keep])
     return result.weights
 
