@@ -37,8 +37,9 @@ from hfprune_fast.checkpoint.source_card import source_card
 from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError, one_line_errors
 from hfprune_fast.models.declared import family_of
-from hfprune_fast.models.families import Family, Neurons, neurons_in
+from hfprune_fast.models.families import Family
 from hfprune_fast.models.spec import ModelSpec, spec_of
+from hfprune_fast.models.tensors import Place, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,9 +111,9 @@ class ModelSource:
             elements[self.tensors[name].dtype] += prod(self.tensors[name].shape)
         return TORCH_DTYPES[elements.most_common(1)[0][0]]
 
-    def neurons_in(self, name: str) -> Neurons | None:
-        """Return where a tensor of the checkpoint holds neurons, None if it does not."""
-        return neurons_in(self.family, name.removeprefix(self.prefix))
+    def place_of(self, name: str) -> Place | None:
+        """Return what a tensor of the checkpoint holds of neurons or experts, None if nothing."""
+        return place_of(self.family, name.removeprefix(self.prefix))
 
     def down_proj(self, layer: int) -> str:
         """Return the name of a layer's down_proj weight."""

@@ -43,7 +43,7 @@ class Writing:
         self.shapes: dict[str, tuple[int, ...]] = {}  # as written, with zeros up to pad_to neurons
         for name, info in source.tensors.items():
             kept_shape = shape = info.shape
-            place = source.neurons_in(name)
+            place = source.place_of(name)
             if place is not None:
                 axis, kept = place.axis, keep[place.layer].cpu()
                 blocks = place.times

@@ -54,7 +54,7 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
         if use != "evaluate":
             _check_parameter(name, parameter, use)
     modules = {id(module): name for name, module in model.named_modules()}
-    linears = [linear for mlp in parts.mlps for linear, _, _ in mlp.linears]
+    linears = [linear for mlp in parts.own_mlps.values() for linear, _, _ in mlp.linears]
     for linear in [parts.head] if use == "evaluate" else [parts.head, *linears]:
         problem = _problem(linear)
         if problem is not None:
@@ -149,7 +149,7 @@ def _problem(linear: nn.Module) -> str | None:
 def _check_sizes(parts: ModelParts, modules: Mapping[int, str]) -> None:
     """Refuse layers whose weights have not the shapes of a gated MLP: sharded ones have not."""
     hidden = parts.head.weight.shape[-1]
-    for mlp in parts.mlps:
+    for mlp in parts.own_mlps.values():
         for linear, axis, times in mlp.linears:
             shape = (hidden, mlp.width) if axis else (times * mlp.width, hidden)
             bias = linear.bias is None or linear.bias.shape == shape[:1]

@@ -169,7 +169,7 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
     own = {id(p): p for m in run for p in m.parameters() if id(p) not in added}
     return ModelSpec(
         model_type=str(family_type(text_part(model.config.to_dict()))),
-        num_layers=len(mlps),
+        num_layers=len(parts.layers),
         hidden_size=hidden,
         intermediate_size=max(widths),
         total_params=sum(p.numel() for p in own.values()),

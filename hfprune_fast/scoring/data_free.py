@@ -29,7 +29,7 @@ def weight_norms(source: ModelSource) -> Tensor:
     """Return (L, F) the 2-norm of each neuron's weights: gate and up row and down column."""
     squares = torch.zeros(source.spec.num_layers, source.spec.intermediate_size).double()
     for name in source.tensors:
-        place = source.neurons_in(name)
+        place = source.place_of(name)
         if place is not None and name.endswith(".weight"):
             weight = source.read(name)
             norms = column_norms(weight if place.axis == 1 else weight.t()).square()

@@ -5,7 +5,8 @@ from truth import tiny_model
 
 from hfprune_fast.errors import UnsupportedModelError
 from hfprune_fast.models.declared import family_of
-from hfprune_fast.models.families import Family, Neurons, Site, neurons_in
+from hfprune_fast.models.families import Family, Site
+from hfprune_fast.models.tensors import Place, place_of
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.models.spec import ModelSpec, spec_of
 
@@ -24,9 +25,9 @@ def test_parts_are_the_models_own(family: str) -> None:
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("layers.0.mlp.gate_proj.weight", Neurons(0, 0)),
-        ("layers.12.mlp.up_proj.bias", Neurons(12, 0)),
-        ("layers.3.mlp.down_proj.weight", Neurons(3, 1)),
+        ("layers.0.mlp.gate_proj.weight", Place(0, 0)),
+        ("layers.12.mlp.up_proj.bias", Place(12, 0)),
+        ("layers.3.mlp.down_proj.weight", Place(3, 1)),
         ("layers.3.mlp.down_proj.bias", None),
         ("layers.3.self_attn.o_proj.weight", None),
         ("layers.3.mlpXgate_proj.weight", None),
@@ -34,10 +35,10 @@ def test_parts_are_the_models_own(family: str) -> None:
         ("embed_tokens.weight", None),
     ],
 )
-def test_where_neurons_are(name: str, place: Neurons | None) -> None:
-    assert neurons_in(Family(), name) == place
+def test_where_neurons_are(name: str, place: Place | None) -> None:
+    assert place_of(Family(), name) == place
     fused = Family(Site("mlp.both", "mlp.both"))
-    assert neurons_in(fused, "layers.2.mlp.both.weight") == Neurons(2, 0, times=2)
+    assert place_of(fused, "layers.2.mlp.both.weight") == Place(2, 0, times=2)
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "rwkv"}, {"model_type": ["llama"]}])
