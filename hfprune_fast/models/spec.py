@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hfprune_fast.models.declared import family_type, text_part
+from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.models.plain import adapters_in
 from hfprune_fast.models.sites import ModelParts, SiteKey, parts_of
 
@@ -77,6 +78,12 @@ class ModelSpec:
                 yield layer, width
             for expert in range(self.experts[layer] if self.experts else 0):
                 yield (layer, expert), self.expert_width
+
+    @property
+    def shared_is_multiple(self) -> bool:
+        """Whether the width of shared experts is a multiple of the others', with no key for it."""
+        described = FAMILIES[self.model_type].experts
+        return described is not None and described.shared_width == ""
 
     @property
     def num_experts(self) -> int:
