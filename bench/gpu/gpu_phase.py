@@ -20,7 +20,7 @@ from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.planner import Plan
 from hfprune_fast.scoring import run
-from hfprune_fast.scoring.passes import PassOptions
+from hfprune_fast.scoring.sums import PassOptions
 
 BF16 = torch.bfloat16
 U = torch.finfo(BF16).eps / 2  # the most that one rounding changes, relatively

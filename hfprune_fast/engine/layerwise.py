@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.expert_hooks import known_gate
 from hfprune_fast.engine.layer_calls import NOT_IN_A_ROW, Calls, recorded_calls, same_calls
 from hfprune_fast.engine.mlp_hooks import known_activation
 from hfprune_fast.errors import ArgumentError, NumericsError, UnsupportedModelError
@@ -95,7 +96,7 @@ class ResidentModel:
         self._calls: dict[tuple[int, ...], Calls] = {}
         self._compared = False  # whether the calls of two micro-batches of one shape have been
         self._in_tuples = False  # whether the decoder takes a layer's output out of a tuple
-        self._activations: dict[int, str | None] = {}
+        self._activations: dict[int, tuple[str | None, str | None]] = {}
         self._check()
 
     @property
@@ -183,10 +184,17 @@ class ResidentModel:
         output: Tensor | tuple[Tensor, ...] = self.parts.layers[layer](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def activation(self, layer: int) -> str | None:
-        """Return the activation of a layer's MLP, None if it does not compute the plain formula."""
+    def activations(self, layer: int) -> tuple[str | None, str | None]:
+        """Return the activations of a layer's MLP and of its experts.
+
+        None stands for what computes no plain formula, or is not there.
+        """
         if layer not in self._activations:
-            self._activations[layer] = known_activation(self.parts.mlps[layer])
+            mlp, experts = self.parts.mlps[layer], self.parts.experts[layer]
+            self._activations[layer] = (
+                None if mlp is None else known_activation(mlp),
+                None if experts is None else known_gate(experts),
+            )
         return self._activations[layer]
 
     def head(self) -> Head:

@@ -1,8 +1,8 @@
 """Everything that intercepts an MLP: statistics, acts, and a pruned model's down_proj.
 
-`ScoredGraph` runs a layer with an autograd graph whose backward makes the statistics of the layer's
-MLP. The MLP's forward is the model's own, out = down(act_fn(gate(x)) * up(x)), of which only gate
-and up are kept. Backward, given d_out, with a = act_fn(gate) * up:
+Inside `scored_mlp` a layer runs with a graph whose backward makes the statistics of its MLP. The
+MLP's forward is the model's own, out = down(act_fn(gate(x)) * up(x)), of which only gate and up are
+kept. Backward, given d_out, with a = act_fn(gate) * up:
 
     g = d_out · W_down                                      dloss/da
     statistics, d_gate, d_up = gated_taylor(g, gate, up)    may overwrite gate and up
@@ -28,7 +28,7 @@ from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statisti
 from hfprune_fast.models.sites import GatedMLP
 
 # As transformers computes them.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
@@ -45,6 +45,8 @@ class TaylorOptions:
     parity: bool
     backend: str
     activation: str | None = None  # of `known_activation`; without it the MLP is hooked
+    experts_activation: str | None = None  # of `expert_hooks.known_gate`
+    sequences: int = 1
 
     @property
     def common(self) -> dict[str, Any]:
@@ -53,60 +55,25 @@ class TaylorOptions:
         return {name: getattr(self, name) for name in names}
 
 
-class ScoredGraph:
-    """The autograd graph of one layer for one micro-batch, from the layer's input to its output.
+@dataclass
+class Target:
+    """Where the backward that runs delivers its results, and whether it is the graph's last."""
 
-    Args:
-        run: the layer; inside, it runs `mlp`, whose statistics are made as `options` say.
-        hidden: the layer's input.
-        needs_grad: whether the backward must give the input a gradient; not so in the first layer.
-        only_backward: the values of the MLP's output are not needed, so a known MLP skips the
-            product with W_down and returns NaN, so that any use of the values shows.
-    """
+    # Are given what is made of the layer's own MLP: its statistics, and the gradient at the output
+    # of down_proj, (B, T, D).
+    take: Callable[[TaylorStatistics], object] = lambda _: None
+    take_gradient: Callable[[Tensor], object] | None = None
+    # Of an expert: its number, statistics and Taylor term; of all: the gradient at their output,
+    # (T, D), and by the forward what the routing says.
+    take_expert: Callable[[int, TaylorStatistics, Tensor], object] = lambda *_: None
+    take_experts_gradient: Callable[[Tensor], object] | None = None
+    routing: Any = None
+    last: bool = True
 
-    def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        hidden: Tensor,
-        mlp: GatedMLP,
-        options: TaylorOptions,
-        *,
-        needs_grad: bool,
-        only_backward: bool = False,
-    ) -> None:
-        # The autograd graph refers to the target and not to self, which refers to the graph: a
-        # cycle through autograd's nodes is never freed.
-        self._target = _Target()
-        self._input = hidden.detach().requires_grad_(needs_grad)
-        self._overwritten = False
-        scored = _scored(mlp, self._target, options, needs_grad, only_backward)
-        with torch.enable_grad(), scored:
-            self.output = run(self._input)
 
-    def backward(
-        self,
-        d_output: Tensor,
-        take: Callable[[TaylorStatistics], object],
-        *,
-        take_gradient: Callable[[Tensor], object] | None = None,
-        last: bool = True,
-    ) -> Tensor | None:
-        """Run one backward; return the gradient at the input, None if it needs none.
-
-        Args:
-            d_output: the gradient at the output.
-            take: is given the statistics that this backward makes.
-            take_gradient: is given the gradient at the output of down_proj, (B, T, D).
-            last: no other backward follows, so what the graph holds may be overwritten.
-        """
-        if self._overwritten:
-            raise RuntimeError("the graph's last backward has been run; run the forward again")
-        self._overwritten = last
-        self._target.take, self._target.last = take, last
-        self._target.take_gradient = take_gradient
-        self.output.backward(d_output, retain_graph=not last)
-        d_input, self._input.grad = self._input.grad, None
-        return d_input
+def in_sequences(tensor: Tensor, sequences: int) -> Tensor:
+    """Return (B, T, n) of a tensor in which tokens may have one axis: shared experts get that."""
+    return tensor if tensor.dim() == 3 else tensor.reshape(sequences, -1, tensor.shape[-1])
 
 
 @contextmanager
@@ -166,7 +133,7 @@ def known_activation(mlp: GatedMLP) -> str | None:
     x = torch.cat([row * size for size in _PROBES], dim=1).to(weight.device, weight.dtype)
     output = mlp.module(x)
     gate, up = _gate_and_up(mlp, x)
-    for name, act_fn in _ACTIVATIONS.items():
+    for name, act_fn in ACTIVATIONS.items():
         if torch.equal(mlp.down(act_fn(gate) * up), output):
             return name
     return None
@@ -180,23 +147,15 @@ def _gate_and_up(mlp: GatedMLP, x: Tensor) -> tuple[Tensor, ...]:
     return mlp.gate(x), mlp.up(x)
 
 
-class _Target:
-    """Where the backward that runs delivers its results, and whether it is the graph's last."""
-
-    take: Callable[[TaylorStatistics], object]
-    take_gradient: Callable[[Tensor], object] | None
-    last: bool
-
-
 @contextmanager
-def _scored(
-    mlp: GatedMLP, target: _Target, options: TaylorOptions, needs_grad: bool, only_backward: bool
+def scored_mlp(
+    mlp: GatedMLP, target: Target, options: TaylorOptions, needs_grad: bool, only_backward: bool
 ) -> Iterator[None]:
     """Inside, the MLP's forward is one whose backward makes the statistics."""
     if options.activation is None or options.parity:
         with (
             mlp.down.register_forward_pre_hook(_at_down_proj(target, options, needs_grad)),
-            mlp.down.register_forward_hook(_behind_down_proj(target)),
+            mlp.down.register_forward_hook(_behind_down_proj(target, options.sequences)),
         ):
             yield
         return
@@ -208,7 +167,7 @@ def _scored(
         )
         return output
 
-    mlp.module.forward = forward
+    mlp.module.forward = lambda x: forward(in_sequences(x, options.sequences)).view_as(x)
     try:
         yield
     finally:
@@ -216,14 +175,15 @@ def _scored(
 
 
 def _at_down_proj(
-    target: _Target, options: TaylorOptions, needs_grad: bool
+    target: Target, options: TaylorOptions, needs_grad: bool
 ) -> Callable[..., tuple[Tensor, ...]]:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         act = args[0] if needs_grad else args[0].detach().requires_grad_()
         detached = act.detach()
 
         def at_gradient(grad: Tensor) -> None:
-            target.take(taylor_statistics(grad, detached, parity=options.parity, **options.common))
+            both = (in_sequences(each, options.sequences) for each in (grad, detached))
+            target.take(taylor_statistics(*both, parity=options.parity, **options.common))
 
         act.register_hook(at_gradient)
         return (act, *args[1:])
@@ -231,10 +191,10 @@ def _at_down_proj(
     return hook
 
 
-def _behind_down_proj(target: _Target) -> Callable[..., None]:
+def _behind_down_proj(target: Target, sequences: int) -> Callable[..., None]:
     def at_gradient(grad: Tensor) -> None:
         if target.take_gradient is not None:
-            target.take_gradient(grad)
+            target.take_gradient(in_sequences(grad, sequences))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(at_gradient)
@@ -249,7 +209,7 @@ class _ScoredMLP(torch.autograd.Function):
         x: Tensor,
         anchor: Tensor,
         mlp: GatedMLP,
-        target: _Target,
+        target: Target,
         options: TaylorOptions,
         only_backward: bool,
     ) -> Tensor:
@@ -258,7 +218,7 @@ class _ScoredMLP(torch.autograd.Function):
         first = not ctx.needs_input_grad[0]
         if first or not only_backward:
             assert options.activation is not None
-            act = _ACTIVATIONS[options.activation](gate) * up
+            act = ACTIVATIONS[options.activation](gate) * up
         ctx.save_for_backward(*((act,) if first else (gate, up)))
         if only_backward:
             return x.new_full((), torch.nan).expand_as(x)
@@ -269,7 +229,7 @@ class _ScoredMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         mlp: GatedMLP = ctx.mlp
-        target: _Target = ctx.target
+        target: Target = ctx.target
         options: TaylorOptions = ctx.options
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         if target.take_gradient is not None:

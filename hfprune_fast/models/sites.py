@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -174,6 +174,27 @@ def _logits(family: Family, config: Any) -> Logits:
             raise UnsupportedModelError(f"{key} is {value!r:.40}, expected a positive number")
     scale = by_key.get(family.logit_scale, 1.0) / by_key.get(family.logit_divisor, 1.0)
     return Logits(scale, by_key.get(family.softcap))
+
+
+def site_slices(widths: Mapping[SiteKey, int]) -> dict[SiteKey, slice]:
+    """Return where the neurons of each MLP and expert are along the axis of a table.
+
+    They follow one another; without experts each has as much room as the widest, so that the table
+    is one of layers and neurons.
+    """
+    experts = any(isinstance(site, tuple) for site in widths)
+    widest, begin, slices = max(widths.values()), 0, {}
+    for site, width in widths.items():
+        slices[site] = slice(begin, begin + width)
+        begin += width if experts else widest
+    return slices
+
+
+def table_size(widths: Mapping[SiteKey, int]) -> int:
+    """Return the length of that axis."""
+    if any(isinstance(site, tuple) for site in widths):
+        return sum(widths.values())
+    return len(widths) * max(widths.values())
 
 
 def rows_of(kept: Tensor, width: int, times: int) -> Tensor:

@@ -57,6 +57,7 @@ class ModelSpec:
         uniform = self.mlp_widths is None or set(self.mlp_widths) == {self.intermediate_size}
         widths = None if uniform else tuple(self.mlp_widths or ())
         object.__setattr__(self, "mlp_widths", widths)
+        object.__setattr__(self, "experts", tuple(self.experts) if any(self.experts) else ())
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ from hfprune_fast.engine.mlp_hooks import acts_of, outputs_of, pruned_down_proj
 from hfprune_fast.models.plain import plain_model
 from hfprune_fast.models.sites import check_keep
 from hfprune_fast.pruning.selection import Keep
-from hfprune_fast.scoring.costs import check_moments, moments_dtype, token_rows
+from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import least_squares
 
 if TYPE_CHECKING:

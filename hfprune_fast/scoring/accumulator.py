@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hfprune_fast.errors import NumericsError
 from hfprune_fast.kernels import TaylorStatistics
+from hfprune_fast.models.sites import SiteKey, site_slices
 
 
 @dataclass(frozen=True)
 class ScoreAccumulator:
-    """Sums over the sequences that have been scored."""
+    """Sums over the sequences that have been scored.
 
-    # (C, 4, L, F) fp64: of each criterion, in the order of TaylorStatistics; with parity in the
+    N is the length of a table, see `site_slices`; E all experts of all layers, in their order.
+    """
+
+    # (C, 4, N) fp64: of each criterion, in the order of TaylorStatistics; with parity in the
     # model's dtype. Without any criterion C is 1 and only act is added up.
     statistics: Tensor
-    down_norm: Tensor  # (L, F) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
-    output_fisher: Tensor | None = None  # (L, D, D) fp32, on the CPU: Σ g gᵀ at the MLPs' outputs
+    down_norm: Tensor  # (N,) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
+    # (G, D, D) fp32, on the CPU: Σ g gᵀ at the outputs of each layer's own MLP and of its experts.
+    output_fisher: Tensor | None = None
+    # (3 + C, E) fp64: of each expert Σ w·‖y‖, tokens, Σ w, and its Taylor term of each criterion.
+    experts: Tensor | None = None
     samples: int = 0
     tokens: int = 0
     loss_nats: tuple[float, ...] = ()  # of each criterion, the sum over the sequences
@@ -29,20 +38,24 @@ class ScoreAccumulator:
         losses_finite = all(map(math.isfinite, self.loss_nats))
         return losses_finite and not bool(self.statistics.isfinite().all())
 
-    def check_finite(self) -> None:
+    def check_finite(self, widths: Mapping[SiteKey, int]) -> None:
         """Raise NumericsError that names where NaN or inf appeared first in a pass.
 
         A pass runs forward through the layers, then the head, then back.
         """
-        finite = self.statistics.isfinite().all(dim=3).all(dim=0)  # (4, L)
-        bad_acts = (~TaylorStatistics(*finite).act).nonzero()
-        bad_layers = (~finite.all(dim=0)).nonzero()
-        if len(bad_acts):
-            where = f"MLP activations of layer {int(bad_acts[0])}"
+        finite = self.statistics.isfinite().all(dim=0)  # (4, N)
+        if bool(finite.all()) and all(map(math.isfinite, self.loss_nats)):
+            return
+        bad_acts, bad = [], []
+        for site, part in site_slices(widths).items():
+            layer = site if isinstance(site, int) else site[0]
+            of_site = TaylorStatistics(*finite[:, part].all(dim=1))
+            bad_acts += [] if bool(of_site.act) else [layer]
+            bad += [] if bool(torch.stack(of_site).all()) else [layer]
+        if bad_acts:
+            where = f"MLP activations of layer {bad_acts[0]}"
         elif not all(map(math.isfinite, self.loss_nats)):
             where = "logits, after finite MLP activations"
-        elif len(bad_layers):  # the backward visits the last layer first
-            where = f"gradient at the MLP of layer {int(bad_layers[-1])}"
-        else:
-            return
+        else:  # the backward visits the last layer first
+            where = f"gradient at the MLP of layer {bad[-1]}"
         raise NumericsError(f"NaN or inf in the {where}; try float32")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.expert_hooks import Rows, visited_experts
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -15,9 +18,13 @@ from hfprune_fast.engine.layerwise import (
     for_each_layer,
     no_progress,
 )
-from hfprune_fast.engine.mlp_hooks import acts_of
-from hfprune_fast.errors import NumericsError
+from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
+from hfprune_fast.models.sites import SiteKey, site_slices, table_size
+from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import greedy_removal_costs
+
+# With fewer routed tokens for each neuron, second moments say more of the text than of the expert.
+TOKENS_A_NEURON = 8
 
 
 @torch.no_grad()
@@ -27,13 +34,16 @@ def removal_costs(
     output_fisher: Tensor | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Tensor:
-    """Return what each neuron's removal costs when the others are refitted, (L, F) float64.
+    """Return what each neuron's removal costs when the others are refitted, (N,) float64.
+
+    N is the length of a table, see `site_slices`. An expert that fewer than TOKENS_A_NEURON tokens
+    a neuron chose has costs 0; `starved` says which these are.
 
     Args:
         model: the entered model.
         batches: the calibration.
-        output_fisher: (L, D, D) C of each layer, a mean over tokens; None is the identity, whose
-            costs are not comparable between layers.
+        output_fisher: (G, D, D) C of each layer's own MLP and of its experts, a mean over tokens;
+            None is the identity, whose costs are not comparable between layers.
         on_progress: called with the tokens processed, a layer at a time.
 
     Raises:
@@ -41,38 +51,91 @@ def removal_costs(
     """
     tokens = sum(batch.tokens for batch in batches)
     hidden = [model.begin(batch).cpu() for batch in batches]
-    mlps = model.parts.mlps
-    costs = torch.zeros(len(mlps), max(mlp.down.in_features for mlp in mlps)).double()
+    parts = model.parts
+    slices, costs = site_slices(parts.widths), torch.zeros(table_size(parts.widths)).double()
+    metrics = iter(output_fisher if output_fisher is not None else ())
 
     def visit(layer: int) -> None:
-        mlp = mlps[layer]
-        width = mlp.down.weight.shape[1]
-        gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-        for i, batch in each_batch(batches, on_progress, len(mlps)):
-            with acts_of(mlp) as acts:
+        grams = _Grams(model, layer)
+        for i, batch in each_batch(batches, on_progress, len(parts.layers)):
+            with grams.added(batch):
                 hidden[i] = model.run(layer, hidden[i].to(model.device), batch).cpu()
-            act = token_rows(acts[0], batch).to(moments_dtype(model))
-            gram += act.t() @ act
-        check_moments(gram, layer)
-        metric = None if output_fisher is None else output_fisher[layer].to(model.device)
-        costs[layer, :width] = greedy_removal_costs(gram.div_(tokens), mlp.down.weight, metric)
+        mlp, experts = parts.mlps[layer], parts.experts[layer]
+        own = None if mlp is None else next(metrics, None)
+        of_experts = None if experts is None else next(metrics, None)
+        for site, gram in grams.of_sites.items():
+            check_moments(gram, layer)
+            metric = own if isinstance(site, int) else of_experts
+            costs[slices[site]] = greedy_removal_costs(
+                gram.div_(tokens),
+                grams.down(site),
+                None if metric is None else metric.to(model.device),
+            )
 
     for_each_layer(model, visit, then=0)
     return costs
 
 
-def token_rows(tensor: Tensor, batch: MicroBatch) -> Tensor:
-    """Return (tokens, ...) of a (B, T, ...) tensor, without padding."""
-    mask = batch.token_mask
-    return tensor.flatten(0, 1) if mask is None else tensor[mask.to(tensor.device)]
+class _Grams:
+    """Second moments of the acts of a layer's MLPs: Σ a aᵀ, of an expert with weights w²."""
+
+    def __init__(self, model: ResidentModel, layer: int) -> None:
+        self._model, self._layer = model, layer
+        self._mlp, self._experts = model.parts.mlps[layer], model.parts.experts[layer]
+        self._dtype = moments_dtype(model)
+        self._sums: dict[SiteKey, Tensor] = {}
+        self._rows: Counter[SiteKey] = Counter()
+
+    @property
+    def of_sites(self) -> dict[SiteKey, Tensor]:
+        """The moments, without those of experts with few rows."""
+        return {
+            site: gram
+            for site, gram in self._sums.items()
+            if isinstance(site, int) or self._rows[site] >= TOKENS_A_NEURON * len(gram)
+        }
+
+    def down(self, site: SiteKey) -> Tensor:
+        """Return the down projection (D, F) of a site."""
+        if isinstance(site, int):
+            assert self._mlp is not None
+            return self._mlp.down.weight
+        assert self._experts is not None
+        return self._experts.down(site[1])
+
+    @contextmanager
+    def added(self, batch: MicroBatch) -> Iterator[None]:
+        """Inside, the layer runs on a batch, whose acts are added."""
+        sequences, mask = len(batch.ids), batch.token_mask
+        on_device = None if mask is None else mask.to(self._model.device)
+        acts: list[Tensor] = []
+        with ExitStack() as hooks:
+            if self._mlp is not None:
+                acts = hooks.enter_context(acts_of(self._mlp))
+            if self._experts is not None:
+                visited = visited_experts(self._experts, self._visit, on_device, sequences)
+                hooks.enter_context(visited)
+            yield
+        for act in acts:
+            self._add(self._layer, token_rows(in_sequences(act, sequences), batch))
+
+    def _visit(self, rows: Rows, x: Tensor, weights: Tensor) -> Tensor:
+        assert self._experts is not None
+        act = self._experts.act(self._experts.gate_up(rows.expert, x))
+        self._add((self._layer, rows.expert), act, weights)
+        return self._experts.output(rows.expert, act)
+
+    def _add(self, site: SiteKey, act: Tensor, weights: Tensor | None = None) -> None:
+        wide = act.to(self._dtype)
+        if weights is not None:
+            wide = wide * weights[:, None].to(self._dtype)
+        if site not in self._sums:
+            width = wide.shape[1]
+            self._sums[site] = wide.new_zeros(width, width, dtype=torch.float64)
+        self._sums[site] += wide.t() @ wide
+        self._rows[site] += len(wide)
 
 
-def moments_dtype(model: ResidentModel) -> torch.dtype:
-    """Return the dtype in which a batch's second moments are multiplied: fp32 at least."""
-    return torch.promote_types(model.dtype, torch.float32)
-
-
-def check_moments(gram: Tensor, layer: int) -> None:
-    """Raise NumericsError if the second moments of a layer's acts hold NaN or inf."""
-    if not bool(gram.diagonal().isfinite().all()):
-        raise NumericsError(f"NaN or inf in the MLP activations of layer {layer}; try float32")
+def starved(table_counts: Tensor, width: int) -> Tensor:
+    """Return which experts had too few tokens for their second moments, from their counts."""
+    return table_counts < TOKENS_A_NEURON * width

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.scoring.passes import column_norms
-from hfprune_fast.scoring.table import ImportanceTable
+from hfprune_fast.models.sites import site_slices, table_size
+from hfprune_fast.scoring.moments import column_norms
+from hfprune_fast.scoring.table import ImportanceTable, table_shape
 
 
 def data_free_table(source: ModelSource, criterion: str, seed: int = 0) -> ImportanceTable:
@@ -20,19 +21,26 @@ def data_free_table(source: ModelSource, criterion: str, seed: int = 0) -> Impor
     if criterion == "magnitude":
         return ImportanceTable({"weight_norm": weight_norms(source)}, spec, provenance)
     generator = torch.Generator().manual_seed(seed)
-    shape = spec.num_layers, spec.intermediate_size
-    statistics = {"uniform": torch.rand(shape, dtype=torch.float64, generator=generator)}
+    drawn = torch.rand(table_shape(spec), dtype=torch.float64, generator=generator)
+    statistics = {"uniform": drawn}
     return ImportanceTable(statistics, spec, {**provenance, "seed": seed})
 
 
 def weight_norms(source: ModelSource) -> Tensor:
-    """Return (L, F) the 2-norm of each neuron's weights: gate and up row and down column."""
-    squares = torch.zeros(source.spec.num_layers, source.spec.intermediate_size).double()
+    """Return (L, F) or (N,) the 2-norm of each neuron's weights: gate, up and down."""
+    spec = source.spec
+    slices = site_slices(spec.sites)
+    squares = torch.zeros(table_size(spec.sites), dtype=torch.float64)
     for name in source.tensors:
         place = source.place_of(name)
-        if place is not None and name.endswith(".weight"):
-            weight = source.read(name)
-            norms = column_norms(weight if place.axis == 1 else weight.t()).square()
-            norms = norms.view(place.times, -1).sum(dim=0)
-            squares[place.layer, : len(norms)] += norms
-    return squares.sqrt()
+        if place is None or place.axis is None or "bias" in name.rpartition(".")[2]:
+            continue
+        weight = source.read(name)
+        parts = weight if place.of_all else weight[None]
+        for number, part in enumerate(parts):
+            norms = column_norms(part if place.axis == 1 else part.t()).square()
+            by_neuron = norms.view(-1, 2) if place.paired else norms.view(place.times, -1).t()
+            expert = number if place.of_all else place.expert
+            site = place.layer if expert is None else (place.layer, expert)
+            squares[slices[site]] += by_neuron.sum(dim=1)
+    return squares.sqrt().view(table_shape(spec))

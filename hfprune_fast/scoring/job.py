@@ -27,10 +27,10 @@ from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.costs import removal_costs
 from hfprune_fast.scoring.criteria import CRITERIA
-from hfprune_fast.scoring.passes import PassOptions, empty_accumulator
 from hfprune_fast.scoring.resume import ResumeFile
 from hfprune_fast.scoring.run import backend_for, score_batches
-from hfprune_fast.scoring.table import ImportanceTable
+from hfprune_fast.scoring.sums import PassOptions, empty_accumulator
+from hfprune_fast.scoring.table import ImportanceTable, table_shape
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ class ScoringJob:
         self, model: ResidentModel, plan: Plan, resume_file: ResumeFile, progress: bool
     ) -> ImportanceTable:
         """Score the model, which is entered."""
+        if self.options.parity and self.spec.experts:
+            raise ArgumentError("parity rounds as the paper's code does, which knows no experts")
         if progress:
             say(f"scoring with {plan}")
         batches = self.data.split(plan.batch_size)
@@ -151,6 +153,7 @@ class ScoringJob:
             fisher = total.output_fisher / self.data.tokens
             with token_bar("removal costs", self.data.tokens, progress) as report:
                 costs = removal_costs(model, batches, fisher, report)
+            costs = costs.view(table_shape(self.spec))
             table = replace(table, statistics={**table.statistics, "obs": costs})
         return table
 
@@ -168,13 +171,22 @@ class ScoringJob:
             provenance["model"] = self._source.name
             provenance["model_fingerprint"] = self._source.fingerprint
         statistics: dict[str, Tensor] = {}
-        of_criteria = [TaylorStatistics(*each) for each in total.statistics.double().cpu()]
+        shape = table_shape(self.spec)
+        of_criteria = [
+            TaylorStatistics(*each.reshape(4, *shape)) for each in total.statistics.double().cpu()
+        ]
         for c, name in enumerate(self._gradients):
             own = of_criteria[c]._asdict()
             del own["act"]  # the same for all criteria
             statistics |= {f"{name}.{statistic}": values for statistic, values in own.items()}
             provenance[CRITERIA[name].loss_name] = total.loss_nats[c] / self.data.sequences
-        statistics |= {"act": of_criteria[0].act, "down_norm": total.down_norm.cpu()}
+        statistics |= {"act": of_criteria[0].act, "down_norm": total.down_norm.cpu().view(shape)}
+        if total.experts is not None:
+            norms, tokens, mass, *taylor = total.experts.cpu()
+            statistics |= {"expert_count": tokens, "expert_mass": mass}
+            statistics["expert_reap"] = norms / tokens.clamp(min=1)
+            for name, terms in zip(self._gradients, taylor, strict=True):
+                statistics[f"{name}.expert_taylor"] = terms
         return ImportanceTable(statistics, self.spec, provenance)
 
 
@@ -213,19 +225,21 @@ def _sum(total: ScoreAccumulator, processes: Processes) -> ScoreAccumulator:
     numbers = [total.samples, total.tokens, *total.loss_nats]
     counted = torch.tensor(numbers, dtype=torch.float64, device=norms.device)
     parts = [total.statistics.double(), norms, counted]
+    parts += [] if total.experts is None else [total.experts]
     flat = torch.cat([part.flatten() for part in parts])
     processes.add(flat)
     pieces = flat.split([part.numel() for part in parts])
-    statistics, norms, counted = map(Tensor.view_as, pieces, parts)
+    statistics, norms, counted, *experts = map(Tensor.view_as, pieces, parts)
     if total.output_fisher is not None:
-        for layer in total.output_fisher:  # which is on the CPU
-            on_device = layer.to(norms.device)
+        for output in total.output_fisher:  # which is on the CPU
+            on_device = output.to(norms.device)
             processes.add(on_device)
-            layer.copy_(on_device)
+            output.copy_(on_device)
     samples, tokens, *losses = counted.tolist()
     return ScoreAccumulator(
-        statistics, norms, total.output_fisher, round(samples), round(tokens), tuple(losses)
-    )
+        statistics, norms, total.output_fisher, experts[0] if experts else None,
+        round(samples), round(tokens), tuple(losses),
+    )  # fmt: skip
 
 
 def _versions() -> dict[str, str | None]:

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.expert_hooks import Routing, Rows, visited_experts
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -32,45 +34,16 @@ from hfprune_fast.engine.layerwise import (
     for_each_layer,
     no_progress,
 )
-from hfprune_fast.engine.mlp_hooks import ScoredGraph, TaylorOptions, acts_of
+from hfprune_fast.engine.mlp_hooks import TaylorOptions, acts_of, in_sequences
+from hfprune_fast.engine.scored_graph import ScoredGraph
 from hfprune_fast.kernels import TaylorStatistics, taylor_statistics
+from hfprune_fast.models.experts import ExpertsMLP
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.criteria import CRITERIA
+from hfprune_fast.scoring.moments import OutputCovariance
+from hfprune_fast.scoring.sums import PassOptions, PassSums
 
 _SCALES_TRIED = 5  # in float16
-_ACT = TaylorStatistics._fields.index("act")
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """What a run sums, and how; options of the second kind change the sums only by rounding."""
-
-    backend: str = "torch"
-    criteria: tuple[str, ...] = ("entropy",)  # with a loss; if empty, only act is summed
-    output_fisher: bool = False  # needs criterion fisher
-    seed: int = 0  # of the tokens that fisher draws
-    parity: bool = False  # round as the paper's code does; micro-batches must be one sequence
-    recompute: bool = False  # keep a layer's input instead of its graph
-    inputs_on_host: bool = False  # keep the layers' inputs in host memory
-    pass_tokens: int = 0  # micro-batches are grouped into passes of up to this many tokens
-    logits_budget_bytes: int | None = None
-
-
-def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumulator:
-    """Return an accumulator of zeros, on the model's device."""
-    mlps, device = model.parts.mlps, model.device
-    hidden = mlps[0].down.weight.shape[0]
-    shape = len(mlps), max(mlp.width for mlp in mlps)
-    criteria = max(1, len(options.criteria)), len(TaylorStatistics._fields)
-    dtype = model.dtype if options.parity else torch.float64
-    return ScoreAccumulator(
-        torch.zeros(*criteria, *shape, dtype=dtype, device=device),
-        torch.zeros(shape, dtype=torch.float64, device=device),
-        torch.zeros(len(mlps), hidden, hidden, dtype=torch.float32)
-        if options.output_fisher
-        else None,
-        loss_nats=(0.0,) * len(options.criteria),
-    )
 
 
 class Pass:
@@ -106,7 +79,7 @@ class Pass:
             new = self._run(total)
             if not new.gradient_overflowed():
                 break
-        new.check_finite()
+        new.check_finite(self.model.parts.widths)
         return replace(
             new,
             samples=total.samples + sum(len(batch.ids) for batch in self.batches),
@@ -121,22 +94,21 @@ class Pass:
 
     def _run(self, total: ScoreAccumulator) -> ScoreAccumulator:
         model, names = self.model, self.options.criteria
-        statistics, down_norm = total.statistics.clone(), total.down_norm.clone()
+        sums = PassSums(total, model.parts)
         hidden = [self._offload(model.begin(batch)) for batch in self.batches]
 
         def forward(layer: int) -> None:
             if total.samples == 0:
-                norms = column_norms(model.parts.mlps[layer].down.weight)
-                down_norm[layer, : len(norms)] = norms
+                sums.add_norms(layer)
             for i, _ in each_batch(self.batches, self._report, self._steps):
                 if names:
                     hidden[i] = self._forward(layer, i, hidden[i])
                 else:
-                    hidden[i] = self._add_acts(layer, i, hidden[i], statistics[0, _ACT, layer])
+                    hidden[i] = self._add_acts(layer, i, hidden[i], sums)
 
         for_each_layer(model, forward, then=model.head_unit if names else 0)
         if not names:
-            return ScoreAccumulator(statistics, down_norm)
+            return sums.result()
         losses: list[list[Tensor]] = [[] for _ in names]
         grads: list[list[Tensor]] = [[] for _ in self.batches]  # one a criterion
         with model.weights_of(model.head_unit, then=model.head_unit - 1):
@@ -145,14 +117,12 @@ class Pass:
                     loss, grad = self._head(i, name, hidden[i])
                     of_criterion.append(loss)
                     grads[i].append(grad)
-        output_fisher = None if total.output_fisher is None else total.output_fisher.clone()
 
         def backward(layer: int) -> None:
-            fisher = None if output_fisher is None else _Covariance(self.model)
+            covariances = sums.covariances(layer, model.dtype)
             for i, _ in each_batch(self.batches, self._report, self._steps):
-                grads[i] = self._backward(layer, i, grads[i], statistics[:, :, layer], fisher)
-            if output_fisher is not None and fisher is not None:
-                output_fisher[layer] += fisher.total.cpu()
+                grads[i] = self._backward(layer, i, grads[i], sums, covariances)
+            sums.add_covariances(layer, covariances)
 
         for_each_layer(model, backward, then=0, backward=True)
         # Read here, where the device is waited for anyway.
@@ -160,7 +130,7 @@ class Pass:
             sum(map(float, of_criterion), before)
             for of_criterion, before in zip(losses, total.loss_nats, strict=True)
         )
-        return ScoreAccumulator(statistics, down_norm, output_fisher, loss_nats=tuple(summed))
+        return sums.result(tuple(summed))
 
     def _report(self, tokens: float) -> None:
         self._reported += tokens
@@ -178,27 +148,41 @@ class Pass:
         return graph.output.detach()
 
     @torch.no_grad()
-    def _add_acts(self, layer: int, i: int, hidden: Tensor, act_sums: Tensor) -> Tensor:
+    def _add_acts(self, layer: int, i: int, hidden: Tensor, sums: PassSums) -> Tensor:
         """Return a layer's output, and add its act to the sums, without any gradient."""
-        with acts_of(self.model.parts.mlps[layer]) as acts:
+        parts, backend, mask = self.model.parts, self.options.backend, self._masks[i]
+        mlp, experts, sequences = parts.mlps[layer], parts.experts[layer], len(self.batches[i].ids)
+        acts: list[Tensor] = []
+        with ExitStack() as hooks:
+            if mlp is not None:
+                acts = hooks.enter_context(acts_of(mlp))
+            routing = None if experts is None else Routing.of(experts)
+            if experts is not None and routing is not None:
+                visit = partial(_add_expert_acts, sums, layer, experts, routing, backend)
+                hooks.enter_context(visited_experts(experts, visit, mask, sequences))
             output = self.model.run(layer, self._onload(hidden), self.batches[i])
-        mask, backend, act = self._masks[i], self.options.backend, acts[0]
-        sums = taylor_statistics(act, act, token_mask=mask, backend=backend).act
-        act_sums[: len(sums)] += sums
+        sums.add_routing(layer, routing)
+        for act in (in_sequences(each, sequences) for each in acts):
+            of_all = taylor_statistics(act, act, token_mask=mask, backend=backend)
+            sums.add_act(layer, of_all.act)
         return self._offload(output)
 
     def _graph(self, layer: int, i: int, hidden: Tensor, *, only_backward: bool) -> ScoredGraph:
-        options, activation = self.options, self.model.activation(layer)
+        options, parts = self.options, self.model.parts
+        activation, experts_activation = self.model.activations(layer)
+        alone = parts.experts[layer] is None and not parts.family.norm_behind
         return ScoredGraph(
             lambda h: self.model.run(layer, h, self.batches[i]),
             self._onload(hidden),
-            self.model.parts.mlps[layer],
+            parts.mlps[layer],
             TaylorOptions(
-                self._masks[i], self._scales[i], options.parity, options.backend, activation
+                self._masks[i], self._scales[i], options.parity, options.backend,
+                activation, experts_activation, len(self.batches[i].ids),
             ),
+            experts=parts.experts[layer],
             needs_grad=layer > 0,
-            only_backward=only_backward and not self.model.parts.family.norm_behind,
-        )
+            only_backward=only_backward and alone,
+        )  # fmt: skip
 
     def _head(self, i: int, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of the sequences' losses and the gradient at the last layer's output."""
@@ -228,22 +212,29 @@ class Pass:
         layer: int,
         i: int,
         d_outputs: list[Tensor],
-        statistics: Tensor,
-        fisher: _Covariance | None,
+        sums: PassSums,
+        covariances: dict[bool, OutputCovariance],
     ) -> list[Tensor]:
-        """Return the gradients at a layer's input, and add to its statistics (C, 4, F).
+        """Return the gradients at a layer's input, and add to its statistics.
 
-        The gradients are one a criterion; those at the first layer's input are unused. `fisher` is
-        given that of criterion fisher at down_proj's output.
+        The gradients are one a criterion; those at the first layer's input are unused. The
+        covariances are given those of criterion fisher at the outputs of the MLP and the experts.
         """
-        graph, d_inputs = self._graphs[i].pop()(), []
+        graph, d_inputs, batch = self._graphs[i].pop()(), [], self.batches[i]
+        sums.add_routing(layer, graph.routing)
         for c, d_output in enumerate(d_outputs):
-            add, last = partial(_add, statistics[c]), c == len(d_outputs) - 1
-            take_gradient = None
-            if fisher is not None and self.options.criteria[c] == "fisher":
-                take_gradient = partial(fisher.add, self.batches[i], self._scales[i])
+            of_fisher = covariances if self.options.criteria[c] == "fisher" else {}
+            own, of_experts = (
+                partial(of_fisher[of].add, batch, self._scales[i]) if of in of_fisher else None
+                for of in (False, True)
+            )
             d_input = graph.backward(
-                self._onload(d_output), add, take_gradient=take_gradient, last=last
+                self._onload(d_output),
+                partial(sums.add, layer, c),
+                take_gradient=own,
+                take_expert=partial(_add_expert, sums, layer, c),
+                take_experts_gradient=of_experts,
+                last=c == len(d_outputs) - 1,
             )
             d_inputs.append(d_output if d_input is None else self._offload(d_input))
         return d_inputs
@@ -260,28 +251,34 @@ class Pass:
         return tensor.to(self.model.device, non_blocking=True)
 
 
-class _Covariance:
-    """Σ g gᵀ over tokens, (D, D) fp32 at least, g of log p(y) at the output of down_proj.
-
-    There, and not at the layer's output, since a norm or a scale may follow.
-    """
-
-    def __init__(self, model: ResidentModel) -> None:
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        self.total = torch.zeros((), dtype=dtype, device=model.device)
-
-    def add(self, batch: MicroBatch, scale: float, grad: Tensor) -> None:
-        """Add a micro-batch's gradients, times its length: the loss of a sequence is a mean."""
-        wide = grad.to(self.total.dtype)
-        lengths = torch.tensor(batch.lengths, dtype=wide.dtype, device=wide.device)
-        rows = (wide * (lengths / scale)[:, None, None]).flatten(0, 1)
-        self.total = self.total + rows.t() @ rows
+def _add_expert(
+    sums: PassSums,
+    layer: int,
+    criterion: int,
+    expert: int,
+    statistics: TaylorStatistics,
+    taylor: Tensor,
+) -> None:
+    sums.add((layer, expert), criterion, statistics)
+    sums.add_taylor(layer, expert, criterion, taylor)
 
 
-def _add(sums: Tensor, statistics: TaylorStatistics) -> None:
-    """Add one layer's statistics to its sums (4, F), which are as wide as the widest layer's."""
-    added = torch.stack(statistics)
-    sums[:, : added.shape[1]].add_(added)
+def _add_expert_acts(
+    sums: PassSums,
+    layer: int,
+    experts: ExpertsMLP,
+    routing: Routing,
+    backend: str,
+    rows: Rows,
+    x: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Return an expert's output, and add its acts to the sums."""
+    act = experts.act(experts.gate_up(rows.expert, x))
+    sums.add_act((layer, rows.expert), taylor_statistics(act[None], act[None], backend=backend).act)
+    output = experts.output(rows.expert, act)
+    routing.add(rows, weights, output)
+    return output
 
 
 def gradient_scale(scaled: bool, seq_len: int, attempt: int) -> float:
@@ -290,11 +287,3 @@ def gradient_scale(scaled: bool, seq_len: int, attempt: int) -> float:
         return 1.0
     # 64 to 128 in each row of the loss, whatever the length; a sixteenth at each new attempt.
     return float(2.0 ** (6 + math.ceil(math.log2(seq_len)) - 4 * attempt))
-
-
-def column_norms(weight: Tensor) -> Tensor:
-    """Return the 2-norm of each column of a (D, F) weight, fp64, a block of rows at a time."""
-    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for block in weight.detach().split(256):
-        squares += block.double().square().sum(dim=0)
-    return squares.sqrt()

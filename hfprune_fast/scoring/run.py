@@ -15,7 +15,8 @@ from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
 from hfprune_fast.errors import ArgumentError, MemoryShortageError, is_out_of_memory, one_line
 from hfprune_fast.kernels import resolve_backend
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
-from hfprune_fast.scoring.passes import Pass, PassOptions, empty_accumulator
+from hfprune_fast.scoring.passes import Pass
+from hfprune_fast.scoring.sums import PassOptions, empty_accumulator
 
 
 def score_batches(

@@ -2,13 +2,18 @@
 
 The scores file is a safetensors file of the statistics, (L, F) float64 each, with a JSON header;
 docs/scores-file.md describes it. Row l, column j is neuron j of layer l; F is the widest layer's,
-and the row of a narrower layer ends in zeros.
+and the row of a narrower layer ends in zeros. For a model with experts a statistic is (N,): the
+neurons of each layer's own MLP and of its experts, one after the other, as `ImportanceTable.sites`
+says; of experts, (E,) of all experts of all layers.
 
     CRITERION.l1, .l2,     sums over the calibration of x = gradient times act (kernels/taylor),
       .fisher_mask         the gradient being that of the criterion (scoring/passes)
     act, down_norm         Σa², and the 2-norm of the neuron's down_proj column
     obs                    the cost of removing it when the others are refitted (scoring/obs), nats
     weight_norm, uniform   2-norm of its weights; a random number
+    CRITERION.expert_taylor  Σ|<gradient, w·y>| of an expert's output y, w its routing weight
+    expert_reap            the mean of w·‖y‖ over the tokens that chose it
+    expert_count, _mass    how many tokens chose it, and the sum of their w
 
 Version 2, which is still read, called fisher_mask mask, and had no vocab_size or attention_width.
 """
@@ -35,23 +40,29 @@ from hfprune_fast.checkpoint.ours import SCORES, real
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import say, to_path
 from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line, shown
+from hfprune_fast.models.sites import SiteKey, site_slices, table_size
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.criteria import CRITERIA
-from hfprune_fast.scoring.passes import column_norms
+from hfprune_fast.scoring.moments import column_norms
 
 DEFAULT_STATISTIC = {name: criterion.default_statistic for name, criterion in CRITERIA.items()}
 DEFAULT_STATISTIC |= {"magnitude": "weight_norm", "random": "uniform"}
 _OF_A_CRITERION = ("l1", "l2", "fisher_mask")
+_OF_EXPERTS = ("expert_reap", "expert_count", "expert_mass")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _VERSION = 3
 # A table read from a file of version 2 does not know the others.
 _ABSENT_BEFORE_3 = ("vocab_size", "attention_width")
+_EXPERT_SIZES = tuple(f.name for f in fields(ModelSpec) if "expert_" in f.name) + (
+    "experts_per_token",
+    "params_per_expert",
+)
 _COMPARED = [f.name for f in fields(ModelSpec) if f.name not in _ABSENT_BEFORE_3]
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no single bool
 class ImportanceTable:
-    """Statistics of all neurons, (L, F) float64 each; the model's size; the scores' provenance.
+    """Statistics of all neurons, (L, F) or (N,) float64; the model's size; their provenance.
 
     A statistic is an attribute as well: `table.act`, or `table.l1`, of the first criterion.
     """
@@ -61,11 +72,12 @@ class ImportanceTable:
     provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
-        shape = (self.model.num_layers, self.model.intermediate_size)
         for name, tensor in self.statistics.items():
             criterion, _, statistic = name.rpartition(".")
-            if not ((statistic in _OF_A_CRITERION and criterion) or name in _OF_ALL):
+            of_experts = name in _OF_EXPERTS or (criterion and statistic == "expert_taylor")
+            if not (of_experts or (statistic in _OF_A_CRITERION and criterion) or name in _OF_ALL):
                 raise ScoresFileError(f"{name} is not the name of a statistic")
+            shape = (sum(self.model.experts),) if of_experts else table_shape(self.model)
             if tensor.shape != shape or tensor.dtype != torch.float64:
                 raise ScoresFileError(
                     f"{name} must be {shape} float64, got {tuple(tensor.shape)} {tensor.dtype}"
@@ -80,6 +92,19 @@ class ImportanceTable:
         if found is None:
             raise AttributeError(f"these scores have no {name}, only {', '.join(self.statistics)}")
         return found
+
+    @property
+    def sites(self) -> dict[SiteKey, slice]:
+        """Where each layer's own MLP, and each (layer, expert), has its neurons in a flat table."""
+        return site_slices(self.model.sites)
+
+    def of(self, statistic: str, site: SiteKey) -> Tensor:
+        """Return one MLP's values, (width,), of a statistic by its full name."""
+        return self.statistics[statistic].flatten()[self.sites[site]]
+
+    def experts(self, statistic: str) -> Tensor:
+        """Return (X, E) values of a statistic of experts, of the X layers that have E of them."""
+        return self.statistics[statistic].view(-1, self.model.num_experts)
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -164,24 +189,42 @@ class ImportanceTable:
         return table
 
 
+def table_shape(spec: ModelSpec) -> tuple[int, ...]:
+    """Return the shape of a statistic of all neurons: (L, F), or (N,) of a model with experts."""
+    if spec.experts:
+        return (table_size(spec.sites),)
+    return spec.num_layers, spec.intermediate_size
+
+
 def _spec(header: dict[str, Any]) -> ModelSpec:
     """Return the model's spec; what a field's default stands for, older versions leave out."""
     names = [f.name for f in fields(ModelSpec) if f.name in header or f.default is MISSING]
     values = {name: header[name] for name in names}
-    widths, widest = values.get("mlp_widths"), values["intermediate_size"]
+    layers, widest = values["num_layers"], values["intermediate_size"]
+    has_experts = bool(values.get("experts"))
+    may_be_0 = {*_ABSENT_BEFORE_3, *_EXPERT_SIZES, *(["intermediate_size"] if has_experts else [])}
     for name, value in values.items():
         if name == "model_type":
             ok = isinstance(value, str)
         elif name == "mlp_widths":
-            ok = widths is None or (
-                isinstance(widths, list) and len(widths) == values["num_layers"]
-            )
-            ok = ok and all(type(w) is int and 1 <= w <= widest for w in widths or ())
+            ok = value is None or _are_sizes(value, layers, int(not has_experts), widest)
+        elif name == "experts":
+            ok = value == [] or _are_sizes(value, layers, 0, 1 << 16)
+            ok = ok and len({count for count in value if count}) <= 1
+            values[name] = tuple(value) if ok else ()
         else:
-            ok = type(value) is int and value >= (name not in _ABSENT_BEFORE_3)
+            ok = type(value) is int and value >= (name not in may_be_0)
         if not ok:
             raise ValueError(f"{name} is {value!r:.60}")
     return ModelSpec(**values)
+
+
+def _are_sizes(value: Any, number: Any, least: int, most: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == number
+        and all(type(size) is int and least <= size <= most for size in value)
+    )
 
 
 def _check_provenance(provenance: dict[str, Any], statistics: Mapping[str, Tensor]) -> None:
@@ -215,8 +258,10 @@ def check_table(table: ImportanceTable, source: ModelSource) -> None:
         same = scored == source.fingerprint or scored == source.first_fingerprint
     else:
         # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
-        norms = column_norms(source.read(source.down_proj(source.spec.num_layers - 1)))
-        same = torch.allclose(norms, table.down_norm[-1, : len(norms)], rtol=2**-8)
+        same = True
+        for layer in [site for site in source.spec.sites if isinstance(site, int)][-1:]:
+            norms = column_norms(source.read(source.down_proj(layer)))
+            same = torch.allclose(norms, table.of("down_norm", layer), rtol=2**-8)
     if not same:
         raise ScoresFileError(
             f"the scores are of another model than {source.name}: same shape, other weights "

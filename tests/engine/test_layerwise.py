@@ -14,8 +14,8 @@ import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
 from hfprune_fast.data.batches import MicroBatch, micro_batch
 from hfprune_fast.engine.layerwise import ResidentModel, for_each_layer
-from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
+from hfprune_fast.scoring.sums import PassOptions
 
 V = 127
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}

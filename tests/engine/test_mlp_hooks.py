@@ -16,7 +16,8 @@ from watch import Watch
 
 import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
-from hfprune_fast.engine.mlp_hooks import ScoredGraph, TaylorOptions, known_activation
+from hfprune_fast.engine.mlp_hooks import TaylorOptions, known_activation
+from hfprune_fast.engine.scored_graph import ScoredGraph
 from hfprune_fast.models.sites import GatedMLP, parts_of
 
 B, S, D, F = 2, 17, 32, 48

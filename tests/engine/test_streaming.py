@@ -22,8 +22,8 @@ from hfprune_fast.engine.streaming import StreamedModel, open_model
 from hfprune_fast.errors import NumericsError
 from hfprune_fast.evaluation import fidelity
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
-from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
+from hfprune_fast.scoring.sums import PassOptions
 
 V = 127
 STREAMED = ["disk", "cpu"]

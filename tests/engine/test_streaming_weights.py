@@ -21,8 +21,8 @@ from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine import weights
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import open_model
-from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
+from hfprune_fast.scoring.sums import PassOptions
 
 STREAMED = ["disk", "cpu"]
 V = 127

@@ -18,7 +18,7 @@ from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.scoring import job
-from hfprune_fast.scoring.passes import PassOptions
+from hfprune_fast.scoring.sums import PassOptions
 
 # Sums of some 1e4 float64 products; what is forgotten is off by 1e-2 and more.
 SCORES, LOGITS = 1e-9, 1e-12

@@ -6,9 +6,9 @@ from truth import tiny_model
 from hfprune_fast.errors import UnsupportedModelError
 from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.families import Family, Site
-from hfprune_fast.models.tensors import Place, place_of
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.models.spec import ModelSpec, spec_of
+from hfprune_fast.models.tensors import Place, place_of
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

@@ -16,8 +16,8 @@ import hfprune_fast as hf
 from hfprune_fast.data.batches import MicroBatch, numbered
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.scoring import obs, passes
-from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
+from hfprune_fast.scoring.sums import PassOptions
 
 
 @pytest.mark.parametrize("recompute", [False, True])

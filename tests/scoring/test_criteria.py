@@ -21,8 +21,8 @@ from hfprune_fast.engine import mlp_hooks, planner
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError, ResumeError
 from hfprune_fast.scoring import job, passes
-from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
+from hfprune_fast.scoring.sums import PassOptions
 
 ALL = ("entropy", "cross_entropy", "fisher")
 

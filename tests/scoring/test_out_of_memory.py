@@ -20,8 +20,8 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import MemoryShortageError
 from hfprune_fast.scoring import criteria, passes, run
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
-from hfprune_fast.scoring.passes import PassOptions
 from hfprune_fast.scoring.run import score_batches
+from hfprune_fast.scoring.sums import PassOptions
 
 SEQUENCES, TOKENS, VOCAB = 16, 9, 127
 LENGTHS = [TOKENS, TOKENS, TOKENS, 5] * 4  # of every four sequences one is padded

@@ -1,0 +1,53 @@
+"""Norms and second moments of weights, activations and gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.errors import NumericsError
+
+
+class OutputCovariance:
+    """Σ g gᵀ over tokens, (D, D) fp32 at least, g of log p(y) at the output of an MLP or experts.
+
+    There, and not at the layer's output, since a norm or a scale may follow.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        self.total = torch.zeros((), dtype=wide, device=device)
+
+    def add(self, batch: MicroBatch, scale: float, grad: Tensor) -> None:
+        """Add a micro-batch's gradients, times its length: the loss of a sequence is a mean."""
+        wide = grad.to(self.total.dtype).reshape(*batch.ids.shape, -1)
+        lengths = torch.tensor(batch.lengths, dtype=wide.dtype, device=wide.device)
+        rows = (wide * (lengths / scale)[:, None, None]).flatten(0, 1)
+        self.total = self.total + rows.t() @ rows
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """Return the 2-norm of each column of a (D, F) weight, fp64, a block of rows at a time."""
+    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for block in weight.detach().split(256):
+        squares += block.double().square().sum(dim=0)
+    return squares.sqrt()
+
+
+def token_rows(tensor: Tensor, batch: MicroBatch) -> Tensor:
+    """Return (tokens, ...) of a (B, T, ...) tensor, without padding."""
+    mask = batch.token_mask
+    return tensor.flatten(0, 1) if mask is None else tensor[mask.to(tensor.device)]
+
+
+def moments_dtype(model: ResidentModel) -> torch.dtype:
+    """Return the dtype in which a batch's second moments are multiplied: fp32 at least."""
+    return torch.promote_types(model.dtype, torch.float32)
+
+
+def check_moments(gram: Tensor, layer: int) -> None:
+    """Raise NumericsError if the second moments of a layer's acts hold NaN or inf."""
+    if not bool(gram.diagonal().isfinite().all()):
+        raise NumericsError(f"NaN or inf in the MLP activations of layer {layer}; try float32")

@@ -1,0 +1,129 @@
+"""The sums of a run: what is summed, and a pass's own, by layer and expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.engine.expert_hooks import Routing
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.kernels import TaylorStatistics
+from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_size
+from hfprune_fast.scoring.accumulator import ScoreAccumulator
+from hfprune_fast.scoring.moments import OutputCovariance, column_norms
+
+_ACT = TaylorStatistics._fields.index("act")
+_TAYLOR = 3  # rows of `ScoreAccumulator.experts` before the criteria's
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """What a run sums, and how; options of the second kind change the sums only by rounding."""
+
+    backend: str = "torch"
+    criteria: tuple[str, ...] = ("entropy",)  # with a loss; if empty, only act is summed
+    output_fisher: bool = False  # needs criterion fisher
+    seed: int = 0  # of the tokens that fisher draws
+    parity: bool = False  # round as the paper's code does; micro-batches must be one sequence
+    recompute: bool = False  # keep a layer's input instead of its graph
+    inputs_on_host: bool = False  # keep the layers' inputs in host memory
+    pass_tokens: int = 0  # micro-batches are grouped into passes of up to this many tokens
+    logits_budget_bytes: int | None = None
+
+
+def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumulator:
+    """Return an accumulator of zeros, on the model's device."""
+    parts, device = model.parts, model.device
+    size, hidden = table_size(parts.widths), parts.head.weight.shape[1]
+    criteria = max(1, len(options.criteria)), len(TaylorStatistics._fields)
+    dtype = model.dtype if options.parity else torch.float64
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    experts = sum(each.count for each in parts.with_experts.values())
+    outputs = len(parts.own_mlps) + len(parts.with_experts)
+    return ScoreAccumulator(
+        torch.zeros(*criteria, size, dtype=dtype, device=device),
+        torch.zeros(size, **wide),
+        torch.zeros(outputs, hidden, hidden, dtype=torch.float32)
+        if options.output_fisher
+        else None,
+        torch.zeros(3 + len(options.criteria), experts, **wide) if experts else None,
+        loss_nats=(0.0,) * len(options.criteria),
+    )
+
+
+class PassSums:
+    """The sums of `total` with those of a pass added to them; `total` stays what it is."""
+
+    def __init__(self, total: ScoreAccumulator, parts: ModelParts) -> None:
+        self._parts = parts
+        self._statistics, self._down_norm = total.statistics.clone(), total.down_norm.clone()
+        self._output_fisher, self._experts = (
+            None if each is None else each.clone() for each in (total.output_fisher, total.experts)
+        )
+        self._slices = site_slices(parts.widths)
+        self._first: dict[int, int] = {}  # of each layer's experts, among those of all
+        self._outputs: dict[tuple[int, bool], int] = {}  # (layer, whether of experts)
+        begin = 0
+        for layer in range(len(parts.layers)):
+            for of_experts in (parts.mlps, parts.experts):
+                if of_experts[layer] is not None:
+                    key = layer, of_experts is parts.experts
+                    self._outputs[key] = len(self._outputs)
+            experts = parts.experts[layer]
+            if experts is not None:
+                self._first[layer], begin = begin, begin + experts.count
+
+    def result(self, loss_nats: tuple[float, ...] = ()) -> ScoreAccumulator:
+        return ScoreAccumulator(
+            self._statistics,
+            self._down_norm,
+            self._output_fisher,
+            self._experts,
+            loss_nats=loss_nats,
+        )
+
+    def add_norms(self, layer: int) -> None:
+        """Note the norms of a layer's down_proj, whose weights are in place."""
+        mlp, experts = self._parts.mlps[layer], self._parts.experts[layer]
+        if mlp is not None:
+            self._down_norm[self._slices[layer]] = column_norms(mlp.down.weight)
+        for e in range(0 if experts is None else experts.count):
+            assert experts is not None
+            self._down_norm[self._slices[layer, e]] = column_norms(experts.down(e))
+
+    def add(self, site: SiteKey, criterion: int, statistics: TaylorStatistics) -> None:
+        """Add the statistics of one MLP or expert."""
+        self._statistics[criterion, :, self._slices[site]] += torch.stack(statistics)
+
+    def add_act(self, site: SiteKey, act: Tensor) -> None:
+        """Add Σa² alone."""
+        self._statistics[0, _ACT, self._slices[site]] += act
+
+    def add_taylor(self, layer: int, expert: int, criterion: int, taylor: Tensor) -> None:
+        """Add the Taylor term of an expert."""
+        assert self._experts is not None
+        self._experts[_TAYLOR + criterion, self._first[layer] + expert] += taylor
+
+    def add_routing(self, layer: int, routing: Routing | None) -> None:
+        """Add what a forward says of a layer's experts."""
+        if routing is None or self._experts is None:
+            return
+        first = self._first[layer]
+        rows = (routing.output_norms, routing.tokens, routing.weights)
+        for row, numbers in zip(self._experts, rows, strict=False):
+            row[first : first + len(numbers)] += numbers
+
+    def covariances(self, layer: int, dtype: torch.dtype) -> dict[bool, OutputCovariance]:
+        """Return empty covariances of a layer's outputs, by whether they are of its experts."""
+        if self._output_fisher is None:
+            return {}
+        device = self._statistics.device
+        return {of: OutputCovariance(dtype, device) for at, of in self._outputs if at == layer}
+
+    def add_covariances(self, layer: int, covariances: dict[bool, OutputCovariance]) -> None:
+        for of_experts, covariance in covariances.items():
+            assert self._output_fisher is not None
+            self._output_fisher[self._outputs[layer, of_experts]] += covariance.total.cpu()
