@@ -69,7 +69,7 @@ def own_down(tiny: Mixture, layer: nn.Module) -> Any:
 def all_experts(
     tiny: Mixture, model: PreTrainedModel, change: Change, seen: Seen, kept: Any = None
 ) -> Iterator[None]:
-    """Inside, every expert runs on every token, and routers choose among kept {layer: (E,) bool}."""
+    """Inside, every expert runs on every token, and routers choose of kept {layer: (E,) bool}."""
     replaced: list[nn.Module] = []
     handles = []
     for number, layer in enumerate(layers_of(tiny, model)):
@@ -103,7 +103,7 @@ def _own_act(number: int, change: Change, seen: Seen) -> Callable[..., Any]:
 
 def _dense_forward(number: int, experts: Any, change: Change, seen: Seen) -> Callable[..., Any]:
     def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        none = hidden.new_zeros(len(hidden), len(experts.down_proj))
+        none = weights.new_zeros(len(hidden), len(experts.down_proj))
         seen.weights[number] = none.scatter(1, index, weights)
         seen.chosen[number] = none.scatter(1, index, 1.0)
         each = []
@@ -112,7 +112,8 @@ def _dense_forward(number: int, experts: Any, change: Change, seen: Seen) -> Cal
             seen.acts[number, expert] = act
             each.append(output_of(experts, expert, act))
         seen.each[number] = torch.stack(each)
-        seen.output[number] = torch.einsum("te,etd->td", seen.weights[number], seen.each[number])
+        in_dtype = seen.weights[number].to(hidden.dtype)
+        seen.output[number] = torch.einsum("te,etd->td", in_dtype, seen.each[number])
         return seen.output[number]
 
     return forward

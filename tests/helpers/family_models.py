@@ -34,7 +34,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 
 def plain_experts(family: str) -> dict[str, str]:
-    """Return what makes transformers run experts in a loop: its grouped products have no float64."""
+    """Return what makes transformers loop over experts: its grouped products lack float64."""
     return {"experts_implementation": "eager"} if family in MIXTURES else {}
 
 

@@ -13,7 +13,6 @@ from experts_truth import Site
 from family_case import assert_same, largest_error, perplexity
 from family_truth import Float64, own_logits
 from mixture_case import FORMS, KEPT_OF_EXPERT, MixtureCase
-from mixture_configs import E
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -44,10 +44,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2},
         "expert",
     ),
-    "Mixtral": ("mixtral", {}, "expert|MoE|mixture"),
+    "Phi-3.5-MoE": ("phimoe", {}, "expert"),
+    "Llama 4, its text": ("llama4_text", {}, "expert"),
+    "Qwen3-VL with experts": ("qwen3_vl_moe", {}, "expert"),
+    "DeepSeek-V2": ("deepseek_v2", {}, "expert"),
+    "ERNIE 4.5 with experts": ("ernie4_5_moe", {}, "expert"),
+    "Hunyuan A13B": ("hunyuan_v1_moe", {}, "expert"),
+    "LFM2 with experts": ("lfm2_moe", {}, "expert"),
+    "Jamba": ("jamba", {}, "expert"),
     "Gemma 4 E4B with vision": ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers"),
     "Gemma 3 with vision and a softcap": ("gemma3", {"final_logit_softcapping": 4.0}, "capped"),
-    "LLaVA whose text has experts": ("llava", {"model_type": "mixtral"}, "expert"),
+    "LLaVA whose text has experts": ("llava", {"model_type": "phimoe"}, "expert"),
     "LLaVA whose text has no gate": ("llava", {"model_type": "phi"}, "gate"),
     "Aya Vision": ("aya_vision", {}, "logits"),
     "Qwen2 as an encoder": ("qwen2", {"is_causal": False}, "see later ones"),
@@ -64,7 +71,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def config_of(model_type: str, options: dict[str, Any]) -> Any:
     if model_type in TINY:
         return tiny_config(model_type, **options)
-    sizes = {} if model_type in ("gpt2", "aya_vision") else SIZES
+    sizes = {} if model_type in ("gpt2", "aya_vision", "qwen3_vl_moe") else SIZES
     return AutoConfig.for_model(model_type, **sizes)
 
 
@@ -81,7 +88,7 @@ def test_it_is_refused_in_one_line(which: str, tmp_path: Path, hfprune: Callable
     assert re.search(reason, line), line
 
 
-@pytest.mark.parametrize("which", ["Gemma 4 E4B, shared keys and values", "Mixtral", "Phi-1 and 2"])
+@pytest.mark.parametrize("which", ["Gemma 4 E4B, shared keys and values", "Jamba", "Phi-1 and 2"])
 def test_a_loaded_model_is_refused_too(which: str) -> None:
     model_type, options, reason = REFUSED[which]
     model = AutoModelForCausalLM.from_config(config_of(model_type, options))
