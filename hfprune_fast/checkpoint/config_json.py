@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hfprune_fast.checkpoint.config_experts import with_experts
 from hfprune_fast.checkpoint.decilm import custom_config
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES, is_deeper, read_json_object
 from hfprune_fast.checkpoint.pretrained import load_config
@@ -28,6 +29,8 @@ _MAX_SIZES = {
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1 << 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 1 << 20),
     "max_position_embeddings": 1 << 40,
     "mamba_chunk_size": 1 << 12,
 }
@@ -73,7 +76,9 @@ def text_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     text = text_part(_with_whole_text(path, config))
     family = family_type(text)
     defaults = config_defaults(family)
-    needed = ("num_hidden_layers", "hidden_size", "vocab_size", FAMILIES[family].width)
+    needed = ["num_hidden_layers", "hidden_size", "vocab_size"]
+    if family_of(text).experts is None:
+        needed.append(FAMILIES[family].width)
     optional = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
     for key in (*needed, *optional, *FAMILIES[family].refused):
         if text.get(key) is None and defaults.get(key) is not None:
@@ -81,8 +86,8 @@ def text_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in needed:
         if key not in text:
             raise CheckpointError(f"{path} has no {key}")
-    family_of(text)  # which refuses what it cannot be right about, now that all is said
-    return text
+    # `family_of` refuses what it cannot be right about, now that all is said.
+    return with_experts(path, text, family_of(text), defaults)
 
 
 def _with_text_type(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +198,9 @@ def _check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]
         config: config.json.
         text: what `text_config` makes of it.
     """
-    family = FAMILIES[family_type(text)]
+    family = family_of(text)
+    if family.experts is not None:  # which says them by other keys
+        return
     layers, widest = text["num_hidden_layers"], text[family.width]
     widths: Any = [widest] * layers
     declared = None

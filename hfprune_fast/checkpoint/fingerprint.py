@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from hfprune_fast.checkpoint.pretrained import own_fields
-from hfprune_fast.checkpoint.safetensors import SafetensorsFile
+from hfprune_fast.checkpoint.safetensors import ITEM_BYTES, SafetensorsFile
 
 _FINGERPRINT_ROWS = 16
 # The first fingerprint is of the text of a configuration, but for these.
@@ -17,6 +19,8 @@ _NOT_IN_FIRST = {"_name_or_path", "auto_map", "transformers_version", "use_cache
 _MEANS_NOTHING = {"initializer_range", "use_cache", "pretraining_tp", "attention_dropout"}
 _MEANS_NOTHING |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 _MEANS_NOTHING |= {"intermediate_size", "shared_intermediate_size", "mlp_widths"}
+_MEANS_NOTHING |= {"moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts"}
+_MEANS_NOTHING |= {"num_experts", "num_local_experts", "n_routed_experts"}
 _MEANS_NOTHING |= {"tie_word_embeddings", "block_auto_adjust_ff_dim"}
 # In `sliding_window` and `layer_types`, which follow from them.
 _MEANS_NOTHING |= {"use_sliding_window", "max_window_layers"}
@@ -29,7 +33,7 @@ def samples_of(shards: Iterable[SafetensorsFile]) -> dict[str, bytes]:
     vector: enough to tell a fine-tuned sibling apart without reading the whole checkpoint.
     """
     return {
-        name: _sample(dtype, shape, shard.data(name, prefetch=False))
+        name: sample_of(dtype, shape, shard.data(name, prefetch=False))
         for shard in shards
         for name, (dtype, shape, _, _) in shard.tensors.items()
     }
@@ -65,15 +69,39 @@ def _digest(meaning: Mapping[str, Any], samples: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def _sample(dtype: str, shape: tuple[int, ...], data: memoryview) -> bytes:
+def sample_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> bytes:
     """Return the digest of a tensor's dtype, shape and sampled rows."""
     digest = hashlib.sha256(f"{dtype} {shape}".encode())
     rows: Iterable[int] = [0]
     row_bytes = len(data)
     if len(shape) >= 2 and shape[0] > 0:
         row_bytes //= shape[0]
-        last = shape[0] - 1
-        rows = sorted({last * i // (_FINGERPRINT_ROWS - 1) for i in range(_FINGERPRINT_ROWS)})
+        rows = _sampled(shape[0])
     for row in rows:
         digest.update(data[row * row_bytes : (row + 1) * row_bytes])
     return digest.digest()
+
+
+def sample_of_rows(dtypes: Sequence[str], columns: int, parts: Sequence[memoryview]) -> bytes:
+    """Return the digest of sampled rows of matrices that stand one below the other.
+
+    Args:
+        dtypes: of each matrix.
+        columns: of all of them.
+        parts: their data.
+    """
+    digest = hashlib.sha256(f"{' '.join(sorted(set(dtypes)))} {columns}".encode())
+    row_bytes = [columns * ITEM_BYTES[dtype] for dtype in dtypes]
+    ends = list(accumulate(len(part) // of for part, of in zip(parts, row_bytes, strict=True)))
+    digest.update(f"{ends[-1]}".encode())
+    for row in _sampled(ends[-1]):
+        part = bisect_right(ends, row)
+        begin = (row - (ends[part - 1] if part else 0)) * row_bytes[part]
+        digest.update(parts[part][begin : begin + row_bytes[part]])
+    return digest.digest()
+
+
+def _sampled(rows: int) -> list[int]:
+    """Return the rows of so many that are sampled: 16, evenly spaced from the first to the last."""
+    last = rows - 1
+    return sorted({last * i // (_FINGERPRINT_ROWS - 1) for i in range(_FINGERPRINT_ROWS)})

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model without weights, and the name of each weight in its checkpoint."""
+    """A model without weights, and where each weight is in its checkpoint."""
 
     source: ModelSource
     model: PreTrainedModel
-    names: dict[str, str]  # of the model's parameters -> of the checkpoint's tensors
+    names: dict[str, tuple[str, ...]]  # as in ModelSource
     dtype: torch.dtype  # to run in
     device: torch.device
 
@@ -85,7 +85,7 @@ def build(plan: Blueprint) -> PreTrainedModel:
         for name, shard in plan.source.shards.items()
     }
 
-    def load(name: str) -> Tensor:
+    def map_tensor(name: str) -> Tensor:
         info = plan.source.tensors[name]
         stored = TORCH_DTYPES[info.dtype]
         place = plan.source.shards[info.file].tensors[name][2]
@@ -94,11 +94,22 @@ def build(plan: Blueprint) -> PreTrainedModel:
         tensor = torch.empty(0, dtype=torch.uint8).set_(storage, place, (size,), (1,))
         if place % stored.itemsize:
             tensor = tensor.clone()
-        return tensor.view(stored).view(info.shape).to(plan.device, plan.dtype)
+        return tensor.view(stored).view(info.shape)
+
+    def load(theirs: tuple[str, ...]) -> Tensor:
+        if len(theirs) == 1:
+            return map_tensor(theirs[0]).to(plan.device, plan.dtype)
+        shape = plan.source.tensors[theirs[0]].shape
+        merged = torch.empty((len(theirs), *shape), dtype=plan.dtype, device=plan.device)
+        for part, name in zip(merged, theirs, strict=True):
+            part.copy_(map_tensor(name))
+        return merged
 
     loaded = {theirs: frozen(load(theirs)) for theirs in set(plan.names.values())}
+    shapes = {ours: tensor.shape for ours, tensor in plan.model.state_dict().items()}
     for ours, theirs in plan.names.items():
-        put(plan.model, ours, loaded[theirs])
+        one = len(theirs) == 1
+        put(plan.model, ours, loaded[theirs] if one else frozen(loaded[theirs].view(shapes[ours])))
     return plan.model.to(plan.device)  # type: ignore[no-any-return, arg-type]
 
 

@@ -52,6 +52,8 @@ def skeleton(
     config = copy.deepcopy(config)
     config.dtype = None
     config._attn_implementation = None if attention == "auto" else attention
+    if dtype == torch.float64:  # for which grouped products of experts are not made
+        config._experts_implementation = "eager"
     with _META_CONTEXT, torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     config.dtype = dtype

@@ -17,6 +17,8 @@ from hfprune_fast.checkpoint.config_json import read_config, text_config
 from hfprune_fast.checkpoint.fingerprint import (
     fingerprint_of,
     first_fingerprint,
+    sample_of,
+    sample_of_rows,
     samples_of,
 )
 from hfprune_fast.checkpoint.folder import (
@@ -34,6 +36,13 @@ from hfprune_fast.checkpoint.pretrained import load_config, load_tokenizer
 from hfprune_fast.checkpoint.safetensors import SafetensorsFile
 from hfprune_fast.checkpoint.skeleton import skeleton as make_skeleton
 from hfprune_fast.checkpoint.source_card import source_card
+from hfprune_fast.checkpoint.stored_names import (
+    DECODER,
+    check_layers,
+    names_in_files,
+    prefix_and_head,
+    shape_of_one,
+)
 from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError, one_line_errors
 from hfprune_fast.models.declared import family_of
@@ -44,7 +53,6 @@ from hfprune_fast.models.tensors import Place, place_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_DECODER = "model."  # begins the names of the decoder's parameters in the model that is run
 _BLOCK_BYTES = 16 << 20
 
 
@@ -62,7 +70,8 @@ class ModelSource:
     text: dict[str, Any]  # what is run of it, see `text_config`
     family: Family
     spec: ModelSpec
-    names: dict[str, str]  # of the model's parameters -> of the checkpoint's tensors
+    # Of the model's parameters -> of the checkpoint's tensors that, side by side, are it.
+    names: dict[str, tuple[str, ...]]
     prefix: str  # begins the names of the decoder's tensors
     tensors: dict[str, TensorInfo]
     shards: dict[str, SafetensorsFile]  # by file name, mapped
@@ -71,8 +80,8 @@ class ModelSource:
     def fingerprint(self) -> str:
         """sha256 of what the configuration means and a sample of every tensor it calls for."""
         samples = {
-            ours.removeprefix(_DECODER): self._samples[theirs]
-            for ours, theirs in self.names.items()
+            ours.removeprefix(DECODER): self._sample_of(ours)
+            for ours in self.names
             if not (self._tied and ours == f"{self.family.head}.weight")
         }
         return fingerprint_of(self.spec.model_type, self.transformers_config, samples)
@@ -84,11 +93,17 @@ class ModelSource:
     @cached_property
     def first_fingerprint(self) -> str:
         """The fingerprint that earlier releases wrote into scores files."""
-        return first_fingerprint(self.config, self._samples)
+        return first_fingerprint(self.config, samples_of(self.shards.values()))
 
-    @cached_property
-    def _samples(self) -> dict[str, bytes]:
-        return samples_of(self.shards.values())
+    def _sample_of(self, ours: str) -> bytes:
+        """Return the sample of a parameter, of experts the same however they are stored."""
+        theirs = self.names[ours]
+        infos = [self.tensors[name] for name in theirs]
+        parts = [self.data(name, prefetch=False) for name in theirs]
+        place = place_of(self.family, ours.removeprefix(DECODER))
+        if len(theirs) > 1 or (place is not None and place.of_all and len(infos[0].shape) == 3):
+            return sample_of_rows([info.dtype for info in infos], infos[0].shape[-1], parts)
+        return sample_of(infos[0].dtype, infos[0].shape, parts[0])
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -107,17 +122,25 @@ class ModelSource:
     def stored_dtype(self) -> torch.dtype:
         """The dtype of most of the parameters."""
         elements = Counter[str]()
-        for name in set(self.names.values()):
+        for name in {name for theirs in self.names.values() for name in theirs}:
             elements[self.tensors[name].dtype] += prod(self.tensors[name].shape)
         return TORCH_DTYPES[elements.most_common(1)[0][0]]
 
     def place_of(self, name: str) -> Place | None:
-        """Return what a tensor of the checkpoint holds of neurons or experts, None if nothing."""
-        return place_of(self.family, name.removeprefix(self.prefix))
+        """Return what a tensor of the checkpoint holds of neurons or experts, None if nothing.
+
+        Layers behind the model's, which predict further tokens, are not cut.
+        """
+        place = place_of(self.family, name.removeprefix(self.prefix))
+        return place if place is not None and place.layer < self.spec.num_layers else None
 
     def down_proj(self, layer: int) -> str:
-        """Return the name of a layer's down_proj weight."""
-        return f"{self.prefix}{self.family.layers}.{layer}.{self.family.site.down}.weight"
+        """Return the name of the down_proj weight of a layer's own MLP."""
+        experts, site = self.family.experts, self.family.site
+        if experts is not None and self.spec.experts and self.spec.experts[layer]:
+            site = experts.shared or site
+        (name,) = self.names[f"{DECODER}{self.family.layers}.{layer}.{site.down}.weight"]
+        return name
 
     def data(self, name: str, *, prefetch: bool = True) -> memoryview:
         """Return the bytes of a tensor, mapped; with `prefetch`, reading them starts now."""
@@ -150,8 +173,8 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     text, family = text_config(path, config), family_of(config)
     shards = {file.name: SafetensorsFile(file) for file in weight_files(folder)}
     tensors = _headers(folder, shards)
-    prefix, head = _stored_names(family, tensors)
-    _check_layers(folder, f"{prefix}{family.layers}.", tensors, text["num_hidden_layers"])
+    prefix, head = prefix_and_head(family, tensors)
+    check_layers(folder, f"{prefix}{family.layers}.", tensors, text["num_hidden_layers"])
     embedding = f"{prefix}{family.embedding}.weight"
     if text.get("tie_word_embeddings") is True and {head, embedding} <= tensors.keys():
         # transformers unties a head that is stored beside the embedding and differs from it.
@@ -164,10 +187,14 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     with one_line_errors(f"{path} does not make a model"):
         made = make_skeleton(load_config(folder, text))
         spec = spec_of(made)
-    names = _names(made, family, prefix, head)
-    shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in made.state_dict().items()}
+    names = names_in_files(made, family, prefix, head, tensors.keys(), spec.num_experts)
+    shapes = {
+        name: shape_of_one(tuple(tensor.shape), len(names[ours]))
+        for ours, tensor in made.state_dict().items()
+        for name in names[ours]
+    }
     if text.get("tie_word_embeddings") is True:
-        names[f"{family.head}.weight"] = embedding
+        names[f"{family.head}.weight"] = (embedding,)
         if head not in tensors:
             del shapes[head]
     check_tensors_are(folder, tensors, shapes, _LeftAlone(made, family, prefix))
@@ -175,41 +202,6 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
         display_name(model), folder, config, text, family,
         spec, names, prefix, tensors, shards,
     )  # fmt: skip
-
-
-def _names(skeleton: PreTrainedModel, family: Family, prefix: str, head: str) -> dict[str, str]:
-    """Return {name in the model that is run: name in the checkpoint} of all its tensors."""
-    return {
-        ours: f"{prefix}{ours.removeprefix(_DECODER)}"
-        if ours.startswith(_DECODER)
-        else ours.replace(family.head, head.removesuffix(".weight"), 1)
-        for ours in skeleton.state_dict()
-    }
-
-
-def _stored_names(family: Family, tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:
-    """Return how the names of the decoder's tensors begin in files, and the head's weight's."""
-    tower = family.tower
-    prefixes = (_DECODER, "") if tower is None else tower.stored
-    heads = (family.head,) if tower is None else tower.stored_heads
-    down = f"{family.layers}.0.{family.site.down}.weight"
-    prefix = next((p for p in prefixes if f"{p}{down}" in tensors), prefixes[0])
-    head = next((h for h in heads if f"{h}.weight" in tensors), heads[0])
-    return prefix, f"{head}.weight"
-
-
-def _check_layers(
-    folder: Path, prefix: str, tensors: Mapping[str, TensorInfo], declared: int
-) -> None:
-    """Refuse a number of layers that the files do not hold, before as many are made."""
-    numbers = {
-        name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)
-    }
-    if declared > len(numbers):
-        raise CheckpointError(
-            f"{folder}/config.json has num_hidden_layers {declared}, but its files hold "
-            f"{len(numbers)} layers, named {prefix}0 and so on"
-        )
 
 
 class _LeftAlone:
@@ -225,7 +217,7 @@ class _LeftAlone:
         if family.tower is not None:
             own = (family.layers, family.embedding, family.norm)
             # What begins as the whole model's does may be of another tower.
-            whole = prefix == _DECODER
+            whole = prefix == DECODER
             self._tower = tuple(f"{prefix}{part}." for part in own) if whole else (prefix,)
 
     def __call__(self, name: str) -> bool:

@@ -62,12 +62,12 @@ class StreamedModel(ResidentModel):
             (f"{decoder}{family.layers}.{layer}.",) for layer in range(len(self.parts.layers))
         ]
         prefixes.append((f"{decoder}{family.norm}.", f"{family.head}."))
-        # Of each unit: {name of a parameter or buffer: name of its tensor in the checkpoint}.
+        # Of each unit: {name of a parameter or buffer: names of its tensors in the checkpoint}.
         self._names = [
             {ours: theirs for ours, theirs in names.items() if ours.startswith(prefix)}
             for prefix in prefixes
         ]
-        self._embedding = names[f"{decoder}{family.embedding}.weight"]
+        (self._embedding,) = names[f"{decoder}{family.embedding}.weight"]
         vars(self.parts.embedding)["padding_idx"] = None  # the table that is read has few rows
         self._placeholders = self.model.state_dict(keep_vars=True)
         self._checked: set[str] = set()
@@ -95,7 +95,7 @@ class StreamedModel(ResidentModel):
         self._check_once(self._embedding, table)
         used, rows = ids.unique(return_inverse=True)
         weight = {"weight": table[used].to(self.dtype)}
-        self._tensors.release(self._embedding)
+        self._tensors.release((self._embedding,))
         module = self.parts.embedding
         buffers = {name: buffer.to("cpu") for name, buffer in module.named_buffers()}
         embeddings: Tensor = torch.func.functional_call(module, weight | buffers, (rows,))
@@ -108,8 +108,10 @@ class StreamedModel(ResidentModel):
         placeholders = {ours: self._placeholders[ours] for ours in names}
         try:
             for ours, theirs in names.items():
-                self._check_once(theirs, tensors[theirs])
-                put(self.model, ours, frozen(tensors[theirs]))
+                tensor = tensors[theirs]
+                for name, part in zip(theirs, tensor if len(theirs) > 1 else [tensor], strict=True):
+                    self._check_once(name, part)
+                put(self.model, ours, frozen(tensor.view(placeholders[ours].shape)))
             yield
         finally:
             for ours, placeholder in placeholders.items():

@@ -5,7 +5,8 @@ are read ahead and a layer's pages are released after use. In all other cases tw
 largest layer's size take turns: a thread fills one, from host memory or from the file, while the
 layer in the other runs. On a GPU the copy has its own stream.
 
-A unit is what is fetched at a time: a layer, or the final norm and the head.
+A unit is what is fetched at a time: a layer, or the final norm and the head. A weight is named by
+the checkpoint's tensors that, side by side, are it: one for nearly all, many for experts.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ from hfprune_fast.checkpoint.source import ModelSource
 ALIGN_BYTES = 64  # a cache line
 
 
+Weight = tuple[str, ...]
+
+
 class CheckpointTensors:
     """The tensors of a checkpoint, mapped into memory; `tensor` returns them in `dtype`."""
 
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
         self._source, self.dtype = source, dtype
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.tensors[name].shape
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        """Return the shape of a weight; of several tensors, their number comes first."""
+        shape = self._source.tensors[weight[0]].shape
+        return shape if len(weight) == 1 else (len(weight), *shape)
 
     def stored(self, name: str, *, read_ahead: bool = True) -> Tensor:
         """Return a tensor as it is stored, in the file's pages; it must not be written to."""
@@ -45,14 +51,26 @@ class CheckpointTensors:
             tensor = tensor.clone()
         return tensor.view(stored).view(info.shape)
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor in `dtype`, in the file's pages where possible."""
-        return self.stored(name).to(self.dtype)
+    def tensor(self, weight: Weight) -> Tensor:
+        """Return a weight in `dtype`; one tensor is in the file's pages where possible."""
+        if len(weight) == 1:
+            return self.stored(weight[0]).to(self.dtype)
+        merged = torch.empty(self.shape(weight), dtype=self.dtype)
+        self.copy(weight, merged)
+        return merged
 
-    def offset_in_line(self, name: str) -> int:
+    def copy(self, weight: Weight, out: Tensor) -> None:
+        """Copy a weight, and let the system drop the pages of each of its tensors."""
+        for name, part in zip(weight, out if len(weight) > 1 else [out], strict=True):
+            part.copy_(self.stored(name))
+            self._source.release(name)
+
+    def offset_in_line(self, weight: Weight) -> int:
         """Return where in a cache line the data of `tensor` begin, in elements."""
-        begin = self._begin(name)
-        is_stored = TORCH_DTYPES[self._source.tensors[name].dtype] == self.dtype
+        if len(weight) > 1:  # which are copied
+            return 0
+        begin = self._begin(weight[0])
+        is_stored = TORCH_DTYPES[self._source.tensors[weight[0]].dtype] == self.dtype
         in_pages = is_stored and begin % self.dtype.itemsize == 0
         return begin % ALIGN_BYTES // self.dtype.itemsize if in_pages else 0
 
@@ -60,31 +78,33 @@ class CheckpointTensors:
         begin: int = self._source.shards[self._source.tensors[name].file].tensors[name][2]
         return begin
 
-    def prefetch(self, name: str) -> None:
-        """Start to read a tensor's pages."""
-        self._source.data(name)
+    def prefetch(self, weight: Weight) -> None:
+        """Start to read a weight's pages."""
+        for name in weight:
+            self._source.data(name)
 
-    def release(self, name: str) -> None:
-        """Let the system drop a tensor's pages."""
-        self._source.release(name)
+    def release(self, weight: Weight) -> None:
+        """Let the system drop a weight's pages."""
+        for name in weight:
+            self._source.release(name)
 
 
 class MappedWeights:
-    """Weights in the file's own pages."""
+    """Weights in the file's own pages; those of several tensors are copied each time."""
 
-    def __init__(self, tensors: CheckpointTensors, units: list[list[str]]) -> None:
+    def __init__(self, tensors: CheckpointTensors, units: list[list[Weight]]) -> None:
         self._tensors, self._units = tensors, units
 
-    def fetch(self, unit: int, then: int) -> dict[str, Tensor]:
-        """Return the tensors of a unit by name, and read the next unit's ahead."""
-        fetched = {name: self._tensors.tensor(name) for name in self._units[unit]}
-        for name in self._units[then]:
-            self._tensors.prefetch(name)
+    def fetch(self, unit: int, then: int) -> dict[Weight, Tensor]:
+        """Return the weights of a unit, and read the next unit's ahead."""
+        fetched = {weight: self._tensors.tensor(weight) for weight in self._units[unit]}
+        for weight in self._units[then]:
+            self._tensors.prefetch(weight)
         return fetched
 
     def release(self, unit: int) -> None:
-        for name in self._units[unit]:
-            self._tensors.release(name)
+        for weight in self._units[unit]:
+            self._tensors.release(weight)
 
     def close(self) -> None:
         """Do nothing: the file stays mapped."""
@@ -106,24 +126,28 @@ class BufferedWeights:
     """Weights in two buffers on the device, filled in turns by a thread.
 
     Args:
-        units: the names of each unit's tensors.
+        units: the weights of each.
         keep: keep every unit in host memory after its first read.
     """
 
     def __init__(
-        self, tensors: CheckpointTensors, units: list[list[str]], device: torch.device, keep: bool
+        self,
+        tensors: CheckpointTensors,
+        units: list[list[Weight]],
+        device: torch.device,
+        keep: bool,
     ) -> None:
         self._tensors, self._device, self._keep = tensors, device, keep
         self._cuda = device.type == "cuda"
-        # Of each unit, where in its buffer each tensor begins; in elements.
-        self._offsets: list[dict[str, int]] = []
+        # Of each unit, where in its buffer each weight begins; in elements.
+        self._offsets: list[dict[Weight, int]] = []
         self._sizes: list[int] = []
         step = ALIGN_BYTES // tensors.dtype.itemsize
-        for names in units:
+        for weights in units:
             end, offsets = 0, {}
-            for name in names:
-                offsets[name] = end + (0 if self._cuda else tensors.offset_in_line(name))
-                end = -(-(offsets[name] + math.prod(tensors.shape(name))) // step) * step
+            for weight in weights:
+                offsets[weight] = end + (0 if self._cuda else tensors.offset_in_line(weight))
+                end = -(-(offsets[weight] + math.prod(tensors.shape(weight))) // step) * step
             self._offsets.append(offsets)
             self._sizes.append(end)
         self._host: dict[int, Tensor] = {}
@@ -132,10 +156,10 @@ class BufferedWeights:
         self._threads = ThreadPoolExecutor(1, "hfprune-weights")
         self._stream = torch.cuda.Stream(device) if self._cuda else None
 
-    def fetch(self, unit: int, then: int) -> dict[str, Tensor]:
-        """Return the tensors of a unit by name, and begin to fill the other buffer with the next.
+    def fetch(self, unit: int, then: int) -> dict[Weight, Tensor]:
+        """Return the weights of a unit, and begin to fill the other buffer with the next.
 
-        The tensors are valid until the next fetch.
+        They are valid until the next fetch.
         """
         if not self._slots:
             self._slots = [self._new_slot(), self._new_slot()]
@@ -199,7 +223,7 @@ class BufferedWeights:
             slot.filled = self._stream.record_event()
 
     def _on_host(self, unit: int, staging: Tensor | None) -> Tensor:
-        """Return a unit's tensors in one flat tensor in host memory."""
+        """Return a unit's weights in one flat tensor in host memory."""
         if unit in self._host:
             return self._host[unit]
         size = self._sizes[unit]
@@ -207,18 +231,17 @@ class BufferedWeights:
             flat = torch.empty(size, dtype=self._tensors.dtype, pin_memory=self._cuda)
         else:
             flat = staging[:size]
-        for name in self._offsets[unit]:  # all before the first copy, so that the disk stays busy
-            self._tensors.prefetch(name)
-        for name, view in self._views(flat, unit).items():
-            view.copy_(self._tensors.stored(name))
-            self._tensors.release(name)
+        for weight in self._offsets[unit]:  # all before the first copy, so that the disk stays busy
+            self._tensors.prefetch(weight)
+        for weight, view in self._views(flat, unit).items():
+            self._tensors.copy(weight, view)
         if self._keep:
             self._host[unit] = flat
         return flat
 
-    def _views(self, flat: Tensor, unit: int) -> dict[str, Tensor]:
-        shapes = {name: self._tensors.shape(name) for name in self._offsets[unit]}
+    def _views(self, flat: Tensor, unit: int) -> dict[Weight, Tensor]:
+        shapes = {weight: self._tensors.shape(weight) for weight in self._offsets[unit]}
         return {
-            name: flat[begin : begin + math.prod(shapes[name])].view(shapes[name])
-            for name, begin in self._offsets[unit].items()
+            weight: flat[begin : begin + math.prod(shapes[weight])].view(shapes[weight])
+            for weight, begin in self._offsets[unit].items()
         }

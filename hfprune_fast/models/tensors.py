@@ -36,7 +36,7 @@ def place_of(family: Family, name: str) -> Place | None:
 
     down_proj's bias is not cut, but where it has an entry for each expert.
     """
-    match = re.fullmatch(rf"{re.escape(family.layers)}\.(\d+)\.(.+)", name)
+    match = re.fullmatch(rf"{re.escape(family.layers)}\.(\d{{1,4}})\.(.+)", name)
     if match is None:
         return None
     layer, name = int(match[1]), match[2]
@@ -56,10 +56,10 @@ def place_of(family: Family, name: str) -> Place | None:
 
 def _of_experts(family: Family, experts: Experts, layer: int, name: str) -> Place | None:
     below = re.escape(stored_name(family, f"{experts.path}."))
-    one = re.fullmatch(rf"{below}(\d+)\.(.+)", name)
+    one = re.fullmatch(rf"{below}(\d{{1,4}})\.(.+)", name)
     if one is not None and one[2] in experts.stored:
         return Place(layer, int(one[2] == experts.stored[2]), expert=int(one[1]))
-    if name in {stored_name(family, each) for each in experts.per_expert}:
+    if any(name in (each, stored_name(family, each)) for each in experts.per_expert):
         return Place(layer, of_all=True)
     across = experts.transposed
     holding = {
@@ -89,8 +89,8 @@ def stored_candidates(family: Family, name: str, count: int) -> Iterator[tuple[s
         name: as below a layer.
         count: of the layer's experts.
     """
-    yield (stored_name(family, name),)
     yield (name,)
+    yield (stored_name(family, name),)
     experts = family.experts
     if experts is None or experts.transposed or not name.startswith(f"{experts.path}."):
         return
