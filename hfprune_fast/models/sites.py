@@ -190,11 +190,11 @@ def site_slices(widths: Mapping[SiteKey, int]) -> dict[SiteKey, slice]:
     return slices
 
 
-def table_size(widths: Mapping[SiteKey, int]) -> int:
-    """Return the length of that axis."""
+def table_shape(widths: Mapping[SiteKey, int]) -> tuple[int, ...]:
+    """Return the shape of such a table: (L, F), or (N,) with experts."""
     if any(isinstance(site, tuple) for site in widths):
-        return sum(widths.values())
-    return len(widths) * max(widths.values())
+        return (sum(widths.values()),)
+    return len(widths), max(widths.values())
 
 
 def rows_of(kept: Tensor, width: int, times: int) -> Tensor:

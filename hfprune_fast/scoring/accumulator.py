@@ -18,13 +18,13 @@ from hfprune_fast.models.sites import SiteKey, site_slices
 class ScoreAccumulator:
     """Sums over the sequences that have been scored.
 
-    N is the length of a table, see `site_slices`; E all experts of all layers, in their order.
+    A table is (L, F), or (N,) with experts, see `site_slices`; E all experts of all layers.
     """
 
-    # (C, 4, N) fp64: of each criterion, in the order of TaylorStatistics; with parity in the
+    # (C, 4, table) fp64: of each criterion, in the order of TaylorStatistics; with parity in the
     # model's dtype. Without any criterion C is 1 and only act is added up.
     statistics: Tensor
-    down_norm: Tensor  # (N,) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
+    down_norm: Tensor  # (table) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
     # (G, D, D) fp32, on the CPU: Σ g gᵀ at the outputs of each layer's own MLP and of its experts.
     output_fisher: Tensor | None = None
     # (3 + C, E) fp64: of each expert Σ w·‖y‖, tokens, Σ w, and its Taylor term of each criterion.
@@ -43,7 +43,7 @@ class ScoreAccumulator:
 
         A pass runs forward through the layers, then the head, then back.
         """
-        finite = self.statistics.isfinite().all(dim=0)  # (4, N)
+        finite = self.statistics.isfinite().all(dim=0).flatten(1)
         if bool(finite.all()) and all(map(math.isfinite, self.loss_nats)):
             return
         bad_acts, bad = [], []

@@ -19,7 +19,7 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
-from hfprune_fast.models.sites import SiteKey, site_slices, table_size
+from hfprune_fast.models.sites import SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import greedy_removal_costs
 
@@ -34,10 +34,10 @@ def removal_costs(
     output_fisher: Tensor | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Tensor:
-    """Return what each neuron's removal costs when the others are refitted, (N,) float64.
+    """Return what each neuron's removal costs when the others are refitted, float64.
 
-    N is the length of a table, see `site_slices`. An expert that fewer than TOKENS_A_NEURON tokens
-    a neuron chose has costs 0; `starved` says which these are.
+    It is a table, (L, F), or (N,) with experts. An expert that fewer than TOKENS_A_NEURON tokens a
+    neuron chose has costs 0; `starved` says which these are.
 
     Args:
         model: the entered model.
@@ -52,7 +52,7 @@ def removal_costs(
     tokens = sum(batch.tokens for batch in batches)
     hidden = [model.begin(batch).cpu() for batch in batches]
     parts = model.parts
-    slices, costs = site_slices(parts.widths), torch.zeros(table_size(parts.widths)).double()
+    slices, costs = site_slices(parts.widths), torch.zeros(table_shape(parts.widths)).double()
     metrics = iter(output_fisher if output_fisher is not None else ())
 
     def visit(layer: int) -> None:
@@ -66,7 +66,7 @@ def removal_costs(
         for site, gram in grams.of_sites.items():
             check_moments(gram, layer)
             metric = own if isinstance(site, int) else of_experts
-            costs[slices[site]] = greedy_removal_costs(
+            costs.view(-1)[slices[site]] = greedy_removal_costs(
                 gram.div_(tokens),
                 grams.down(site),
                 None if metric is None else metric.to(model.device),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.models.sites import site_slices, table_size
+from hfprune_fast.models.sites import site_slices, table_shape
 from hfprune_fast.scoring.moments import column_norms
-from hfprune_fast.scoring.table import ImportanceTable, table_shape
+from hfprune_fast.scoring.table import ImportanceTable
 
 
 def data_free_table(source: ModelSource, criterion: str, seed: int = 0) -> ImportanceTable:
@@ -21,7 +21,7 @@ def data_free_table(source: ModelSource, criterion: str, seed: int = 0) -> Impor
     if criterion == "magnitude":
         return ImportanceTable({"weight_norm": weight_norms(source)}, spec, provenance)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(table_shape(spec), dtype=torch.float64, generator=generator)
+    drawn = torch.rand(table_shape(spec.sites), dtype=torch.float64, generator=generator)
     statistics = {"uniform": drawn}
     return ImportanceTable(statistics, spec, {**provenance, "seed": seed})
 
@@ -30,7 +30,7 @@ def weight_norms(source: ModelSource) -> Tensor:
     """Return (L, F) or (N,) the 2-norm of each neuron's weights: gate, up and down."""
     spec = source.spec
     slices = site_slices(spec.sites)
-    squares = torch.zeros(table_size(spec.sites), dtype=torch.float64)
+    squares = torch.zeros(table_shape(spec.sites), dtype=torch.float64)
     for name in source.tensors:
         place = source.place_of(name)
         if place is None or place.axis is None or "bias" in name.rpartition(".")[2]:
@@ -42,5 +42,5 @@ def weight_norms(source: ModelSource) -> Tensor:
             by_neuron = norms.view(-1, 2) if place.paired else norms.view(place.times, -1).t()
             expert = number if place.of_all else place.expert
             site = place.layer if expert is None else (place.layer, expert)
-            squares[slices[site]] += by_neuron.sum(dim=1)
-    return squares.sqrt().view(table_shape(spec))
+            squares.view(-1)[slices[site]] += by_neuron.sum(dim=1)
+    return squares.sqrt()

@@ -30,7 +30,7 @@ from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.resume import ResumeFile
 from hfprune_fast.scoring.run import backend_for, score_batches
 from hfprune_fast.scoring.sums import PassOptions, empty_accumulator
-from hfprune_fast.scoring.table import ImportanceTable, table_shape
+from hfprune_fast.scoring.table import ImportanceTable
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ class ScoringJob:
             fisher = total.output_fisher / self.data.tokens
             with token_bar("removal costs", self.data.tokens, progress) as report:
                 costs = removal_costs(model, batches, fisher, report)
-            costs = costs.view(table_shape(self.spec))
             table = replace(table, statistics={**table.statistics, "obs": costs})
         return table
 
@@ -171,16 +170,13 @@ class ScoringJob:
             provenance["model"] = self._source.name
             provenance["model_fingerprint"] = self._source.fingerprint
         statistics: dict[str, Tensor] = {}
-        shape = table_shape(self.spec)
-        of_criteria = [
-            TaylorStatistics(*each.reshape(4, *shape)) for each in total.statistics.double().cpu()
-        ]
+        of_criteria = [TaylorStatistics(*each) for each in total.statistics.double().cpu()]
         for c, name in enumerate(self._gradients):
             own = of_criteria[c]._asdict()
             del own["act"]  # the same for all criteria
             statistics |= {f"{name}.{statistic}": values for statistic, values in own.items()}
             provenance[CRITERIA[name].loss_name] = total.loss_nats[c] / self.data.sequences
-        statistics |= {"act": of_criteria[0].act, "down_norm": total.down_norm.cpu().view(shape)}
+        statistics |= {"act": of_criteria[0].act, "down_norm": total.down_norm.cpu()}
         if total.experts is not None:
             norms, tokens, mass, *taylor = total.experts.cpu()
             statistics |= {"expert_count": tokens, "expert_mass": mass}

@@ -28,7 +28,7 @@ from hfprune_fast.console import say
 from hfprune_fast.errors import OutputError, ResumeError, one_line
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 
-_VERSION = 3
+_VERSION = 2
 _TENSORS = ("statistics", "down_norm", "output_fisher", "experts")
 _NUMBERS = ("samples", "tokens", "loss_nats")
 

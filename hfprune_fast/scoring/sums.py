@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from hfprune_fast.engine.expert_hooks import Routing
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.kernels import TaylorStatistics
-from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_size
+from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.moments import OutputCovariance, column_norms
 
@@ -37,15 +37,15 @@ class PassOptions:
 def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumulator:
     """Return an accumulator of zeros, on the model's device."""
     parts, device = model.parts, model.device
-    size, hidden = table_size(parts.widths), parts.head.weight.shape[1]
+    shape, hidden = table_shape(parts.widths), parts.head.weight.shape[1]
     criteria = max(1, len(options.criteria)), len(TaylorStatistics._fields)
     dtype = model.dtype if options.parity else torch.float64
     wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
     experts = sum(each.count for each in parts.with_experts.values())
     outputs = len(parts.own_mlps) + len(parts.with_experts)
     return ScoreAccumulator(
-        torch.zeros(*criteria, size, dtype=dtype, device=device),
-        torch.zeros(size, **wide),
+        torch.zeros(*criteria, *shape, dtype=dtype, device=device),
+        torch.zeros(shape, **wide),
         torch.zeros(outputs, hidden, hidden, dtype=torch.float32)
         if options.output_fisher
         else None,
@@ -59,10 +59,18 @@ class PassSums:
 
     def __init__(self, total: ScoreAccumulator, parts: ModelParts) -> None:
         self._parts = parts
-        self._statistics, self._down_norm = total.statistics.clone(), total.down_norm.clone()
-        self._output_fisher, self._experts = (
-            None if each is None else each.clone() for each in (total.output_fisher, total.experts)
+        self._total = replace(
+            total,
+            **{
+                name: None if tensor is None else tensor.clone()
+                for name in ("statistics", "down_norm", "output_fisher", "experts")
+                for tensor in [getattr(total, name)]
+            },
         )
+        # Views whose last axis is that of `site_slices`.
+        self._statistics = self._total.statistics.flatten(2)
+        self._down_norm = self._total.down_norm.flatten()
+        self._output_fisher, self._experts = self._total.output_fisher, self._total.experts
         self._slices = site_slices(parts.widths)
         self._first: dict[int, int] = {}  # of each layer's experts, among those of all
         self._outputs: dict[tuple[int, bool], int] = {}  # (layer, whether of experts)
@@ -77,13 +85,7 @@ class PassSums:
                 self._first[layer], begin = begin, begin + experts.count
 
     def result(self, loss_nats: tuple[float, ...] = ()) -> ScoreAccumulator:
-        return ScoreAccumulator(
-            self._statistics,
-            self._down_norm,
-            self._output_fisher,
-            self._experts,
-            loss_nats=loss_nats,
-        )
+        return replace(self._total, loss_nats=loss_nats)
 
     def add_norms(self, layer: int) -> None:
         """Note the norms of a layer's down_proj, whose weights are in place."""

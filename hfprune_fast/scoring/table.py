@@ -40,7 +40,7 @@ from hfprune_fast.checkpoint.ours import SCORES, real
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.console import say, to_path
 from hfprune_fast.errors import ArgumentError, ScoresFileError, one_line, shown
-from hfprune_fast.models.sites import SiteKey, site_slices, table_size
+from hfprune_fast.models.sites import SiteKey, site_slices, table_shape
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.moments import column_norms
@@ -53,10 +53,7 @@ _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _VERSION = 3
 # A table read from a file of version 2 does not know the others.
 _ABSENT_BEFORE_3 = ("vocab_size", "attention_width")
-_EXPERT_SIZES = tuple(f.name for f in fields(ModelSpec) if "expert_" in f.name) + (
-    "experts_per_token",
-    "params_per_expert",
-)
+_OF_EXPERTS_ALONE = {f.name for f in fields(ModelSpec) if "expert" in f.name}
 _COMPARED = [f.name for f in fields(ModelSpec) if f.name not in _ABSENT_BEFORE_3]
 
 
@@ -77,7 +74,7 @@ class ImportanceTable:
             of_experts = name in _OF_EXPERTS or (criterion and statistic == "expert_taylor")
             if not (of_experts or (statistic in _OF_A_CRITERION and criterion) or name in _OF_ALL):
                 raise ScoresFileError(f"{name} is not the name of a statistic")
-            shape = (sum(self.model.experts),) if of_experts else table_shape(self.model)
+            shape = (sum(self.model.experts),) if of_experts else table_shape(self.model.sites)
             if tensor.shape != shape or tensor.dtype != torch.float64:
                 raise ScoresFileError(
                     f"{name} must be {shape} float64, got {tuple(tensor.shape)} {tensor.dtype}"
@@ -189,20 +186,17 @@ class ImportanceTable:
         return table
 
 
-def table_shape(spec: ModelSpec) -> tuple[int, ...]:
-    """Return the shape of a statistic of all neurons: (L, F), or (N,) of a model with experts."""
-    if spec.experts:
-        return (table_size(spec.sites),)
-    return spec.num_layers, spec.intermediate_size
-
-
 def _spec(header: dict[str, Any]) -> ModelSpec:
     """Return the model's spec; what a field's default stands for, older versions leave out."""
     names = [f.name for f in fields(ModelSpec) if f.name in header or f.default is MISSING]
     values = {name: header[name] for name in names}
     layers, widest = values["num_layers"], values["intermediate_size"]
     has_experts = bool(values.get("experts"))
-    may_be_0 = {*_ABSENT_BEFORE_3, *_EXPERT_SIZES, *(["intermediate_size"] if has_experts else [])}
+    may_be_0 = {
+        *_ABSENT_BEFORE_3,
+        *_OF_EXPERTS_ALONE,
+        *(["intermediate_size"] if has_experts else []),
+    }
     for name, value in values.items():
         if name == "model_type":
             ok = isinstance(value, str)
