@@ -19,6 +19,7 @@ from hfprune_fast.options import LARGEST_COUNT, Options, option
 CRITERIA = ("entropy", "cross_entropy", "fisher", "activation")
 DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
+EXPERT_SCORES = ("taylor", "reap", "count")
 ALLOCATIONS = ("auto", "uniform", "global")
 # What "auto" tries: shares of the way from one width for all layers to one ranking across them.
 ALLOCATIONS_TRIED = {"uniform": 0.0, "halfway": 0.5, "global": 1.0}
@@ -136,7 +137,10 @@ class ScoringOptions(Options):
 
 @dataclass(frozen=True)
 class Budget(Options):
-    """How much to remove, and from which layers: exactly one of the first three."""
+    """How much to remove, and from which layers: one of the first three.
+
+    For a model with experts it may be one of expert_ratio and experts instead, or one of each.
+    """
 
     prune_ratio: float | None = option(None, "Fraction of MLP neurons to remove, in [0, 1).")
     param_ratio: float | None = option(None, "Fraction of ALL parameters to remove, in [0, 1).")
@@ -155,6 +159,18 @@ class Budget(Options):
     protect: tuple[int, ...] = option(
         (), "Layers that are not pruned, such as 0,1,31.", metavar="LAYERS"
     )
+    expert_ratio: float | None = option(
+        None, "Fraction of each layer's experts to drop, in [0, 1), before others are narrowed."
+    )
+    experts: int | None = option(
+        None, "How many experts each layer keeps.", least=1, most=LARGEST_COUNT
+    )
+    expert_score: str = option(
+        "taylor",
+        "Rank experts by their Taylor term, by reap (mean of weight times output norm) or by how "
+        "many tokens choose them.",
+        choices=EXPERT_SCORES,
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.round_to, str) and self.round_to.isdecimal():
@@ -167,9 +183,16 @@ class Budget(Options):
 
     @property
     def size(self) -> dict[str, float | int]:
-        """The budgets that are given; `mean_width` takes exactly one."""
+        """The budgets of widths that are given; `mean_width` takes exactly one."""
         sizes = {name: getattr(self, name) for name in BUDGETS}
         return {name: value for name, value in sizes.items() if value is not None}
+
+    @property
+    def of_experts(self) -> dict[str, float | int | str]:
+        """What is given of experts, and how they are ranked; empty if nothing is."""
+        given = {"expert_ratio": self.expert_ratio, "experts": self.experts}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {**given, "expert_score": self.expert_score} if given else {}
 
 
 BUDGETS = ("prune_ratio", "param_ratio", "intermediate_size")

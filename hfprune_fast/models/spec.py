@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hfprune_fast.models.declared import family_type, text_part
+from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.models.plain import adapters_in
 from hfprune_fast.models.sites import ModelParts, SiteKey, parts_of
 
@@ -52,6 +53,7 @@ class ModelSpec:
     experts_per_token: int = 0
     expert_params_per_neuron: int = 0
     params_per_expert: int = 0  # beside its neurons: its entries in the router, a bias
+    expert_groups: int = 1  # of which a token's experts are in groups_per_token
 
     def __post_init__(self) -> None:
         uniform = self.mlp_widths is None or set(self.mlp_widths) == {self.intermediate_size}
@@ -75,6 +77,12 @@ class ModelSpec:
                 yield layer, width
             for expert in range(self.experts[layer] if self.experts else 0):
                 yield (layer, expert), self.expert_width
+
+    @property
+    def shared_is_multiple(self) -> bool:
+        """Whether the width of shared experts is a multiple of the others', with no key for it."""
+        described = FAMILIES[self.model_type].experts
+        return described is not None and described.shared_width == ""
 
     @property
     def num_experts(self) -> int:

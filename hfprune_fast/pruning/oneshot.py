@@ -6,7 +6,6 @@ scored is the one that allocations are tried on and that down_proj is refitted t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -39,10 +38,11 @@ from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.after import AfterPruning
+from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_checkpoint
-from hfprune_fast.pruning.recipe import checked_recipe
+from hfprune_fast.pruning.recipe import checked_recipe, for_experts
 from hfprune_fast.pruning.refit import refit
-from hfprune_fast.pruning.selection import Keep, WidthBudget
+from hfprune_fast.pruning.selection import Keep, WidthBudget, budget_of
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.job import ScoringJob
 from hfprune_fast.scoring.resume import check_state, delete_state, state_of
@@ -103,9 +103,12 @@ def oneshot(
     given = _given(scores, scoring)
     resolved = checked_recipe(recipe, asdict(changes), given, calibration, scoring, processes)
     source = open_source(model)
-    spec, widths = source.spec, WidthBudget.of(source.spec, budget)
-    check_output(source, out, widths.even_widths(spec), output, calibration, resume=scoring.resume)
-    if resolved.allocation != "uniform" or budget.protect:
+    widths = budget_of(source.spec, budget)
+    params = source.spec.params_at(*widths.sizes(source.spec))
+    check_output(source, out, params, output, calibration, resume=scoring.resume)
+    if isinstance(widths, ExpertBudget):
+        resolved = for_experts(resolved)
+    elif resolved.allocation != "uniform" or budget.protect:
         check_layout(source.config, output.layout)
     given = _checked(given, source, resolved, sampling)
     if given is not None and processes.rank > 0:
@@ -127,12 +130,11 @@ def oneshot(
             return {}
         if given is None:
             stack.enter_context(saved_on_failure(table, out))
-        importance = table.importance(resolved.ranks_by, resolved.criterion)
         with after.log.stage("choosing the neurons"):
-            keep, chosen = allocation.choose(dense, batches, importance, widths, resolved, progress)
+            keep, chosen = _chosen(table, dense, batches, widths, resolved, progress)
         with after.log.stage("refitting"):
             replace = refit_stored(dense, batches, source, keep, progress) if dense else None
-        record = {"requested": _requested(resolved, budget, widths.step, output)}
+        record = {"requested": _requested(resolved, budget, widths, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
         with after.log.stage("writing"):
             written: dict[str, Any] = {"record": record, "progress": progress, **asdict(output)}
@@ -172,18 +174,48 @@ def _checked(
     return given
 
 
-def _requested(recipe: Recipe, budget: Budget, step: int, output: OutputOptions) -> dict[str, Any]:
+def _chosen(
+    table: ImportanceTable,
+    dense: ResidentModel | None,
+    batches: list[MicroBatch],
+    widths: WidthBudget | ExpertBudget,
+    recipe: Recipe,
+    progress: bool,
+) -> tuple[Keep, dict[str, Any]]:
+    """Return the neurons to keep, and the choice as it is recorded."""
+    if isinstance(widths, ExpertBudget):
+        keep = widths.keep(table, recipe.ranks_by, recipe.criterion)
+        return keep, {"allocation": recipe.allocation}
+    importance = table.importance(recipe.ranks_by, recipe.criterion)
+    return allocation.choose(dense, batches, importance, widths, recipe, progress)
+
+
+def _requested(
+    recipe: Recipe, budget: Budget, widths: WidthBudget | ExpertBudget, output: OutputOptions
+) -> dict[str, Any]:
     """Return what hfprune.json says of the request."""
     protect = sorted(budget.protect)
+    step = widths.step if isinstance(widths, WidthBudget) else budget.round_to
     of_widths = {"round_to": step, "min_keep": budget.min_keep, "protect": protect}
-    return {**budget.size, **asdict(recipe), **of_widths, "layout": output.layout}
+    return {
+        **budget.size,
+        **budget.of_experts,
+        **asdict(recipe),
+        **of_widths,
+        "layout": output.layout,
+    }
 
 
 def _say_what_could_be_closer(
-    achieved: dict[str, Any], widths: WidthBudget, recipe: str | Recipe, calibration: object
+    achieved: dict[str, Any],
+    widths: WidthBudget | ExpertBudget,
+    recipe: str | Recipe,
+    calibration: object,
 ) -> None:
     if recipe == "default" and calibration is None:
         say("nothing was refitted; with --calibration as well it stays closer to the dense model")
+    if isinstance(widths, ExpertBudget):
+        return
     requested = 1 - widths.mean / achieved["dense_intermediate_size"]
     if achieved.get("layout") == "padded":
         return  # its zeros count as neurons
@@ -229,17 +261,17 @@ def _warn_of_few_tokens(job: ScoringJob) -> None:
 def check_output(
     source: ModelSource,
     out: Path,
-    widths: Sequence[int],
+    params: int,
     output: OutputOptions,
     text: str | Path | None = None,
     *,
     resume: bool = False,
 ) -> None:
-    """Refuse an output before any work, and say what earlier runs have left beside it."""
+    """Refuse an output of so many parameters before any work; say what earlier runs left there."""
     read = [] if text is None else files_of(Path(text))
     check_not_read([out, state_of(out)], [source.folder, *read])
     dense_bytes = sum(shard.path.stat().st_size for shard in source.shards.values())
-    needed_bytes = dense_bytes * source.spec.params_at(widths) // source.spec.total_params
+    needed_bytes = dense_bytes * params // source.spec.total_params
     check_output_folder(out, source.folder, force=output.force, needed_bytes=needed_bytes)
     check_state(out, resume=resume, force=output.force)
     for leftover in atomic.leftovers(out):

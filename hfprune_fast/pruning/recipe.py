@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,13 @@ def resolve_recipe(
     if values["allocation"] == "auto" and not values["refit"]:
         values["allocation"] = "uniform"
     return Recipe(**{**values, **given})
+
+
+def for_experts(recipe: Recipe) -> Recipe:
+    """Return a recipe as it is for a model with experts, whose widths are one in its config."""
+    if recipe.allocation not in ("auto", "uniform"):
+        raise ArgumentError(
+            f"allocation {recipe.allocation} is not for models with experts, whose config.json has "
+            "one width of them; use uniform"
+        )
+    return replace(recipe, allocation="uniform")

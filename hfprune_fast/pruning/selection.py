@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,12 @@ from hfprune_fast.config import BUDGETS, Budget
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.spec import ModelSpec, widths_text
 from hfprune_fast.options import keyword_options
+from hfprune_fast.pruning.experts import ExpertBudget
+from hfprune_fast.pruning.widths import step_of
 from hfprune_fast.scoring.table import ImportanceTable
 
-Keep = Mapping[int, Tensor]  # {layer: sorted (width,) int64 indices}
+# {layer: sorted (width,) int64 indices}, and of a model with experts {(layer, expert): ...}.
+Keep = Mapping[Any, Tensor]
 
 
 @keyword_options(budget=Budget)
@@ -36,8 +40,11 @@ def select(
     statistic: str | None = None,
     allocation: str | float = "uniform",
     budget: Budget,
-) -> dict[int, Tensor]:
+) -> dict[Any, Tensor]:
     """Return the neurons to keep: {layer: sorted (width,) int64 indices}.
+
+    Of a model with experts, `layer` is the layer's own MLP, such as a shared expert, and there is
+    an entry (layer, expert) for each expert that stays; see `pruning.experts`.
 
     Args:
         criterion: which of the table's; by default the first.
@@ -57,8 +64,24 @@ def select(
         raise ArgumentError(
             f"table must be the ImportanceTable that hf.score returns, got a {type(table).__name__}"
         )
-    widths = WidthBudget.of(table.model, budget)
+    widths = budget_of(table.model, budget)
+    if isinstance(widths, ExpertBudget):
+        if allocation != "uniform":
+            raise ArgumentError(
+                f"allocation must be uniform, as a model with experts has one width, got "
+                f"{shown(allocation)}"
+            )
+        return widths.keep(table, statistic, criterion)
     return widths.keep(table.importance(statistic, criterion), allocation)
+
+
+def budget_of(spec: ModelSpec, budget: Budget) -> WidthBudget | ExpertBudget:
+    """Return a model's budget; ArgumentError where no table of scores could meet it."""
+    if spec.experts:
+        return ExpertBudget.of(spec, budget)
+    for name in budget.of_experts:
+        raise ArgumentError(f"{name} is for models with experts, and this one has none")
+    return WidthBudget.of(spec, budget)
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,7 @@ class WidthBudget:
         _check_layers(budget.protect, spec.num_layers)
         _check_min_keep(budget.min_keep)
         mean = mean_width(spec, budget)
-        step = _step(budget, spec.intermediate_size)
+        step = step_of(budget, spec.intermediate_size)
         if step > spec.intermediate_size and mean != spec.intermediate_size:
             raise ArgumentError(
                 f"round_to {step} is more than the dense width {spec.intermediate_size}"
@@ -88,6 +111,10 @@ class WidthBudget:
         return keep_top(
             importance, self.mean, allocation, self.min_keep, self.protect, round_to=self.step
         )
+
+    def sizes(self, spec: ModelSpec) -> tuple[list[int], None]:
+        """Return what `ModelSpec.params_at` takes, with widths as `even_widths` has them."""
+        return self.even_widths(spec), None
 
     def even_widths(self, spec: ModelSpec) -> list[int]:
         """Return widths of the same sum as those of any allocation but uniform, nearly equal."""
@@ -209,17 +236,3 @@ def mean_width(spec: ModelSpec, budget: Budget) -> float:
             "parameters"
         )
     return dense - value * spec.total_params / neurons_params
-
-
-def _step(budget: Budget, dense: int) -> int:
-    """Return what widths are multiples of.
-
-    "auto" is 256, which K-quants need, from a dense width of 4096, 64 from 512 and 32 below, but
-    at most an eighth of the width; a width that is named is kept as it is.
-    """
-    if budget.round_to != "auto":
-        return int(budget.round_to)
-    step = 256 if dense >= 4096 else 64 if dense >= 512 else 32
-    while 8 * step > dense and step > 1:
-        step //= 2
-    return math.gcd(step, budget.intermediate_size or step)
