@@ -103,3 +103,29 @@ def test_a_correction_bias_stays_in_float32(family: str, offload: str, tmp_path:
     table = hf.score(tmp_path, [case.ids[0][None]], dtype="bfloat16", offload=offload)
     (chosen,) = seen.chosen.values()
     assert table.experts("expert_count").tolist() == [chosen.double().sum(0).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("deepseek_v3", "model.layers.61"),
+        ("glm4_moe", "model.layers.46"),
+        ("qwen3_next", "mtp.layers.0"),
+    ],
+)
+def test_a_layer_that_predicts_further_tokens_is_carried_along(
+    family: str, layer: str, tmp_path: Path
+) -> None:
+    """transformers leaves its tensors unread; its experts are none of the model and are not cut."""
+    case = MixtureCase.save(family, tmp_path / "dense")
+    file = case.folder / "model.safetensors"
+    more = {
+        f"{layer}.eh_proj.weight": torch.ones(32, 64),
+        f"{layer}.mlp.gate.weight": torch.ones(8, 32),
+        f"{layer}.mlp.experts.7.up_proj.weight": torch.ones(24, 32),
+    }
+    more = {name: tensor.double() for name, tensor in more.items()}
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    check(case, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in more.items())

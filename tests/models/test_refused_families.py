@@ -12,6 +12,7 @@ from family_case import FamilyCase
 from family_configs import SIZES, TINY
 from family_models import tiny_config
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -120,6 +121,13 @@ def test_a_wrapper_without_a_text_of_its_own_is_refused(
         ("lfm2", {"block_ff_dim": -5}, "block_ff_dim -5"),
         ("gemma3", {"text_config": [3]}, "text_config that is a list, expected an object"),
         ("qwen2_5_vl", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers 10000000"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ("gemma4_text+experts", {"top_k_experts": 9}, "top_k_experts"),
+        ("glm4_moe", {"n_group": 3}, "n_group"),
+        ("deepseek_v3", {"topk_group": 5}, "topk_group"),
+        ("gpt_oss", {"num_local_experts": 0}, "num_local_experts|does not make a model"),
+        ("qwen2_moe", {"num_experts": 10**9}, "num_experts"),
     ],
 )
 def test_values_that_no_model_has(
@@ -140,3 +148,42 @@ def test_an_unknown_tensor_in_a_text_tower_is_refused(name: str, tmp_path: Path)
     save_file(load_file(file) | more, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"does not know: model.language_model.{name}"):
         open_source(case.folder)
+
+
+def shorter(tensor: Tensor) -> Tensor:
+    return tensor[:7].clone()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "change", "said"),
+    [
+        ("qwen3_moe", "gate.weight", shorter, r"gate.weight is \(7, 32\), expected \(8, 32\)"),
+        ("qwen3_moe", "gate.weight", None, "lacks the tensor .*gate.weight"),
+        ("qwen3_moe", "experts.3.up_proj.weight", shorter, r"is \(7, 32\), expected \(24, 32\)"),
+        ("qwen3_moe", "experts.3.up_proj.weight", None, "lacks the tensor .*3.up_proj.weight"),
+        ("mixtral", "experts.7.w2.weight", None, "lacks the tensor .*experts.7.w2.weight"),
+        ("glm4_moe", "gate.e_score_correction_bias", None, "lacks the tensor .*correction_bias"),
+        ("glm4_moe", "gate.e_score_correction_bias", shorter, r"is \(7,\), expected \(8,\)"),
+        ("gpt_oss", "router.bias", shorter, r"router.bias is \(7,\), expected \(8,\)"),
+        ("gpt_oss", "experts.down_proj_bias", shorter, r"is \(7, 32\), expected \(8, 32\)"),
+        ("granitemoe", "input_linear.weight", shorter, r"is \(7, 48, 32\), expected \(8, 48, 32\)"),
+    ],
+)
+def test_a_damaged_mixture_is_refused(
+    family: str, name: str, change: Callable[[Tensor], Tensor] | None, said: str, tmp_path: Path
+) -> None:
+    file = FamilyCase.save(family, tmp_path).folder / "model.safetensors"
+    tensors = load_file(file)
+    full = next(each for each in tensors if "layers.2." in each and each.endswith(name))
+    tensor = tensors.pop(full)
+    save_file(tensors if change is None else tensors | {full: change(tensor)}, file)
+    with pytest.raises(CheckpointError, match=said):
+        open_source(tmp_path)
+
+
+def test_one_expert_more_than_config_json_says_is_refused(tmp_path: Path) -> None:
+    file = FamilyCase.save("qwen3_moe", tmp_path).folder / "model.safetensors"
+    more = {"model.layers.2.mlp.experts.8.up_proj.weight": torch.ones(24, 32)}
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"does not know: .*experts.8.up_proj.weight"):
+        open_source(tmp_path)
