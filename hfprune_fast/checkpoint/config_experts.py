@@ -8,9 +8,8 @@ from typing import Any
 
 from hfprune_fast.errors import CheckpointError, UnsupportedModelError
 from hfprune_fast.models.families import NON_UNIFORM, Experts, Family
+from hfprune_fast.models.kept import COUNT_KEYS
 
-# What versions of transformers call the number of experts; some write another than they read.
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MAX_EXPERTS, _MAX_WIDTH = 4096, 1 << 24
 # Beside those that `Experts` names.
 _OTHERS = {

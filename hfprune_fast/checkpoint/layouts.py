@@ -23,6 +23,7 @@ from hfprune_fast.checkpoint.skeleton import skeleton
 from hfprune_fast.errors import ArgumentError, one_line
 from hfprune_fast.models.declared import family_of, family_type
 from hfprune_fast.models.families import NON_UNIFORM
+from hfprune_fast.models.kept import KeptExperts, size_keys
 from hfprune_fast.models.registration import class_names, main_class
 from hfprune_fast.models.sites import parts_of
 
@@ -31,8 +32,17 @@ CODE_FILE = "modeling_hfprune.py"
 _TRIED_NATIVELY = ("llama", "mistral", "qwen2", "qwen3")  # all build their layers alike
 
 
-def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> dict[str, Any]:
-    """Return a checkpoint's config.json for MLPs of these widths."""
+def config_of(
+    config: Mapping[str, Any],
+    widths: Sequence[int],
+    layout: str,
+    experts: KeptExperts | None = None,
+) -> dict[str, Any]:
+    """Return a checkpoint's config.json for MLPs of these widths.
+
+    Args:
+        experts: of a model that has any, which has no layout but uniform; widths are not used then.
+    """
     model_type, family = family_type(config), family_of(config)
     pruned = {**config, "model_type": model_type}
     for key in ("auto_map", "mlp_widths"):  # code of another's is not carried
@@ -42,6 +52,9 @@ def config_of(config: Mapping[str, Any], widths: Sequence[int], layout: str) -> 
     text = pruned
     if family.tower is not None and isinstance(config.get("text_config"), Mapping):
         text = pruned["text_config"] = dict(config["text_config"])
+    if experts is not None:
+        text.update(size_keys(family, experts, text.keys()))
+        return pruned
     text[family.width] = max(widths)
     for key, value in family.with_width.items():
         text.pop(key, None)
@@ -86,6 +99,11 @@ def shipped_code(layout: str) -> dict[str, Path]:
 
 def check_layout(config: Mapping[str, Any], layout: str) -> None:
     """Refuse a layout that this model cannot have, whatever its widths will be."""
+    if layout != "uniform" and family_of(config).experts is not None:
+        raise ArgumentError(
+            f"layout {layout}: the layers of a model with experts are all of one size, which needs "
+            "no layout; leave it out"
+        )
     layers = text_config(Path("config.json"), config)["num_hidden_layers"]
     widths = [2, *[1] * (layers - 1)]
     if layout == "native":

@@ -145,12 +145,23 @@ class SafetensorsWriter:
             os.close(self._file)
             raise
 
-    def write(self, name: str, source: Any, *, axis: int = 0, keep: Any = None) -> bool:
+    def write(
+        self, name: str, source: Any, *, axis: int = 0, keep: Any = None, entry: int | None = None
+    ) -> bool:
         """Write a tensor; several threads may do so at once for different tensors.
 
-        The arguments, the result and the errors are those of `native.write_tensor`.
+        The other arguments, the result and the errors are those of `native.write_tensor`.
+
+        Args:
+            entry: write only this entry of the tensor's first axis.
         """
         dtype, shape, offset = self._places[name]
+        if entry is not None:
+            count, *rest = shape
+            if not 0 <= entry < count:
+                raise ValueError(f"tensor {name} has {count} entries, not entry {entry}")
+            shape = tuple(rest)
+            offset += entry * math.prod(shape) * ITEM_BYTES[dtype]
         size = list(source.shape)
         if keep is not None:
             size[axis] = len(keep)

@@ -142,6 +142,17 @@ class ModelSource:
         (name,) = self.names[f"{DECODER}{self.family.layers}.{layer}.{site.down}.weight"]
         return name
 
+    def expert_down_proj(self, layer: int, expert: int) -> str | tuple[str, int]:
+        """Return the name of an expert's down_proj weight, as `replace` of a pruning has it.
+
+        Of a tensor that holds all experts of the layer, it is the name and the expert's number. Its
+        weight is (D, F); (F, D) where the family's are `transposed`.
+        """
+        experts = self.family.experts
+        path = "" if experts is None else experts.path
+        names = self.names[f"{DECODER}{self.family.layers}.{layer}.{path}.down_proj"]
+        return names[expert] if len(names) > 1 else (names[0], expert)
+
     def data(self, name: str, *, prefetch: bool = True) -> memoryview:
         """Return the bytes of a tensor, mapped; with `prefetch`, reading them starts now."""
         return self.shards[self.tensors[name].file].data(name, prefetch=prefetch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,65 +17,60 @@ from torch import Tensor
 from hfprune_fast.checkpoint.folder import INDEX, TORCH_DTYPES, WEIGHTS, read_json_object
 from hfprune_fast.checkpoint.safetensors import ITEM_BYTES, SafetensorsFile, SafetensorsWriter
 from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.checkpoint.written import Part, WrittenTensor, written_tensors
 from hfprune_fast.console import byte_bar
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
-from hfprune_fast.models.sites import rows_of
+from hfprune_fast.models.sites import SiteKey
 
 _VERIFIED_BYTES = 16 << 20  # compared at once
 
 
 class Writing:
-    """The weights of one pruned checkpoint: where each tensor goes, and what becomes of it."""
+    """The weights of one pruned checkpoint: where each tensor goes, and what becomes of it.
+
+    Args:
+        keep: as `check_keep` returns it.
+        replace: {name: tensor} of what is written in place of what a cut leaves; the name is that
+            of the written tensor, or of one and the number of the entry, of its first axis.
+        shard_bytes: the most a file may hold; None keeps the source's files.
+        pad_to: narrower MLPs are filled up with zero neurons to this width.
+    """
 
     def __init__(
         self,
         source: ModelSource,
-        keep: Mapping[int, Tensor],
-        replace: Mapping[str, Tensor],
+        keep: Mapping[SiteKey, Tensor],
+        replace: Mapping[str | tuple[str, int], Tensor],
         shard_bytes: int | None,
         *,
         pad_to: int = 0,
     ) -> None:
         self.source, self.replace = source, replace
-        self.cuts: dict[str, tuple[int, Any]] = {}  # axis and the indices that stay
-        self.blocks: dict[str, int] = {}  # how often each neuron is in a tensor
-        self.kept_shapes: dict[str, tuple[int, ...]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}  # as written, with zeros up to pad_to neurons
-        for name, info in source.tensors.items():
-            kept_shape = shape = info.shape
-            place = source.place_of(name)
-            if place is not None:
-                axis, kept = place.axis, keep[place.layer].cpu()
-                blocks = place.times
-                self.cuts[name] = axis, rows_of(kept, shape[axis] // blocks, blocks).numpy()
-                self.blocks[name] = blocks
-                width = len(kept)
-                kept_shape = (*shape[:axis], blocks * width, *shape[axis + 1 :])
-                shape = (*shape[:axis], blocks * max(width, pad_to), *shape[axis + 1 :])
-            self.kept_shapes[name], self.shapes[name] = kept_shape, shape
-        for name in replace:
-            if name not in self.shapes:
+        self.tensors = {each.name: each for each in written_tensors(source, keep, pad_to)}
+        for key in replace:
+            name, entry = key if isinstance(key, tuple) else (key, None)
+            tensor = self.tensors.get(name)
+            if tensor is None:
                 raise ArgumentError(f"replace names {name}, which the checkpoint does not have")
+            if entry is not None and not (tensor.by_entry and entry in range(len(tensor.parts))):
+                raise ArgumentError(f"replace names entry {entry} of {name}, which it has not")
         self.shards = self._shards(shard_bytes)
 
-    def nbytes(self, name: str) -> int:
-        return math.prod(self.shapes[name]) * ITEM_BYTES[self.source.tensors[name].dtype]
-
-    def _shards(self, max_bytes: int | None) -> dict[str, list[str]]:
+    def _shards(self, max_bytes: int | None) -> dict[str, list[WrittenTensor]]:
         """Return the tensors of each file: the source's, or as many as fit into max_bytes."""
-        shards: dict[str, list[str]] = {}
+        shards: dict[str, list[WrittenTensor]] = {}
         if max_bytes is None:
-            for name, info in self.source.tensors.items():
-                shards.setdefault(info.file, []).append(name)
+            for tensor in self.tensors.values():
+                shards.setdefault(self.source.tensors[tensor.stored].file, []).append(tensor)
             return shards
-        groups: list[list[str]] = [[]]
+        groups: list[list[WrittenTensor]] = [[]]
         filled = 0
-        for name in self.source.tensors:
-            if groups[-1] and filled + self.nbytes(name) > max_bytes:
+        for tensor in self.tensors.values():
+            if groups[-1] and filled + tensor.nbytes > max_bytes:
                 groups.append([])
                 filled = 0
-            groups[-1].append(name)
-            filled += self.nbytes(name)
+            groups[-1].append(tensor)
+            filled += tensor.nbytes
         if len(groups) == 1:
             return {WEIGHTS: groups[0]}
         return {
@@ -83,9 +78,12 @@ class Writing:
             for i, group in enumerate(groups, start=1)
         }
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def write(self, partial: Path, progress: bool) -> None:
         """Write all shards and their index, a tensor a thread."""
-        total = sum(map(self.nbytes, self.shapes))
         metadata = {
             key: value
             for file in reversed(self.source.shards.values())
@@ -93,81 +91,103 @@ class Writing:
         }
         threads = max(2, torch.get_num_threads())
         with (
-            byte_bar("writing", total, progress) as on_progress,
+            byte_bar("writing", self.nbytes, progress) as on_progress,
             ThreadPoolExecutor(threads, thread_name_prefix="hfprune-write") as pool,
         ):
-            for file, names in self.shards.items():
+            for file, tensors in self.shards.items():
                 known = self.source.shards.get(file)
                 with SafetensorsWriter(
                     partial / file,
                     metadata if known is None else known.metadata or {"format": "pt"},
-                    [(n, self.source.tensors[n].dtype, self.shapes[n]) for n in names],
+                    [(each.name, each.dtype, each.shape) for each in tensors],
                 ) as writer:
-                    tasks = {pool.submit(self._write_tensor, writer, n): n for n in names}
+                    tasks = {
+                        pool.submit(self._write_tensor, writer, each): each for each in tensors
+                    }
                     try:
                         for task in as_completed(tasks):
                             task.result()
-                            on_progress(self.nbytes(tasks[task]))
+                            on_progress(tasks[task].nbytes)
                     except BaseException:
                         pool.shutdown(cancel_futures=True)  # before the file is closed
                         raise
         if list(self.shards) != [WEIGHTS]:
-            self._write_index(partial, total)
+            self._write_index(partial)
 
-    def _write_tensor(self, writer: SafetensorsWriter, name: str) -> None:
-        built = self._build(name)
-        if built is not None:
-            finite = writer.write(name, built)
-        else:
-            axis, kept = self.cuts.get(name, (0, None))
-            finite = writer.write(name, self._stored(name), axis=axis, keep=kept)
-            self.source.release(name)
-        if not finite:
-            raise NumericsError(f"{self.source.folder}: tensor {name} holds NaN or inf")
+    def _write_tensor(self, writer: SafetensorsWriter, tensor: WrittenTensor) -> None:
+        for entry, (bits, part) in self._parts(tensor):
+            kept = None if part is None else part.indices()
+            axis = 0 if part is None else part.axis
+            if not writer.write(tensor.name, bits, axis=axis, keep=kept, entry=entry):
+                raise NumericsError(f"{self.source.folder}: tensor {tensor.name} holds NaN or inf")
+            self.source.release(tensor.stored)
 
-    def _stored(self, name: str) -> Any:
+    def _parts(self, tensor: WrittenTensor) -> Iterator[tuple[int | None, tuple[Any, Part | None]]]:
+        """Yield the bits that a tensor is written from, and what stays of them: None is all.
+
+        They come entry by entry of a tensor that is written so, with the entry's number.
+        """
+        if tensor.name in self.replace or tensor.padded_from is not None:
+            yield None, (self._build(tensor), None)
+            return
+        stored = self._stored(tensor)
+        for entry, part in enumerate(tensor.parts):
+            of_source = stored if part.entry is None else stored[part.entry]
+            if not tensor.by_entry:
+                yield None, (of_source, part)
+            elif (tensor.name, entry) in self.replace:
+                shape = tensor.shape[1:]
+                yield entry, (self._replacement((tensor.name, entry), tensor.dtype, shape), None)
+            else:
+                yield entry, (of_source, part)
+
+    def _stored(self, tensor: WrittenTensor) -> Any:
         """Return the bits of a tensor of the source, in the pages of its file."""
-        info = self.source.tensors[name]
-        bits = np.frombuffer(self.source.data(name), f"u{ITEM_BYTES[info.dtype]}")
-        return bits.reshape(info.shape)
+        info = self.source.tensors[tensor.stored]
+        # Nothing is read ahead of what is written entry by entry, which may be larger than memory.
+        data = self.source.data(tensor.stored, prefetch=not tensor.by_entry)
+        return np.frombuffer(data, f"u{ITEM_BYTES[info.dtype]}").reshape(info.shape)
 
-    def _build(self, name: str) -> Any:
-        """Return the bits of a tensor that is replaced or padded; None if the source has them."""
-        shape = self.kept_shapes[name]
-        if name not in self.replace and self.shapes[name] == shape:
-            return None
-        if name in self.replace:
-            tensor, dtype = self.replace[name], TORCH_DTYPES[self.source.tensors[name].dtype]
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ArgumentError(
-                    f"replace[{name}] must be {shape} {dtype}, "
-                    f"got {tuple(tensor.shape)} {tensor.dtype}"
-                )
-            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            cut = flat.numpy().view(f"u{dtype.itemsize}").reshape(shape)
+    def _replacement(self, key: str | tuple[str, int], stored: str, shape: tuple[int, ...]) -> Any:
+        tensor, dtype = self.replace[key], TORCH_DTYPES[stored]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ArgumentError(
+                f"replace[{key}] must be {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return flat.numpy().view(f"u{dtype.itemsize}").reshape(shape)
+
+    def _build(self, tensor: WrittenTensor) -> Any:
+        """Return the bits of a tensor that is replaced or padded."""
+        shape = tensor.padded_from or tensor.shape
+        (part, *_) = tensor.parts
+        if tensor.name in self.replace:
+            cut = self._replacement(tensor.name, tensor.dtype, shape)
         else:
-            axis, kept = self.cuts[name]
-            cut = self._stored(name).take(kept, axis)
-            self.source.release(name)
-        if self.shapes[name] == shape:
+            cut = self._stored(tensor).take(part.indices(), part.axis)
+            self.source.release(tensor.stored)
+        if tensor.padded_from is None:
             return cut
-        padded, axis = np.zeros(self.shapes[name], cut.dtype), self.cuts[name][0]
-        blocks = self.blocks[name]
+        padded = np.zeros(tensor.shape, cut.dtype)
         for from_block, to_block in zip(
-            np.split(cut, blocks, axis), np.split(padded, blocks, axis), strict=True
+            np.split(cut, part.times, part.axis),
+            np.split(padded, part.times, part.axis),
+            strict=True,
         ):
             to_block[tuple(slice(size) for size in from_block.shape)] = from_block  # a view
         return padded
 
-    def _write_index(self, partial: Path, total_bytes: int) -> None:
+    def _write_index(self, partial: Path) -> None:
         old = self.source.folder / INDEX
         metadata = read_json_object(old).get("metadata") if old.exists() else None
         metadata = metadata if isinstance(metadata, dict) else {}
         metadata = {k: v for k, v in metadata.items() if not isinstance(v, dict | list)}
-        metadata["total_size"] = total_bytes
+        metadata["total_size"] = self.nbytes
         if "total_parameters" in metadata:
-            metadata["total_parameters"] = sum(math.prod(shape) for shape in self.shapes.values())
-        weight_map = {name: file for file, names in self.shards.items() for name in names}
+            metadata["total_parameters"] = sum(
+                math.prod(tensor.shape) for tensor in self.tensors.values()
+            )
+        weight_map = {each.name: file for file, tensors in self.shards.items() for each in tensors}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         write_json(partial / INDEX, index)
 
@@ -176,33 +196,32 @@ class Writing:
 
         It is compared by numpy, which shares no code with what wrote it.
         """
-        total = sum(map(self.nbytes, self.shapes))
-        with byte_bar("verifying", total, progress) as on_progress:
-            for file, names in self.shards.items():
+        with byte_bar("verifying", self.nbytes, progress) as on_progress:
+            for file, tensors in self.shards.items():
                 _forget_cached(partial / file)
                 written = SafetensorsFile(partial / file)
-                if list(written.tensors) != names:
+                if list(written.tensors) != [each.name for each in tensors]:
                     raise OutputError(f"{partial / file} reads back with other tensors")
-                for name in names:
-                    self._verify_tensor(written, name)
-                    on_progress(self.nbytes(name))
+                for tensor in tensors:
+                    self._verify_tensor(written, tensor)
+                    on_progress(tensor.nbytes)
 
-    def _verify_tensor(self, written: SafetensorsFile, name: str) -> None:
-        dtype, shape = self.source.tensors[name].dtype, self.shapes[name]
-        same = written.tensors[name][:2] == (dtype, shape)
+    def _verify_tensor(self, written: SafetensorsFile, tensor: WrittenTensor) -> None:
+        name = tensor.name
+        same = written.tensors[name][:2] == (tensor.dtype, tensor.shape)
         if same:
-            found = np.frombuffer(written.data(name), f"u{ITEM_BYTES[dtype]}").reshape(shape)
-            axis, kept = self.cuts.get(name, (0, None))
-            expected = self._build(name)
-            if expected is None:
-                expected = self._stored(name)
-            else:
-                kept = None
-            same = _equal(found, expected, axis, kept)
+            data = written.data(name, prefetch=not tensor.by_entry)
+            found = np.frombuffer(data, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
+            for entry, (expected, part) in self._parts(tensor):
+                kept = None if part is None else part.indices()
+                axis = 0 if part is None else part.axis
+                same = same and _equal(
+                    found if entry is None else found[entry], expected, axis, kept
+                )
+                written.release(name)
+                self.source.release(tensor.stored)
         if not same:
             raise OutputError(f"tensor {name} of {written.path} does not read back as written")
-        written.release(name)
-        self.source.release(name)
 
 
 def _equal(found: Any, expected: Any, axis: int, kept: Any) -> bool:

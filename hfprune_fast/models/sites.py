@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -197,8 +198,15 @@ def table_shape(widths: Mapping[SiteKey, int]) -> tuple[int, ...]:
     return len(widths), max(widths.values())
 
 
-def rows_of(kept: Tensor, width: int, times: int) -> Tensor:
-    """Return where kept neurons are in an axis of `times` blocks of `width` neurons each."""
+def rows_of(kept: Tensor, width: int, times: int, paired: bool = False) -> Tensor:
+    """Return where kept neurons are in an axis of `times` blocks of `width` neurons each.
+
+    Where `paired`, each neuron is there twice, side by side.
+    """
+    if paired:
+        return (2 * kept[:, None] + torch.arange(2, device=kept.device)).flatten()
+    if times == 1:
+        return kept
     return torch.cat([kept + width * i for i in range(times)])
 
 
@@ -238,6 +246,42 @@ def check_keep(keep: Mapping[Any, Tensor], dense: Mapping[SiteKey, int]) -> dict
                 "one or more"
             )
     return tensors
+
+
+def site_path(family: Family, site: SiteKey, *, with_experts: bool) -> str:
+    """Return the path in the model of an MLP or of an expert, by which records name it.
+
+    Args:
+        with_experts: the site's layer has experts.
+    """
+    if not isinstance(site, int):
+        layer, expert = site
+        return f"{experts_path(family, layer)}.{expert}"
+    shared = family.experts.shared if family.experts is not None and with_experts else None
+    path, _, _ = (shared or family.site).down.rpartition(".")
+    return f"{family.decoder}.{family.layers}.{site}.{path}"
+
+
+def experts_path(family: Family, layer: int) -> str:
+    """Return the path in the model of the experts of a layer."""
+    path = family.experts.path if family.experts is not None else ""
+    return f"{family.decoder}.{family.layers}.{layer}.{path}"
+
+
+def site_of_path(path: str) -> SiteKey:
+    """Return the layer, or (layer, expert), that `site_path` names; also of a layer's number alone.
+
+    Records of earlier releases name layers by their numbers.
+
+    Raises:
+        ValueError: there are no such numbers in it.
+    """
+    numbers = [int(part) for part in path.split(".") if re.fullmatch("[0-9]{1,5}", part)]
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2 and path.endswith(f".{numbers[1]}"):
+        return numbers[0], numbers[1]
+    raise ValueError(f"{path!r:.100} names no layer or expert")
 
 
 def _range(layers: set[Any]) -> str:

@@ -54,6 +54,7 @@ class ModelSpec:
     expert_params_per_neuron: int = 0
     params_per_expert: int = 0  # beside its neurons: its entries in the router, a bias
     expert_groups: int = 1  # of which a token's experts are in groups_per_token
+    groups_per_token: int = 1
 
     def __post_init__(self) -> None:
         uniform = self.mlp_widths is None or set(self.mlp_widths) == {self.intermediate_size}
@@ -101,28 +102,73 @@ class ModelSpec:
         """Products of a forward and an activation-gradient pass, without attention's: 4·P."""
         return 4 * self.linear_params
 
-    def params_at(self, widths: int | Sequence[int]) -> int:
-        """Return the parameters of the whole model with MLPs of this width, or these."""
-        return self.total_params - self._removed(widths) * self.params_per_neuron
+    def params_at(self, widths: int | Sequence[int], experts: tuple[int, int] | None = None) -> int:
+        """Return the parameters of the whole model with MLPs of this width, or these.
+
+        Args:
+            experts: how many each layer keeps that has any, and the neurons of each.
+        """
+        without = self.total_params - self._removed(widths) * self.params_per_neuron
+        layers = sum(1 for count in self.experts if count)
+        count, width = experts or (self.num_experts, self.expert_width)
+        had = self.num_experts * self._params_of_expert(self.expert_width)
+        return without - layers * (had - count * self._params_of_expert(width))
+
+    def active_params_at(
+        self, widths: int | Sequence[int], experts: tuple[int, int] | None = None
+    ) -> int:
+        """Return how many parameters a token goes through: all but of experts not chosen."""
+        layers = sum(1 for count in self.experts if count)
+        count, width = experts or (self.num_experts, self.expert_width)
+        has_biases = self.expert_params_per_neuron > 3 * self.hidden_size
+        bias = self.hidden_size if has_biases else 0
+        idle = (count - self.experts_per_token) * (width * self.expert_params_per_neuron + bias)
+        return self.params_at(widths, experts) - layers * idle
+
+    def _params_of_expert(self, width: int) -> int:
+        return width * self.expert_params_per_neuron + self.params_per_expert
 
     def linear_params_at(self, widths: int | Sequence[int]) -> int:
         """Return the weights of linear layers, each 2 FLOPs a token, with MLPs of these widths."""
         return self.linear_params - self._removed(widths) * 3 * self.hidden_size
 
-    def pruned_to(self, widths: int | Sequence[int]) -> dict[str, Any]:
+    def pruned_to(
+        self, widths: int | Sequence[int], experts: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
         """Return widths, parameters and ratios after pruning the MLPs to this width, or these.
 
-        `mlp_widths` and `dense_mlp_widths` are there when they differ from layer to layer.
+        `mlp_widths` and `dense_mlp_widths` are there when they differ from layer to layer; 0 is of
+        a layer that has experts alone. `prune_ratio` is of all neurons, experts' among them.
+
+        Args:
+            experts: of a model that has any: how many each layer keeps, and the neurons of each.
         """
-        params = self.params_at(widths)
+        params = self.params_at(widths, experts)
         each = [widths] if isinstance(widths, int) else list(widths)
+        kept = sum(self.widths) - self._removed(widths)
+        total = sum(self.widths)
+        of_experts = {}
+        if self.experts:
+            count, width = experts or (self.num_experts, self.expert_width)
+            layers = sum(1 for had in self.experts if had)
+            kept += layers * count * width
+            total += layers * self.num_experts * self.expert_width
+            of_experts = {
+                "experts": count,
+                "dense_experts": self.num_experts,
+                "expert_width": width,
+                "dense_expert_width": self.expert_width,
+                "active_params": self.active_params_at(widths, experts),
+                "dense_active_params": self.active_params_at(self.widths),
+            }
         achieved: dict[str, Any] = {
             "intermediate_size": max(each),
             "dense_intermediate_size": self.intermediate_size,
-            "prune_ratio": 1 - (sum(self.widths) - self._removed(widths)) / sum(self.widths),
+            "prune_ratio": 1 - kept / total,
             "params": params,
             "dense_params": self.total_params,
             "param_ratio": 1 - params / self.total_params,
+            **of_experts,
         }
         if len(set(each)) > 1:
             achieved["mlp_widths"] = each
@@ -204,11 +250,18 @@ def _experts(parts: ModelParts, config: Any) -> dict[str, Any]:
     first = next(iter(experts.values()))
     text = config if parts.family.tower is None else config.text_config
     hidden, biases = parts.head.weight.shape[1], "gate_up_proj_bias" in first.module._parameters
-    of_router = sum(tensor[0].numel() for _, _, tensor in first.per_expert())
+    groups = int(getattr(text, first.described.groups or "", 1) or 1)
+    of_router = sum(
+        tensor[0].numel()
+        for module, name, tensor in first.per_expert()
+        if name in module._parameters  # a buffer is no parameter, though files hold it
+    )
     return {
         "experts": tuple(0 if each is None else each.count for each in parts.experts),
         "expert_width": first.width,
         "experts_per_token": int(getattr(text, first.described.chosen)),
+        "expert_groups": groups,
+        "groups_per_token": int(getattr(text, "topk_group", groups) or groups) if groups > 1 else 1,
         "expert_params_per_neuron": 3 * hidden + 2 * biases,
         "params_per_expert": of_router + hidden * biases,
     }

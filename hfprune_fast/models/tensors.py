@@ -75,6 +75,12 @@ def _of_experts(family: Family, experts: Experts, layer: int, name: str) -> Plac
     return None
 
 
+def renumbered(name: str, expert: int, number: int) -> str:
+    """Return what a tensor of one expert is called when the expert gets another number."""
+    before, _, after = name.rpartition(f".{expert}.")
+    return f"{before}.{number}.{after}"
+
+
 def stored_name(family: Family, name: str) -> str:
     """Return what a tensor, or the beginning of its name below a layer, is called in files."""
     for ours, theirs in family.renamed.items():

@@ -19,7 +19,13 @@ from hfprune_fast._version import __version__
 from hfprune_fast.checkpoint.atomic import check_writable, whole_folder, write_whole
 from hfprune_fast.checkpoint.carried import carry
 from hfprune_fast.checkpoint.folder import INDEX, read_json_object
-from hfprune_fast.checkpoint.layouts import check_native, code_files, config_of, shipped_code
+from hfprune_fast.checkpoint.layouts import (
+    check_layout,
+    check_native,
+    code_files,
+    config_of,
+    shipped_code,
+)
 from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.checkpoint.source_card import CARD
@@ -27,7 +33,8 @@ from hfprune_fast.checkpoint.writer import Writing, json_text, write_json
 from hfprune_fast.config import OutputOptions
 from hfprune_fast.console import parse_bytes, say, to_path
 from hfprune_fast.errors import CheckpointError, OutputError
-from hfprune_fast.models.sites import check_keep
+from hfprune_fast.models.kept import kept_experts
+from hfprune_fast.models.sites import SiteKey, check_keep, experts_path, site_path
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import model_card
 
@@ -41,9 +48,9 @@ _MADE_ANEW = {"config.json", RECORD, CARD, INDEX}
 def prune_checkpoint(
     source: str | Path | ModelSource,
     out: str | Path,
-    keep: Mapping[int, Tensor],
+    keep: Mapping[SiteKey, Tensor],
     *,
-    replace: Mapping[str, Tensor] | None = None,
+    replace: Mapping[str | tuple[str, int], Tensor] | None = None,
     record: Mapping[str, Any] | None = None,
     progress: bool = False,
     output: OutputOptions,
@@ -53,9 +60,13 @@ def prune_checkpoint(
     Args:
         source: a model folder, hub name or `demo`; it is only read.
         out: the folder to make. It appears under this name only when whole.
-        keep: {layer: sorted int64 indices}, every layer.
+        keep: {layer: sorted int64 indices}, every layer that has an MLP of its own; with experts
+            also {(layer, expert): ...} of those that stay. All layers keep the same number of
+            experts and all experts the same number of neurons, each its own.
         replace: {tensor name: tensor} written in place of what the cut leaves, of its shape (before
-            padding) and dtype, such as a refitted down_proj; read in its turn, again to verify.
+            padding) and dtype, such as a refitted down_proj; read in its turn, again to verify. Of
+            a tensor that holds all experts of a layer, {(tensor name, number): tensor} is one
+            expert's. Experts that stay are numbered anew, from 0, and named by their new numbers.
         record: added to hfprune.json: "requested", "provenance" and "fidelity", which the card
             shows too; what stands in place of what would be written, such as the "keep" of an
             earlier pruning.
@@ -77,15 +88,21 @@ def prune_checkpoint(
     source, target = open_source(source), real(to_path(out, "out"))
     check_output_folder(target, source.folder, force=output.force)
     keep = check_keep(keep, source.spec.sites)
-    widths = [len(keep[layer]) for layer in range(len(keep))]
-    layout = "uniform" if len(set(widths)) == 1 else output.layout.replace("auto", "custom")
+    spec = source.spec
+    experts = kept_experts(keep, spec, source.family)
+    widths = [len(keep.get(layer, ())) for layer in range(spec.num_layers)]
+    uniform = len(set(widths)) == 1 or experts is not None
+    layout = "uniform" if uniform else output.layout.replace("auto", "custom")
+    if experts is not None and output.layout != "auto":
+        check_layout(source.config, output.layout)
     if layout == "native":
         check_native(source.config, widths)
     size = output.max_shard_size
     shard_bytes = None if size is None else parse_bytes(size, "max_shard_size")
     pad_to = max(widths) if layout == "padded" else 0
     writing = Writing(source, keep, replace or {}, shard_bytes, pad_to=pad_to)
-    achieved = source.spec.pruned_to(max(widths) if pad_to else widths)
+    sizes = None if experts is None else (experts.count, experts.width)
+    achieved = spec.pruned_to(max(widths) if pad_to else widths, sizes)
     if layout != "uniform":
         achieved |= {"layout": layout, "mlp_widths": widths}
     full_record = {
@@ -95,7 +112,7 @@ def prune_checkpoint(
         **(record or {}),
     }
     with whole_folder(target, output.force, foreign_files) as partial:
-        write_json(partial / "config.json", config_of(source.config, widths, layout))
+        write_json(partial / "config.json", config_of(source.config, widths, layout, experts))
         writing.write(partial, progress)
         card = model_card(full_record, source.card)
         (partial / CARD).write_text(card, encoding="utf-8")
@@ -104,8 +121,8 @@ def prune_checkpoint(
         for name, code in shipped_code(layout).items():
             shutil.copyfile(code, partial / name)
         files = sorted(_files_in(partial) | {RECORD})
-        kept = {str(layer): indices.tolist() for layer, indices in sorted(keep.items())}
-        write_json(partial / RECORD, {"keep": kept, **full_record, "files": files}, indent=None)
+        kept = kept_record(source, keep)
+        write_json(partial / RECORD, {**kept, **full_record, "files": files}, indent=None)
         if output.verify:
             writing.verify(partial, progress)
     beside = [name for name in source.tensors if _PREDICTS_FURTHER.search(name)]
@@ -119,6 +136,25 @@ def prune_checkpoint(
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         say(f"not copied, no part of the model: {', '.join(left_out[:3])}{more}")
     return achieved
+
+
+def kept_record(source: ModelSource, keep: Mapping[SiteKey, Tensor]) -> dict[str, Any]:
+    """Return what a record says of a keep: neurons by MLP, and experts where there are any.
+
+    MLPs and experts are named by their paths in the dense model.
+    """
+    family, counts = source.family, source.spec.experts
+    neurons: dict[str, list[int]] = {}
+    experts: dict[str, list[int]] = {}
+    for site in source.spec.sites:
+        if site not in keep:
+            continue
+        layer = site if isinstance(site, int) else site[0]
+        path = site_path(family, site, with_experts=bool(counts and counts[layer]))
+        neurons[path] = keep[site].tolist()
+        if not isinstance(site, int):
+            experts.setdefault(experts_path(family, layer), []).append(site[1])
+    return {"keep": neurons, **({"experts": experts} if experts else {})}
 
 
 def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: int = 0) -> None:

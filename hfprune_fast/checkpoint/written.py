@@ -1,0 +1,125 @@
+"""What a pruned checkpoint's tensors are made of: each a stored one, or what stays of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, tensor
+
+from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
+from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.models.sites import SiteKey, rows_of
+from hfprune_fast.models.tensors import Place, renumbered
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stays of a stored tensor, or of one entry of its first axis.
+
+    Args:
+        entry: the number of the entry; None for the whole tensor.
+        axis: the axis that is cut.
+        kept: the neurons that stay, sorted int64; None for all.
+        width: how many neurons there were.
+        times, paired: as in `Place`.
+    """
+
+    entry: int | None = None
+    axis: int = 0
+    kept: Tensor | None = field(default=None, compare=False)
+    width: int = 0
+    times: int = 1
+    paired: bool = False
+
+    def indices(self) -> Any:
+        """Return an int64 array of what stays along the axis, None for all; made when used."""
+        if self.kept is None:
+            return None
+        return rows_of(self.kept, self.width, self.times, self.paired).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor of a pruned checkpoint.
+
+    Args:
+        name: its name there.
+        stored: the name of the source's tensor.
+        dtype: as files name it.
+        shape: as written.
+        parts: what it is made of: one part, or one for each entry of its first axis.
+        by_entry: it is written entry by entry.
+        padded_from: its shape before it is filled up with zero neurons; None where it is not.
+    """
+
+    name: str
+    stored: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...] = (Part(),)
+    by_entry: bool = False
+    padded_from: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def written_tensors(
+    source: ModelSource, keep: Mapping[SiteKey, Tensor], pad_to: int = 0
+) -> Iterator[WrittenTensor]:
+    """Yield the tensors of a pruned checkpoint, in the order of the source's.
+
+    Args:
+        keep: as `check_keep` returns it. Experts that stay are numbered anew, in their order.
+        pad_to: MLPs that have fewer neurons are filled up with zeros to this width.
+    """
+    experts: dict[int, list[int]] = {}  # of each layer, those that stay
+    for site in sorted(site for site in keep if not isinstance(site, int)):
+        experts.setdefault(site[0], []).append(site[1])
+    numbers = {(n, e): new for n, kept in experts.items() for new, e in enumerate(kept)}
+    for name, info in source.tensors.items():
+        place = source.place_of(name)
+        if place is None:
+            yield WrittenTensor(name, name, info.dtype, info.shape)
+        elif place.of_all:
+            kept = experts[place.layer]
+            parts, shape = _of_all(place, info.shape, kept, keep)
+            by_entry = place.axis is not None
+            yield WrittenTensor(name, name, info.dtype, shape, parts, by_entry)
+        elif place.expert is None:
+            part, shape = _cut(place, info.shape, keep[place.layer])
+            padded, axis = list(shape), part.axis
+            padded[axis] = max(shape[axis], part.times * pad_to)
+            from_shape = None if tuple(padded) == shape else shape
+            yield WrittenTensor(
+                name, name, info.dtype, tuple(padded), (part,), padded_from=from_shape
+            )
+        elif (place.layer, place.expert) in numbers:
+            site = place.layer, place.expert
+            part, shape = _cut(place, info.shape, keep[site])
+            new = renumbered(name, place.expert, numbers[site])
+            yield WrittenTensor(new, name, info.dtype, shape, (part,))
+
+
+def _cut(
+    place: Place, shape: tuple[int, ...], kept: Tensor, entry: int | None = None
+) -> tuple[Part, tuple[int, ...]]:
+    """Return what stays of a tensor, or of an entry of this shape, and its shape then."""
+    axis, times = place.axis or 0, 2 if place.paired else place.times
+    part = Part(entry, axis, kept, shape[axis] // times, place.times, place.paired)
+    return part, (*shape[:axis], times * len(kept), *shape[axis + 1 :])
+
+
+def _of_all(
+    place: Place, shape: tuple[int, ...], experts: list[int], keep: Mapping[SiteKey, Tensor]
+) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+    """Return the parts of a tensor whose first axis is a layer's experts, and its new shape."""
+    if place.axis is None:  # of the router, a bias: small, and cut at once
+        kept = tensor(experts)
+        return (Part(None, 0, kept, shape[0]),), (len(experts), *shape[1:])
+    cuts = [_cut(place, shape[1:], keep[place.layer, e], entry=e) for e in experts]
+    return tuple(part for part, _ in cuts), (len(experts), *cuts[0][1])

@@ -1,0 +1,294 @@
+"""Checkpoints with experts, written: dropped, renumbered, each cut to its own neurons."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_mixtures import change_config, merge_files, tiny_mixture
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import hfprune_fast as hf
+from hfprune_fast.checkpoint import native, writer
+from hfprune_fast.checkpoint.folder import weight_files
+from hfprune_fast.checkpoint.loading import load_model
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
+from hfprune_fast.models.sites import SiteKey
+
+Keep = dict[SiteKey, Tensor]
+IDS = torch.arange(40).view(2, 20)
+
+
+@pytest.fixture(params=["extension", "plain"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "plain":
+        monkeypatch.setattr(native, "_C", None)
+
+
+def some_keep(folder: Path, *, width: int = 11, own: int = 13, dropped: int = 1) -> Keep:
+    """Keep random neurons, and of each layer and group of experts all but some."""
+    spec, generator = open_source(folder).spec, torch.Generator().manual_seed(3)
+    in_group = spec.num_experts // spec.expert_groups
+    keep: Keep = {}
+    for site, dense in spec.sites.items():
+        kept = own if isinstance(site, int) else width
+        if isinstance(site, int) or (site[0] + site[1]) % in_group >= dropped:
+            keep[site] = torch.randperm(dense, generator=generator)[:kept].sort().values
+    return keep
+
+
+def masked_logits(folder: Path, keep: Keep) -> Tensor:
+    """Return what the dense model computes in float64 without what is dropped.
+
+    The neurons of an expert are dropped by zeros in down_proj; an expert by a router that gives it
+    no entry.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").double()
+    layers: Any = model.model.layers
+    for number, layer in enumerate(layers):
+        mlp: Any = getattr(layer, "mlp", None) or layer.block_sparse_moe
+        experts: Any = getattr(mlp, "experts", None)
+        own = mlp if experts is None else getattr(mlp, "shared_experts", None)
+        with torch.no_grad():
+            if own is not None:
+                mask(own.down_proj.weight, keep[number])
+            if experts is None:
+                continue
+            kept = [e for e in range(len(experts.down_proj)) if (number, e) in keep]
+            for e in kept:
+                weight = experts.down_proj[e]
+                mask(weight.t() if experts.is_transposed else weight, keep[number, e])
+        for module in (experts, getattr(mlp, "gate", None) or mlp.router):
+            for name, parameter in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(parameter[kept]))
+            for name, buffer in list(module.named_buffers()):
+                setattr(module, name, buffer[kept])
+        for module in mlp.modules():
+            if isinstance(getattr(module, "num_experts", None), int):
+                module.num_experts = len(kept)
+    logits: Tensor = model(IDS).logits
+    return logits.detach()
+
+
+def mask(down: Tensor, kept: Tensor) -> None:
+    gone = torch.ones(down.shape[1], dtype=torch.bool)
+    gone[kept] = False
+    down[:, gone] = 0
+
+
+FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", False, {}),
+    "qwen3_moe, merged": ("qwen3_moe", True, {}),
+    "mixtral": ("mixtral", False, {}),
+    "gpt_oss": ("gpt_oss", False, {"width": 12}),
+    "granitemoe": ("granitemoe", False, {}),
+    "deepseek_v3": ("deepseek_v3", False, {"width": 12, "own": 36}),
+}
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_computes_what_is_kept(
+    save_checkpoint: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    family, merged, sizes = FORMS[form]
+    model = tiny_mixture(family)
+    folder = save_checkpoint(model)
+    if merged:
+        merge_files(folder, model)
+    keep, out = some_keep(folder, **sizes), tmp_path / "out"
+    achieved = hf.prune_checkpoint(folder, out, keep, verify=True)
+    written = AutoModelForCausalLM.from_pretrained(out, experts_implementation="eager").double()
+    difference = (written(IDS).logits - masked_logits(folder, keep)).abs().max()
+    assert difference.item() < 1e-12
+    assert achieved["params"] == sum(p.numel() for p in written.parameters())
+    assert achieved["params"] == open_source(out).spec.total_params
+    opened = open_source(out).spec
+    assert (achieved["experts"], achieved["expert_width"]) == (
+        opened.num_experts,
+        opened.expert_width,
+    )
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_token_uses_the_experts_it_chooses(
+    save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tiny_mixture("mixtral"))
+    achieved = hf.prune_checkpoint(folder, tmp_path / "out", some_keep(folder))
+    a_neuron, layers = 3 * 32, 3
+    assert achieved["dense_params"] - achieved["dense_active_params"] == layers * 2 * 24 * a_neuron
+    assert achieved["params"] - achieved["active_params"] == layers * 1 * 11 * a_neuron
+    assert achieved["prune_ratio"] == 1 - (3 * 11) / (4 * 24)
+
+
+def test_experts_are_numbered_anew_and_their_tensors_follow(
+    save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tiny_mixture("mixtral"), max_shard_size="20KB")
+    keep: Keep = {(n, e): torch.arange(24) for n in range(3) for e in (1, 3)}
+    hf.prune_checkpoint(folder, tmp_path / "out", keep, verify=True)
+    dense, written = all_tensors(folder), all_tensors(tmp_path / "out")
+    for layer in range(3):
+        below = f"model.layers.{layer}.block_sparse_moe."
+        assert torch.equal(written[f"{below}gate.weight"], dense[f"{below}gate.weight"][[1, 3]])
+        for new, old in enumerate((1, 3)):
+            for leaf in ("w1", "w2", "w3"):
+                name = f"{below}experts.{{}}.{leaf}.weight"
+                assert torch.equal(written[name.format(new)], dense[name.format(old)])
+    assert len(dense) - len(written) == 3 * 2 * 3
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == written.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
+    assert set(index["weight_map"].values()) == {p.name for p in weight_files(tmp_path / "out")}
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in weight_files(folder) for name, t in load_file(file).items()}
+
+
+def test_the_count_is_written_by_the_name_that_is_there(
+    save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tiny_mixture("qwen3_moe"))
+    keep = some_keep(folder)
+    change_config(folder, num_local_experts=None, num_experts=4)
+    hf.prune_checkpoint(folder, tmp_path / "out", keep)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "num_local_experts" not in config
+    sizes = [config[key] for key in ("num_experts", "moe_intermediate_size", "intermediate_size")]
+    assert sizes == [3, 11, 13]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_experts_down_projection_is_replaced(
+    save_checkpoint: Callable[..., Path], tmp_path: Path, merged: bool
+) -> None:
+    model = tiny_mixture("qwen3_moe")
+    folder = save_checkpoint(model)
+    if merged:
+        merge_files(folder, model)
+    keep, refitted = some_keep(folder, dropped=2), torch.randn(32, 11)
+    expected = tmp_path / "expected"
+    hf.prune_checkpoint(folder, expected, keep)
+    key = open_source(folder).expert_down_proj(1, 1)  # by its number in what is written
+    assert isinstance(key, tuple) == merged
+    hf.prune_checkpoint(folder, tmp_path / "out", keep, replace={key: refitted}, verify=True)
+    before, after = (load_model(f, device="cpu").state_dict() for f in (expected, tmp_path / "out"))
+    before["model.layers.1.mlp.experts.down_proj"][1] = refitted
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    key_of_one = (key, 0) if isinstance(key, str) else (key[0], 7)
+    for bad in ({key: refitted.t()}, {key: refitted.double()}, {key_of_one: refitted}):
+        with pytest.raises(ArgumentError, match="replace"):
+            hf.prune_checkpoint(folder, tmp_path / "bad", keep, replace=bad)
+    with pytest.raises(NumericsError, match="holds NaN"):
+        hf.prune_checkpoint(folder, tmp_path / "bad", keep, replace={key: refitted / 0})
+    assert not (tmp_path / "bad").exists()
+
+
+def test_verify_sees_a_flipped_bit_in_an_expert(
+    save_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_checkpoint(tiny_mixture("granitemoe"))
+    name, real = "model.layers.1.block_sparse_moe.output_linear.weight", writer._forget_cached
+
+    def flip(file: Path) -> None:
+        real(file)
+        tensors = load_file(file)
+        tensors[name].view(torch.int32)[2, 3, 4] ^= 1
+        save_file(tensors, file, {"format": "pt"})
+
+    monkeypatch.setattr(writer, "_forget_cached", flip)
+    with pytest.raises(OutputError, match=f"{name} .*not read back"):
+        hf.prune_checkpoint(folder, tmp_path / "out", some_keep(folder), verify=True)
+
+
+def without(keep: Keep, *sites: SiteKey) -> Keep:
+    return {site: kept for site, kept in keep.items() if site not in sites}
+
+
+ALL = torch.arange(24)
+REFUSED: dict[str, tuple[str, Callable[[Keep], Keep], str]] = {
+    "layers of different numbers": (
+        "mixtral",
+        lambda keep: without(keep, (1, 0)),
+        "the same number of experts.* got 4 in layer 0 and 3 in layer 1",
+    ),
+    "experts of different widths": (
+        "mixtral",
+        lambda keep: {**keep, (2, 3): ALL[:7]},
+        r"each expert the same number of neurons.* got 24 in \(0, 0\) and 7 in \(2, 3\)",
+    ),
+    "fewer than a token chooses": (
+        "mixtral",
+        lambda keep: {(layer, 0): ALL for layer in range(3)},
+        "at least the 2 experts that a token chooses, got 1",
+    ),
+    "none of a layer": (
+        "mixtral",
+        lambda keep: without(keep, *((1, e) for e in range(4))),
+        "got 4 in layer 0 and 0 in layer 1",
+    ),
+    "no MLP that all see": (
+        "qwen3_moe",
+        lambda keep: without(keep, 0),
+        r"each layer in \[0\]|0\.\.0",
+    ),
+    "shared experts of different widths": (
+        "qwen2_moe",
+        lambda keep: {**keep, 2: ALL[:9]},
+        "shared expert of each layer .*got 20 in layer 1 and 9 in layer 2",
+    ),
+    "dense layers of different widths": (
+        "deepseek_v3 with two dense layers",
+        lambda keep: {**keep, 1: ALL[:9]},
+        "each layer without experts .*got 40 in layer 0 and 9 in layer 1",
+    ),
+    "a shared width that no key says": (
+        "deepseek_v3",
+        lambda keep: {**keep, 1: ALL[:23], 2: ALL[:23]},
+        "a multiple of the 24 neurons of an expert.* got 23",
+    ),
+    "groups of different sizes": (
+        "deepseek_v3",
+        lambda keep: without(keep, *((n, e) for n in (1, 2) for e in (0, 1))),
+        r"each of the 2 groups .* 2 or more, got \[2, 4\] in layer 1",
+    ),
+    "groups of one": (
+        "deepseek_v3",
+        lambda keep: without(keep, *((n, e) for n in (1, 2) for e in (0, 1, 2, 4, 5, 6))),
+        r"2 or more, got \[1, 1\] in layer 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_config_json_cannot_say_is_refused(
+    save_checkpoint: Callable[..., Path], tmp_path: Path, case: str
+) -> None:
+    name, change, message = REFUSED[case]
+    family, _, dense = name.partition(" with ")
+    folder = save_checkpoint(
+        tiny_mixture(family, **({"first_k_dense_replace": 2} if dense else {}))
+    )
+    whole = {site: torch.arange(width) for site, width in open_source(folder).spec.sites.items()}
+    with pytest.raises(ArgumentError, match=message) as caught:
+        hf.prune_checkpoint(folder, tmp_path / "out", change(whole))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["custom", "padded", "native", "decilm"])
+def test_layouts_are_refused(
+    save_checkpoint: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    folder = save_checkpoint(tiny_mixture("mixtral"))
+    with pytest.raises(ArgumentError, match=f"layout {layout}: .* needs no layout; leave it out"):
+        hf.prune_checkpoint(folder, tmp_path / "out", some_keep(folder), layout=layout)
