@@ -25,7 +25,7 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.in_memory import prune
 from hfprune_fast.pruning.oneshot import check_output, oneshot
-from hfprune_fast.pruning.selection import budget_of
+from hfprune_fast.pruning.selection import WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.score import score
 
@@ -50,8 +50,8 @@ def run(
     # In float32, so that every CPU gives the same numbers.
     on_cpu: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
     options = {"seq_len": SEQ_LEN, "samples": 64, "batch_size": _BATCH_SIZE, **on_cpu}
-    budgeted = budget_of(source.spec, Budget(prune_ratio=prune_ratio))
-    params = source.spec.params_at(*budgeted.sizes(source.spec))
+    widths = WidthBudget.of(source.spec, Budget(prune_ratio=prune_ratio))
+    params = source.spec.params_at(*widths.sizes(source.spec))
     pruned = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder, uniform = out or Path(scratch) / "pruned", Path(scratch) / "uniform"

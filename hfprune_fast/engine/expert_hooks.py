@@ -21,12 +21,12 @@ Padding is routed nowhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune_fast.engine.mlp_hooks import ACTIVATIONS, Target, TaylorOptions
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
@@ -101,20 +101,62 @@ Visit = Callable[[Rows, Tensor, Tensor], Tensor]
 
 @contextmanager
 def visited_experts(
-    experts: ExpertsMLP, visit: Visit, token_mask: Tensor | None, sequences: int
+    experts: ExpertsMLP,
+    visit: Visit,
+    token_mask: Tensor | None,
+    sequences: int,
+    stay: list[int] | None = None,
 ) -> Iterator[None]:
-    """Inside, `visit` computes each expert's output; nothing is differentiated."""
+    """Inside, `visit` computes each expert's output; nothing is differentiated.
+
+    Args:
+        stay: the experts that tokens may choose, if not all: the others' entries are taken out of
+            the router, as if the model had been written without them.
+    """
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
+        if stay is not None:
+            chosen = torch.tensor(stay, device=chosen.device)[chosen]
         for rows in rows_of(chosen, experts.count, token_mask, sequences):
             w = weights[rows.tokens, rows.choices]
             y = visit(rows, x[rows.tokens], w)
             out[rows.tokens] += (y * w[:, None]).to(out.dtype)
         return out
 
-    with _replaced_forward(experts, forward):
+    with ExitStack() as stack:
+        stack.enter_context(_replaced_forward(experts, forward))
+        if stay is not None and len(stay) < experts.count:
+            stack.enter_context(_cut_router(experts, stay))
         yield
+
+
+@contextmanager
+def _cut_router(experts: ExpertsMLP, stay: list[int]) -> Iterator[None]:
+    """Inside, the router knows only these experts, numbered anew."""
+    whole = [(module, leaf, tensor) for module, leaf, tensor in experts.per_expert()]
+    counted = [m for m in {id(m): m for m, _, _ in whole}.values() if hasattr(m, "num_experts")]
+    try:
+        for module, leaf, tensor in whole:
+            cut = tensor.detach()[torch.tensor(stay, device=tensor.device)]
+            _put(module, leaf, cut)
+        for module in counted:
+            module.num_experts = len(stay)  # type: ignore[assignment]
+        yield
+    finally:
+        for module, leaf, tensor in whole:
+            _put(module, leaf, tensor)
+        for module in counted:
+            module.num_experts = experts.count  # type: ignore[assignment]
+
+
+def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 @contextmanager

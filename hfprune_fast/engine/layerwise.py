@@ -96,6 +96,7 @@ class ResidentModel:
         self._calls: dict[tuple[int, ...], Calls] = {}
         self._compared = False  # whether the calls of two micro-batches of one shape have been
         self._in_tuples = False  # whether the decoder takes a layer's output out of a tuple
+        self._own_experts: dict[int, str | None] = {}  # how transformers runs them, by config
         self._activations: dict[int, tuple[str | None, str | None]] = {}
         self._check()
 
@@ -122,6 +123,7 @@ class ResidentModel:
         self.model.eval()
         for parameter in self._trainable:
             parameter.requires_grad_(False)
+        self._set_experts_to("eager" if self.dtype == torch.float64 else None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,6 +132,14 @@ class ResidentModel:
             module.training = mode
         for parameter in self._trainable:
             parameter.requires_grad_(True)
+        self._set_experts_to(None)
+
+    def _set_experts_to(self, implementation: str | None) -> None:
+        """Choose how transformers runs experts; None is its own choice, which has no float64."""
+        configs = {id(c): c for c in (e.module.config for e in self.parts.with_experts.values())}
+        for config in configs.values():
+            own = self._own_experts.setdefault(id(config), config._experts_implementation)
+            config._experts_implementation = implementation or own
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return (B, T, D) embeddings of token ids, on the model's device."""

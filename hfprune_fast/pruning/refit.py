@@ -28,6 +28,7 @@ pruned model a tensor of all tokens by hidden_size, on the host if the model is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ from hfprune_fast.engine.layerwise import (
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, outputs_of, pruned_down_proj
 from hfprune_fast.models.plain import plain_model
-from hfprune_fast.models.sites import check_keep
+from hfprune_fast.models.sites import SiteKey, check_keep
+from hfprune_fast.pruning.refit_experts import PrunedExperts
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import least_squares
@@ -60,8 +62,10 @@ _PULL = 0.01  # μ
 class Refitted:
     """A pruned model's refitted down_proj, and its final hidden states, which the head reads."""
 
-    weights: dict[int, Tensor]  # {layer: (D, width)} in the model's dtype, on the CPU
+    # {layer or (layer, expert): (D, width)} in the model's dtype, on the CPU
+    weights: dict[SiteKey, Tensor]
     hidden: list[Tensor]  # of each held-out batch: (B, T, D), on the CPU
+    unfitted: int = 0  # experts that too few tokens chose, and that are as they were
 
 
 @torch.no_grad()
@@ -96,20 +100,24 @@ def refit(
     results = [Refitted({}, []) for _ in keeps]
 
     def visit(layer: int) -> None:
-        outputs: list[Tensor | None] = [None] * len(batches)  # of the dense MLP, for a norm
+        mlp, outputs = model.parts.mlps[layer], [None] * len(batches)  # of the MLP, for a norm
+        with_norm = mlp is not None and model.parts.family.norm_behind
         for i, batch in each_batch(batches, on_progress, steps):
-            with outputs_of(model.parts.mlps[layer]) as seen:
+            with outputs_of(mlp) if mlp is not None and with_norm else nullcontext([]) as seen:
                 dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
-            if model.parts.family.norm_behind:
-                outputs[i] = seen[0].cpu()
+            outputs[i] = seen[0].cpu() if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
-            pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
+            if model.parts.experts[layer] is None:
+                pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
+            else:
+                pruned = PrunedExperts(model, layer, keep)
             for i, batch in each_batch(batches[:fitted], on_progress, steps):
                 pruned.add_moments(dense[i], outputs[i], stream[i], batch)
-            weight = pruned.solve(fitted_tokens)
-            result.weights[layer] = weight.cpu()
+            weights = pruned.solve(fitted_tokens)
+            result.weights |= {site: weight.cpu() for site, weight in weights.items()}
+            result.unfitted += pruned.unfitted
             for i, batch in each_batch(batches, on_progress, steps):
-                stream[i] = pruned.run(stream[i], batch, weight).cpu()
+                stream[i] = pruned.run(stream[i], batch).cpu()
                 if i >= fitted:  # these run through the pruned layer once, the others twice
                     on_progress(batch.tokens / steps)
 
@@ -127,8 +135,10 @@ def refit(
 @own_modes()
 def refit_down_proj(
     model: PreTrainedModel, batches: Iterable[Any], keep: Keep
-) -> dict[int, Tensor]:
+) -> dict[Any, Tensor]:
     """Return {layer: (D, width)}, the refitted down_proj of a loaded model pruned to `keep`.
+
+    Of a model with experts also {(layer, expert): (D, width)}, see `pruning.refit_experts`.
 
     Args:
         model: the dense model, which is not changed; pass the result to `hf.prune`.
@@ -152,9 +162,11 @@ def refit_down_proj(
 class _PrunedLayer:
     """A layer of a pruned model: the dense model's, except for its down_proj."""
 
+    unfitted = 0  # experts
+
     def __init__(self, model: ResidentModel, layer: int, kept: Tensor) -> None:
         self._model, self._layer, self._kept = model, layer, kept
-        self._mlp = model.parts.mlps[layer]
+        self._mlp = model.parts.own_mlps[layer]
         self._dense_weight = self._mlp.down.weight[:, kept]
         width = len(kept)
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
@@ -208,14 +220,16 @@ class _PrunedLayer:
         counts = length > 0  # a token for which the MLP says nothing has no direction to follow
         return target.where(counts, 0), (1 / rms).square().where(counts, 0)
 
-    def solve(self, tokens: int) -> Tensor:
+    def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
         """Return the refitted (D, width) weight, rounded to the model's dtype."""
         check_moments(self._gram, self._layer)
         gram, cross = self._gram.div_(tokens), self._cross.div_(tokens)
         del self._gram, self._cross
-        return least_squares(gram, cross, self._dense_weight).to(self._model.dtype)
+        fitted = least_squares(gram, cross, self._dense_weight)
+        self._weight = fitted.to(self._model.dtype)
+        return {self._layer: self._weight}
 
-    def run(self, stream: Tensor, batch: MicroBatch, weight: Tensor) -> Tensor:
-        """Return the pruned stream after the layer."""
-        with pruned_down_proj(self._mlp, self._kept, weight):
+    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the pruned stream after the layer, with the refitted weight."""
+        with pruned_down_proj(self._mlp, self._kept, self._weight):
             return self._model.run(self._layer, stream.to(self._model.device), batch)

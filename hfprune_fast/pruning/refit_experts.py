@@ -1,0 +1,182 @@
+"""Refit a layer with experts to the dense model: each expert's down_proj, and the shared expert's.
+
+The pruned model's routing chooses among the experts that stay. Let r be what is missing after its
+layer if no MLP were narrowed: the dense model's residual stream there, less the pruned model's, so
+the error of the layers before and the outputs of dropped experts. The MLPs that a token goes
+through, each with what its output is multiplied by (w of an expert, s of the shared one, 1 or a
+sigmoid), share r in the smallest way that adds up to it:
+
+    target_e = y_e + r · w_e / (Σ w² + s²)                 y_e of all neurons of the dense expert
+
+and V_e minimises mean w²‖target_e - V_e a_e‖² + λ·mean(w² a²)·‖V_e - W_e‖² over the tokens that
+chose it, a_e the acts of its kept neurons. An expert that fewer than 8 tokens a kept neuron chose
+keeps its weights. Where norms follow the experts, r is left out: each is fitted to its own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.expert_hooks import Rows, Visit, visited_experts
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences, outputs_of, pruned_down_proj
+from hfprune_fast.models.sites import SiteKey
+from hfprune_fast.scoring.costs import TOKENS_A_NEURON
+from hfprune_fast.scoring.moments import check_moments, moments_dtype
+from hfprune_fast.scoring.obs import least_squares
+
+
+@dataclass
+class _Moments:
+    """What a least-squares fit needs of one MLP: its kept neurons and sums over tokens."""
+
+    kept: Tensor
+    weight: Tensor  # (D, K), dense
+    gram: Tensor  # (K, K)
+    cross: Tensor  # (D, K)
+    rows: int = 0
+
+    @classmethod
+    def of(cls, down: Tensor, kept: Tensor) -> _Moments:
+        kept = kept.to(down.device)
+        weight = down[:, kept]
+        gram = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=down.device)
+        return cls(kept, weight, gram, gram.new_zeros(weight.shape))
+
+    def add(self, act: Tensor, target: Tensor, weights: Tensor) -> None:
+        """Add rows of act (n, F) and of what down_proj shall return, (n, D), with weights (n,)."""
+        own = act[:, self.kept].to(target.dtype)
+        weighted = own * weights[:, None]
+        self.gram += weighted.t() @ own
+        self.cross += target.t() @ weighted
+        self.rows += len(act)
+
+
+class PrunedExperts:
+    """A layer with experts of a pruned model: the dense model's, but for what is not kept."""
+
+    def __init__(
+        self, model: ResidentModel, layer: int, keep: dict[SiteKey, Tensor], with_error: bool = True
+    ) -> None:
+        self._model, self._layer = model, layer
+        self._mlp, experts = model.parts.mlps[layer], model.parts.experts[layer]
+        assert experts is not None
+        self._experts, self._dtype = experts, moments_dtype(model)
+        self._stay = [e for e in range(experts.count) if (layer, e) in keep]
+        self._moments: dict[SiteKey, _Moments] = {
+            (layer, e): _Moments.of(experts.down(e), keep[layer, e]) for e in self._stay
+        }
+        if self._mlp is not None:
+            self._moments[layer] = _Moments.of(self._mlp.down.weight.detach(), keep[layer])
+        self._weights: dict[SiteKey, Tensor] = {}
+        self._with_error = with_error and not model.parts.family.norm_behind
+        self.unfitted = 0  # experts
+
+    def add_moments(
+        self, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
+    ) -> None:
+        """Add a batch's moments.
+
+        Args:
+            dense: the dense model's residual stream after the layer.
+            output: unused.
+            stream: the pruned model's residual stream before the layer.
+        """
+        rows_seen: list[tuple[Rows, Tensor, Tensor, Tensor]] = []
+
+        def visit(rows: Rows, x: Tensor, weights: Tensor) -> Tensor:
+            act = self._experts.act(self._experts.gate_up(rows.expert, x))
+            output = self._experts.output(rows.expert, act)
+            rows_seen.append((rows, act, output, weights))
+            return output
+
+        sequences, hidden = len(batch.ids), dense.shape[-1]
+        with ExitStack() as stack:
+            stack.enter_context(self._visited(batch, visit))
+            acts, outputs, gates = self._own_seen(stack)
+            after = self._model.run(self._layer, stream.to(self._model.device), batch)
+        own = self._own_factor(gates, batch)  # 0 at padding
+        total = own.square()
+        for rows, _, _, weights in rows_seen:
+            total[rows.tokens] += weights.to(total.dtype).square()
+        missing = (dense.to(after.device, self._dtype) - after.to(self._dtype)).view(-1, hidden)
+        share = missing / self._model.parts.output_scale(self._layer)
+        counts = (total > 0) & self._with_error
+        share = torch.where(counts[:, None], share / total[:, None], 0)
+        for rows, act, output, weights in rows_seen:
+            w = weights.to(self._dtype)
+            target = output.to(self._dtype) + share[rows.tokens] * w[:, None]
+            bias = self._experts.down_bias(rows.expert)
+            target = target if bias is None else target - bias
+            self._moments[self._layer, rows.expert].add(act, target, w.square())
+        if self._mlp is not None:
+            act, output = (in_sequences(t[0], sequences).flatten(0, 1) for t in (acts, outputs))
+            target = output.to(self._dtype) + share * own[:, None]
+            bias = self._mlp.down.bias
+            target = target if bias is None else target - bias
+            self._moments[self._layer].add(act, target, own.square())
+
+    def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
+        """Return the (D, K) weights in the model's dtype, refitted but where rows were few."""
+        for site, moments in self._moments.items():
+            few = not isinstance(site, int) and moments.rows < TOKENS_A_NEURON * len(moments.kept)
+            if few:
+                self.unfitted += 1
+                self._weights[site] = moments.weight
+                continue
+            check_moments(moments.gram, self._layer)
+            gram, cross = moments.gram.div_(moments.rows), moments.cross.div_(moments.rows)
+            fitted = least_squares(gram, cross, moments.weight)
+            self._weights[site] = fitted.to(self._model.dtype)
+        return self._weights
+
+    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the pruned stream after the layer, with the refitted weights."""
+
+        def visit(rows: Rows, x: Tensor, weights: Tensor) -> Tensor:
+            site = self._layer, rows.expert
+            act = self._experts.act(self._experts.gate_up(rows.expert, x))
+            kept = act[:, self._moments[site].kept]
+            bias = self._experts.down_bias(rows.expert)
+            return torch.nn.functional.linear(kept, self._weights[site], bias)
+
+        with ExitStack() as stack:
+            stack.enter_context(self._visited(batch, visit))
+            if self._mlp is not None:
+                own = self._moments[self._layer].kept, self._weights[self._layer]
+                stack.enter_context(pruned_down_proj(self._mlp, *own))
+            return self._model.run(self._layer, stream.to(self._model.device), batch)
+
+    @contextmanager
+    def _visited(self, batch: MicroBatch, visit: Visit) -> Iterator[None]:
+        mask = batch.token_mask
+        on_device = None if mask is None else mask.to(self._model.device)
+        with visited_experts(self._experts, visit, on_device, len(batch.ids), self._stay):
+            yield
+
+    def _own_seen(self, stack: ExitStack) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Collect inputs and outputs of the layer's own down_proj, and outputs of its gate."""
+        gates: list[Tensor] = []
+        if self._mlp is None:
+            return [], [], gates
+        path = self._experts.described.shared_gate
+        if path:
+            gate = self._experts.layer.get_submodule(path)
+            stack.enter_context(gate.register_forward_hook(lambda *args: gates.append(args[2])))
+        acts = stack.enter_context(acts_of(self._mlp))
+        return acts, stack.enter_context(outputs_of(self._mlp)), gates
+
+    def _own_factor(self, gates: list[Tensor], batch: MicroBatch) -> Tensor:
+        """Return what the own MLP's output is multiplied by at each token, (B·T,); 0 at padding."""
+        tokens, mask = batch.ids.numel(), batch.token_mask
+        factor = torch.full((tokens,), float(self._mlp is not None), dtype=self._dtype)
+        factor = factor.to(self._model.device)
+        for gate in gates:
+            factor = gate.flatten().to(self._dtype).sigmoid()
+        return factor if mask is None else factor * mask.flatten().to(factor)
