@@ -34,11 +34,16 @@ class Part:
     times: int = 1
     paired: bool = False
 
-    def indices(self) -> Any:
-        """Return an int64 array of what stays along the axis, None for all; made when used."""
+    def rows(self) -> Tensor | None:
+        """Return what stays along the axis, sorted int64; None for all. It is made when used."""
         if self.kept is None:
             return None
-        return rows_of(self.kept, self.width, self.times, self.paired).cpu().numpy()
+        return rows_of(self.kept.cpu(), self.width, self.times, self.paired)
+
+    def indices(self) -> Any:
+        """Return `rows` as an array."""
+        rows = self.rows()
+        return None if rows is None else rows.numpy()
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,11 @@ def written_tensors(
             yield WrittenTensor(name, name, info.dtype, info.shape)
         elif place.of_all:
             kept = experts[place.layer]
-            parts, shape = _of_all(place, info.shape, kept, keep)
+            parts, shape = parts_of_all(place, info.shape, kept, keep)
             by_entry = place.axis is not None
             yield WrittenTensor(name, name, info.dtype, shape, parts, by_entry)
         elif place.expert is None:
-            part, shape = _cut(place, info.shape, keep[place.layer])
+            part, shape = part_of(place, info.shape, keep[place.layer])
             padded, axis = list(shape), part.axis
             padded[axis] = max(shape[axis], part.times * pad_to)
             from_shape = None if tuple(padded) == shape else shape
@@ -100,12 +105,12 @@ def written_tensors(
             )
         elif (place.layer, place.expert) in numbers:
             site = place.layer, place.expert
-            part, shape = _cut(place, info.shape, keep[site])
+            part, shape = part_of(place, info.shape, keep[site])
             new = renumbered(name, place.expert, numbers[site])
             yield WrittenTensor(new, name, info.dtype, shape, (part,))
 
 
-def _cut(
+def part_of(
     place: Place, shape: tuple[int, ...], kept: Tensor, entry: int | None = None
 ) -> tuple[Part, tuple[int, ...]]:
     """Return what stays of a tensor, or of an entry of this shape, and its shape then."""
@@ -114,12 +119,12 @@ def _cut(
     return part, (*shape[:axis], times * len(kept), *shape[axis + 1 :])
 
 
-def _of_all(
+def parts_of_all(
     place: Place, shape: tuple[int, ...], experts: list[int], keep: Mapping[SiteKey, Tensor]
 ) -> tuple[tuple[Part, ...], tuple[int, ...]]:
     """Return the parts of a tensor whose first axis is a layer's experts, and its new shape."""
     if place.axis is None:  # of the router, a bias: small, and cut at once
         kept = tensor(experts)
         return (Part(None, 0, kept, shape[0]),), (len(experts), *shape[1:])
-    cuts = [_cut(place, shape[1:], keep[place.layer, e], entry=e) for e in experts]
+    cuts = [part_of(place, shape[1:], keep[place.layer, e], entry=e) for e in experts]
     return tuple(part for part, _ in cuts), (len(experts), *cuts[0][1])

@@ -28,6 +28,9 @@ _NOT_PLAIN = {
 }
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def plain_model(model: Any, use: str) -> PreTrainedModel:
     """Return the causal language model, out of a wrapper of adapters, if its weights are plain.
 
@@ -61,14 +64,22 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
             raise ArgumentError(f"{modules[id(linear)]} {problem}")
     if use == "evaluate":
         return cast("PreTrainedModel", model)
+    experts = [each.module for each in parts.with_experts.values()]
+    for module in experts:
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+            raise ArgumentError(
+                f"{modules[id(module)]} is patched or has hooks, expected it as it is; take off "
+                "what wraps or patches it"
+            )
     _check_sizes(parts, modules)
-    dtypes = {linear.weight.dtype for linear in (parts.head, *linears)}
+    of_experts = [p for module in experts for p in module.parameters()]
+    dtypes = {p.dtype for p in (*(each.weight for each in (parts.head, *linears)), *of_experts)}
     if len(dtypes) > 1 and use != "prune":
         got = ", ".join(sorted(map(str, dtypes)))
         raise ArgumentError(
             f"the MLPs and the head must be of one dtype, got {got}; cast the model"
         )
-    for parameter in (p for linear in linears for p in linear.parameters()):
+    for parameter in (*(p for linear in linears for p in linear.parameters()), *of_experts):
         first, *others = names[id(parameter)]
         if others:
             raise ArgumentError(

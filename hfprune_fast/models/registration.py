@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune_fast.models.declared import family_of, family_type
 from hfprune_fast.models.families import FAMILIES, NON_UNIFORM
+from hfprune_fast.models.kept import KeptExperts, size_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,8 +88,13 @@ def config_defaults(family: str) -> dict[str, Any]:
     return {f.name: f.default for f in fields(CONFIG_MAPPING[family]) if f.default is not MISSING}
 
 
-def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
+def record_widths(
+    model: PreTrainedModel, widths: Sequence[int], experts: KeptExperts | None = None
+) -> None:
     """Write the widths of a pruned model's MLPs into its config, so that what it saves loads.
+
+    Args:
+        experts: what a model keeps that has any; then `widths` is not used.
 
     A model of the family's own class gets the class of `nonuniform`, which computes the same, if
     the widths differ, and goes back if they do not. A model of any other class keeps it: if the
@@ -101,6 +107,10 @@ def record_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     of_text, family, uniform = family_of(declared), family_type(declared), len(set(widths)) == 1
     was_uniform = config.model_type == family
     text: Any = config if of_text.tower is None else config.text_config
+    if experts is not None:
+        for key, value in size_keys(of_text, experts, text.to_dict().keys()).items():
+            setattr(text, key, value)
+        return
     setattr(text, of_text.width, max(widths))
     for key, value in of_text.with_width.items():
         if value is not None:

@@ -43,7 +43,9 @@ def tiny_mixture(
 ) -> PreTrainedModel:
     """Return a tiny random model of a family with experts; all of its parameters are random."""
     config = AutoConfig.for_model(family, **{**SIZES, **MIXTURES[family], **overrides})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     for tensor in model.state_dict().values():
         tensor += torch.randn(tensor.shape, generator=generator).to(dtype) * 0.2
