@@ -44,7 +44,7 @@ def export(
         force: replace an earlier output.
 
     Returns:
-        `out`, `to`, and the width of each layer.
+        `out`, `to`, and the width of each layer, or of its experts.
     """
     if to == "gguf":
         widths = _export_gguf(Path(model), out, converter, force)
@@ -68,7 +68,9 @@ def _export_layout(source: ModelSource, to: str, out: Path, force: bool) -> list
 
 
 def _true_widths(source: ModelSource) -> list[int]:
-    """Return the width of each layer without padding."""
+    """Return the width of each layer without padding; of experts, where there are any."""
+    if source.spec.experts:  # which are written in one layout
+        return [source.spec.expert_width] * source.spec.num_layers
     widths = list(source.spec.widths)
     if len(set(widths)) == 1:
         widths = [_used(source.read(source.down_proj(layer))) for layer in range(len(widths))]
@@ -123,7 +125,7 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".hfprune-", dir=out.parent) as scratch:
         folder, padded = source.folder.resolve(), Path(scratch) / "padded.gguf"
-        if source.spec.mlp_widths is not None:
+        if source.spec.mlp_widths is not None and not source.spec.experts:
             folder = Path(scratch) / "padded"
             _export_layout(source, "padded", folder, force=False)
         _convert(converter, folder, padded)
