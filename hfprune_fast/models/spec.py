@@ -188,6 +188,12 @@ def widths_text(widths: Sequence[int]) -> str:
     return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"
 
 
+def experts_text(count: int, dense_count: int, width: int, dense_width: int) -> str:
+    """Say how many experts a layer keeps, and how many neurons each, of how many."""
+    neurons = f"{width} of {dense_width} neurons" if width < dense_width else f"all {width} neurons"
+    return f"{count} of {dense_count} experts, {neurons} of each"
+
+
 def suits_text(widths: Sequence[int]) -> str:
     """Say which quantisers and how much tensor parallelism MLPs of these widths suit."""
     step = math.gcd(*widths)

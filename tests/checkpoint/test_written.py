@@ -19,6 +19,7 @@ from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.errors import ArgumentError, NumericsError, OutputError
 from hfprune_fast.models.sites import SiteKey
+from hfprune_fast.report.facts import recorded_keep
 
 Keep = dict[SiteKey, Tensor]
 IDS = torch.arange(40).view(2, 20)
@@ -125,6 +126,34 @@ def test_a_token_uses_the_experts_it_chooses(
     assert achieved["dense_params"] - achieved["dense_active_params"] == layers * 2 * 24 * a_neuron
     assert achieved["params"] - achieved["active_params"] == layers * 1 * 11 * a_neuron
     assert achieved["prune_ratio"] == 1 - (3 * 11) / (4 * 24)
+
+
+def test_the_record_names_mlps_by_their_paths(
+    save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, out = save_checkpoint(tiny_mixture("qwen2_moe")), tmp_path / "out"
+    keep = some_keep(folder)
+    achieved = hf.prune_checkpoint(folder, out, keep)
+    record = json.loads((out / "hfprune.json").read_text())
+    assert record["achieved"] == achieved
+    assert record["experts"] == {
+        "model.layers.1.mlp.experts": [0, 1, 2],
+        "model.layers.2.mlp.experts": [0, 1, 3],
+    }
+    assert record["keep"] == {
+        "model.layers.0.mlp": keep[0].tolist(),
+        "model.layers.1.mlp.shared_expert": keep[1].tolist(),
+        "model.layers.2.mlp.shared_expert": keep[2].tolist(),
+        **{
+            f"model.layers.{site[0]}.mlp.experts.{site[1]}": kept.tolist()
+            for site, kept in keep.items()
+            if isinstance(site, tuple)
+        },
+    }
+    assert recorded_keep(record) == {site: kept.tolist() for site, kept in keep.items()}
+    card = (out / "README.md").read_text()
+    assert "3 of 4 experts, 11 of 24 neurons of each; 13 of 20 to 40" in card
+    assert f"{achieved['active_params']:,} of {achieved['dense_active_params']:,}" in card
 
 
 def test_experts_are_numbered_anew_and_their_tensors_follow(
