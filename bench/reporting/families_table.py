@@ -30,6 +30,16 @@ ERRORS = {
     "evaluation": ("evaluation",),
     "refit": ("refit",),
 }
+# Those of families with experts.
+EXPERTS_ERRORS = {
+    "neurons' scores": ("scores resident", "scores loaded"),
+    "experts' scores": ("experts' scores resident", "experts' scores loaded"),
+    "streamed": ("scores cpu", "scores disk", "experts' scores cpu", "experts' scores disk"),
+    "recomputed": ("scores recomputed", "experts' scores recomputed"),
+    "bfloat16": ("bfloat16 in float32",),
+    "logits": ("logits none", "logits disk"),
+    "evaluation": ("evaluation",),
+}
 # The columns of names: the form whose test passed, and where it stands in the table.
 FORMS = {
     "written as": {
@@ -39,6 +49,11 @@ FORMS = {
     },
     "in memory": {"in memory uniform": "uniform", "in memory custom": "different"},
     "export": {"export padded": "padded"},
+}
+REMOVED = {"dropped": "experts", "narrowed": "their neurons", "own": "MLPs", "all": "all"}
+EXPERTS_FORMS = {
+    "written without": {f"layout {form}": name for form, name in REMOVED.items()},
+    "in memory": {f"in memory {form}": name for form, name in REMOVED.items()},
 }
 WORDS = """\
 The columns of numbers are largest errors, of a tiny random model of transformers' own class in
@@ -56,6 +71,13 @@ float64, over sequences of 2 to 70 tokens, padded:
 Written as, in memory and export name the forms in which a pruned model, loaded by transformers,
 gave the logits of the dense model with those neurons masked, to 1e-12.
 """
+EXPERTS_WORDS = """\
+Families with experts, against a truth that runs every expert on every token, through the router
+too. Experts' scores are expert_taylor, expert_reap, expert_count and expert_mass. A pruned model is
+without some experts, without neurons of each expert, without neurons of the MLPs that see every
+token (where there are any), or without some of all; it gave the logits of the dense model whose
+router cannot choose those experts, and whose other neurons are masked, to 1e-12.
+"""
 
 
 def gather(lines: list[str]) -> dict[str, Any]:
@@ -70,7 +92,7 @@ def gather(lines: list[str]) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in PACKAGES},
-        "families": dict(sorted(families.items(), key=lambda item: place[item[0]])),
+        "families": dict(sorted(families.items(), key=lambda item: place[model_type(item[0])])),
     }
 
 
@@ -78,25 +100,42 @@ def shown(error: float) -> str:
     return f"{error:.0e}" if error else "0"
 
 
-def row(model_type: str, family: dict[str, Any]) -> str:
+def model_type(name: str) -> str:
+    """Return the model_type of a tiny model, whose name may say more."""
+    return name.partition("+")[0]
+
+
+def has_experts(family: dict[str, Any]) -> bool:
+    return any(what.startswith("experts' ") for what in family["errors"])
+
+
+def row(name: str, family: dict[str, Any]) -> str:
     errors = family["errors"]
-    cells = [f"`{model_type}`", family["known_as"]]
-    for whats in ERRORS.values():
+    cells = [f"`{model_type(name)}`", family["known_as"]]
+    for whats in (EXPERTS_ERRORS if has_experts(family) else ERRORS).values():
         tried = [errors[what] for what in whats if what in errors]
         cells.append(shown(max(tried)) if len(tried) == len(whats) else "")
-    for forms in FORMS.values():
-        cells.append(", ".join(name for what, name in forms.items() if what in errors))
+    for forms in (EXPERTS_FORMS if has_experts(family) else FORMS).values():
+        cells.append(", ".join(form for what, form in forms.items() if what in errors))
     return f"| {' | '.join(cells)} |"
 
 
+def table(families: dict[str, Any], columns: list[str]) -> str:
+    head = ["model_type", "known as", *columns]
+    rows = [row(name, family) for name, family in families.items()]
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
+
+
 def supported(result: dict[str, Any]) -> str:
-    """Return the table and what made it."""
-    head = ["model_type", "known as", *ERRORS, *FORMS]
-    table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    table += [row(name, family) for name, family in result["families"].items()]
+    """Return the tables and what made them."""
+    mixtures = {name: f for name, f in result["families"].items() if has_experts(f)}
+    dense = {name: f for name, f in result["families"].items() if name not in mixtures}
+    parts = [WORDS, table(dense, [*ERRORS, *FORMS])]
+    if mixtures:
+        parts += [f"\n{EXPERTS_WORDS}", table(mixtures, [*EXPERTS_ERRORS, *EXPERTS_FORMS])]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     made = f"By `make families`, {result['date']}, with {versions}, on a CPU."
-    return f"{WORDS}\n" + "\n".join(table) + f"\n\n{made}\n"
+    return "\n".join(parts) + f"\n\n{made}\n"
 
 
 def refused() -> str:

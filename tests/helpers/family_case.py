@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from criteria_truth import TRUTHS, drawn_token, mean_entropy
-from family_configs import TINY
-from family_models import down_projections, sequences, tiny_family_model
+from family_models import down_projections, plain_experts, sequences, tiny_family_model
 from family_truth import Float64, masked_logits, own_logits, own_removal_costs, own_scores
+from mixture_configs import MODELS
 from padding import padded
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class FamilyCase:
     _written: dict[str, "Written"] = field(default_factory=dict)
 
     @classmethod
-    def save(cls, family: str, folder: Path, **options: Any) -> "FamilyCase":
+    def save(cls, family: str, folder: Path, **options: Any) -> Self:
         with Float64():  # rotary frequencies are computed where a model is made
             model = tiny_family_model(family, **options)
         model.save_pretrained(folder)
@@ -90,19 +90,20 @@ class FamilyCase:
 
     def load(self, folder: Path, **options: Any) -> PreTrainedModel:
         """Load a folder by the class that transformers has for its config."""
-        auto = AutoModelForImageTextToText if TINY[self.family].vision else AutoModelForCausalLM
+        auto = AutoModelForImageTextToText if MODELS[self.family].vision else AutoModelForCausalLM
         with Float64():
+            options = plain_experts(self.family) | options
             model: PreTrainedModel = auto.from_pretrained(folder, **options)
         return model.eval().requires_grad_(False)
 
     def is_of_an_mlp(self, name: str) -> bool:
         """Whether a stored tensor is of an MLP of the text, by its name."""
-        module = re.escape(TINY[self.family].down.rpartition(".")[0])
+        module = re.escape(MODELS[self.family].down.rpartition(".")[0])
         return re.search(rf"layers\.\d+\.{module}\.", name) is not None and "vi" not in name
 
     def text_params(self) -> int:
         """Parameters of the text: of all, less those of a wrapper's vision and projector."""
-        inside = self.model.get_submodule(TINY[self.family].layers.rpartition(".")[0])
+        inside = self.model.get_submodule(MODELS[self.family].layers.rpartition(".")[0])
         head = self.model.get_output_embeddings()
         unique = {id(p): p for part in (inside, head) for p in part.parameters()}
         return sum(p.numel() for p in unique.values())
@@ -137,7 +138,7 @@ class FamilyCase:
         assert error <= tolerance, f"{self.family}, {what}: {error:.1e} > {tolerance:.0e}"
         if NOTES:
             with Path(NOTES).open("a", encoding="utf-8") as file:
-                known_as = TINY[self.family].known_as
+                known_as = MODELS[self.family].known_as
                 line = {"family": self.family, "known_as": known_as, "what": what, "error": error}
                 file.write(json.dumps(line) + "\n")
 
@@ -161,3 +162,16 @@ def statistics_error(table: ImportanceTable, truth: dict[str, dict[str, Tensor]]
         mean = of_criterion["loss"].mean()
         errors.append(abs(table.provenance[TRUTHS[criterion][1]] / float(mean) - 1))
     return max(errors)
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in got if got[name].dtype != expected[name].dtype] == []
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+def perplexity(ids_of: Sequence[Tensor], log_p: Sequence[Tensor]) -> Tensor:
+    next_tokens = [
+        rows[:-1].gather(1, ids[1:, None]) for rows, ids in zip(log_p, ids_of, strict=True)
+    ]
+    return (-torch.cat(next_tokens).mean()).exp()

@@ -30,7 +30,7 @@ class Float64(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is Tensor.float:
             return args[0].double()
-        if func is Tensor.to or "softmax" in getattr(func, "__name__", ""):
+        if func in (Tensor.to, Tensor.type) or "softmax" in getattr(func, "__name__", ""):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64

@@ -7,9 +7,9 @@ import pytest
 import torch
 from criteria_truth import SEED, mean_entropy
 from family_case import FamilyCase, largest_error, statistics_error
-from family_configs import TINY
 from family_models import EVERY, down_projections, tiny_config
 from family_truth import Float64, masked_logits, own_scores
+from mixture_configs import MODELS, model_type
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.loading import blueprint
@@ -30,7 +30,7 @@ BOTH = ("entropy", "fisher")
 
 
 def test_every_family_of_the_package_is_tried() -> None:
-    assert set(TINY) == set(FAMILIES)
+    assert set(map(model_type, MODELS)) == set(FAMILIES)
 
 
 def test_the_outputs_are_peaked_and_depend_on_every_layers_acts(case: FamilyCase) -> None:

@@ -8,22 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from family_case import F, FamilyCase, largest_error
+from family_case import F, FamilyCase, assert_same, largest_error, perplexity
 from family_models import sequences
 from family_truth import Float64, own_logits
 from safetensors.torch import load_file
-from torch import Tensor
 
 import hfprune_fast as hf
 from hfprune_fast.pruning.export import export
 
 LOGITS = 1e-12
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    assert [name for name in got if got[name].dtype != expected[name].dtype] == []
-    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("layout", ["uniform", "custom", "padded"])
@@ -100,14 +93,11 @@ def test_evaluation_is_of_the_models_own_logits(case: FamilyCase) -> None:
         p = [z.log_softmax(-1) for z in case.logits]
         q = [own_logits(pruned, ids).log_softmax(-1) for ids in case.ids]
     kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)]).mean()
-    expected = {"kl_nats": kl, "ppl_dense": perplexity(case, p), "ppl_pruned": perplexity(case, q)}
+    expected = {
+        "kl_nats": kl,
+        "ppl_dense": perplexity(case.ids, p),
+        "ppl_pruned": perplexity(case.ids, q),
+    }
     for name, value in expected.items():
         error = abs(getattr(fidelity, name) - float(value)) / float(value)
         case.note("evaluation", error, 1e-9)
-
-
-def perplexity(case: FamilyCase, log_p: list[Tensor]) -> Tensor:
-    next_tokens = [
-        rows[:-1].gather(1, ids[1:, None]) for rows, ids in zip(log_p, case.ids, strict=True)
-    ]
-    return (-torch.cat(next_tokens).mean()).exp()

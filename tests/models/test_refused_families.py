@@ -12,6 +12,7 @@ from family_case import FamilyCase
 from family_configs import SIZES, TINY
 from family_models import tiny_config
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -44,10 +45,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2},
         "expert",
     ),
-    "Mixtral": ("mixtral", {}, "expert|MoE|mixture"),
+    "Phi-3.5-MoE": ("phimoe", {}, "expert"),
+    "Llama 4, its text": ("llama4_text", {}, "expert"),
+    "Qwen3-VL with experts": ("qwen3_vl_moe", {}, "expert"),
+    "DeepSeek-V2": ("deepseek_v2", {}, "expert"),
+    "ERNIE 4.5 with experts": ("ernie4_5_moe", {}, "expert"),
+    "Hunyuan A13B": ("hunyuan_v1_moe", {}, "expert"),
+    "LFM2 with experts": ("lfm2_moe", {}, "expert"),
+    "Jamba": ("jamba", {}, "expert"),
     "Gemma 4 E4B with vision": ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers"),
     "Gemma 3 with vision and a softcap": ("gemma3", {"final_logit_softcapping": 4.0}, "capped"),
-    "LLaVA whose text has experts": ("llava", {"model_type": "mixtral"}, "expert"),
+    "LLaVA whose text has experts": ("llava", {"model_type": "phimoe"}, "expert"),
     "LLaVA whose text has no gate": ("llava", {"model_type": "phi"}, "gate"),
     "Aya Vision": ("aya_vision", {}, "logits"),
     "Qwen2 as an encoder": ("qwen2", {"is_causal": False}, "see later ones"),
@@ -64,7 +72,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def config_of(model_type: str, options: dict[str, Any]) -> Any:
     if model_type in TINY:
         return tiny_config(model_type, **options)
-    sizes = {} if model_type in ("gpt2", "aya_vision") else SIZES
+    sizes = {} if model_type in ("gpt2", "aya_vision", "qwen3_vl_moe") else SIZES
     return AutoConfig.for_model(model_type, **sizes)
 
 
@@ -81,7 +89,7 @@ def test_it_is_refused_in_one_line(which: str, tmp_path: Path, hfprune: Callable
     assert re.search(reason, line), line
 
 
-@pytest.mark.parametrize("which", ["Gemma 4 E4B, shared keys and values", "Mixtral", "Phi-1 and 2"])
+@pytest.mark.parametrize("which", ["Gemma 4 E4B, shared keys and values", "Jamba", "Phi-1 and 2"])
 def test_a_loaded_model_is_refused_too(which: str) -> None:
     model_type, options, reason = REFUSED[which]
     model = AutoModelForCausalLM.from_config(config_of(model_type, options))
@@ -113,6 +121,13 @@ def test_a_wrapper_without_a_text_of_its_own_is_refused(
         ("lfm2", {"block_ff_dim": -5}, "block_ff_dim -5"),
         ("gemma3", {"text_config": [3]}, "text_config that is a list, expected an object"),
         ("qwen2_5_vl", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers 10000000"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ("gemma4_text+experts", {"top_k_experts": 9}, "top_k_experts"),
+        ("glm4_moe", {"n_group": 3}, "n_group"),
+        ("deepseek_v3", {"topk_group": 5}, "topk_group"),
+        ("gpt_oss", {"num_local_experts": 0}, "num_local_experts|does not make a model"),
+        ("qwen2_moe", {"num_experts": 10**9}, "num_experts"),
     ],
 )
 def test_values_that_no_model_has(
@@ -133,3 +148,42 @@ def test_an_unknown_tensor_in_a_text_tower_is_refused(name: str, tmp_path: Path)
     save_file(load_file(file) | more, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"does not know: model.language_model.{name}"):
         open_source(case.folder)
+
+
+def shorter(tensor: Tensor) -> Tensor:
+    return tensor[:7].clone()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "change", "said"),
+    [
+        ("qwen3_moe", "gate.weight", shorter, r"gate.weight is \(7, 32\), expected \(8, 32\)"),
+        ("qwen3_moe", "gate.weight", None, "lacks the tensor .*gate.weight"),
+        ("qwen3_moe", "experts.3.up_proj.weight", shorter, r"is \(7, 32\), expected \(24, 32\)"),
+        ("qwen3_moe", "experts.3.up_proj.weight", None, "lacks the tensor .*3.up_proj.weight"),
+        ("mixtral", "experts.7.w2.weight", None, "lacks the tensor .*experts.7.w2.weight"),
+        ("glm4_moe", "gate.e_score_correction_bias", None, "lacks the tensor .*correction_bias"),
+        ("glm4_moe", "gate.e_score_correction_bias", shorter, r"is \(7,\), expected \(8,\)"),
+        ("gpt_oss", "router.bias", shorter, r"router.bias is \(7,\), expected \(8,\)"),
+        ("gpt_oss", "experts.down_proj_bias", shorter, r"is \(7, 32\), expected \(8, 32\)"),
+        ("granitemoe", "input_linear.weight", shorter, r"is \(7, 48, 32\), expected \(8, 48, 32\)"),
+    ],
+)
+def test_a_damaged_mixture_is_refused(
+    family: str, name: str, change: Callable[[Tensor], Tensor] | None, said: str, tmp_path: Path
+) -> None:
+    file = FamilyCase.save(family, tmp_path).folder / "model.safetensors"
+    tensors = load_file(file)
+    full = next(each for each in tensors if "layers.2." in each and each.endswith(name))
+    tensor = tensors.pop(full)
+    save_file(tensors if change is None else tensors | {full: change(tensor)}, file)
+    with pytest.raises(CheckpointError, match=said):
+        open_source(tmp_path)
+
+
+def test_one_expert_more_than_config_json_says_is_refused(tmp_path: Path) -> None:
+    file = FamilyCase.save("qwen3_moe", tmp_path).folder / "model.safetensors"
+    more = {"model.layers.2.mlp.experts.8.up_proj.weight": torch.ones(24, 32)}
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"does not know: .*experts.8.up_proj.weight"):
+        open_source(tmp_path)
