@@ -48,9 +48,9 @@ _MADE_ANEW = {"config.json", RECORD, CARD, INDEX}
 def prune_checkpoint(
     source: str | Path | ModelSource,
     out: str | Path,
-    keep: Mapping[SiteKey, Tensor],
+    keep: Mapping[Any, Tensor],
     *,
-    replace: Mapping[str | tuple[str, int], Tensor] | None = None,
+    replace: Mapping[Any, Tensor] | None = None,
     record: Mapping[str, Any] | None = None,
     progress: bool = False,
     output: OutputOptions,
