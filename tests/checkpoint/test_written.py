@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_another_process
 from safetensors.torch import load_file, save_file
 from tiny_mixtures import change_config, merge_files, tiny_mixture
 from torch import Tensor, nn
@@ -237,6 +238,67 @@ def test_verify_sees_a_flipped_bit_in_an_expert(
     monkeypatch.setattr(writer, "_forget_cached", flip)
     with pytest.raises(OutputError, match=f"{name} .*not read back"):
         hf.prune_checkpoint(folder, tmp_path / "out", some_keep(folder), verify=True)
+
+
+def test_layers_that_predict_further_are_copied(
+    save_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_checkpoint(tiny_mixture("deepseek_v3"))
+    tensors = load_file(folder / "model.safetensors")
+    below = "model.layers.61."  # of DeepSeek-V3, which has 61 layers
+    beside = {
+        f"{below}mlp.experts.7.gate_proj.weight": torch.ones(3, 32),
+        f"{below}mlp.gate.e_score_correction_bias": torch.ones(8),
+        f"{below}eh_proj.weight": torch.ones(2, 2),
+    }
+    save_file({**tensors, **beside}, folder / "model.safetensors", {"format": "pt"})
+    hf.prune_checkpoint(folder, tmp_path / "out", some_keep(folder, width=12, own=36), verify=True)
+    written = all_tensors(tmp_path / "out")
+    assert all(torch.equal(written[name], tensor) for name, tensor in beside.items())
+    assert f"{below}mlp.experts.7.gate_proj.weight and 1 more are copied" in capsys.readouterr().err
+
+
+MEMORY = """
+import sys, threading, time, torch
+import hfprune_fast as hf
+from hfprune_fast.checkpoint.source import open_source
+
+source, out = sys.argv[1:]
+keep = {site: torch.arange(0, width, 2) for site, width in open_source(source).spec.sites.items()}
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(l.split()[1]) for l in status if l.startswith("RssAnon")) * 1024
+
+base, peak, over = anonymous(), 0, False
+def watch():
+    global peak
+    while not over:
+        peak = max(peak, anonymous() - base)
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+hf.prune_checkpoint(source, out, keep, verify=True)
+over = True
+thread.join()
+print(peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.skipif(native.UNUSED_REASON is not None, reason="the extension is not built")
+def test_memory_does_not_grow_with_the_number_of_experts(
+    save_checkpoint: Callable[..., Path], tmp_path: Path, measured: Callable[[str], None]
+) -> None:
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 256}
+    model = tiny_mixture("qwen3_moe", num_hidden_layers=1, mlp_only_layers=[], **sizes)
+    folder = merge_files(save_checkpoint(model), model)
+    one_tensor_bytes = 256 * 2 * 512 * 512 * 4
+    peak = int(in_another_process(MEMORY, folder, tmp_path / "out"))
+    measured(f"a tensor of {one_tensor_bytes / 1e6:.0f} MB, pruned: {peak / 1e6:.1f} MB anonymous")
+    assert peak < 50e6  # verifying holds blocks of an expert's 2 MB
 
 
 def without(keep: Keep, *sites: SiteKey) -> Keep:
