@@ -207,6 +207,12 @@ def widths_in(achieved: Mapping[str, Any]) -> list[int]:
     return [width for width in (*own, *of_experts) if width]
 
 
+def experts_text(count: int, dense_count: int, width: int, dense_width: int) -> str:
+    """Say how many experts a layer keeps, and how many neurons each, of how many."""
+    neurons = f"{width} of {dense_width} neurons" if width < dense_width else f"all {width} neurons"
+    return f"{count} of {dense_count} experts, {neurons} of each"
+
+
 def suits_text(widths: Sequence[int]) -> str:
     """Say which quantisers and how much tensor parallelism MLPs of these widths suit."""
     step = math.gcd(*widths)
