@@ -190,8 +190,11 @@ class Budget(Options):
     @property
     def of_experts(self) -> dict[str, float | int | str]:
         """What is given of experts, and how they are ranked; empty if nothing is."""
-        given = {"expert_ratio": self.expert_ratio, "experts": self.experts}
-        given = {name: value for name, value in given.items() if value is not None}
+        given: dict[str, float | int | str] = {
+            name: value
+            for name, value in (("expert_ratio", self.expert_ratio), ("experts", self.experts))
+            if value is not None
+        }
         return {**given, "expert_score": self.expert_score} if given else {}
 
 

@@ -153,6 +153,10 @@ class ModelSource:
         names = self.names[f"{DECODER}{self.family.layers}.{layer}.{path}.down_proj"]
         return names[expert] if len(names) > 1 else (names[0], expert)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor is stored in."""
+        return TORCH_DTYPES[self.tensors[name].dtype]
+
     def data(self, name: str, *, prefetch: bool = True) -> memoryview:
         """Return the bytes of a tensor, mapped; with `prefetch`, reading them starts now."""
         return self.shards[self.tensors[name].file].data(name, prefetch=prefetch)

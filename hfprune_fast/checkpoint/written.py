@@ -128,3 +128,30 @@ def parts_of_all(
         return (Part(None, 0, kept, shape[0]),), (len(experts), *shape[1:])
     cuts = [part_of(place, shape[1:], keep[place.layer, e], entry=e) for e in experts]
     return tuple(part for part, _ in cuts), (len(experts), *cuts[0][1])
+
+
+def stored_down_projs(
+    source: ModelSource, weights: Mapping[SiteKey, Tensor]
+) -> dict[str | tuple[str, int], Tensor]:
+    """Return down projections as `Writing` replaces them, in the dtype that each is stored in.
+
+    Args:
+        weights: {site: (D, K)}, of every site that is kept.
+    """
+    replaced: dict[str | tuple[str, int], Tensor] = {}
+    for site, weight in weights.items():
+        if isinstance(site, int):
+            name = source.down_proj(site)
+            replaced[name] = weight.to(source.dtype_of(name))
+            continue
+        layer, expert = site
+        new = sum((layer, e) in weights for e in range(expert))
+        names = source.expert_down_proj(layer, expert)
+        if isinstance(names, str):
+            replaced[renumbered(names, expert, new)] = weight.to(source.dtype_of(names))
+            continue
+        stored, _ = names
+        described = source.family.experts
+        own = weight.t() if described is not None and described.transposed else weight
+        replaced[stored, new] = own.to(source.dtype_of(stored)).contiguous()
+    return replaced

@@ -123,7 +123,8 @@ class ResidentModel:
         self.model.eval()
         for parameter in self._trainable:
             parameter.requires_grad_(False)
-        self._set_experts_to("eager" if self.dtype == torch.float64 else None)
+        grouped = all(e.can_be_grouped for e in self.parts.with_experts.values())
+        self._set_experts_to(None if grouped else "eager")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,7 +136,7 @@ class ResidentModel:
         self._set_experts_to(None)
 
     def _set_experts_to(self, implementation: str | None) -> None:
-        """Choose how transformers runs experts; None is its own choice, which has no float64."""
+        """Choose how transformers runs experts; None is its own choice."""
         configs = {id(c): c for c in (e.module.config for e in self.parts.with_experts.values())}
         for config in configs.values():
             own = self._own_experts.setdefault(id(config), config._experts_implementation)

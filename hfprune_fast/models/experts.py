@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hfprune_fast.errors import UnsupportedModelError
@@ -33,6 +34,18 @@ class ExpertsMLP:
     def width(self) -> int:
         """The number of neurons of each."""
         return int(self.module.down_proj.shape[1 if self.described.transposed else 2])
+
+    @property
+    def can_be_grouped(self) -> bool:
+        """Whether torch's grouped products, transformers' default, take parameters like these.
+
+        They know no float64, and rows begin at multiples of 16 bytes.
+        """
+        weights = (self.module.gate_up_proj, self.module.down_proj)
+        return all(
+            weight.dtype != torch.float64 and weight.shape[-1] * weight.itemsize % 16 == 0
+            for weight in weights
+        )
 
     def down(self, expert: int) -> Tensor:
         """Return an expert's down projection (D, F), a view."""

@@ -4,7 +4,7 @@ config.json has one number of experts and one width of an expert for all layers,
 keeps as many experts and every expert as many neurons, each its own. Experts are dropped first;
 `prune_ratio` is of the neurons of what is left. The other MLPs have widths of their own: those of
 layers without experts, and the shared experts, which see every token; all are narrowed by the same
-ratio, each to multiples of what suits its width.
+ratio, each to multiples of what suits its width, experts to multiples of 8 at least.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.pruning.widths import step_of
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
 from hfprune_fast.scoring.table import DEFAULT_STATISTIC, ImportanceTable
+
+# What torch's grouped products take, by which transformers runs experts: rows of 16 bytes.
+_STEP_OF_EXPERTS = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class ExpertBudget:
         protected = _protected(spec, budget, {"without": dense, "with": others})
         if others[0] in protected:
             experts = spec.num_experts
-        expert_width = _width(spec.expert_width, 0.0 if others[0] in protected else ratio, budget)
+        of_experts = 0.0 if others[0] in protected else ratio
+        expert_width = _width(spec.expert_width, of_experts, budget, _STEP_OF_EXPERTS)
         widths: dict[SiteKey, int] = {}
         for site, width in spec.sites.items():
             if not isinstance(site, int):
@@ -209,9 +213,9 @@ def _protected(spec: ModelSpec, budget: Budget, kinds: Mapping[str, list[int]]) 
     return protected
 
 
-def _width(dense: int, ratio: float, budget: Budget) -> int:
+def _width(dense: int, ratio: float, budget: Budget, least_step: int = 1) -> int:
     """Return the multiple nearest to what a ratio leaves of a width."""
-    step = step_of(budget, dense)
+    step = math.lcm(step_of(budget, dense), least_step)
     if ratio == 0 or step > dense:
         return dense
     blocks = math.floor(dense * (1 - ratio) / step + 0.5)

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from hfprune_fast.checkpoint import atomic, native
-from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import check_not_read, files_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
+from hfprune_fast.checkpoint.written import stored_down_projs
 from hfprune_fast.config import (
     DATA_FREE,
     Budget,
@@ -43,14 +43,12 @@ from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_c
 from hfprune_fast.pruning.recipe import checked_recipe, for_experts
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget, budget_of
+from hfprune_fast.scoring.costs import TOKENS_A_NEURON
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.job import ScoringJob
 from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import open_job
 from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_failure
-
-# With fewer, a refit follows the calibration text more than the model.
-_TOKENS_A_NEURON = 8
 
 
 @keyword_options(
@@ -251,10 +249,10 @@ def _open_and_score(
 
 def _warn_of_few_tokens(job: ScoringJob) -> None:
     tokens, neurons = job.data.tokens, job.spec.intermediate_size
-    if tokens < _TOKENS_A_NEURON * neurons:
+    if tokens < TOKENS_A_NEURON * neurons:
         say(
             f"{tokens} calibration tokens are few to refit {neurons} neurons a layer; "
-            f"{_TOKENS_A_NEURON * neurons} or more generalise better"
+            f"{TOKENS_A_NEURON * neurons} or more generalise better"
         )
 
 
@@ -286,12 +284,14 @@ def refit_stored(
     source: ModelSource,
     keep: Keep,
     progress: bool = False,
-) -> dict[str, Tensor]:
-    """Return {tensor name in the checkpoint: refitted down_proj, in the dtype it is stored in}."""
+) -> dict[str | tuple[str, int], Tensor]:
+    """Return refitted down projections as `prune_checkpoint` replaces them."""
     tokens = sum(batch.tokens for batch in batches)
     with token_bar("refitting", tokens, progress) as on_progress:
         (result,), _ = refit(model, batches, [keep], on_progress=on_progress)
-    named = {source.down_proj(layer): weight for layer, weight in result.weights.items()}
-    return {
-        name: weight.to(TORCH_DTYPES[source.tensors[name].dtype]) for name, weight in named.items()
-    }
+    if result.unfitted:
+        say(
+            f"{result.unfitted} experts are not refitted: fewer than {TOKENS_A_NEURON} tokens for "
+            "each kept neuron chose them; more --samples would reach them"
+        )
+    return stored_down_projs(source, result.weights)

@@ -28,7 +28,7 @@ pruned model a tensor of all tokens by hidden_size, on the host if the model is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +100,15 @@ def refit(
     results = [Refitted({}, []) for _ in keeps]
 
     def visit(layer: int) -> None:
-        mlp, outputs = model.parts.mlps[layer], [None] * len(batches)  # of the MLP, for a norm
-        with_norm = mlp is not None and model.parts.family.norm_behind
+        outputs: list[Tensor | None] = [None] * len(batches)  # of the dense MLP, for a norm
+        mlp = model.parts.mlps[layer] if model.parts.family.norm_behind else None
         for i, batch in each_batch(batches, on_progress, steps):
-            with outputs_of(mlp) if mlp is not None and with_norm else nullcontext([]) as seen:
+            with ExitStack() as hooks:
+                seen = hooks.enter_context(outputs_of(mlp)) if mlp is not None else []
                 dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
             outputs[i] = seen[0].cpu() if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
+            pruned: _PrunedLayer | PrunedExperts
             if model.parts.experts[layer] is None:
                 pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
             else:

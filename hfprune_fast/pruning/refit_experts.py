@@ -15,7 +15,7 @@ keeps its weights. Where norms follow the experts, r is left out: each is fitted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -62,7 +62,11 @@ class PrunedExperts:
     """A layer with experts of a pruned model: the dense model's, but for what is not kept."""
 
     def __init__(
-        self, model: ResidentModel, layer: int, keep: dict[SiteKey, Tensor], with_error: bool = True
+        self,
+        model: ResidentModel,
+        layer: int,
+        keep: Mapping[SiteKey, Tensor],
+        with_error: bool = True,
     ) -> None:
         self._model, self._layer = model, layer
         self._mlp, experts = model.parts.mlps[layer], model.parts.experts[layer]

@@ -59,14 +59,12 @@ class PassSums:
 
     def __init__(self, total: ScoreAccumulator, parts: ModelParts) -> None:
         self._parts = parts
-        self._total = replace(
-            total,
-            **{
-                name: None if tensor is None else tensor.clone()
-                for name in ("statistics", "down_norm", "output_fisher", "experts")
-                for tensor in [getattr(total, name)]
-            },
-        )
+        copied: dict[str, Any] = {
+            name: None if tensor is None else tensor.clone()
+            for name in ("statistics", "down_norm", "output_fisher", "experts")
+            for tensor in [getattr(total, name)]
+        }
+        self._total = replace(total, **copied)
         # Views whose last axis is that of `site_slices`.
         self._statistics = self._total.statistics.flatten(2)
         self._down_norm = self._total.down_norm.flatten()
