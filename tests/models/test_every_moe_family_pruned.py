@@ -139,9 +139,7 @@ def test_a_refit_that_keeps_every_neuron_returns_the_weights(mixture: MixtureCas
 
 
 @pytest.mark.parametrize(("form", "most"), [("dropped", 1.0), ("narrowed", 0.95), ("all", 0.98)])
-def test_a_refit_is_closer_than_the_cut_alone(
-    mixture: MixtureCase, form: str, most: float
-) -> None:
+def test_a_refit_is_closer_than_the_cut_alone(mixture: MixtureCase, form: str, most: float) -> None:
     """What dropped experts said is not made up for where norms follow the experts, as in Gemma."""
     batches = torch.stack(sequences((96,) * 16, seed=4)).split(8)
     keep = mixture.keep_of(form)
