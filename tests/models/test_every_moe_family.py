@@ -11,7 +11,7 @@ from experts_truth import Seen, all_experts, experts_scores, masked_logits, unch
 from family_case import largest_error
 from family_models import sequences
 from family_truth import Float64, own_logits
-from mixture_case import EVERY_MIXTURE, MixtureCase, expert_errors
+from mixture_case import EVERY_MIXTURE, MixtureCase, expert_errors, slow
 from padding import padded
 
 import hfprune_fast as hf
@@ -71,7 +71,7 @@ def test_every_expert_is_chosen_and_routing_is_decided(mixture: MixtureCase) -> 
             assert torch.equal(chosen, seen.chosen[layer].double())
 
 
-@pytest.mark.parametrize("way", ["resident", "recomputed", "cpu", "disk"])
+@pytest.mark.parametrize("way", ["resident", slow("recomputed"), slow("cpu"), "disk"])
 def test_scores_are_the_truth(
     mixture: MixtureCase, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +111,7 @@ def test_scores_of_a_loaded_model_are_the_truth(mixture: MixtureCase) -> None:
     assert torch.equal(logits, mixture.logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_logits_are_the_models_own(mixture: MixtureCase, offload: str) -> None:
     batches = [micro_batch(batch, 127) for batch in mixture.batches]
@@ -146,6 +147,7 @@ def test_bfloat16_in_float32(family: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, tables[1].statistics[name]), name
 
 
+@pytest.mark.slow
 def test_removal_costs_are_the_truth(mixture: MixtureCase) -> None:
     """Of experts that tokens enough chose; there are some without."""
     ids = sequences((96,) * 10, seed=6)
