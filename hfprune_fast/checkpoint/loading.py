@@ -96,20 +96,21 @@ def build(plan: Blueprint) -> PreTrainedModel:
             tensor = tensor.clone()
         return tensor.view(stored).view(info.shape)
 
-    def load(theirs: tuple[str, ...]) -> Tensor:
+    like = plan.model.state_dict()
+
+    def load(ours: str, theirs: tuple[str, ...]) -> Tensor:
         if len(theirs) == 1:
-            return map_tensor(theirs[0]).to(plan.device, plan.dtype)
-        shape = plan.source.tensors[theirs[0]].shape
-        merged = torch.empty((len(theirs), *shape), dtype=plan.dtype, device=plan.device)
-        for part, name in zip(merged, theirs, strict=True):
-            part.copy_(map_tensor(name))
+            return map_tensor(theirs[0]).to(plan.device, like[ours].dtype)
+        merged = torch.empty(like[ours].shape, dtype=plan.dtype, device=plan.device)
+        for part, name in zip(merged.view(len(theirs), -1), theirs, strict=True):
+            part.copy_(map_tensor(name).view(-1))
         return merged
 
-    loaded = {theirs: frozen(load(theirs)) for theirs in set(plan.names.values())}
-    shapes = {ours: tensor.shape for ours, tensor in plan.model.state_dict().items()}
+    loaded: dict[tuple[str, ...], Tensor] = {}  # a tied tensor is there once
     for ours, theirs in plan.names.items():
-        one = len(theirs) == 1
-        put(plan.model, ours, loaded[theirs] if one else frozen(loaded[theirs].view(shapes[ours])))
+        if theirs not in loaded:
+            loaded[theirs] = frozen(load(ours, theirs))
+        put(plan.model, ours, loaded[theirs])
     return plan.model.to(plan.device)  # type: ignore[no-any-return, arg-type]
 
 

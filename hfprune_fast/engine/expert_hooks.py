@@ -160,6 +160,23 @@ def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 
 @contextmanager
+def plain_experts(
+    experts: ExpertsMLP | None, token_mask: Tensor | None, sequences: int
+) -> Iterator[None]:
+    """Inside, experts run as `scored_experts` runs them, to the bit; nothing is differentiated."""
+    if experts is None:
+        yield
+        return
+    of = experts
+
+    def visit(rows: Rows, x: Tensor, _: Tensor) -> Tensor:
+        return of.output(rows.expert, of.act(of.gate_up(rows.expert, x)))
+
+    with visited_experts(of, visit, token_mask, sequences):
+        yield
+
+
+@contextmanager
 def scored_experts(experts: ExpertsMLP, target: Target, options: TaylorOptions) -> Iterator[None]:
     """Inside, the experts' forward is one whose backward makes their statistics."""
     anchor = torch.empty(0, requires_grad=True)  # so that there always is a backward

@@ -62,9 +62,14 @@ class StreamedModel(ResidentModel):
             (f"{decoder}{family.layers}.{layer}.",) for layer in range(len(self.parts.layers))
         ]
         prefixes.append((f"{decoder}{family.norm}.", f"{family.head}."))
+        own = {ours: tensor.dtype for ours, tensor in self.model.state_dict().items()}
         # Of each unit: {name of a parameter or buffer: names of its tensors in the checkpoint}.
         self._names = [
-            {ours: theirs for ours, theirs in names.items() if ours.startswith(prefix)}
+            {
+                ours: theirs
+                for ours, theirs in names.items()
+                if ours.startswith(prefix) and own[ours] == self.dtype
+            }
             for prefix in prefixes
         ]
         (self._embedding,) = names[f"{decoder}{family.embedding}.weight"]
@@ -74,8 +79,9 @@ class StreamedModel(ResidentModel):
         self._tensors = CheckpointTensors(blueprint.source, self.dtype)
         units = [sorted(set(unit.values())) for unit in self._names]
         covered = {f"{decoder}{family.embedding}.weight"}.union(*self._names)
-        for ours in names.keys() - covered:  # in no unit, so these stay
-            put(self.model, ours, frozen(self._tensors.tensor(names[ours]).to(self.device)))
+        for ours in names.keys() - covered:  # in no unit, or kept in float32, so these stay
+            stays = self._tensors.tensor(names[ours], own[ours])
+            put(self.model, ours, frozen(stays.to(self.device)))
         self._weights: MappedWeights | BufferedWeights
         if offload == "disk" and self.device.type == "cpu":
             self._weights = MappedWeights(self._tensors, units)

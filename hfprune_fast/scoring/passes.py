@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.expert_hooks import Routing, Rows, visited_experts
+from hfprune_fast.engine.expert_hooks import Routing, Rows, plain_experts, visited_experts
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -141,8 +141,9 @@ class Pass:
         if self.options.recompute:
             again = partial(self._graph, layer, i, hidden, only_backward=True)
             self._graphs[i].append(again)
-            with torch.no_grad():
-                return self._offload(self.model.run(layer, self._onload(hidden), self.batches[i]))
+            batch, experts = self.batches[i], self.model.parts.experts[layer]
+            with torch.no_grad(), plain_experts(experts, self._masks[i], len(batch.ids)):
+                return self._offload(self.model.run(layer, self._onload(hidden), batch))
         graph = self._graph(layer, i, hidden, only_backward=False)
         self._graphs[i].append(lambda: graph)
         return graph.output.detach()
