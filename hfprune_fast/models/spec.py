@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,14 +93,17 @@ class ModelSpec:
     @property
     def layer_params(self) -> int:
         """Parameters of the widest layer, or a few more."""
-        head = self.vocab_size * self.hidden_size
-        if_all_widest = self.linear_params_at(self.intermediate_size) - head
-        return if_all_widest // self.num_layers + 4 * self.hidden_size
+        head, added = self.vocab_size * self.hidden_size, 4 * self.hidden_size
+        per_width = 3 * self.hidden_size
+        own = self.intermediate_size * per_width
+        of_experts = self.num_experts * self._params_of_expert(self.expert_width)
+        mlps = sum(self.widths) * per_width + sum(map(bool, self.experts)) * of_experts
+        return (self.linear_params - head - mlps) // self.num_layers + own + of_experts + added
 
     @property
     def flops_per_token(self) -> int:
         """Products of a forward and an activation-gradient pass, without attention's: 4·P."""
-        return 4 * self.linear_params
+        return 4 * self.linear_params_at(self.widths)
 
     def params_at(self, widths: int | Sequence[int], experts: tuple[int, int] | None = None) -> int:
         """Return the parameters of the whole model with MLPs of this width, or these.
@@ -128,9 +131,18 @@ class ModelSpec:
     def _params_of_expert(self, width: int) -> int:
         return width * self.expert_params_per_neuron + self.params_per_expert
 
-    def linear_params_at(self, widths: int | Sequence[int]) -> int:
-        """Return the weights of linear layers, each 2 FLOPs a token, with MLPs of these widths."""
-        return self.linear_params - self._removed(widths) * 3 * self.hidden_size
+    def linear_params_at(
+        self, widths: int | Sequence[int], experts: tuple[int, int] | None = None
+    ) -> int:
+        """Return the weights of linear layers that a token meets, each 2 FLOPs.
+
+        With MLPs of these widths, or this; of experts, those that a token chooses.
+        """
+        _, width = experts or (self.num_experts, self.expert_width)
+        had = self.num_experts * self.expert_width
+        layers = sum(map(bool, self.experts))
+        idle = layers * (had - self.experts_per_token * width) if layers else 0
+        return self.linear_params - (self._removed(widths) + idle) * 3 * self.hidden_size
 
     def pruned_to(
         self, widths: int | Sequence[int], experts: tuple[int, int] | None = None
@@ -188,6 +200,13 @@ def widths_text(widths: Sequence[int]) -> str:
     return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"
 
 
+def widths_in(achieved: Mapping[str, Any]) -> list[int]:
+    """Return the widths of all kinds of MLPs that `ModelSpec.pruned_to` has achieved."""
+    own = achieved.get("mlp_widths", [achieved["intermediate_size"]])
+    of_experts = [achieved["expert_width"]] if "expert_width" in achieved else []
+    return [width for width in (*own, *of_experts) if width]
+
+
 def experts_text(count: int, dense_count: int, width: int, dense_width: int) -> str:
     """Say how many experts a layer keeps, and how many neurons each, of how many."""
     neurons = f"{width} of {dense_width} neurons" if width < dense_width else f"all {width} neurons"
@@ -239,7 +258,11 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
             for m in (*parts.decoder.modules(), parts.head)
             if isinstance(m, nn.Linear) and id(m.weight) not in added
         )
-        + sum(p.numel() for of in parts.with_experts.values() for p in of.module.parameters()),
+        + sum(
+            parameter.numel()
+            for of in parts.with_experts.values()
+            for parameter in (of.module.gate_up_proj, of.module.down_proj)
+        ),
         params_per_neuron=3 * hidden + biases,
         mlp_widths=widths,
         vocab_size=parts.head.weight.shape[0],
