@@ -81,7 +81,8 @@ def text(result: dict[str, Any]) -> str:
         for prefix in ("", "dense_")
     )
     removed = f"{1 - own / had:.2%}" if had else ""
-    rows = [("MLP neurons a layer", dense, pruned, removed)] if result["intermediate_size"] else []
+    own_row: tuple[str, ...] = ("MLP neurons a layer", dense, pruned, removed)
+    rows = [own_row] if result["intermediate_size"] else []
     if "experts" in result:
         rows += [
             row("experts a layer", "experts", str),
