@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,18 +60,16 @@ def skeleton(
     entries = sum(buffer.numel() for buffer in model.buffers())
     if entries > _MAX_BUFFER_ENTRIES:
         raise ValueError(f"its rotary tables would hold {entries} numbers")
-    in_float32 = _kept_in_float32(model, dtype)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(torch.float32 if in_float32(name) else dtype)
+        parameter.data = parameter.data.to(dtype)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so that _init_weights skips it
-    for path, module in model.named_modules():
+    for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             unset, of_run = 0.0, buffer.dtype
             if buffer.is_floating_point():
                 unset = torch.nan
-                as_made = name.endswith("inv_freq") or in_float32(f"{path}.{name}")
-                of_run = buffer.dtype if as_made else dtype
+                of_run = buffer.dtype if name.endswith("inv_freq") else dtype
             module._buffers[name] = torch.full_like(buffer, unset, dtype=of_run, device="cpu")
     for module in model.modules():  # as from_pretrained computes what no checkpoint has
         if not isinstance(module, nn.Linear):  # these have no buffers, and take the longest
@@ -82,13 +79,3 @@ def skeleton(
         if name not in stored and not bool(buffer.isfinite().all()):
             raise ValueError(f"transformers does not say how {name} is computed")
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return whether transformers keeps a parameter or buffer in float32 in a model of a dtype."""
-    kept = set[str]()
-    if dtype in (torch.float16, torch.bfloat16):
-        kept |= set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    return lambda name: any(f".{each}." in f".{name}." for each in kept)

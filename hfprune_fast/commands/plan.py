@@ -18,7 +18,7 @@ from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, Run
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
 from hfprune_fast.models.declared import family_of
-from hfprune_fast.models.spec import suits_text, widths_in
+from hfprune_fast.models.size_text import suits_text, widths_in
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.selection import budget_of

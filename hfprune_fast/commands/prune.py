@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_fast.commands import evaluate
-from hfprune_fast.models.spec import suits_text
-from hfprune_fast.pruning.model_card import neurons_text, suited_widths
+from hfprune_fast.models.size_text import suits_text, widths_in
+from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.oneshot import oneshot
 
 
@@ -42,6 +42,6 @@ def text(result: dict[str, Any], model: str) -> str:
     return (
         f"{result['out']}: {widths} ({result['prune_ratio']:.2%} of the neurons), "
         f"{result['dense_params']:,} -> {result['params']:,} parameters "
-        f"({result['param_ratio']:.2%} removed)\n{suits_text(suited_widths(result))}\n"
+        f"({result['param_ratio']:.2%} removed)\n{suits_text(widths_in(result))}\n"
         f"{loading}{ending}"
     )

@@ -12,7 +12,7 @@ from hfprune_fast.checkpoint.ours import SCORES, check_not_read, is_ours, real
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.engine.distributed import launched
-from hfprune_fast.models.spec import widths_text
+from hfprune_fast.models.size_text import widths_text
 from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import score
 from hfprune_fast.scoring.table import saved_on_failure

@@ -51,10 +51,10 @@ class CheckpointTensors:
             tensor = tensor.clone()
         return tensor.view(stored).view(info.shape)
 
-    def tensor(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, weight: Weight) -> Tensor:
         """Return a weight in `dtype`; one tensor is in the file's pages where possible."""
         if len(weight) == 1:
-            return self.stored(weight[0]).to(dtype or self.dtype)
+            return self.stored(weight[0]).to(self.dtype)
         merged = torch.empty(self.shape(weight), dtype=self.dtype)
         self.copy(weight, merged)
         return merged

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import MAX_CHARS, printable
-from hfprune_fast.models.spec import experts_text, suits_text, widths_text
+from hfprune_fast.models.size_text import experts_text, suits_text, widths_in, widths_text
 from hfprune_fast.report.facts import allocation_name
 
 if TYPE_CHECKING:
@@ -40,21 +40,10 @@ def loading_text(layout: str) -> str:
     return f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
 
 
-def own_widths(achieved: Mapping[str, Any]) -> list[int]:
-    """Return the widths of the MLPs that all tokens go through; one alone if all have it."""
-    widths = achieved.get("mlp_widths", [achieved["intermediate_size"]])
-    return [width for width in widths if width]
-
-
-def suited_widths(achieved: Mapping[str, Any]) -> list[int]:
-    """Return the widths that quantisers see: of MLPs, and of experts where there are any."""
-    of_experts = [achieved["expert_width"]] if "experts" in achieved else []
-    return [*own_widths(achieved), *of_experts]
-
-
 def neurons_text(achieved: dict[str, Any]) -> str:
     """Say how many neurons layers kept of how many: 61 of 96, or 40 to 61 (mean 50.3) of 96."""
-    kept = own_widths(achieved)
+    kept = achieved.get("mlp_widths", [achieved["intermediate_size"]])
+    kept = [width for width in kept if width]
     dense = [
         w for w in achieved.get("dense_mlp_widths", [achieved["dense_intermediate_size"]]) if w
     ]
@@ -175,7 +164,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         ("base model", escaped(base_model)),
         ("MLP neurons a layer", neurons_text(achieved)),
         ("neurons removed", f"{achieved['prune_ratio']:.2%}"),
-        ("widths", suits_text(suited_widths(achieved))),
+        ("widths", suits_text(widths_in(achieved))),
         ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]

@@ -15,7 +15,7 @@ from hfprune_fast._version import __version__
 from hfprune_fast.console import human_bytes, human_seconds
 from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.evaluation.changes import ChangedToken
-from hfprune_fast.models.spec import experts_text, suits_text, widths_text
+from hfprune_fast.models.size_text import experts_text, suits_text, widths_text
 from hfprune_fast.report import html, pictures
 from hfprune_fast.report.facts import Facts, Measurement
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.expert_hooks import Routing, Rows, plain_experts, visited_experts
+from hfprune_fast.engine.expert_hooks import plain_experts, visited_experts
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -35,6 +35,7 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
 )
 from hfprune_fast.engine.mlp_hooks import TaylorOptions, acts_of, in_sequences
+from hfprune_fast.engine.routing import Routing, Rows
 from hfprune_fast.engine.scored_graph import ScoredGraph
 from hfprune_fast.kernels import TaylorStatistics, taylor_statistics
 from hfprune_fast.models.experts import ExpertsMLP
