@@ -90,10 +90,10 @@ def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def outputs_of(mlp: GatedMLP) -> Iterator[list[Tensor]]:
-    """Collect the outputs of down_proj."""
+def outputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the outputs of a linear layer."""
     seen: list[Tensor] = []
-    with mlp.down.register_forward_hook(lambda *args: seen.append(args[2])):
+    with linear.register_forward_hook(lambda *args: seen.append(args[2])):
         yield seen
 
 

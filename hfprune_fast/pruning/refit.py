@@ -104,7 +104,7 @@ def refit(
         mlp = model.parts.mlps[layer] if model.parts.family.norm_behind else None
         for i, batch in each_batch(batches, on_progress, steps):
             with ExitStack() as hooks:
-                seen = hooks.enter_context(outputs_of(mlp)) if mlp is not None else []
+                seen = hooks.enter_context(outputs_of(mlp.down)) if mlp is not None else []
                 dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
             outputs[i] = seen[0].cpu() if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.expert_hooks import Rows, Visit, visited_experts
+from hfprune_fast.engine.expert_hooks import Visit, visited_experts
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences, outputs_of, pruned_down_proj
+from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
 from hfprune_fast.scoring.moments import check_moments, moments_dtype
@@ -171,10 +172,9 @@ class PrunedExperts:
             return [], [], gates
         path = self._experts.described.shared_gate
         if path:
-            gate = self._experts.layer.get_submodule(path)
-            stack.enter_context(gate.register_forward_hook(lambda *args: gates.append(args[2])))
+            gates = stack.enter_context(outputs_of(self._experts.layer.get_submodule(path)))
         acts = stack.enter_context(acts_of(self._mlp))
-        return acts, stack.enter_context(outputs_of(self._mlp)), gates
+        return acts, stack.enter_context(outputs_of(self._mlp.down)), gates
 
     def _own_factor(self, gates: list[Tensor], batch: MicroBatch) -> Tensor:
         """Return what the own MLP's output is multiplied by at each token, (B·T,); 0 at padding."""

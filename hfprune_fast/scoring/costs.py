@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.expert_hooks import Rows, visited_experts
+from hfprune_fast.engine.expert_hooks import visited_experts
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -19,6 +19,7 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
+from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import greedy_removal_costs
