@@ -15,10 +15,12 @@ class Variant:
     statistic: str  # "obs" ranks by removal costs
     allocation: str = "uniform"
     refit: bool = False
+    dropped_by: str = ""  # what experts are ranked by, where some are dropped
 
     def __str__(self) -> str:
-        ranking = f"{self.criterion} {self.statistic}"
-        parts = [ranking, "refit" if self.refit else "", self.allocation]
+        experts = f"experts by {self.dropped_by}" if self.dropped_by else ""
+        ranking = f"{self.criterion} {self.statistic}".strip()
+        parts = [experts, ranking, "refit" if self.refit else "", self.allocation]
         return ", ".join(part for part in parts if part not in ("", "uniform"))
 
 
