@@ -6,7 +6,7 @@
 MODEL is a folder, a hub name or `demo`. Each of `fidelity_variants.py` is scored, allocated and
 refitted on windows of the calibration text, once for each seed (which draws the windows, and
 fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 agreement.
-Of a model with experts it is each of `fidelity_mixture.py`.
+Of a model with experts the ways are those of `fidelity_mixture.py`.
 All is fp32 on a CPU; the paper's recipe with the rounding of its script (bf16 parity) is a row of
 its own. The held-out windows are the same for all seeds.
 
@@ -27,10 +27,18 @@ from typing import Any
 from torch import Tensor
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
-import fidelity_mixture
+from fidelity_mixture import sizes
 from fidelity_subject import Seed, Subject
 from fidelity_tables import FOLDER, read
-from fidelity_variants import QUICK, VARIANTS, Variant, variant_of
+from fidelity_variants import (
+    MIXTURE_RATIOS,
+    MIXTURES,
+    QUICK,
+    QUICK_MIXTURES,
+    VARIANTS,
+    Variant,
+    variant_of,
+)
 from records import ResultError, described, rounded
 
 from hfprune_fast.checkpoint.source import open_source
@@ -42,7 +50,7 @@ from hfprune_fast.models.spec import ModelSpec
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 ROWS = {"all": VARIANTS, "quick": QUICK}
-ROWS_OF_MIXTURES = {"all": fidelity_mixture.VARIANTS, "quick": fidelity_mixture.QUICK}
+ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 # A file is of one of each: rows of others cannot be compared with it.
 SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
 # Two windows with as many equal tokens in a row have them from one document.
@@ -101,9 +109,9 @@ def _requested(
     if not spec.experts:
         yield from ((variant, args.ratios or RATIOS) for variant in ROWS[args.rows])
         return
-    ratios = args.ratios or fidelity_mixture.RATIOS
+    ratios = args.ratios or MIXTURE_RATIOS
     for variant in ROWS_OF_MIXTURES[args.rows]:
-        yield variant, [r for r in ratios if fidelity_mixture.sizes(variant, r, spec)]
+        yield variant, [r for r in ratios if sizes(variant, r, spec)]
 
 
 def check_texts(calibration: str | Path, text: str | Path) -> None:

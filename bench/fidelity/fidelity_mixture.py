@@ -17,34 +17,8 @@ from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.table import ImportanceTable
 
-RATIOS = (0.25, 0.5)
 DROPPED_BEFORE = 0.25  # of the experts, where what is left is narrowed too
 _STEP = 8  # of an expert's width
-
-
-def dropped(by: str, refit: bool) -> Variant:
-    """Return a variant that drops experts and narrows none."""
-    return Variant("", "", "", refit, by)
-
-
-_BY = ("fisher taylor", "entropy taylor", "reap", "count", "random")
-_NARROWED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
-_BOTH = (("entropy", "l1", "entropy taylor"), ("fisher", "obs", "fisher taylor"))
-_WITHOUT_AND_WITH = (False, True)
-PAPER = Variant("entropy", "l1", "experts")
-VARIANTS = (
-    *(dropped(by, refit) for refit in _WITHOUT_AND_WITH for by in _BY),
-    *(Variant(*ranked, "experts", refit) for refit in _WITHOUT_AND_WITH for ranked in _NARROWED),
-    Variant("random", "uniform", "experts"),
-    Variant("entropy", "l1"),
-    Variant("fisher", "obs", refit=True),
-    *(
-        Variant(criterion, statistic, "uniform", refit, by)
-        for refit in _WITHOUT_AND_WITH
-        for criterion, statistic, by in _BOTH
-    ),
-)
-QUICK = (dropped("fisher taylor", True), dropped("random", False), PAPER, VARIANTS[-1])
 
 
 class Sizes(NamedTuple):
