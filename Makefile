@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests run in as many processes, of a thread each; a process takes about 1 GB.
 JOBS ?= 2
 
-.PHONY: demo test test-all test-serving families fuzz lint types aot bench bench-large tiny-model qwen3-model install clean
+.PHONY: demo test test-all test-serving families fuzz lint types aot bench bench-large tiny-model qwen3-model mixture-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
@@ -92,6 +92,11 @@ tiny-model: $(VENV)/.runtime
 qwen3-model: $(VENV)/.runtime
 	rm -rf build/qwen3
 	$(BIN)/python tools/tiny_model.py --family qwen3 --out build/qwen3
+
+# A trained mixture of experts: 14 minutes of CPU time.
+mixture-model: $(VENV)/.runtime
+	rm -rf build/mixture
+	$(BIN)/python tools/tiny_model.py --family qwen2_moe --out build/mixture
 
 # The package itself, as users get it: built and copied, not editable. Needs no network.
 install: $(VENV)/.runtime

@@ -1,13 +1,14 @@
 """Makes `hfprune_fast/tiny/`: the small real language model that ships with the package.
 
-    python tools/tiny_model.py [--family llama|qwen3] --out DIR
+    python tools/tiny_model.py [--family llama|qwen3|qwen2_moe] --out DIR
 
-`--family qwen3` makes one of another family and shape, which does not ship: what is found on the
-first can be tried on it.
+The other families make models of other shapes, which do not ship: what is found on the first can
+be tried on them.
 
 The corpus is that of `tiny_corpus.py`: documentation that every machine with the package has. From
 it come a byte-level BPE tokenizer and a LLaMA of 1.0 million parameters (grouped query attention,
-tied embeddings) or a Qwen3 of 3.4 million (untied, norms on queries and keys), trained in fp32 on
+tied embeddings), a Qwen3 of 3.4 million (untied, norms on queries and keys) or a Qwen2 mixture of
+2.2 million (8 experts a layer, of which a token chooses 2, beside a shared one), trained in fp32 on
 the CPU and saved in bf16, beside `calibration.txt`, `heldout.txt`, `training.json` (what was done
 and what came out) and `NOTICE`. The folder appears whole or not at all. The exit status is 1 when
 the held-out loss is outside the family's range.
@@ -29,7 +30,12 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
@@ -78,6 +84,19 @@ RECIPES = {
         # error over the documents; the spread over seeds is the llama's, not measured again.
         heldout_range_nats=(3.36, 3.82),
     ),
+    "qwen2_moe": Recipe(
+        Qwen2MoeForCausalLM,
+        {
+            "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.06,
+            "tie_word_embeddings": True, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+            "norm_topk_prob": True, "router_aux_loss_coef": 0.01,
+        },
+        steps=1600,
+        learning_rate=4e-3,
+        heldout_range_nats=(3.0, 4.2),
+    ),
 }  # fmt: skip
 
 
@@ -120,10 +139,19 @@ def next_token_loss(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tens
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
+def training_loss(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    """With experts, add transformers' load-balancing loss, without which few would be chosen."""
+    if not hasattr(model, "router_aux_loss_coef"):
+        return next_token_loss(model, windows)
+    outputs = model(input_ids=windows[:, :-1], use_cache=False, output_router_logits=True)
+    loss = cross_entropy(outputs.logits.flatten(0, 1), windows[:, 1:].flatten())
+    return loss + model.router_aux_loss_coef * outputs.aux_loss
+
+
 def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace) -> float:
     """AdamW, linear warmup, cosine decay; returns the mean loss of the last 5 % of steps."""
     weights = list(model.parameters())
-    matrices, gains = ([w for w in weights if (w.ndim == 2) is yes] for yes in (True, False))
+    matrices, gains = ([w for w in weights if (w.ndim > 1) is yes] for yes in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": gains, "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
@@ -140,7 +168,7 @@ def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace
     shard_shape = (-1, SHARD_WINDOWS, WINDOW_TOKENS + 1)
 
     def loss_and_gradients(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        loss = next_token_loss(model, windows)
+        loss = training_loss(model, windows)
         return loss.detach(), *torch.autograd.grad(loss, weights)
 
     model.train()
@@ -173,7 +201,7 @@ def heldout_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train the small model that ships with the package, or a Qwen3 like it."
+        description="Train the small model that ships with the package, or another like it."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--family", choices=RECIPES, default="llama")

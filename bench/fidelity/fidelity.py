@@ -6,6 +6,7 @@
 MODEL is a folder, a hub name or `demo`. Each of `fidelity_variants.py` is scored, allocated and
 refitted on windows of the calibration text, once for each seed (which draws the windows, and
 fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 agreement.
+Of a model with experts the ways are those of `fidelity_mixture.py`.
 All is fp32 on a CPU; the paper's recipe with the rounding of its script (bf16 parity) is a row of
 its own. The held-out windows are the same for all seeds.
 
@@ -19,16 +20,25 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+from fidelity_mixture import sizes
 from fidelity_subject import Seed, Subject
 from fidelity_tables import FOLDER, read
-from fidelity_variants import QUICK, VARIANTS, Variant, variant_of
+from fidelity_variants import (
+    MIXTURE_RATIOS,
+    MIXTURES,
+    QUICK,
+    QUICK_MIXTURES,
+    VARIANTS,
+    Variant,
+    variant_of,
+)
 from records import ResultError, described, rounded
 
 from hfprune_fast.checkpoint.source import open_source
@@ -36,9 +46,11 @@ from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import ArgumentError, HFPruneError
+from hfprune_fast.models.spec import ModelSpec
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 ROWS = {"all": VARIANTS, "quick": QUICK}
+ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 # A file is of one of each: rows of others cannot be compared with it.
 SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
 # Two windows with as many equal tokens in a row have them from one document.
@@ -72,8 +84,8 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     remaining = [
         (seed, variant, ratios)
         for seed in args.seeds
-        for variant in ROWS[args.rows]
-        if (ratios := [r for r in args.ratios if (variant, r, seed) not in done])
+        for variant, of_variant in _requested(args, source.spec)
+        if (ratios := [r for r in of_variant if (variant, r, seed) not in done])
     ]
     if remaining:
         _append(file, header)
@@ -88,6 +100,18 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
         progress = f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}"
         told(f"{progress}; about {left:.0f} min to go")
     return file
+
+
+def _requested(
+    args: argparse.Namespace, spec: ModelSpec
+) -> Iterator[tuple[Variant, Sequence[float]]]:
+    """Yield each variant, with the ratios at which it is measured."""
+    if not spec.experts:
+        yield from ((variant, args.ratios or RATIOS) for variant in ROWS[args.rows])
+        return
+    ratios = args.ratios or MIXTURE_RATIOS
+    for variant in ROWS_OF_MIXTURES[args.rows]:
+        yield variant, [r for r in ratios if sizes(variant, r, spec)]
 
 
 def check_texts(calibration: str | Path, text: str | Path) -> None:
@@ -141,7 +165,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the model in the results; by default its folder's")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of MLP neurons")
+    parser.add_argument("--ratios", type=float, nargs="+", help="of MLP neurons, or of experts")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--eval-samples", type=int, default=64, help="held-out windows")
     parser.add_argument("--seq-len", type=int, default=256)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import fidelity_mixture
 from fidelity_variants import Variant
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Subject:
         with ResidentModel(self.model) as model:
             self._dense_hidden = list(model.final_hidden(self._batches))
 
-    def measure(self, keep: Keep, fitted: Mapping[int, Tensor] | None = None) -> fidelity.Fidelity:
+    def measure(self, keep: Keep, fitted: Mapping[Any, Tensor] | None = None) -> fidelity.Fidelity:
         """Return the fidelity of a pruned model, with the dense weights unless others are given."""
         smaller = copy.deepcopy(self.model)
         hf.prune(smaller, keep, down_proj=fitted)
@@ -59,18 +60,29 @@ class Seed:
         fitted: list[Any] = [None] * len(keeps)
         if variant.refit:
             with ResidentModel(self.subject.model) as model:
-                fitted = [r.weights for r in refit(model, self._batches, keeps)[0]]
-        for ratio, keep, weights in zip(ratios, keeps, fitted, strict=True):
-            widths = [len(keep[layer]) for layer in range(len(keep))]
-            param_ratio = self.subject.source.spec.pruned_to(widths)["param_ratio"]
+                fitted = refit(model, self._batches, keeps)[0]
+        spec = self.subject.source.spec
+        for ratio, keep, result in zip(ratios, keeps, fitted, strict=True):
+            widths = [len(keep.get(layer, ())) for layer in range(spec.num_layers)]
+            experts, of_experts = None, {}
+            if spec.experts:
+                found = fidelity_mixture.sizes(variant, ratio, spec)
+                assert found is not None
+                experts = found.experts, found.width
+                unfitted = None if result is None else result.unfitted
+                of_experts = {"experts": experts, "experts_not_refitted": unfitted}
+            measured = self.subject.measure(keep, result and result.weights)
             yield {
                 **asdict(variant), "prune_ratio": ratio, "seed": self.seed, "widths": widths,
-                "param_ratio": param_ratio, **asdict(self.subject.measure(keep, weights)),
+                **of_experts, "param_ratio": spec.pruned_to(widths, experts)["param_ratio"],
+                **asdict(measured),
             }  # fmt: skip
 
     def keep(self, variant: Variant, ratio: float) -> Keep:
         """Return the neurons that a variant keeps."""
         spec = self.subject.source.spec
+        if spec.experts:
+            return fidelity_mixture.keep(variant, ratio, self._table(variant), self.seed)
         exact = round(spec.intermediate_size * (1 - ratio))  # so that all variants are of one size
         width = WidthBudget.of(spec, Budget(intermediate_size=exact, round_to=1))
         importance = self._importance(variant)
@@ -82,12 +94,14 @@ class Seed:
         return keeps[min(range(len(kl)), key=kl.__getitem__)]
 
     def _importance(self, variant: Variant) -> Tensor:
-        if variant.criterion in ("magnitude", "random"):
-            source = self.subject.source
-            return data_free_table(source, variant.criterion, self.seed).importance()
         if variant.criterion == "entropy, parity":
             return self._parity.importance("l1")
-        return self._scores.importance(variant.statistic, variant.criterion)
+        return self._table(variant).importance(variant.statistic, variant.criterion)
+
+    def _table(self, variant: Variant) -> hf.ImportanceTable:
+        if variant.criterion in ("magnitude", "random"):
+            return data_free_table(self.subject.source, variant.criterion, self.seed)
+        return self._scores
 
     @cached_property
     def _parity(self) -> hf.ImportanceTable:

@@ -15,10 +15,12 @@ class Variant:
     statistic: str  # "obs" ranks by removal costs
     allocation: str = "uniform"
     refit: bool = False
+    dropped_by: str = ""  # what experts are ranked by, where some are dropped
 
     def __str__(self) -> str:
-        ranking = f"{self.criterion} {self.statistic}"
-        parts = [ranking, "refit" if self.refit else "", self.allocation]
+        experts = f"experts by {self.dropped_by}" if self.dropped_by else ""
+        ranking = f"{self.criterion} {self.statistic}".strip()
+        parts = [experts, ranking, "refit" if self.refit else "", self.allocation]
         return ", ".join(part for part in parts if part not in ("", "uniform"))
 
 
@@ -52,3 +54,31 @@ VARIANTS = (
     DEFAULT,
 )
 QUICK = (PAPER, Variant("fisher", "l2"), RANDOM, UNIFORM, DEFAULT)
+
+
+def dropped(by: str, refit: bool) -> Variant:
+    """Return a variant of a model with experts that drops some and narrows none."""
+    return Variant("", "", "", refit, by)
+
+
+# Of models with experts. Allocation "experts" narrows these alone, "uniform" shared ones as well.
+MIXTURE_RATIOS = (0.25, 0.5)
+_BY = ("fisher taylor", "entropy taylor", "reap", "count", "random")
+_BOTH = (("entropy", "l1", "entropy taylor"), ("fisher", "obs", "fisher taylor"))
+_WITHOUT_AND_WITH = (False, True)
+MIXTURES = (
+    *(dropped(by, refit) for refit in _WITHOUT_AND_WITH for by in _BY),
+    Variant("random", "uniform", "experts"),
+    *(Variant(*ranked, "experts", refit) for refit in _WITHOUT_AND_WITH for ranked in _RANKED),
+    Variant("entropy", "l1"),
+    Variant("fisher", "obs", refit=True),
+    *(
+        Variant(criterion, statistic, "uniform", refit, by)
+        for refit in _WITHOUT_AND_WITH
+        for criterion, statistic, by in _BOTH
+    ),
+)
+QUICK_MIXTURES = (
+    dropped("fisher taylor", True), dropped("random", False),
+    Variant("entropy", "l1", "experts"), MIXTURES[-1],
+)  # fmt: skip

@@ -28,6 +28,7 @@ SHOWN = (
 )  # fmt: skip
 SHOWN_RATIOS = (0.2, 0.3, 0.5)
 HEADER = ["criterion", "statistic", "allocation", "refit"]
+MIXTURE_HEADER = ["experts dropped by", "neurons ranked by", "narrowed", "refit"]
 NEEDED = {
     *("criterion", "statistic", "prune_ratio", "seed", "param_ratio", "tokens"),
     *("kl_nats", "ppl_dense", "ppl_pruned", "top1_agreement"),
@@ -41,10 +42,15 @@ class Measured:
         self.path, self.headers, self.rows = path, headers, rows
         self.header = headers[0]  # later runs have the same settings
         self.ratios = sorted({row["prune_ratio"] for row in rows})
+        self.has_experts = any("experts" in row for row in rows)
 
     def of(self, variant: Variant, ratio: float) -> list[Row]:
         rows = (row for row in self.rows if row["prune_ratio"] == ratio)
         return [row for row in rows if variant_of(row) == variant]
+
+    def removed(self, ratio: float) -> float:
+        """Return the part of all parameters that is removed, the same for all variants."""
+        return next(row["param_ratio"] for row in self.rows if row["prune_ratio"] == ratio)
 
     def against_paper(self, variant: Variant, ratio: float) -> list[float]:
         """Return KL as a part of the paper's with the same seed."""
@@ -89,6 +95,12 @@ def variant_cells(variant: Variant) -> list[str]:
     return [variant.criterion, variant.statistic, variant.allocation, refit]
 
 
+def mixture_cells(variant: Variant) -> list[str]:
+    narrowed = {"": "", "experts": "experts", "uniform": "all MLPs"}[variant.allocation]
+    ranking = f"{variant.criterion} {variant.statistic}".strip().removesuffix(" uniform")
+    return [variant.dropped_by, ranking, narrowed, "yes" if variant.refit else ""]
+
+
 def span(values: Iterable[float], told: Callable[[float], str]) -> str:
     """Write the mean, with the lowest and highest."""
     values = list(values)
@@ -111,6 +123,9 @@ def markdown(model: Measured) -> str:
         f"{first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest)."
     )
     lines = [f"# {named(model)}", "", told]
+    head, cells_of, what = HEADER, variant_cells, "neurons"
+    if model.has_experts:
+        head, cells_of, what = MIXTURE_HEADER, mixture_cells, "experts' neurons"
     for title, field, form in (
         ("KL(dense ‖ pruned), times that of the paper's recipe with the same seed", "",
          "{:.3f}".format),
@@ -118,17 +133,18 @@ def markdown(model: Measured) -> str:
         ("Perplexity", "ppl_pruned", "{:.2f}".format),
         ("Top-1 agreement", "top1_agreement", "{:.3f}".format),
     ):  # fmt: skip
-        cells = [HEADER + [f"{ratio:.0%} of neurons" for ratio in model.ratios]]
+        if model.has_experts and not field:
+            continue  # all are of one size, and nats suffice
+        cells = [head + [f"{ratio:.0%} of {what}" for ratio in model.ratios]]
         for variant in dict.fromkeys(map(variant_of, model.rows)):
-            row = variant_cells(variant)
+            row = cells_of(variant)
             for ratio in model.ratios:
                 against = model.against_paper(variant, ratio)
                 values = [found[field] for found in model.of(variant, ratio)] if field else against
                 row.append(span(values, form))
             cells.append(row)
-        lines += ["", f"## {title}", "", *table(cells, len(HEADER))]
-    of_all = {row["prune_ratio"]: row["param_ratio"] for row in model.rows}
-    removed = "; ".join(f"{ratio:.0%}: {of_all[ratio]:.2%}" for ratio in model.ratios)
+        lines += ["", f"## {title}", "", *table(cells, len(head))]
+    removed = "; ".join(f"{ratio:.0%}: {model.removed(ratio):.2%}" for ratio in model.ratios)
     return "\n".join([*lines, "", f"Of all parameters are removed, at {removed}."]) + "\n"
 
 

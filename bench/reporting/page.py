@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import fidelity_tables
+import mixture_tables
 import report_text as text
 from pictures import Picture
 from records import Result, Row, key
@@ -58,13 +60,14 @@ def path(root: Path) -> Path:
     return root / "docs" / "benchmarks.md"
 
 
+def link(root: Path, at: Path) -> str:
+    return Path(os.path.relpath(at, root / "docs")).as_posix()
+
+
 def markdown(
     root: Path, current: list[Source], models: list[fidelity_tables.Measured],
     drawn: dict[Path, Picture],
 ) -> str:  # fmt: skip
-    def link(at: Path) -> str:
-        return Path(os.path.relpath(at, root / "docs")).as_posix()
-
     lines, devices = [INTRODUCTION], {}
     for title, ops in SECTIONS.items():
         lines += ["", f"## {title}"]
@@ -76,16 +79,25 @@ def markdown(
                 devices[title].add(source.device)
                 names = ("torch",) if source.device == "cpu" else ("torch", "triton")
                 caption = f"{text.when(source.result, names)}. {text.floors(rows)}"
-                all_rows = f"[All rows]({link(source.path.with_suffix('.md'))})."
+                all_rows = f"[All rows]({link(root, source.path.with_suffix('.md'))})."
                 table = text.rows_table(_beside_ours(rows, source.device), text.SHORT)
                 lines += ["", f"{caption} {all_rows}", "", *table]
         for device, word in (("cpu", "CPU"), ("cuda", "GPU")):
             if device not in devices[title] and (device == "cpu" or "compact_rows" not in ops):
                 lines += ["", f"Not measured on a {word} yet."]
-    images = {at: f"![{picture.alt}]({link(at)})" for at, picture in drawn.items()}
+    images = {at: f"![{picture.alt}]({link(root, at)})" for at, picture in drawn.items()}
     fidelity = [images.pop(at, "") for at in [fidelity_tables.picture_path(root)]]
     lines += ["", "## Pictures", "", "\n\n".join(images.values()) or "Nothing was measured yet."]
-    lines += ["", "## Fidelity", "", *fidelity_tables.section(models, link), "", *fidelity]
+    lines += [
+        "",
+        "## Fidelity",
+        "",
+        *fidelity_tables.section(models, partial(link, root)),
+        "",
+        *fidelity,
+    ]
+    if mixture_tables.path(root).exists():
+        lines += ["", "Models with experts: [experts](experts.md#what-was-measured)."]
     return "\n".join(lines).rstrip() + "\n"
 
 

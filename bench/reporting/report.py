@@ -8,7 +8,8 @@
 
 docs/benchmarks.md and the pictures are of the newest file of each machine and suffix:
 <machine>-<date>.json, <machine>-<date>-large.json; fidelity's of all of
-bench/results/fidelity/*.jsonl. Only the pictures need more than Python.
+bench/results/fidelity/*.jsonl. Of models with experts docs/experts.md has the table; its words are
+written by hand. Only the pictures need more than Python.
 
 The exit status is 2 when a file is no result, with one line that says why.
 """
@@ -18,11 +19,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 import fidelity_tables
+import mixture_tables
 import page
 import pictures
 import report_text as text
@@ -83,8 +86,15 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
     (found, current), fidelity = newest(root), fidelity_tables.all_of(root)
     texts = {source.path.with_suffix(".md"): markdown(source.result) for source in found}
     texts |= {model.path.with_suffix(".md"): fidelity_tables.markdown(model) for model in fidelity}
+    mixtures = [model for model in fidelity if model.has_experts]
+    fidelity = [model for model in fidelity if not model.has_experts]
     drawn = pictures.planned(root, current, fidelity)
-    return texts | {page.path(root): page.markdown(root, current, fidelity, drawn)}, drawn
+    texts[page.path(root)] = page.markdown(root, current, fidelity, drawn)
+    experts = mixture_tables.path(root)
+    if experts.exists():  # most of it is written by hand
+        text = experts.read_text(encoding="utf-8")
+        texts[experts] = mixture_tables.page(text, mixtures, partial(page.link, root))
+    return texts, drawn
 
 
 def write(root: Path) -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import RECIPES, VOCAB, new_model, next_token_loss, parse_arguments, train
+from tiny_model import (
+    RECIPES,
+    VOCAB,
+    new_model,
+    next_token_loss,
+    parse_arguments,
+    train,
+    training_loss,
+)
 from transformers import AutoConfig
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
@@ -40,6 +48,21 @@ def test_qwen3_has_another_shape_an_untied_head_and_norms() -> None:
     assert not RECIPES["qwen3"].shape.items() & RECIPES["llama"].shape.items() - {
         ("num_key_value_heads", 2)
     }
+
+
+def test_a_mixture_is_trained_to_choose_all_of_its_experts() -> None:
+    torch.manual_seed(0)
+    mixture = new_model(RECIPES["qwen2_moe"], bos=0, eos=1)
+    E, D, F, L, V = 8, 128, 128, 4, VOCAB
+    attention = 2 * D * D + 2 * D * D // 2 + 2 * D  # with biases of q, k and v
+    mlps = (E + 1) * 3 * D * F + E * D + D  # a shared one, its gate, and the router
+    assert mixture.num_parameters() == V * D + L * (attention + mlps + 2 * D) + D
+    windows = torch.arange(514).view(2, 257)
+    added = training_loss(mixture, windows) - next_token_loss(mixture, windows)
+    # 2 if the 2 chosen are chosen evenly, times the coefficient.
+    assert 0.019 < added.item() < 0.04
+    dense = new_model(RECIPES["llama"], bos=0, eos=1)
+    assert training_loss(dense, windows) == next_token_loss(dense, windows)
 
 
 @pytest.mark.slow
