@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -121,7 +120,9 @@ def dtype_of_run(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch
 
     A family's class keeps some in float32, such as what a router adds to scores of experts.
     """
-    kept: Iterable[str] = model._keep_in_fp32_modules_strict or ()
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
     if dtype.itemsize == 2 and any(f".{part}." in f".{name}." for part in kept):
         return torch.float32
     return dtype

@@ -123,8 +123,8 @@ def expert_importance(table: ImportanceTable, score: str, criterion: str) -> Ten
     name = f"{criterion}.expert_taylor" if score == "taylor" else f"expert_{score}"
     if name not in table.statistics:
         raise ArgumentError(
-            f"these scores have no {name}, by which experts are ranked; score again, or choose "
-            f"another --expert-score of {', '.join(EXPERT_SCORES)}"
+            f"these scores have no {name}, by which experts are ranked: taylor needs a "
+            f"gradient, {', '.join(EXPERT_SCORES[1:])} a text; score with one, or drop no experts"
         )
     return table.experts(name)
 
