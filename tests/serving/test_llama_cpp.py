@@ -118,11 +118,16 @@ def test_llama_cpp_takes_fewer_and_narrower_experts(
     budget = ["--expert-ratio", 0.25, "--prune-ratio", 0.25]
     done = hfprune("prune", tmp_path / "dense", *text, *budget, "--out", pruned)
     assert (done["experts"], done["expert_width"]) == (6, 192)
-    hfprune("export", pruned, "--to", "gguf", "--out", file, "--converter", CONVERTER)
+    convert(pruned, file, "--outtype", "f32")
     found = row(family, "fewer and narrower experts", file, transformers_of(pruned))
     keep(found)
     assert found.kl is not None
-    assert found.kl < 1e-4
+    assert found.kl < 1e-5
+    # In 16 bits, as an export is by default, a few tokens choose other experts.
+    hfprune("export", pruned, "--to", "gguf", "--out", file, "--converter", CONVERTER, "--force")
+    exported = row(family, "exported", file, transformers_of(pruned)).kl
+    assert exported is not None
+    assert exported < 0.01
 
 
 @pytest.mark.parametrize("quantised", FILE_TYPES)
