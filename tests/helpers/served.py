@@ -74,7 +74,7 @@ def random_model(name: str) -> PreTrainedModel:
 
 
 def random_mixture(family: str) -> PreTrainedModel:
-    """A model with experts that nobody trained, in float32, whose experts differ."""
+    """A model with experts that nobody trained, in float32; experts differ, routing is decided."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**_SHAPE, **MIXTURES[family]})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -82,6 +82,8 @@ def random_mixture(family: str) -> PreTrainedModel:
         for name, weight in model.named_parameters():
             if ".experts." in name:
                 weight *= 1 + torch.rand(len(weight), 1, 1)
+            elif name.endswith(".mlp.gate.weight"):
+                weight *= 20
     return model
 
 
