@@ -122,7 +122,7 @@ def test_llama_cpp_takes_fewer_and_narrower_experts(
     found = row(family, "fewer and narrower experts", file, transformers_of(pruned))
     keep(found)
     assert found.kl is not None
-    assert found.kl < 1e-5
+    assert found.kl < 1e-4
     # In 16 bits, as an export is by default, a few tokens choose other experts.
     hfprune("export", pruned, "--to", "gguf", "--out", file, "--converter", CONVERTER, "--force")
     exported = row(family, "exported", file, transformers_of(pruned)).kl
