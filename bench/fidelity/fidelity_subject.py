@@ -110,6 +110,8 @@ class Seed:
 
     @cached_property
     def _scores(self) -> hf.ImportanceTable:
-        every = ["entropy", "cross_entropy", "fisher", "activation"]
+        every = ["entropy", "fisher"]
+        if not self.subject.source.spec.experts:
+            every += ["cross_entropy", "activation"]
         batches = self.ids.split(BATCH)
         return hf.score(self.subject.model, batches, criterion=every, obs=True, seed=self.seed)
