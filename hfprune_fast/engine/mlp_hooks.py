@@ -167,7 +167,10 @@ def scored_mlp(
         )
         return output
 
-    mlp.module.forward = lambda x: forward(in_sequences(x, options.sequences)).view_as(x)
+    def of_tokens(x: Tensor) -> Tensor:
+        return forward(in_sequences(x, options.sequences)).view_as(x)
+
+    mlp.module.forward = lambda x: forward(x) if x.dim() == 3 else of_tokens(x)
     try:
         yield
     finally:
