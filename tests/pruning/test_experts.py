@@ -10,6 +10,8 @@ from tiny_mixtures import tiny_mixture
 from transformers import AutoModelForCausalLM
 
 import hfprune_fast as hf
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.checkpoint.written import stored_down_projs
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.spec import ModelSpec, spec_of
 from hfprune_fast.scoring.table import ImportanceTable
@@ -165,3 +167,23 @@ def test_prune_drops_and_narrows_and_refits(
     by_command = AutoModelForCausalLM.from_pretrained("by-command")
     for name, tensor in by_command.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe", "mixtral"])
+def test_refitted_weights_are_written_as_they_are_put_in_memory(
+    family: str, tmp_path: Path
+) -> None:
+    """Whether files hold an expert's weights apart, or those of all, transposed."""
+    model = tiny_mixture(family)
+    model.save_pretrained(tmp_path / "dense")
+    ids = torch.randint(3, 127, (48, 32), generator=torch.Generator().manual_seed(0))
+    table = hf.score(model, [ids])
+    keep = hf.select(table, expert_ratio=0.25, prune_ratio=0.3)
+    weights = hf.refit_down_proj(model, [ids], keep)
+    source = open_source(tmp_path / "dense")
+    replace = stored_down_projs(source, weights)
+    hf.prune_checkpoint(source, tmp_path / "pruned", keep, replace=replace, verify=True)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
+    hf.prune(model, keep, down_proj=weights)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, written[name]), name
