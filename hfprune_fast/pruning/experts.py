@@ -52,8 +52,10 @@ class ExpertBudget:
         dense = [layer for layer, count in enumerate(spec.experts) if not count]
         others = [layer for layer, count in enumerate(spec.experts) if count]
         protected = _protected(spec, budget, {"without": dense, "with": others})
-        if others[0] in protected:
-            experts = spec.num_experts
+        if others[0] in protected and experts < spec.num_experts:
+            raise ArgumentError(
+                "protect names the layers with experts, of which none can be dropped then"
+            )
         of_experts = 0.0 if others[0] in protected else ratio
         expert_width = _width(spec.expert_width, of_experts, budget, _STEP_OF_EXPERTS)
         widths: dict[SiteKey, int] = {}

@@ -115,6 +115,7 @@ def test_param_ratio_counts_dropped_experts(family: str, overrides: dict[str, An
         ({"intermediate_size": 25}, "intermediate_size must be in 1..24"),
         ({"prune_ratio": 0.1, "protect": (1,)}, "name all of them or none"),
         ({"prune_ratio": 0.1, "protect": (3,)}, "protect names layer 3"),
+        ({"experts": 4, "protect": (1, 2)}, "of which none can be dropped"),
         ({"prune_ratio": 0.1, "protect": (0, 1, 2)}, "protect names every layer"),
         ({"prune_ratio": 0.1, "allocation": "global"}, "allocation must be uniform"),
     ],
@@ -128,7 +129,7 @@ def test_protected_layers_stay() -> None:
     table = table_of("qwen2_moe")
     keep = hf.select(table, prune_ratio=0.5, protect=(0,))
     assert (len(keep[0]), len(keep[1]), len(keep[1, 0])) == (40, 10, 16)
-    keep = hf.select(table, prune_ratio=0.5, expert_ratio=0.5, protect=(1, 2))
+    keep = hf.select(table, prune_ratio=0.5, protect=(1, 2))
     assert (len(keep[0]), len(keep[1]), len(keep[1, 0]), len(keep)) == (20, 20, 24, 11)
 
 
