@@ -37,12 +37,14 @@ class ExpertBudget:
         widths: {site: neurons}, of each layer's own MLP, and of every expert of the dense model.
         score: what experts are ranked by, one of EXPERT_SCORES.
         groups: the experts of a layer are chosen from so many groups, which keep as many each.
+        ratio: of the neurons of what is left, how many were to go.
     """
 
     experts: int
     widths: Mapping[SiteKey, int]
     score: str
     groups: int
+    ratio: float
 
     @classmethod
     def of(cls, spec: ModelSpec, budget: Budget) -> ExpertBudget:
@@ -68,7 +70,7 @@ class ExpertBudget:
                 widths[site] = width // spec.expert_width * expert_width
             else:
                 widths[site] = _width(width, ratio, budget)
-        return cls(experts, widths, budget.expert_score, spec.expert_groups)
+        return cls(experts, widths, budget.expert_score, spec.expert_groups, of_experts)
 
     def sizes(self, spec: ModelSpec) -> tuple[list[int], tuple[int, int]]:
         """Return what `ModelSpec.params_at` takes: each layer's width, and experts and theirs."""
@@ -145,7 +147,9 @@ def _experts(spec: ModelSpec, budget: Budget) -> int:
         # A multiple of the groups, the nearest one.
         kept = math.floor(dense * (1 - budget.expert_ratio) / groups + 0.5) * groups
         asked = f"expert_ratio {budget.expert_ratio}"
-    least = max(chosen, 2 * groups if groups > 1 else 1)
+    least = chosen
+    if groups > 1:  # the best two of each rank it, and those that stay must be enough for a token
+        least = groups * max(2, -(-chosen // spec.groups_per_token))
     if not least <= kept <= dense:
         raise ArgumentError(
             f"{asked} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} are "

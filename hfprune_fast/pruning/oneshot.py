@@ -37,7 +37,7 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
-from hfprune_fast.pruning.after import AfterPruning
+from hfprune_fast.pruning.after import AfterPruning, say_what_could_be_closer
 from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_checkpoint
 from hfprune_fast.pruning.recipe import checked_recipe, for_experts
@@ -139,7 +139,7 @@ def oneshot(
             achieved = prune_checkpoint(source, out, keep, replace=replace, **written)
     del dense, batches, replace, job  # memory for the models that are measured
     delete_state(out)
-    _say_what_could_be_closer(achieved, widths, recipe, calibration)
+    say_what_could_be_closer(achieved, widths, recipe, calibration)
     chosen |= {"verified": output.verify, **after.finish(table, progress)}
     return {"out": str(out), **achieved, **asdict(resolved), **chosen}
 
@@ -202,26 +202,6 @@ def _requested(
         **of_widths,
         "layout": output.layout,
     }
-
-
-def _say_what_could_be_closer(
-    achieved: dict[str, Any],
-    widths: WidthBudget | ExpertBudget,
-    recipe: str | Recipe,
-    calibration: object,
-) -> None:
-    if recipe == "default" and calibration is None:
-        say("nothing was refitted; with --calibration as well it stays closer to the dense model")
-    if isinstance(widths, ExpertBudget):
-        return
-    requested = 1 - widths.mean / achieved["dense_intermediate_size"]
-    if achieved.get("layout") == "padded":
-        return  # its zeros count as neurons
-    if not widths.protect and abs(achieved["prune_ratio"] - requested) > 0.005:
-        say(
-            f"{achieved['prune_ratio']:.1%} of the neurons are removed, {requested:.1%} were "
-            f"requested: widths are multiples of {widths.step}; --round-to 1 is exact"
-        )
 
 
 def _open_and_score(
