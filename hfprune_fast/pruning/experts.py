@@ -143,7 +143,7 @@ def _experts(spec: ModelSpec, budget: Budget) -> int:
         # A multiple of the groups, the nearest one.
         kept = math.floor(dense * (1 - budget.expert_ratio) / groups + 0.5) * groups
         asked = f"expert_ratio {budget.expert_ratio}"
-    least = max(chosen, 2 * groups if groups > 1 else 1)
+    least = min(spec.least_experts, dense)
     if not least <= kept <= dense:
         raise ArgumentError(
             f"{asked} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} are "

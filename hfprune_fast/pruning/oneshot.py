@@ -106,6 +106,8 @@ def oneshot(
     check_output(source, out, params, output, calibration, resume=scoring.resume)
     if isinstance(widths, ExpertBudget):
         resolved = for_experts(resolved)
+        if output.layout != "auto":
+            check_layout(source.config, output.layout)
     elif resolved.allocation != "uniform" or budget.protect:
         check_layout(source.config, output.layout)
     given = _checked(given, source, resolved, sampling)

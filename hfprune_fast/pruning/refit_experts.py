@@ -67,7 +67,6 @@ class PrunedExperts:
         model: ResidentModel,
         layer: int,
         keep: Mapping[SiteKey, Tensor],
-        with_error: bool = True,
     ) -> None:
         self._model, self._layer = model, layer
         self._mlp, experts = model.parts.mlps[layer], model.parts.experts[layer]
@@ -80,7 +79,7 @@ class PrunedExperts:
         if self._mlp is not None:
             self._moments[layer] = _Moments.of(self._mlp.down.weight.detach(), keep[layer])
         self._weights: dict[SiteKey, Tensor] = {}
-        self._with_error = with_error and not model.parts.family.norm_behind
+        self._with_error = not model.parts.family.norm_behind
         self.unfitted = 0  # experts
 
     def add_moments(
