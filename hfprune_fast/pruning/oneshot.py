@@ -296,4 +296,4 @@ def refit_stored(
             f"{result.unfitted} experts are not refitted: fewer than {TOKENS_A_NEURON} tokens for "
             "each kept neuron chose them; more --samples would reach them"
         )
-    return stored_down_projs(source, result.weights)
+    return stored_down_projs(source, result.weights, keep)

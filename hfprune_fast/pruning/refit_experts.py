@@ -127,7 +127,8 @@ class PrunedExperts:
             self._moments[self._layer].add(act, target, own.square())
 
     def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
-        """Return the (D, K) weights in the model's dtype, refitted but where rows were few."""
+        """Return the refitted (D, K) weights in the model's dtype, without those of few rows."""
+        fitted: dict[SiteKey, Tensor] = {}
         for site, moments in self._moments.items():
             few = not isinstance(site, int) and moments.rows < TOKENS_A_NEURON * len(moments.kept)
             if few:
@@ -136,9 +137,9 @@ class PrunedExperts:
                 continue
             check_moments(moments.gram, self._layer)
             gram, cross = moments.gram.div_(moments.rows), moments.cross.div_(moments.rows)
-            fitted = least_squares(gram, cross, moments.weight)
-            self._weights[site] = fitted.to(self._model.dtype)
-        return self._weights
+            weight = least_squares(gram, cross, moments.weight)
+            self._weights[site] = fitted[site] = weight.to(self._model.dtype)
+        return fitted
 
     def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer, with the refitted weights."""
