@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfprune_fast.engine.routing import Routing
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
 from hfprune_fast.models.sites import GatedMLP
 
@@ -67,7 +68,7 @@ class Target:
     # (T, D), and by the forward what the routing says.
     take_expert: Callable[[int, TaylorStatistics, Tensor], object] = lambda *_: None
     take_experts_gradient: Callable[[Tensor], object] | None = None
-    routing: Any = None
+    routing: Routing | None = None
     last: bool = True
 
 

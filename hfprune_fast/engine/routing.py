@@ -61,8 +61,8 @@ class Routing:
 
     @classmethod
     def of(cls, experts: ExpertsMLP) -> Routing:
-        zeros = torch.zeros(3, experts.count, dtype=torch.float64)
-        return cls(*zeros.to(experts.module.down_proj.device))
+        device = experts.module.down_proj.device
+        return cls(*torch.zeros(3, experts.count, dtype=torch.float64, device=device))
 
     def add(self, rows: Rows, weights: Tensor, outputs: Tensor) -> None:
         wide = weights.double()

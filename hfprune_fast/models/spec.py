@@ -80,6 +80,17 @@ class ModelSpec:
         return max(self.experts, default=0)
 
     @property
+    def least_experts(self) -> int:
+        """The fewest experts of a layer from which its router can choose.
+
+        Each group needs the two by which it is ranked, and a token's share of one that is chosen.
+        """
+        if self.expert_groups == 1:
+            return self.experts_per_token
+        share = -(-self.experts_per_token // self.groups_per_token)
+        return self.expert_groups * max(2, share)
+
+    @property
     def layer_params(self) -> int:
         """Parameters of the widest layer, or a few more."""
         head, added = self.vocab_size * self.hidden_size, 4 * self.hidden_size

@@ -147,9 +147,7 @@ def _experts(spec: ModelSpec, budget: Budget) -> int:
         # A multiple of the groups, the nearest one.
         kept = math.floor(dense * (1 - budget.expert_ratio) / groups + 0.5) * groups
         asked = f"expert_ratio {budget.expert_ratio}"
-    least = chosen
-    if groups > 1:  # the best two of each rank it, and those that stay must be enough for a token
-        least = groups * max(2, -(-chosen // spec.groups_per_token))
+    least = min(spec.least_experts, dense)
     if not least <= kept <= dense:
         raise ArgumentError(
             f"{asked} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} are "

@@ -106,6 +106,8 @@ def oneshot(
     check_output(source, out, params, output, calibration, resume=scoring.resume)
     if isinstance(widths, ExpertBudget):
         resolved = for_experts(resolved)
+        if output.layout != "auto":
+            check_layout(source.config, output.layout)
     elif resolved.allocation != "uniform" or budget.protect:
         check_layout(source.config, output.layout)
     given = _checked(given, source, resolved, sampling)
@@ -274,4 +276,4 @@ def refit_stored(
             f"{result.unfitted} experts are not refitted: fewer than {TOKENS_A_NEURON} tokens for "
             "each kept neuron chose them; more --samples would reach them"
         )
-    return stored_down_projs(source, result.weights)
+    return stored_down_projs(source, result.weights, keep)

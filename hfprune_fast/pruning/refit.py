@@ -62,10 +62,11 @@ _PULL = 0.01  # μ
 class Refitted:
     """A pruned model's refitted down_proj, and its final hidden states, which the head reads."""
 
-    # {layer or (layer, expert): (D, width)} in the model's dtype, on the CPU
+    # {layer or (layer, expert): (D, width)} in the model's dtype, on the CPU; of experts that few
+    # tokens chose, none.
     weights: dict[SiteKey, Tensor]
     hidden: list[Tensor]  # of each held-out batch: (B, T, D), on the CPU
-    unfitted: int = 0  # experts that too few tokens chose, and that are as they were
+    unfitted: int = 0  # experts that too few tokens chose, so that they stay as they are
 
 
 @torch.no_grad()
@@ -140,7 +141,8 @@ def refit_down_proj(
 ) -> dict[Any, Tensor]:
     """Return {layer: (D, width)}, the refitted down_proj of a loaded model pruned to `keep`.
 
-    Of a model with experts also {(layer, expert): (D, width)}, see `pruning.refit_experts`.
+    Of a model with experts also {(layer, expert): (D, width)} of those that enough tokens chose,
+    see `pruning.refit_experts`.
 
     Args:
         model: the dense model, which is not changed; pass the result to `hf.prune`.

@@ -67,7 +67,6 @@ class PrunedExperts:
         model: ResidentModel,
         layer: int,
         keep: Mapping[SiteKey, Tensor],
-        with_error: bool = True,
     ) -> None:
         self._model, self._layer = model, layer
         self._mlp, experts = model.parts.mlps[layer], model.parts.experts[layer]
@@ -80,7 +79,7 @@ class PrunedExperts:
         if self._mlp is not None:
             self._moments[layer] = _Moments.of(self._mlp.down.weight.detach(), keep[layer])
         self._weights: dict[SiteKey, Tensor] = {}
-        self._with_error = with_error and not model.parts.family.norm_behind
+        self._with_error = not model.parts.family.norm_behind
         self.unfitted = 0  # experts
 
     def add_moments(
@@ -128,7 +127,8 @@ class PrunedExperts:
             self._moments[self._layer].add(act, target, own.square())
 
     def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
-        """Return the (D, K) weights in the model's dtype, refitted but where rows were few."""
+        """Return the refitted (D, K) weights in the model's dtype, without those of few rows."""
+        fitted: dict[SiteKey, Tensor] = {}
         for site, moments in self._moments.items():
             few = not isinstance(site, int) and moments.rows < TOKENS_A_NEURON * len(moments.kept)
             if few:
@@ -137,9 +137,9 @@ class PrunedExperts:
                 continue
             check_moments(moments.gram, self._layer)
             gram, cross = moments.gram.div_(moments.rows), moments.cross.div_(moments.rows)
-            fitted = least_squares(gram, cross, moments.weight)
-            self._weights[site] = fitted.to(self._model.dtype)
-        return self._weights
+            weight = least_squares(gram, cross, moments.weight)
+            self._weights[site] = fitted[site] = weight.to(self._model.dtype)
+        return fitted
 
     def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer, with the refitted weights."""
