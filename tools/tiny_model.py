@@ -95,7 +95,8 @@ RECIPES = {
         },
         steps=1600,
         learning_rate=4e-3,
-        heldout_range_nats=(3.0, 4.2),
+        # 3.93 as measured, once, +- 0.24 as above.
+        heldout_range_nats=(3.69, 4.17),
     ),
 }  # fmt: skip
 

@@ -26,15 +26,16 @@ def page(text: str, models: list[Measured], link: Callable[[Path], str]) -> str:
 
 def section(model: Measured, link: Callable[[Path], str]) -> list[str]:
     """Return a row a variant: KL, with the lowest and highest, and agreement at each ratio."""
-    seeds = len({row["seed"] for row in model.rows})
+    each = {len(model.of(v, ratio)) for v in MIXTURES for ratio in model.ratios} - {0}
+    seeds = " or ".join(map(str, sorted(each)))
     columns = [f"{of}, {ratio:.0%}" for ratio in model.ratios for of in ("KL", "top-1")]
     cells = [MIXTURE_HEADER + columns]
     for variant in MIXTURES:
         row = mixture_cells(variant)
         for ratio in model.ratios:
             rows = model.of(variant, ratio)
-            row.append(span([each["kl_nats"] for each in rows], number))
-            same = [each["top1_agreement"] for each in rows]
+            row.append(span([found["kl_nats"] for found in rows], number))
+            same = [found["top1_agreement"] for found in rows]
             row.append(f"{mean(same):.3f}" if same else "")
         cells.append(row)
     removed = " and ".join(f"{model.removed(ratio):.1%}" for ratio in model.ratios)
