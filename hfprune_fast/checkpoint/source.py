@@ -47,6 +47,7 @@ from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError, one_line_errors
 from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.families import Family
+from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.models.spec import ModelSpec, spec_of
 from hfprune_fast.models.tensors import Place, place_of
 
@@ -157,6 +158,16 @@ class ModelSource:
         path = "" if experts is None else experts.path
         names = self.names[f"{DECODER}{self.family.layers}.{layer}.{path}.down_proj"]
         return names[expert] if len(names) > 1 else (names[0], expert)
+
+    def down_weight(self, site: SiteKey) -> torch.Tensor:
+        """Return a copy of the down projection (D, F) of a layer's own MLP or of an expert."""
+        if isinstance(site, int):
+            return self.read(self.down_proj(site))
+        name = self.expert_down_proj(*site)
+        if isinstance(name, str):
+            return self.read(name)
+        weight, described = self.read(name[0])[name[1]], self.family.experts
+        return weight.t() if described is not None and described.transposed else weight
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is stored in."""

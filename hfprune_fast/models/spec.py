@@ -84,9 +84,10 @@ class ModelSpec:
         """The fewest experts of a layer from which its router can choose.
 
         Each group needs the two by which it is ranked, and a token's share of one that is chosen.
+        One expert alone is no mixture: files that hold it apart look as those of all.
         """
         if self.expert_groups == 1:
-            return self.experts_per_token
+            return max(2, self.experts_per_token)
         share = -(-self.experts_per_token // self.groups_per_token)
         return self.expert_groups * max(2, share)
 

@@ -220,7 +220,9 @@ def _protected(spec: ModelSpec, budget: Budget, kinds: Mapping[str, list[int]]) 
 def _width(dense: int, ratio: float, budget: Budget, least_step: int = 1) -> int:
     """Return the multiple nearest to what a ratio leaves of a width."""
     step = math.lcm(step_of(budget, dense), least_step)
-    if ratio == 0 or step > dense:
+    if ratio == 0:
         return dense
+    if step > dense:
+        raise ArgumentError(f"widths of multiples of {step} are asked for, of {dense} neurons")
     blocks = math.floor(dense * (1 - ratio) / step + 0.5)
     return min(max(blocks, 1) * step, dense)

@@ -102,7 +102,8 @@ def refit(
 
     def visit(layer: int) -> None:
         outputs: list[Tensor | None] = [None] * len(batches)  # of the dense MLP, for a norm
-        mlp = model.parts.mlps[layer] if model.parts.family.norm_behind else None
+        alone = model.parts.experts[layer] is None
+        mlp = model.parts.mlps[layer] if model.parts.family.norm_behind and alone else None
         for i, batch in each_batch(batches, on_progress, steps):
             with ExitStack() as hooks:
                 seen = hooks.enter_context(outputs_of(mlp.down)) if mlp is not None else []

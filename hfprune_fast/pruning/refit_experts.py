@@ -124,7 +124,8 @@ class PrunedExperts:
             target = output.to(self._dtype) + share * own[:, None]
             bias = self._mlp.down.bias
             target = target if bias is None else target - bias
-            self._moments[self._layer].add(act, target, own.square())
+            seen = own > 0  # not padding
+            self._moments[self._layer].add(act[seen], target[seen], own[seen].square())
 
     def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
         """Return the refitted (D, K) weights in the model's dtype, without those of few rows."""

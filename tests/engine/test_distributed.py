@@ -22,6 +22,7 @@ from forked import (
     tokens_at_once,
 )
 from interruption import SEQUENCES, TOKENS, score_args, state_of
+from tiny_mixtures import tiny_mixture
 
 import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
@@ -84,6 +85,18 @@ def test_two_processes_score_what_one_does_and_one_of_them_speaks_and_writes(
     assert Path("log1.out").read_text() == logs[1] == ""
     made = {path.name for path in set(Path.cwd().iterdir()) - before}
     assert made == {"scores", "log0", "log1", "log0.out", "log1.out"}
+
+
+def test_two_processes_score_experts_as_one_does(hfprune: Hfprune) -> None:
+    tiny_mixture("qwen2_moe", vocab_size=2048).save_pretrained("mixture")
+    args = score_args(model="mixture")
+    assert hfprune(*args, "--out", "one").code == 0
+    codes, logs = run_together(2, *args)
+    assert codes == [0, 0], logs
+    expected, table = hf.ImportanceTable.load("one"), hf.ImportanceTable.load("scores")
+    assert table.statistics.keys() == expected.statistics.keys()
+    for name, tensor in expected.statistics.items():
+        torch.testing.assert_close(table.statistics[name], tensor, rtol=1e-12, atol=1e-300)
 
 
 def test_they_agree_on_a_plan_and_add_up_in_one_exchange() -> None:

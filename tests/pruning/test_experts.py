@@ -182,7 +182,7 @@ def test_refitted_weights_are_written_as_they_are_put_in_memory(
     keep = hf.select(table, expert_ratio=0.25, prune_ratio=0.3)
     weights = hf.refit_down_proj(model, [ids], keep)
     source = open_source(tmp_path / "dense")
-    replace = stored_down_projs(source, weights)
+    replace = stored_down_projs(source, weights, keep)
     hf.prune_checkpoint(source, tmp_path / "pruned", keep, replace=replace, verify=True)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
     hf.prune(model, keep, down_proj=weights)
