@@ -46,6 +46,8 @@ def with_experts(
         )
     if counts:
         said[experts.count] = next(iter(counts.values()))
+    if experts.chosen in text and text[experts.chosen] is None:  # transformers refuses it too
+        raise CheckpointError(f"{path} has {experts.chosen} null, expected a number of experts")
     needed = (experts.count, experts.width, experts.chosen, family.width)
     shared = (experts.shared_width, "n_shared_experts" if _is_multiple(experts) else "")
     for key in (*needed, *shared, experts.groups, "topk_group", *_OTHERS, "mlp_only_layers"):

@@ -114,8 +114,9 @@ class ResidentModel:
             raise ArgumentError(
                 f"the model must be on one device, got {', '.join(sorted(devices))}"
             )
-        for name, parameter in self.model.named_parameters():
-            check_finite(name, parameter)
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point():
+                check_finite(name, tensor)
 
     def __enter__(self) -> ResidentModel:
         self._training = {module: module.training for module in self.model.modules()}

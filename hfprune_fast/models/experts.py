@@ -105,6 +105,10 @@ def experts_of(layer: nn.Module, described: Experts | None) -> ExpertsMLP | None
         module: Any = layer.get_submodule(described.path)
     except AttributeError:
         return None
+    if "base_layer" in module._modules:
+        raise UnsupportedModelError(
+            f"{described.path} carries an adapter; merge it first: model = model.merge_and_unload()"
+        )
     across = described.transposed
     expected = {
         "has_gate": True,
@@ -117,7 +121,8 @@ def experts_of(layer: nn.Module, described: Experts | None) -> ExpertsMLP | None
         got = getattr(module, name, False)  # earlier versions of transformers lack some
         if got is not value:
             raise UnsupportedModelError(
-                f"{type(module).__name__} has {name} {got!r:.20}, and such experts are not known"
+                f"{type(module).__name__} has {name} {got!r:.20}, expected {value}: experts of "
+                "another layout than the family's are not supported"
             )
     held = set(module._parameters)
     if held not in ({"gate_up_proj", "down_proj"}, {*_WITH_BIASES}) or module._modules.keys() - {

@@ -105,7 +105,7 @@ def oneshot(
     params = source.spec.params_at(*widths.sizes(source.spec))
     check_output(source, out, params, output, calibration, resume=scoring.resume)
     if isinstance(widths, ExpertBudget):
-        resolved = for_experts(resolved)
+        resolved = for_experts(resolved, budget)
         if output.layout != "auto":
             check_layout(source.config, output.layout)
     elif resolved.allocation != "uniform" or budget.protect:

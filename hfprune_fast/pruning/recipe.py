@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.config import DATA_FREE, PRESETS, Recipe, ScoringOptions
+from hfprune_fast.config import DATA_FREE, PRESETS, Budget, Recipe, ScoringOptions
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.errors import ArgumentError, shown
+from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.job import check_criteria
 from hfprune_fast.scoring.table import ImportanceTable
 
@@ -78,11 +79,19 @@ def resolve_recipe(
     return Recipe(**{**values, **given})
 
 
-def for_experts(recipe: Recipe) -> Recipe:
-    """Return a recipe as it is for a model with experts, whose widths are one in its config."""
+def for_experts(recipe: Recipe, budget: Budget) -> Recipe:
+    """Return a recipe as it is for a model with experts, or refuse what it has not."""
     if recipe.allocation not in ("auto", "uniform"):
         raise ArgumentError(
             f"allocation {recipe.allocation} is not for models with experts, whose config.json has "
             "one width of them; use uniform"
+        )
+    no_text = recipe.criterion in DATA_FREE
+    no_gradient = no_text or CRITERIA[recipe.criterion].head_loss is None
+    if budget.of_experts and (no_text or (no_gradient and budget.expert_score == "taylor")):
+        raise ArgumentError(
+            f"criterion {recipe.criterion} ranks no experts by {budget.expert_score}, which needs "
+            f"{'a text' if no_text and budget.expert_score != 'taylor' else 'a gradient'}; choose "
+            "another --criterion, or another --expert-score"
         )
     return replace(recipe, allocation="uniform")

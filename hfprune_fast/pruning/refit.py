@@ -45,8 +45,10 @@ from hfprune_fast.engine.layerwise import (
     own_modes,
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, outputs_of, pruned_down_proj
+from hfprune_fast.models.kept import kept_experts
 from hfprune_fast.models.plain import plain_model
 from hfprune_fast.models.sites import SiteKey, check_keep
+from hfprune_fast.models.spec import spec_of
 from hfprune_fast.pruning.refit_experts import PrunedExperts
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
@@ -160,6 +162,7 @@ def refit_down_proj(
     with ResidentModel(plain_model(model, "refit")) as dense:
         items = token_data(as_batches(batches), dense.vocab).batches
         keep = check_keep(keep, dense.parts.widths)
+        kept_experts(keep, spec_of(dense.model), dense.parts.family)
         (result,), _ = refit(dense, items, [keep])
     return result.weights
 

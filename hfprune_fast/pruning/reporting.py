@@ -14,6 +14,7 @@ from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.engine.run_log import RunLog, peak_bytes
 from hfprune_fast.errors import ScoresFileError, one_line_errors
 from hfprune_fast.evaluation.changes import ChangedToken
+from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.pruning.model_card import loading_text, made_rows
 from hfprune_fast.pruning.on_disk import read_record
 from hfprune_fast.report.facts import DAMAGED, Facts, Measurement, read_facts, recorded_keep
@@ -21,6 +22,7 @@ from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
 from hfprune_fast.scoring.table import ImportanceTable
 
+_OTHERS = "these scores are not the ones this model was pruned with; pass that scores file"
 _UNITS = {"obs": "cost of removal, nats", "act": "activation norm"}
 
 
@@ -80,21 +82,36 @@ def _ranked(
     if not isinstance(requested, dict) or not {"select", "criterion"} <= requested.keys():
         return None, ""
     keep = recorded_keep(record)
-    if facts.experts is not None:  # a curve a layer is drawn of the layers' own MLPs
-        return None, ""
     statistic = "obs" if requested["select"] == "obs" else requested.get("statistic")
     importance = table.importance(statistic, requested["criterion"])
+    if facts.experts is not None:  # a curve a layer is drawn of the layers' own MLPs
+        if not all(_would_choose(table, importance, *each) for each in keep.items()):
+            raise ScoresFileError(_OTHERS)
+        return None, ""
     ranked, order = importance.sort(dim=1, descending=True, stable=True)
     same_sizes = tuple(importance.shape) == (len(facts.widths), max(facts.dense_widths))
     if not same_sizes or not all(
         order[layer, :width].sort().values.tolist() == keep[layer]
         for layer, width in enumerate(facts.widths)
     ):
-        raise ScoresFileError(
-            "these scores are not the ones this model was pruned with; pass that scores file"
-        )
+        raise ScoresFileError(_OTHERS)
     name = statistic or ""
     return ranked, _UNITS.get(name, f"{requested['criterion']} {name}".strip())
+
+
+def _would_choose(
+    table: ImportanceTable, importance: Tensor, site: SiteKey, kept: Sequence[int]
+) -> bool:
+    """Return whether these are the most important neurons of an MLP or expert.
+
+    An expert that too few tokens chose has no removal costs, and was ranked by another statistic.
+    """
+    part = table.sites.get(site)
+    if part is None:
+        return False
+    own = importance[part]
+    best = own.sort(descending=True, stable=True).indices[: len(kept)].sort().values
+    return best.tolist() == list(kept) or not bool(own.any())
 
 
 def _about(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from hfprune_fast.data.batches import as_batches, token_data
 from hfprune_fast.engine import layerwise
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.models.spec import ModelSpec, spec_of
 from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.oneshot import refit_stored
 
@@ -39,7 +39,14 @@ def test_each_group_keeps_what_a_token_may_choose_from_it() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layout": "custom"}, "layout custom"), ({"recipe": "paper", "parity": True}, "no experts")],
+    [
+        ({"layout": "custom"}, "layout custom"),
+        ({"recipe": "paper", "parity": True}, "no experts"),
+        ({"criterion": "activation"}, "criterion activation ranks no experts by taylor"),
+        ({"criterion": "random", "expert_score": "reap"}, "random ranks no experts by reap"),
+        ({"prune_ratio": 0.3, "round_to": 1000}, "multiples of 1000"),
+        ({"allocation": "global"}, "allocation global is not for models with experts"),
+    ],
 )
 def test_what_experts_do_not_have_is_refused_before_weights_are_loaded(
     save_checkpoint: Callable[..., Path],
@@ -74,3 +81,19 @@ def test_experts_that_are_not_refitted_keep_the_bits_that_are_stored(
         written["model.layers.1.mlp.experts.0.down_proj.weight"],
         dense["model.layers.1.mlp.experts.1.down_proj.weight"],
     )
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ([(1, 0)], "leave each layer the same number of experts"),
+        ([(n, e) for n in (1, 2) for e in range(3)], "at least the 2 experts"),
+    ],
+)
+def test_a_refit_takes_what_can_be_written(without: list[Any], message: str) -> None:
+    model = tiny_mixture("qwen3_moe")
+    keep = {
+        site: torch.arange(w) for site, w in spec_of(model).sites.items() if site not in without
+    }
+    with pytest.raises(ArgumentError, match=message):
+        hf.refit_down_proj(model, [torch.arange(40).view(2, 20)], keep)
