@@ -53,7 +53,7 @@ $(SERVING)/.ready: requirements-serving.txt
 families: $(VENV)/.dev install
 	mkdir -p build
 	rm -f build/families.jsonl
-	HFPRUNE_FAMILIES=build/families.jsonl $(BIN)/pytest -n $(JOBS) --dist worksteal tests/models -k every_family
+	HFPRUNE_FAMILIES=build/families.jsonl $(BIN)/pytest -n $(JOBS) --dist worksteal tests/models -k "every_family or every_moe_family"
 	$(BIN)/python bench/reporting/families_table.py build/families.jsonl
 
 lint: $(VENV)/.dev

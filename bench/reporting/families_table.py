@@ -38,7 +38,9 @@ EXPERTS_ERRORS = {
     "recomputed": ("scores recomputed", "experts' scores recomputed"),
     "bfloat16": ("bfloat16 in float32",),
     "logits": ("logits none", "logits disk"),
+    "removal costs": ("removal costs",),
     "evaluation": ("evaluation",),
+    "refit": ("refit",),
 }
 # The columns of names: the form whose test passed, and where it stands in the table.
 FORMS = {

@@ -138,7 +138,7 @@ def check_native(config: Mapping[str, Any], widths: Sequence[int]) -> None:
         )
     try:
         model = skeleton(load_config(Path(), pruned))
-        if [mlp.width for mlp in parts_of(model).mlps] == list(widths):
+        if list(parts_of(model).widths.values()) == list(widths):
             return
     except Exception as error:  # whatever a version that does not know it raises
         reason = one_line(error)

@@ -71,7 +71,8 @@ def load_model(
     """Load a checkpoint for inference, or raise CheckpointError; never half of it.
 
     On a CPU, weights that are stored in the requested dtype stay in the file, mapped: they take
-    memory that the system can reuse, and changes are never written back.
+    memory that the system can reuse, and changes are never written back. Experts that are stored
+    each in tensors of its own are copied.
 
     Arguments and errors are those of `blueprint`.
     """
@@ -96,21 +97,35 @@ def build(plan: Blueprint) -> PreTrainedModel:
             tensor = tensor.clone()
         return tensor.view(stored).view(info.shape)
 
-    def load(theirs: tuple[str, ...]) -> Tensor:
+    def load(theirs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         if len(theirs) == 1:
-            return map_tensor(theirs[0]).to(plan.device, plan.dtype)
+            return map_tensor(theirs[0]).to(plan.device, dtype)
         shape = plan.source.tensors[theirs[0]].shape
-        merged = torch.empty((len(theirs), *shape), dtype=plan.dtype, device=plan.device)
+        merged = torch.empty((len(theirs), *shape), dtype=dtype, device=plan.device)
         for part, name in zip(merged, theirs, strict=True):
             part.copy_(map_tensor(name))
         return merged
 
-    loaded = {theirs: frozen(load(theirs)) for theirs in set(plan.names.values())}
+    dtypes = {theirs: dtype_of_run(plan.model, o, plan.dtype) for o, theirs in plan.names.items()}
+    loaded = {theirs: frozen(load(theirs, dtype)) for theirs, dtype in dtypes.items()}
     shapes = {ours: tensor.shape for ours, tensor in plan.model.state_dict().items()}
     for ours, theirs in plan.names.items():
         one = len(theirs) == 1
         put(plan.model, ours, loaded[theirs] if one else frozen(loaded[theirs].view(shapes[ours])))
     return plan.model.to(plan.device)  # type: ignore[no-any-return, arg-type]
+
+
+def dtype_of_run(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a parameter or buffer in a model that is run in `dtype`.
+
+    A family's class keeps some in float32, such as what a router adds to scores of experts.
+    """
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    if dtype.itemsize == 2 and any(f".{part}." in f".{name}." for part in kept):
+        return torch.float32
+    return dtype
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -134,6 +134,11 @@ class ModelSource:
         place = place_of(self.family, name.removeprefix(self.prefix))
         return place if place is not None and place.layer < self.spec.num_layers else None
 
+    def is_beyond(self, name: str) -> bool:
+        """Return whether a tensor is of a layer behind the model's, which it does not run."""
+        place = place_of(self.family, name.removeprefix(self.prefix))
+        return place is not None and place.layer >= self.spec.num_layers
+
     def down_proj(self, layer: int) -> str:
         """Return the name of the down_proj weight of a layer's own MLP."""
         experts, site = self.family.experts, self.family.site

@@ -131,12 +131,13 @@ def parts_of_all(
 
 
 def stored_down_projs(
-    source: ModelSource, weights: Mapping[SiteKey, Tensor]
+    source: ModelSource, weights: Mapping[SiteKey, Tensor], keep: Mapping[SiteKey, Tensor]
 ) -> dict[str | tuple[str, int], Tensor]:
     """Return down projections as `Writing` replaces them, in the dtype that each is stored in.
 
     Args:
-        weights: {site: (D, K)}, of every site that is kept.
+        weights: {site: (D, K)}.
+        keep: as `check_keep` returns it, by which experts are numbered anew.
     """
     replaced: dict[str | tuple[str, int], Tensor] = {}
     for site, weight in weights.items():
@@ -145,7 +146,7 @@ def stored_down_projs(
             replaced[name] = weight.to(source.dtype_of(name))
             continue
         layer, expert = site
-        new = sum((layer, e) in weights for e in range(expert))
+        new = sum((layer, e) in keep for e in range(expert))
         names = source.expert_down_proj(layer, expert)
         if isinstance(names, str):
             replaced[renumbered(names, expert, new)] = weight.to(source.dtype_of(names))

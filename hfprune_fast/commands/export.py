@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.models.spec import widths_text
+from hfprune_fast.models.size_text import widths_text
 from hfprune_fast.pruning.export import export
 
 _NEXT = {

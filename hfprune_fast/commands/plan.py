@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, Run
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
 from hfprune_fast.models.declared import family_of
-from hfprune_fast.models.spec import suits_text
+from hfprune_fast.models.size_text import suits_text, widths_in
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text
-from hfprune_fast.pruning.selection import WidthBudget
+from hfprune_fast.pruning.selection import budget_of
 
 
 @keyword_options(budget=Budget, sampling=CalibrationOptions, options=RunOptions)
@@ -37,7 +38,7 @@ def run(
     """
     folder = find_model(model, config_only=True)
     spec, config = spec_from_config(folder)
-    widths = WidthBudget.of(spec, budget).even_widths(spec)
+    sizes, dense_sizes = budget_of(spec, budget).sizes(spec), (spec.widths, None)
     seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     samples = sampling.samples or 1
     stored: torch.dtype = config.dtype
@@ -51,15 +52,15 @@ def run(
     flops = planner.pruning_flops(spec, samples * seq_len)
     seconds = flops / machine.product_flops_per_second(device, dtype)
     attention = 4 * seq_len * spec.attention_width * spec.num_layers
-    result = spec.pruned_to(widths)
-    for prefix, neurons in (("dense_", spec.widths), ("", widths)):
-        result[f"{prefix}weights_bytes"] = spec.params_at(neurons) * stored.itemsize
-        result[f"{prefix}flops_per_token"] = 2 * spec.linear_params_at(neurons) + attention
+    result = spec.pruned_to(*sizes)
+    for prefix, of in (("dense_", dense_sizes), ("", sizes)):
+        result[f"{prefix}weights_bytes"] = spec.params_at(*of) * stored.itemsize
+        result[f"{prefix}flops_per_token"] = 2 * spec.linear_params_at(*of) + attention
     return {
         "model": display_name(model),
         "text_tower": family_of(read_config(folder)).tower is not None,
         **result,
-        "widths_suit": suits_text(widths),
+        "widths_suit": suits_text(widths_in(result)),
         "dtype": str(stored).removeprefix("torch."),
         "seq_len": seq_len,
         "scoring": {"summary": str(scoring), "device": str(device), **asdict(scoring)},
@@ -75,9 +76,20 @@ def text(result: dict[str, Any]) -> str:
         return name, show(dense), show(pruned), f"{1 - pruned / dense:.2%}"
 
     dense, _, pruned = neurons_text(result).rpartition(" of ")[::-1]
-    removed = f"{result['prune_ratio']:.2%}"
-    rows = [
-        ("MLP neurons a layer", dense, pruned, removed),
+    own, had = (
+        mean(result.get(f"{prefix}mlp_widths", [result[f"{prefix}intermediate_size"]]))
+        for prefix in ("", "dense_")
+    )
+    removed = f"{1 - own / had:.2%}" if had else ""
+    own_row: tuple[str, ...] = ("MLP neurons a layer", dense, pruned, removed)
+    rows = [own_row] if result["intermediate_size"] else []
+    if "experts" in result:
+        rows += [
+            row("experts a layer", "experts", str),
+            row("neurons of an expert", "expert_width", str),
+            row("parameters of a token", "active_params", "{:,}".format),
+        ]
+    rows += [
         row("parameters", "params", "{:,}".format),
         row(f"bytes in {result['dtype']}", "weights_bytes", human_bytes),
         row(

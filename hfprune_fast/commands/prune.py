@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_fast.commands import evaluate
-from hfprune_fast.models.spec import suits_text
+from hfprune_fast.models.size_text import suits_text, widths_in
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.oneshot import oneshot
 
@@ -24,9 +24,10 @@ def text(result: dict[str, Any], model: str) -> str:
     """Return what `run` did as people read it."""
     dense, width = result["dense_intermediate_size"], result["intermediate_size"]
     widths = f"intermediate_size {dense} -> {width}"
-    if {"mlp_widths", "dense_mlp_widths"} & result.keys():
+    if "experts" in result:
+        widths = f"a layer has {neurons_text(result)}"
+    elif {"mlp_widths", "dense_mlp_widths"} & result.keys():
         widths = f"MLP neurons a layer {neurons_text(result)}"
-    kept = result.get("mlp_widths", [width])
     loading = ""
     if result.get("layout") == "custom":  # which transformers does not know
         loading = (
@@ -41,6 +42,6 @@ def text(result: dict[str, Any], model: str) -> str:
     return (
         f"{result['out']}: {widths} ({result['prune_ratio']:.2%} of the neurons), "
         f"{result['dense_params']:,} -> {result['params']:,} parameters "
-        f"({result['param_ratio']:.2%} removed)\n{suits_text(kept)}\n"
+        f"({result['param_ratio']:.2%} removed)\n{suits_text(widths_in(result))}\n"
         f"{loading}{ending}"
     )

@@ -12,7 +12,7 @@ from hfprune_fast.checkpoint.ours import SCORES, check_not_read, is_ours, real
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.engine.distributed import launched
-from hfprune_fast.models.spec import widths_text
+from hfprune_fast.models.size_text import widths_text
 from hfprune_fast.scoring.resume import check_state, delete_state, state_of
 from hfprune_fast.scoring.score import score
 from hfprune_fast.scoring.table import saved_on_failure
@@ -54,13 +54,18 @@ def run(
 def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[str, Any]) -> str:
     """Return what `run` did with these flags as people read it."""
     layers, width = result["num_layers"], result["intermediate_size"]
-    widths = widths_text(result["mlp_widths"] or [width])
+    widths = f"{widths_text(result['mlp_widths'] or [width])} neurons"
+    if result["experts"]:
+        number, each = max(result["experts"]), result["expert_width"]
+        own = f" and MLPs of {widths}" if any(result["mlp_widths"] or [width]) else ""
+        widths = f"{number} experts of {each} neurons{own}"
     scored = (
-        f"{result['out']}: {layers} layers x {widths} neurons scored on "
+        f"{result['out']}: {layers} layers x {widths} scored on "
         f"{result['provenance']['tokens']} tokens"
     )
-    if result["mlp_widths"]:
+    if result["mlp_widths"] and not result["experts"]:
         return f"{scored}\nnext: hf.prune_checkpoint with a keep of your own; widths differ"
+    budget = "--expert-ratio 0.25" if result["experts"] else "--prune-ratio 0.2"
     sampling = "".join(
         f" --{each.name.replace('_', '-')}"
         + ("" if flags[each.name] is True else f" {flags[each.name]}")
@@ -69,7 +74,7 @@ def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[st
     )
     return (
         f"{scored}\nnext: hfprune prune {model} --scores {result['out']} --calibration "
-        f"{calibration}{sampling} --prune-ratio 0.2 --out DIR"
+        f"{calibration}{sampling} {budget} --out DIR"
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfprune_fast.engine.routing import Routing
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
 from hfprune_fast.models.sites import GatedMLP
 
@@ -67,7 +68,7 @@ class Target:
     # (T, D), and by the forward what the routing says.
     take_expert: Callable[[int, TaylorStatistics, Tensor], object] = lambda *_: None
     take_experts_gradient: Callable[[Tensor], object] | None = None
-    routing: Any = None
+    routing: Routing | None = None
     last: bool = True
 
 
@@ -90,10 +91,10 @@ def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def outputs_of(mlp: GatedMLP) -> Iterator[list[Tensor]]:
-    """Collect the outputs of down_proj."""
+def outputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the outputs of a linear layer."""
     seen: list[Tensor] = []
-    with mlp.down.register_forward_hook(lambda *args: seen.append(args[2])):
+    with linear.register_forward_hook(lambda *args: seen.append(args[2])):
         yield seen
 
 
@@ -167,7 +168,10 @@ def scored_mlp(
         )
         return output
 
-    mlp.module.forward = lambda x: forward(in_sequences(x, options.sequences)).view_as(x)
+    def of_tokens(x: Tensor) -> Tensor:
+        return forward(in_sequences(x, options.sequences)).view_as(x)
+
+    mlp.module.forward = lambda x: forward(x) if x.dim() == 3 else of_tokens(x)
     try:
         yield
     finally:

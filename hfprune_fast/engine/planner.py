@@ -7,10 +7,13 @@ A token takes, in a layer's autograd graph:
     2·w·D   the norms' inputs, which they keep in fp32      2·s·D   residual stream
     4·s·A   q, k, v, output of attention, A = heads · head_dim (k and v are repeated to A at most)
     2·s·F   gate and up                                     2·w·A   norms of q and k, Qwen3's
+
+where F is the neurons that a token meets: of k chosen experts, and of the layer's own MLP.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +24,7 @@ from hfprune_fast.console import human_bytes, parse_bytes
 from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.errors import ArgumentError, MemoryShortageError
 from hfprune_fast.models.families import FAMILIES
+from hfprune_fast.models.sites import table_shape
 from hfprune_fast.models.spec import ModelSpec
 
 # What a micro-batch should hold to keep the device's matrix unit busy.
@@ -150,17 +154,26 @@ class MemoryEstimator:
         spec, self.s = self.spec, self.dtype.itemsize
         self.w = max(4, self.s)
         self.layers, self.hidden = spec.num_layers, spec.hidden_size
-        self.width = spec.intermediate_size
+        self.width = max(
+            own + spec.experts_per_token * spec.expert_width * bool(count)
+            for own, count in zip(spec.widths, spec.experts or (0,) * self.layers, strict=True)
+        )
         self.weights = 0 if self.loaded else spec.total_params * self.s
         # Sums, the copy that a pass adds to, and column norms.
-        self.tables = 2 * (4 * self.criteria + 1) * self.layers * self.width * 8
+        neurons = math.prod(table_shape(spec.sites))
+        self.tables = 2 * (4 * self.criteria + 1) * neurons * 8
         self.refit_bytes = 0
         if self.refit:
             # The covariances of the gradients at the MLPs' outputs, twice, and one on the device.
-            covariances = 2 * self.layers if self.device.type == "cpu" else 1
+            outputs = sum(map(bool, spec.widths)) + sum(map(bool, spec.experts))
+            covariances = 2 * outputs if self.device.type == "cpu" else 1
             self.tables += covariances * self.hidden**2 * 4
-            # Second moments and what `obs` makes of them, in fp64; the dense and pruned streams.
-            self.refit_bytes = 4 * self.width**2 * 8 + self.width * self.hidden * 8
+            # Second moments, of all experts of a layer, and what `obs` makes of them, in fp64; the
+            # dense and pruned streams.
+            own, each = spec.intermediate_size, spec.expert_width
+            widest, count = max(own, each), spec.num_experts
+            self.refit_bytes = 4 * widest**2 * 8 + widest * self.hidden * 8
+            self.refit_bytes += count * (each**2 + each * self.hidden) * 8
             if self.device.type == "cpu":
                 self.refit_bytes += 2 * self.seq_len * self.sequences * self.hidden * self.s
 
@@ -266,7 +279,12 @@ def pruning_flops(spec: ModelSpec, tokens: int) -> int:
     to 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
     greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
     """
-    width, forward = spec.intermediate_size, 2 * spec.linear_params * tokens
-    moments = spec.num_layers * 2 * tokens * width**2
-    removal = spec.num_layers * (4 * width**3 + 2 * width**2 * spec.hidden_size)
+    forward = spec.flops_per_token // 2 * tokens
+    moments = removal = 0
+    for site, width in spec.sites.items():
+        chosen = 1.0 if isinstance(site, int) else spec.experts_per_token / spec.num_experts
+        moments += int(2 * tokens * chosen) * width**2
+        removal += 4 * width**3 + 2 * width**2 * spec.hidden_size
+    if spec.experts:  # one allocation, so none is tried
+        return 6 * forward + 3 * moments + removal
     return 13 * forward + 5 * moments + removal

@@ -8,8 +8,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from hfprune_fast.engine.expert_hooks import Routing, scored_experts
+from hfprune_fast.engine.expert_hooks import scored_experts
 from hfprune_fast.engine.mlp_hooks import Target, TaylorOptions, scored_mlp
+from hfprune_fast.engine.routing import Routing
 from hfprune_fast.kernels import TaylorStatistics
 from hfprune_fast.models.experts import ExpertsMLP
 from hfprune_fast.models.sites import GatedMLP

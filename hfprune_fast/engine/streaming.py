@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hfprune_fast.checkpoint.loading import Blueprint, build, frozen, put
+from hfprune_fast.checkpoint.loading import Blueprint, build, dtype_of_run, frozen, put
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import (
     Head,
@@ -64,7 +64,12 @@ class StreamedModel(ResidentModel):
         prefixes.append((f"{decoder}{family.norm}.", f"{family.head}."))
         # Of each unit: {name of a parameter or buffer: names of its tensors in the checkpoint}.
         self._names = [
-            {ours: theirs for ours, theirs in names.items() if ours.startswith(prefix)}
+            {
+                ours: theirs
+                for ours, theirs in names.items()
+                if ours.startswith(prefix)
+                and dtype_of_run(self.model, ours, self.dtype) == self.dtype
+            }
             for prefix in prefixes
         ]
         (self._embedding,) = names[f"{decoder}{family.embedding}.weight"]
@@ -75,7 +80,10 @@ class StreamedModel(ResidentModel):
         units = [sorted(set(unit.values())) for unit in self._names]
         covered = {f"{decoder}{family.embedding}.weight"}.union(*self._names)
         for ours in names.keys() - covered:  # in no unit, so these stay
-            put(self.model, ours, frozen(self._tensors.tensor(names[ours]).to(self.device)))
+            dtype = dtype_of_run(self.model, ours, self.dtype)
+            tensor = CheckpointTensors(blueprint.source, dtype).tensor(names[ours])
+            self._check_once(names[ours][0], tensor)
+            put(self.model, ours, frozen(tensor.to(self.device)))
         self._weights: MappedWeights | BufferedWeights
         if offload == "disk" and self.device.type == "cpu":
             self._weights = MappedWeights(self._tensors, units)

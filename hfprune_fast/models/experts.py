@@ -114,8 +114,8 @@ def experts_of(layer: nn.Module, described: Experts | None) -> ExpertsMLP | None
         "_is_expert_parallel": False,
     }
     for name, value in expected.items():
-        if getattr(module, name, None) is not value:
-            got = getattr(module, name, None)
+        got = getattr(module, name, False)  # earlier versions of transformers lack some
+        if got is not value:
             raise UnsupportedModelError(
                 f"{type(module).__name__} has {name} {got!r:.20}, and such experts are not known"
             )

@@ -15,7 +15,6 @@ from hfprune_fast.models.spec import ModelSpec
 
 # What versions of transformers call the number of experts; some write another than they read.
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-_BEST_OF_GROUP = 2  # experts whose sum ranks a group
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _check_groups(layer: int, experts: Collection[int], count: int, spec: ModelS
     if groups == 1:
         return
     of_each = Counter(expert // (spec.num_experts // groups) for expert in experts)
-    least = max(_BEST_OF_GROUP, -(-spec.experts_per_token // spec.groups_per_token))
+    least = spec.least_experts // groups
     if len(of_each) < groups or len(set(of_each.values())) > 1 or count // groups < least:
         got = [of_each[group] for group in range(groups)]
         raise ArgumentError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,16 +15,6 @@ from hfprune_fast.models.sites import ModelParts, SiteKey, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# The multiples that formats need in the rows of down_proj; other rows stay in 16 bits and the file
-# grows.
-_TAKEN_BY = (
-    ("K-quants such as Q4_K", 256),
-    ("int4 groups of 128", 128),
-    ("nf4", 64),
-    ("Q4_0 and Q8_0", 32),
-)
 
 
 # What the layers are called that read the result of attention, a convolution or the like.
@@ -91,16 +80,30 @@ class ModelSpec:
         return max(self.experts, default=0)
 
     @property
+    def least_experts(self) -> int:
+        """The fewest experts of a layer from which its router can choose.
+
+        Each group needs the two by which it is ranked, and a token's share of one that is chosen.
+        """
+        if self.expert_groups == 1:
+            return self.experts_per_token
+        share = -(-self.experts_per_token // self.groups_per_token)
+        return self.expert_groups * max(2, share)
+
+    @property
     def layer_params(self) -> int:
         """Parameters of the widest layer, or a few more."""
-        head = self.vocab_size * self.hidden_size
-        if_all_widest = self.linear_params_at(self.intermediate_size) - head
-        return if_all_widest // self.num_layers + 4 * self.hidden_size
+        head, added = self.vocab_size * self.hidden_size, 4 * self.hidden_size
+        per_width = 3 * self.hidden_size
+        own = self.intermediate_size * per_width
+        of_experts = self.num_experts * self._params_of_expert(self.expert_width)
+        mlps = sum(self.widths) * per_width + sum(map(bool, self.experts)) * of_experts
+        return (self.linear_params - head - mlps) // self.num_layers + own + of_experts + added
 
     @property
     def flops_per_token(self) -> int:
         """Products of a forward and an activation-gradient pass, without attention's: 4·P."""
-        return 4 * self.linear_params
+        return 4 * self.linear_params_at(self.widths)
 
     def params_at(self, widths: int | Sequence[int], experts: tuple[int, int] | None = None) -> int:
         """Return the parameters of the whole model with MLPs of this width, or these.
@@ -128,9 +131,18 @@ class ModelSpec:
     def _params_of_expert(self, width: int) -> int:
         return width * self.expert_params_per_neuron + self.params_per_expert
 
-    def linear_params_at(self, widths: int | Sequence[int]) -> int:
-        """Return the weights of linear layers, each 2 FLOPs a token, with MLPs of these widths."""
-        return self.linear_params - self._removed(widths) * 3 * self.hidden_size
+    def linear_params_at(
+        self, widths: int | Sequence[int], experts: tuple[int, int] | None = None
+    ) -> int:
+        """Return the weights of linear layers that a token meets, each 2 FLOPs.
+
+        With MLPs of these widths, or this; of experts, those that a token chooses.
+        """
+        _, width = experts or (self.num_experts, self.expert_width)
+        had = self.num_experts * self.expert_width
+        layers = sum(map(bool, self.experts))
+        idle = layers * (had - self.experts_per_token * width) if layers else 0
+        return self.linear_params - (self._removed(widths) + idle) * 3 * self.hidden_size
 
     def pruned_to(
         self, widths: int | Sequence[int], experts: tuple[int, int] | None = None
@@ -181,27 +193,6 @@ class ModelSpec:
         return sum(self.widths) - kept
 
 
-def widths_text(widths: Sequence[int]) -> str:
-    """Return widths as people read them: 61, or 40 to 61 (mean 50.3)."""
-    if len(set(widths)) == 1:
-        return str(widths[0])
-    return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"
-
-
-def suits_text(widths: Sequence[int]) -> str:
-    """Say which quantisers and how much tensor parallelism MLPs of these widths suit."""
-    step = math.gcd(*widths)
-    step &= -step  # the power of two in it
-    takes = [name for name, multiple in _TAKEN_BY if step % multiple == 0]
-    misses = [f"{name} ({multiple})" for name, multiple in _TAKEN_BY if step % multiple != 0]
-    parallel = [str(n) for n in (2, 4, 8) if step % n == 0]
-    if parallel:
-        takes.append(f"tensor parallelism over {', '.join(parallel)}")
-    multiples = f"widths are multiples of {step}" if step > 1 else "widths are odd"
-    suits = f"suit {'; '.join(takes)}" if takes else "suit no quantiser"
-    return f"{multiples}: they {suits}" + (f"; not {', '.join(misses)}" if misses else "")
-
-
 def spec_of(model: PreTrainedModel) -> ModelSpec:
     """Count the parameters of a model, which may be on the meta device."""
     parts = parts_of(model)
@@ -233,7 +224,11 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
             for m in (*parts.decoder.modules(), parts.head)
             if isinstance(m, nn.Linear) and id(m.weight) not in added
         )
-        + sum(p.numel() for of in parts.with_experts.values() for p in of.module.parameters()),
+        + sum(
+            parameter.numel()
+            for of in parts.with_experts.values()
+            for parameter in (of.module.gate_up_proj, of.module.down_proj)
+        ),
         params_per_neuron=3 * hidden + biases,
         mlp_widths=widths,
         vocab_size=parts.head.weight.shape[0],

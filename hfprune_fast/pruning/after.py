@@ -1,4 +1,4 @@
-"""What follows a pruning: the measurement on held-out text, and the report."""
+"""What follows a pruning: the measurement on held-out text, the report, and what to say of it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ from typing import Any
 
 from hfprune_fast.checkpoint.ours import real
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.config import CalibrationOptions, OutputOptions, ReportOptions, RunOptions
+from hfprune_fast.config import (
+    CalibrationOptions,
+    OutputOptions,
+    Recipe,
+    ReportOptions,
+    RunOptions,
+)
 from hfprune_fast.console import say, to_path
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.engine.run_log import RunLog
 from hfprune_fast.errors import OutputError
 from hfprune_fast.evaluation.changes import ChangedToken
+from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.measured import held_out, measure
 from hfprune_fast.pruning.on_disk import add_to_record
 from hfprune_fast.pruning.reporting import check_report, write_report
+from hfprune_fast.pruning.selection import WidthBudget
 from hfprune_fast.scoring.table import ImportanceTable
 
 
@@ -96,3 +104,30 @@ class AfterPruning:
         except BaseException:  # Ctrl-C too
             say(f"{self.out} is complete; measuring it or writing its report failed")
             raise
+
+
+def say_what_could_be_closer(
+    achieved: dict[str, Any],
+    widths: WidthBudget | ExpertBudget,
+    recipe: str | Recipe,
+    calibration: object,
+) -> None:
+    """Say where the result differs from the request, and what would make it closer."""
+    if recipe == "default" and calibration is None:
+        say("nothing was refitted; with --calibration as well it stays closer to the dense model")
+    if isinstance(widths, ExpertBudget):
+        removed = 1 - achieved["expert_width"] / achieved["dense_expert_width"]
+        if abs(removed - widths.ratio) > 0.005:
+            say(
+                f"{removed:.1%} of an expert's neurons are removed, {widths.ratio:.1%} were "
+                f"requested: {achieved['expert_width']} is the nearest width that suits"
+            )
+        return
+    requested = 1 - widths.mean / achieved["dense_intermediate_size"]
+    if achieved.get("layout") == "padded":
+        return  # its zeros count as neurons
+    if not widths.protect and abs(achieved["prune_ratio"] - requested) > 0.005:
+        say(
+            f"{achieved['prune_ratio']:.1%} of the neurons are removed, {requested:.1%} were "
+            f"requested: widths are multiples of {widths.step}; --round-to 1 is exact"
+        )

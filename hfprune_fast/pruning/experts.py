@@ -37,12 +37,14 @@ class ExpertBudget:
         widths: {site: neurons}, of each layer's own MLP, and of every expert of the dense model.
         score: what experts are ranked by, one of EXPERT_SCORES.
         groups: the experts of a layer are chosen from so many groups, which keep as many each.
+        ratio: of the neurons of what is left, how many were to go.
     """
 
     experts: int
     widths: Mapping[SiteKey, int]
     score: str
     groups: int
+    ratio: float
 
     @classmethod
     def of(cls, spec: ModelSpec, budget: Budget) -> ExpertBudget:
@@ -52,8 +54,10 @@ class ExpertBudget:
         dense = [layer for layer, count in enumerate(spec.experts) if not count]
         others = [layer for layer, count in enumerate(spec.experts) if count]
         protected = _protected(spec, budget, {"without": dense, "with": others})
-        if others[0] in protected:
-            experts = spec.num_experts
+        if others[0] in protected and experts < spec.num_experts:
+            raise ArgumentError(
+                "protect names the layers with experts, of which none can be dropped then"
+            )
         of_experts = 0.0 if others[0] in protected else ratio
         expert_width = _width(spec.expert_width, of_experts, budget, _STEP_OF_EXPERTS)
         widths: dict[SiteKey, int] = {}
@@ -66,7 +70,7 @@ class ExpertBudget:
                 widths[site] = width // spec.expert_width * expert_width
             else:
                 widths[site] = _width(width, ratio, budget)
-        return cls(experts, widths, budget.expert_score, spec.expert_groups)
+        return cls(experts, widths, budget.expert_score, spec.expert_groups, of_experts)
 
     def sizes(self, spec: ModelSpec) -> tuple[list[int], tuple[int, int]]:
         """Return what `ModelSpec.params_at` takes: each layer's width, and experts and theirs."""
@@ -123,8 +127,8 @@ def expert_importance(table: ImportanceTable, score: str, criterion: str) -> Ten
     name = f"{criterion}.expert_taylor" if score == "taylor" else f"expert_{score}"
     if name not in table.statistics:
         raise ArgumentError(
-            f"these scores have no {name}, by which experts are ranked; score again, or choose "
-            f"another --expert-score of {', '.join(EXPERT_SCORES)}"
+            f"these scores have no {name}, by which experts are ranked: taylor needs a "
+            f"gradient, {', '.join(EXPERT_SCORES[1:])} a text; score with one, or drop no experts"
         )
     return table.experts(name)
 
@@ -143,7 +147,7 @@ def _experts(spec: ModelSpec, budget: Budget) -> int:
         # A multiple of the groups, the nearest one.
         kept = math.floor(dense * (1 - budget.expert_ratio) / groups + 0.5) * groups
         asked = f"expert_ratio {budget.expert_ratio}"
-    least = max(chosen, 2 * groups if groups > 1 else 1)
+    least = min(spec.least_experts, dense)
     if not least <= kept <= dense:
         raise ArgumentError(
             f"{asked} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} are "

@@ -55,6 +55,11 @@ def export(
 
 def _export_layout(source: ModelSource, to: str, out: Path, force: bool) -> list[int]:
     widths = _true_widths(source)
+    if source.spec.experts:
+        raise ArgumentError(
+            f"{source.name} has experts, and all of its layers are of one size: it is a plain "
+            "checkpoint, which loads wherever its family does"
+        )
     if len(set(widths)) == 1:
         raise ArgumentError(
             f"all layers of {source.name} have {widths[0]} MLP neurons: it is a plain checkpoint, "
@@ -70,7 +75,7 @@ def _export_layout(source: ModelSource, to: str, out: Path, force: bool) -> list
 def _true_widths(source: ModelSource) -> list[int]:
     """Return the width of each layer without padding."""
     widths = list(source.spec.widths)
-    if len(set(widths)) == 1:
+    if len(set(widths)) == 1 and not source.spec.experts:
         widths = [_used(source.read(source.down_proj(layer))) for layer in range(len(widths))]
     return widths
 
@@ -115,7 +120,8 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
     source = open_source(model)
     check_not_read([out], [source.folder])
     widths = _true_widths(source)
-    if len(set(widths)) == 1 and not (source.folder / RECORD).is_file():
+    uneven = len(set(widths)) > 1 and not source.spec.experts
+    if not uneven and not (source.folder / RECORD).is_file():
         raise ArgumentError(
             f"{source.name} was not pruned: llama.cpp's {_CONVERTER} takes it as it is"
         )
@@ -123,19 +129,19 @@ def _export_gguf(model: Path, out: Path, converter: Path | None, force: bool) ->
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".hfprune-", dir=out.parent) as scratch:
         folder, padded = source.folder.resolve(), Path(scratch) / "padded.gguf"
-        if source.spec.mlp_widths is not None:
+        if uneven and source.spec.mlp_widths is not None:
             folder = Path(scratch) / "padded"
             _export_layout(source, "padded", folder, force=False)
         _convert(converter, folder, padded)
         with whole_file(out, _is_gguf) as partial:
             known = source.spec.model_type in gguf_file.TRIED and source.family.tower is None
-            if len(set(widths)) > 1 and not (known and gguf_file.target_of_file(padded)):
+            if uneven and not (known and gguf_file.target_of_file(padded)):
                 say(
                     f"llama.cpp has no form of {source.spec.model_type} with a width for each "
                     "layer; the file is padded to the widest"
                 )
                 widths = [max(widths)] * len(widths)
-            elif len(set(widths)) > 1:
+            elif uneven:
                 return gguf_file.narrow(padded, partial)
             padded.replace(partial)
     return widths

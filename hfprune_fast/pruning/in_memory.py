@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,9 @@ class _Cut:
 
 def prune(
     model: PreTrainedModel,
-    keep: Mapping[SiteKey, Tensor],
+    keep: Mapping[Any, Tensor],
     *,
-    down_proj: Mapping[SiteKey, Tensor] | None = None,
+    down_proj: Mapping[Any, Tensor] | None = None,
 ) -> None:
     """Cut a loaded model's MLPs and experts down to the kept neurons, in place.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import MAX_CHARS, printable
-from hfprune_fast.models.spec import suits_text, widths_text
+from hfprune_fast.models.size_text import experts_text, suits_text, widths_in, widths_text
 from hfprune_fast.report.facts import allocation_name
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ PAPER = "arXiv 2603.08083"
 # What each layout changes in the architecture, and what loading it takes beyond transformers.
 _CHANGED = {
     "uniform": "The\narchitecture is unchanged; only `intermediate_size` is smaller.",
+    "experts": "The\narchitecture is unchanged; only experts are fewer or widths smaller.",
     "custom": "Layers have\ndifferent widths, `mlp_widths` in config.json.",
     "decilm": "Layers have\ndifferent widths, `block_configs` in config.json (DeciLM's layout).",
     "native": "Layers have\ndifferent widths, `per_layer_config` in config.json.",
@@ -42,7 +43,15 @@ def loading_text(layout: str) -> str:
 def neurons_text(achieved: dict[str, Any]) -> str:
     """Say how many neurons layers kept of how many: 61 of 96, or 40 to 61 (mean 50.3) of 96."""
     kept = achieved.get("mlp_widths", [achieved["intermediate_size"]])
-    dense = achieved.get("dense_mlp_widths", [achieved["dense_intermediate_size"]])
+    kept = [width for width in kept if width]
+    dense = [
+        w for w in achieved.get("dense_mlp_widths", [achieved["dense_intermediate_size"]]) if w
+    ]
+    if "experts" in achieved:
+        names = ("experts", "dense_experts", "expert_width", "dense_expert_width")
+        text = experts_text(*(achieved[name] for name in names))
+        others = f"; {widths_text(kept)} of {widths_text(dense)} in other MLPs" if kept else ""
+        return text + others
     padding = ", padded with zeros to the widest" if achieved.get("layout") == "padded" else ""
     return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
 
@@ -155,15 +164,19 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
         ("base model", escaped(base_model)),
         ("MLP neurons a layer", neurons_text(achieved)),
         ("neurons removed", f"{achieved['prune_ratio']:.2%}"),
-        ("widths", suits_text(achieved.get("mlp_widths", [achieved["intermediate_size"]]))),
+        ("widths", suits_text(widths_in(achieved))),
         ("parameters", f"{achieved['params']:,} of {achieved['dense_params']:,}"),
         ("parameters removed", f"{achieved['param_ratio']:.2%}"),
     ]
+    if "experts" in achieved:
+        active = f"{achieved['active_params']:,} of {achieved['dense_active_params']:,}"
+        rows.append(("parameters a token uses", active))
     rows += made_rows(record, escaped)
     if "fidelity" in record:
         rows += fidelity_rows(record["fidelity"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     layout = achieved.get("layout", "uniform")
+    changed = _CHANGED["experts" if "experts" in achieved else layout]
     by = f"hfprune_fast {__version__}, after HFPrune ({PAPER})"
     return f"""---
 {_front_matter(record, facts)}
@@ -171,7 +184,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
 
 # {escaped(base_model.split("/")[-1])}, pruned
 
-MLP neurons were cut out with {by}. {_CHANGED[layout]}
+MLP neurons were cut out with {by}. {changed}
 No training followed.
 
 | | |

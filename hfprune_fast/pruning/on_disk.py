@@ -48,9 +48,9 @@ _MADE_ANEW = {"config.json", RECORD, CARD, INDEX}
 def prune_checkpoint(
     source: str | Path | ModelSource,
     out: str | Path,
-    keep: Mapping[SiteKey, Tensor],
+    keep: Mapping[Any, Tensor],
     *,
-    replace: Mapping[str | tuple[str, int], Tensor] | None = None,
+    replace: Mapping[Any, Tensor] | None = None,
     record: Mapping[str, Any] | None = None,
     progress: bool = False,
     output: OutputOptions,
@@ -125,7 +125,7 @@ def prune_checkpoint(
         write_json(partial / RECORD, {**kept, **full_record, "files": files}, indent=None)
         if output.verify:
             writing.verify(partial, progress)
-    beside = [name for name in source.tensors if _PREDICTS_FURTHER.search(name)]
+    beside = [n for n in source.tensors if _PREDICTS_FURTHER.search(n) or source.is_beyond(n)]
     if beside:
         say(
             f"{beside[0]} and {len(beside) - 1} more are copied, as transformers ignores them: a "

@@ -37,7 +37,7 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
-from hfprune_fast.pruning.after import AfterPruning
+from hfprune_fast.pruning.after import AfterPruning, say_what_could_be_closer
 from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_checkpoint
 from hfprune_fast.pruning.recipe import checked_recipe, for_experts
@@ -106,6 +106,8 @@ def oneshot(
     check_output(source, out, params, output, calibration, resume=scoring.resume)
     if isinstance(widths, ExpertBudget):
         resolved = for_experts(resolved)
+        if output.layout != "auto":
+            check_layout(source.config, output.layout)
     elif resolved.allocation != "uniform" or budget.protect:
         check_layout(source.config, output.layout)
     given = _checked(given, source, resolved, sampling)
@@ -139,7 +141,7 @@ def oneshot(
             achieved = prune_checkpoint(source, out, keep, replace=replace, **written)
     del dense, batches, replace, job  # memory for the models that are measured
     delete_state(out)
-    _say_what_could_be_closer(achieved, widths, recipe, calibration)
+    say_what_could_be_closer(achieved, widths, recipe, calibration)
     chosen |= {"verified": output.verify, **after.finish(table, progress)}
     return {"out": str(out), **achieved, **asdict(resolved), **chosen}
 
@@ -202,26 +204,6 @@ def _requested(
         **of_widths,
         "layout": output.layout,
     }
-
-
-def _say_what_could_be_closer(
-    achieved: dict[str, Any],
-    widths: WidthBudget | ExpertBudget,
-    recipe: str | Recipe,
-    calibration: object,
-) -> None:
-    if recipe == "default" and calibration is None:
-        say("nothing was refitted; with --calibration as well it stays closer to the dense model")
-    if isinstance(widths, ExpertBudget):
-        return
-    requested = 1 - widths.mean / achieved["dense_intermediate_size"]
-    if achieved.get("layout") == "padded":
-        return  # its zeros count as neurons
-    if not widths.protect and abs(achieved["prune_ratio"] - requested) > 0.005:
-        say(
-            f"{achieved['prune_ratio']:.1%} of the neurons are removed, {requested:.1%} were "
-            f"requested: widths are multiples of {widths.step}; --round-to 1 is exact"
-        )
 
 
 def _open_and_score(
@@ -294,4 +276,4 @@ def refit_stored(
             f"{result.unfitted} experts are not refitted: fewer than {TOKENS_A_NEURON} tokens for "
             "each kept neuron chose them; more --samples would reach them"
         )
-    return stored_down_projs(source, result.weights)
+    return stored_down_projs(source, result.weights, keep)

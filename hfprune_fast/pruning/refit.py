@@ -62,10 +62,11 @@ _PULL = 0.01  # μ
 class Refitted:
     """A pruned model's refitted down_proj, and its final hidden states, which the head reads."""
 
-    # {layer or (layer, expert): (D, width)} in the model's dtype, on the CPU
+    # {layer or (layer, expert): (D, width)} in the model's dtype, on the CPU; of experts that few
+    # tokens chose, none.
     weights: dict[SiteKey, Tensor]
     hidden: list[Tensor]  # of each held-out batch: (B, T, D), on the CPU
-    unfitted: int = 0  # experts that too few tokens chose, and that are as they were
+    unfitted: int = 0  # experts that too few tokens chose, so that they stay as they are
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def refit(
         mlp = model.parts.mlps[layer] if model.parts.family.norm_behind else None
         for i, batch in each_batch(batches, on_progress, steps):
             with ExitStack() as hooks:
-                seen = hooks.enter_context(outputs_of(mlp)) if mlp is not None else []
+                seen = hooks.enter_context(outputs_of(mlp.down)) if mlp is not None else []
                 dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
             outputs[i] = seen[0].cpu() if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
@@ -140,7 +141,8 @@ def refit_down_proj(
 ) -> dict[Any, Tensor]:
     """Return {layer: (D, width)}, the refitted down_proj of a loaded model pruned to `keep`.
 
-    Of a model with experts also {(layer, expert): (D, width)}, see `pruning.refit_experts`.
+    Of a model with experts also {(layer, expert): (D, width)} of those that enough tokens chose,
+    see `pruning.refit_experts`.
 
     Args:
         model: the dense model, which is not changed; pass the result to `hf.prune`.

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.expert_hooks import Rows, Visit, visited_experts
+from hfprune_fast.engine.expert_hooks import Visit, visited_experts
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences, outputs_of, pruned_down_proj
+from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
 from hfprune_fast.scoring.moments import check_moments, moments_dtype
@@ -66,7 +67,6 @@ class PrunedExperts:
         model: ResidentModel,
         layer: int,
         keep: Mapping[SiteKey, Tensor],
-        with_error: bool = True,
     ) -> None:
         self._model, self._layer = model, layer
         self._mlp, experts = model.parts.mlps[layer], model.parts.experts[layer]
@@ -79,7 +79,7 @@ class PrunedExperts:
         if self._mlp is not None:
             self._moments[layer] = _Moments.of(self._mlp.down.weight.detach(), keep[layer])
         self._weights: dict[SiteKey, Tensor] = {}
-        self._with_error = with_error and not model.parts.family.norm_behind
+        self._with_error = not model.parts.family.norm_behind
         self.unfitted = 0  # experts
 
     def add_moments(
@@ -127,7 +127,8 @@ class PrunedExperts:
             self._moments[self._layer].add(act, target, own.square())
 
     def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
-        """Return the (D, K) weights in the model's dtype, refitted but where rows were few."""
+        """Return the refitted (D, K) weights in the model's dtype, without those of few rows."""
+        fitted: dict[SiteKey, Tensor] = {}
         for site, moments in self._moments.items():
             few = not isinstance(site, int) and moments.rows < TOKENS_A_NEURON * len(moments.kept)
             if few:
@@ -136,9 +137,9 @@ class PrunedExperts:
                 continue
             check_moments(moments.gram, self._layer)
             gram, cross = moments.gram.div_(moments.rows), moments.cross.div_(moments.rows)
-            fitted = least_squares(gram, cross, moments.weight)
-            self._weights[site] = fitted.to(self._model.dtype)
-        return self._weights
+            weight = least_squares(gram, cross, moments.weight)
+            self._weights[site] = fitted[site] = weight.to(self._model.dtype)
+        return fitted
 
     def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer, with the refitted weights."""
@@ -171,10 +172,9 @@ class PrunedExperts:
             return [], [], gates
         path = self._experts.described.shared_gate
         if path:
-            gate = self._experts.layer.get_submodule(path)
-            stack.enter_context(gate.register_forward_hook(lambda *args: gates.append(args[2])))
+            gates = stack.enter_context(outputs_of(self._experts.layer.get_submodule(path)))
         acts = stack.enter_context(acts_of(self._mlp))
-        return acts, stack.enter_context(outputs_of(self._mlp)), gates
+        return acts, stack.enter_context(outputs_of(self._mlp.down)), gates
 
     def _own_factor(self, gates: list[Tensor], batch: MicroBatch) -> Tensor:
         """Return what the own MLP's output is multiplied by at each token, (B·T,); 0 at padding."""

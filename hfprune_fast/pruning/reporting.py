@@ -16,7 +16,7 @@ from hfprune_fast.errors import ScoresFileError, one_line_errors
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.pruning.model_card import loading_text, made_rows
 from hfprune_fast.pruning.on_disk import read_record
-from hfprune_fast.report.facts import DAMAGED, Facts, Measurement, read_facts
+from hfprune_fast.report.facts import DAMAGED, Facts, Measurement, read_facts, recorded_keep
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
 from hfprune_fast.scoring.table import ImportanceTable
@@ -79,12 +79,15 @@ def _ranked(
     requested = record.get("requested")
     if not isinstance(requested, dict) or not {"select", "criterion"} <= requested.keys():
         return None, ""
+    keep = recorded_keep(record)
+    if facts.experts is not None:  # a curve a layer is drawn of the layers' own MLPs
+        return None, ""
     statistic = "obs" if requested["select"] == "obs" else requested.get("statistic")
     importance = table.importance(statistic, requested["criterion"])
     ranked, order = importance.sort(dim=1, descending=True, stable=True)
     same_sizes = tuple(importance.shape) == (len(facts.widths), max(facts.dense_widths))
     if not same_sizes or not all(
-        order[layer, :width].sort().values.tolist() == record["keep"][str(layer)]
+        order[layer, :width].sort().values.tolist() == keep[layer]
         for layer, width in enumerate(facts.widths)
     ):
         raise ScoresFileError(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from hfprune_fast.config import BUDGETS, Budget
 from hfprune_fast.errors import ArgumentError, shown
-from hfprune_fast.models.spec import ModelSpec, widths_text
+from hfprune_fast.models.size_text import widths_text
+from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.widths import step_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from hfprune_fast.config import ALLOCATIONS_TRIED
 from hfprune_fast.errors import one_line_errors, shown
 from hfprune_fast.evaluation.changes import PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
+from hfprune_fast.models.sites import SiteKey, site_of_path
 
 DAMAGED = "hfprune.json is damaged, or not written by hfprune"
 _MAX_LAYERS, _MAX_BINS, _MAX_KL_NATS = 10_000, 1000, 1e6
@@ -31,12 +33,25 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class ExpertFacts:
+    """What became of the experts of every layer that has any."""
+
+    count: int
+    dense_count: int
+    width: int  # neurons kept of each
+    dense_width: int
+    active_params: int  # that a token goes through
+    dense_active_params: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """A pruning, as its record has it."""
 
     base_model: str
     layout: str
-    widths: tuple[int, ...]  # neurons kept in each layer
+    # Neurons kept in each layer's own MLP; 0 where there are experts alone.
+    widths: tuple[int, ...]
     dense_widths: tuple[int, ...]
     params: int
     dense_params: int
@@ -45,6 +60,13 @@ class Facts:
     allocation: str  # what was chosen; "" if that is not recorded
     allocations_kl_nats: dict[str, float]  # by name; empty if none was measured
     measurement: Measurement | None
+    experts: ExpertFacts | None = None
+
+    @property
+    def suited(self) -> list[int]:
+        """The widths that quantisers see."""
+        own = [width for width in self.widths if width]
+        return own if self.experts is None else [*own, self.experts.width]
 
 
 def allocation_name(recorded: object) -> str:
@@ -61,22 +83,23 @@ def read_facts(record: Mapping[str, Any]) -> Facts:
 
 def _facts(record: Mapping[str, Any]) -> Facts:
     achieved, chosen = record["achieved"], record.get("chosen") or {}
-    keep = record["keep"]
-    if not 1 <= len(keep) <= _MAX_LAYERS:
-        raise ValueError(f"{len(keep)} layers")
-    kept = [keep[str(layer)] for layer in range(len(keep))]
-    if not all(type(neuron) is int for neurons in kept for neuron in neurons):
-        raise ValueError("keep lists what is no neuron")
-    widths = tuple(len(neurons) for neurons in kept)
+    kept = {site: len(neurons) for site, neurons in recorded_keep(record).items()}
+    layers = 1 + max(site if isinstance(site, int) else site[0] for site in kept)
+    if not 1 <= layers <= _MAX_LAYERS:
+        raise ValueError(f"{layers} layers")
+    experts = _experts(achieved, kept)
+    widths = tuple(kept.get(layer, 0) for layer in range(layers))
     widest = achieved["intermediate_size"]
-    if list(widths) != achieved.get("mlp_widths", [widest] * len(kept)) or max(widths) != widest:
+    if list(widths) != achieved.get("mlp_widths", [widest] * layers) or max(widths) != widest:
         raise ValueError("keep and its widths say different numbers of neurons")
     dense = achieved.get("dense_mlp_widths")
     if dense is None:
         dense = [achieved["dense_intermediate_size"]] * len(widths)
     dense_widths = tuple(_count(width) for width in dense)
     pairs = zip(widths, dense_widths, strict=True)  # a ValueError if they are not as many
-    if not all(1 <= width <= dense_width for width, dense_width in pairs):
+    # A layer of experts alone has no neurons of its own, before and after.
+    none = experts is not None
+    if not all(1 <= has <= had or (none and has == had == 0) for has, had in pairs):
         raise ValueError("its widths are not those of the layers that it lists")
     if _count(achieved["dense_params"]) == 0:
         raise ValueError("the dense model has no parameters")
@@ -97,7 +120,39 @@ def _facts(record: Mapping[str, Any]) -> Facts:
         allocation=allocation_name(chosen.get("allocation", "")),
         allocations_kl_nats=tried,
         measurement=None if fidelity is None else _measurement(fidelity),
+        experts=experts,
     )
+
+
+def recorded_keep(record: Mapping[str, Any]) -> dict[SiteKey, list[int]]:
+    """Return the neurons that a record lists, by layer or (layer, expert).
+
+    Raises:
+        ValueError, AttributeError, TypeError: it is damaged.
+    """
+    keep = {site_of_path(path): neurons for path, neurons in record["keep"].items()}
+    if not keep or len(keep) < len(record["keep"]):
+        raise ValueError("keep lists no MLP, or one twice")
+    if not all(type(neuron) is int for neurons in keep.values() for neuron in neurons):
+        raise ValueError("keep lists what is no neuron")
+    return keep
+
+
+def _experts(achieved: Mapping[str, Any], kept: Mapping[SiteKey, int]) -> ExpertFacts | None:
+    """Return what became of experts; `kept` is how many neurons stay, by site."""
+    of_experts = {site: n for site, n in kept.items() if not isinstance(site, int)}
+    if not of_experts and "experts" not in achieved:
+        return None
+    facts = ExpertFacts(
+        *(_count(achieved[name]) for name in ("experts", "dense_experts")),
+        *(_count(achieved[name]) for name in ("expert_width", "dense_expert_width")),
+        *(_count(achieved[name]) for name in ("active_params", "dense_active_params")),
+    )
+    by_layer = Counter(layer for layer, _ in of_experts)
+    same = set(by_layer.values()) == {facts.count} and set(of_experts.values()) == {facts.width}
+    if not same or facts.count > facts.dense_count or not 1 <= facts.width <= facts.dense_width:
+        raise ValueError("keep and its experts say different numbers")
+    return facts
 
 
 def _measurement(fidelity: Mapping[str, Any]) -> Measurement:

@@ -15,7 +15,7 @@ from hfprune_fast._version import __version__
 from hfprune_fast.console import human_bytes, human_seconds
 from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.evaluation.changes import ChangedToken
-from hfprune_fast.models.spec import suits_text, widths_text
+from hfprune_fast.models.size_text import experts_text, suits_text, widths_text
 from hfprune_fast.report import html, pictures
 from hfprune_fast.report.facts import Facts, Measurement
 
@@ -79,10 +79,12 @@ def _summary(facts: Facts) -> str:
     ]
     said = (
         f"hfprune removed {facts.prune_ratio:.1%} of the MLP neurons of "
-        f"<b>{html.name(facts.base_model)}</b>: {widths_text(facts.widths)} of "
-        f"{widths_text(facts.dense_widths)} are left in a layer, {facts.params:,} of "
-        f"{facts.dense_params:,} parameters in all. No training followed."
+        f"<b>{html.name(facts.base_model)}</b>: {_left(facts)} are left in a layer, "
+        f"{facts.params:,} of {facts.dense_params:,} parameters in all. No training followed."
     )
+    if facts.experts is not None:
+        active, dense = facts.experts.active_params, facts.experts.dense_active_params
+        tiles.append(("parameters a token uses", _short(active), f"of {_short(dense)}"))
     if facts.measurement:
         measured = facts.measurement.fidelity
         tiles += [
@@ -103,6 +105,17 @@ def _summary(facts: Facts) -> str:
     return f"<p>{said}</p>\n<dl>\n{items}\n</dl>"
 
 
+def _left(facts: Facts) -> str:
+    """Say how many neurons layers have left of how many, and experts."""
+    experts, own = facts.experts, [w for w in facts.widths if w]
+    dense = [width for width in facts.dense_widths if width]
+    neurons = f"{widths_text(own)} of {widths_text(dense)}" if own else ""
+    if experts is None:
+        return neurons
+    of_each = experts.count, experts.dense_count, experts.width, experts.dense_width
+    return experts_text(*of_each) + (f" and {neurons} neurons of other MLPs" if own else "")
+
+
 def _short(count: int) -> str:
     """Return a count in a few characters: 902,272, 8.03 M, 70.6 B."""
     if count >= 10**9:
@@ -112,17 +125,18 @@ def _short(count: int) -> str:
 
 def _widths(report: Report) -> str:
     facts = report.facts
-    text = (
-        f"<p>{widths_text(facts.widths)} of {widths_text(facts.dense_widths)} MLP neurons a layer."
-    )
+    text = f"<p>{_left(facts)}{' MLP neurons' if facts.experts is None else ''} a layer."
     if facts.layout == "padded":
         text += " In the file, layers are padded with zero neurons to the widest."
-    suits = suits_text(facts.widths)
+    suits = suits_text(facts.suited)
     text += f"</p>\n<p>{escape(suits[:1].upper() + suits[1:])}.</p>"
     rows = [
         (str(layer), f"{had:,}", f"{has:,}", f"{1 - has / had:.1%}")
         for layer, (had, has) in enumerate(zip(facts.dense_widths, facts.widths, strict=True))
+        if had
     ]
+    if not rows:
+        return html.section("Widths", text)
     table = html.table(("layer", "dense", "kept", "removed"), rows, "numbers")
     text += f"\n<details><summary>Each layer in numbers</summary>{table}</details>"
     picture = pictures.widths(facts.widths, facts.dense_widths)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.expert_hooks import Rows, visited_experts
+from hfprune_fast.engine.expert_hooks import visited_experts
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -19,6 +19,7 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
+from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import greedy_removal_costs
@@ -37,7 +38,7 @@ def removal_costs(
     """Return what each neuron's removal costs when the others are refitted, float64.
 
     It is a table, (L, F), or (N,) with experts. An expert that fewer than TOKENS_A_NEURON tokens a
-    neuron chose has costs 0; `starved` says which these are.
+    neuron chose has costs 0; `ExpertBudget.keep` ranks its neurons by another statistic.
 
     Args:
         model: the entered model.
@@ -55,21 +56,23 @@ def removal_costs(
     slices, costs = site_slices(parts.widths), torch.zeros(table_shape(parts.widths)).double()
     metrics = iter(output_fisher if output_fisher is not None else ())
 
+    def on_device(metric: Tensor | None) -> Tensor | None:
+        return None if metric is None else metric.to(model.device)
+
     def visit(layer: int) -> None:
         grams = _Grams(model, layer)
         for i, batch in each_batch(batches, on_progress, len(parts.layers)):
             with grams.added(batch):
                 hidden[i] = model.run(layer, hidden[i].to(model.device), batch).cpu()
         mlp, experts = parts.mlps[layer], parts.experts[layer]
-        own = None if mlp is None else next(metrics, None)
-        of_experts = None if experts is None else next(metrics, None)
+        own, of_experts = (
+            None if part is None else on_device(next(metrics, None)) for part in (mlp, experts)
+        )
         for site, gram in grams.of_sites.items():
             check_moments(gram, layer)
             metric = own if isinstance(site, int) else of_experts
             costs.view(-1)[slices[site]] = greedy_removal_costs(
-                gram.div_(tokens),
-                grams.down(site),
-                None if metric is None else metric.to(model.device),
+                gram.div_(tokens), grams.down(site), metric
             )
 
     for_each_layer(model, visit, then=0)
@@ -134,8 +137,3 @@ class _Grams:
             self._sums[site] = wide.new_zeros(width, width, dtype=torch.float64)
         self._sums[site] += wide.t() @ wide
         self._rows[site] += len(wide)
-
-
-def starved(table_counts: Tensor, width: int) -> Tensor:
-    """Return which experts had too few tokens for their second moments, from their counts."""
-    return table_counts < TOKENS_A_NEURON * width

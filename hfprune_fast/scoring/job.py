@@ -72,6 +72,8 @@ class ScoringJob:
 
         With `refit` the same model is refitted afterwards.
         """
+        if self.options.parity and self.spec.experts:
+            raise ArgumentError("parity rounds as the paper's code does, which knows no experts")
         file = None if state_file is None or self.processes.count > 1 else Path(state_file)
         resume_file = ResumeFile(file, self.options.save_seconds)
         # A resumed run keeps the batch size and logits budget that it began with.
@@ -121,8 +123,6 @@ class ScoringJob:
         self, model: ResidentModel, plan: Plan, resume_file: ResumeFile, progress: bool
     ) -> ImportanceTable:
         """Score the model, which is entered."""
-        if self.options.parity and self.spec.experts:
-            raise ArgumentError("parity rounds as the paper's code does, which knows no experts")
         if progress:
             say(f"scoring with {plan}")
         batches = self.data.split(plan.batch_size)

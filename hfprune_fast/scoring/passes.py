@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.engine.expert_hooks import Routing, Rows, visited_experts
+from hfprune_fast.engine.expert_hooks import plain_experts, visited_experts
 from hfprune_fast.engine.layerwise import (
     OnProgress,
     ResidentModel,
@@ -35,6 +35,7 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
 )
 from hfprune_fast.engine.mlp_hooks import TaylorOptions, acts_of, in_sequences
+from hfprune_fast.engine.routing import Routing, Rows
 from hfprune_fast.engine.scored_graph import ScoredGraph
 from hfprune_fast.kernels import TaylorStatistics, taylor_statistics
 from hfprune_fast.models.experts import ExpertsMLP
@@ -141,8 +142,9 @@ class Pass:
         if self.options.recompute:
             again = partial(self._graph, layer, i, hidden, only_backward=True)
             self._graphs[i].append(again)
-            with torch.no_grad():
-                return self._offload(self.model.run(layer, self._onload(hidden), self.batches[i]))
+            batch, experts = self.batches[i], self.model.parts.experts[layer]
+            with torch.no_grad(), plain_experts(experts, self._masks[i], len(batch.ids)):
+                return self._offload(self.model.run(layer, self._onload(hidden), batch))
         graph = self._graph(layer, i, hidden, only_backward=False)
         self._graphs[i].append(lambda: graph)
         return graph.output.detach()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune_fast.engine.expert_hooks import Routing
 from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.routing import Routing
 from hfprune_fast.kernels import TaylorStatistics
 from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.accumulator import ScoreAccumulator

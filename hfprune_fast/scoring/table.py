@@ -109,7 +109,7 @@ class ImportanceTable:
         return tuple(self.provenance.get("criteria", ("entropy",)))
 
     def importance(self, statistic: str | None = None, criterion: str | None = None) -> Tensor:
-        """Return the (L, F) float64 importance by one statistic; higher = keep.
+        """Return the (L, F) or (N,) float64 importance by one statistic; higher = keep.
 
         By default the criterion is the table's first and the statistic that of DEFAULT_STATISTIC.
         The importance is the sum or number itself, but for `act`: sqrt(Σa²) times the norm of the

@@ -62,4 +62,4 @@ def test_families_with_experts_have_a_table_of_their_own() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `gemma4_text`")]
     dense, mixture = rows
     assert dense == f"| `gemma4_text` | A 1 | {7 * ' | '}1e-14 |  |  |  |"
-    assert mixture == "| `gemma4_text` | A 1 |  | 1e-14 |  |  |  |  |  |  | experts, all |"
+    assert mixture == "| `gemma4_text` | A 1 |  | 1e-14 |  |  |  |  |  |  |  |  | experts, all |"

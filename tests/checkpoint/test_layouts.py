@@ -104,7 +104,7 @@ def test_achieved_sizes_are_returned(llama_dir: Path, tmp_path: Path) -> None:
     assert result["dense_params"] - result["params"] == removed * 3 * 64
     record = json.loads((out / "hfprune.json").read_text())
     assert record["achieved"] == result
-    assert [len(record["keep"][str(i)]) for i in range(3)] == list(WIDTHS)
+    assert [len(record["keep"][f"model.layers.{i}.mlp"]) for i in range(3)] == list(WIDTHS)
     assert "modeling_hfprune.py" in record["files"]
     assert "| 30 to 96 (mean 62.3) of 96 |" in (out / "README.md").read_text()
     hf.prune_checkpoint(llama_dir, out, keep_of((5, 6, 7)), force=True)  # the code file is ours too

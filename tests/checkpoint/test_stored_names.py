@@ -19,15 +19,17 @@ from hfprune_fast.errors import NumericsError
 BATCHES = [micro_batch(torch.arange(n * 9).view(n, 9), 127) for n in (2, 1)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_the_loaded_model_is_that_of_transformers(
-    save_checkpoint: Callable[..., Path], family: str
+    save_checkpoint: Callable[..., Path], family: str, dtype: str
 ) -> None:
     folder = save_checkpoint(tiny_mixture(family))
-    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    ours = load_model(folder, device="cpu").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+    ours = load_model(folder, dtype=dtype, device="cpu").state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(ours[name], tensor), name
 
 
@@ -87,3 +89,13 @@ def test_a_nan_in_an_expert_is_found_when_it_is_streamed(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NumericsError, match=name):
         hidden(folder, offload, "float32")
+
+
+def test_a_nan_in_what_stays_in_float32_is_found(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(tiny_mixture("deepseek_v3"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[name][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericsError, match=name):
+        hidden(folder, "disk", "bfloat16")

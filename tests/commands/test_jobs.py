@@ -54,7 +54,7 @@ def test_pruned_checkpoint_in_another_process(
     dense = loading.load_model(folder, dtype="float32", device="cpu")
     alive = torch.zeros(len(record["keep"]), dense.config.intermediate_size, dtype=torch.bool)
     for layer, kept in record["keep"].items():
-        alive[int(layer), kept] = True
+        alive[int(layer.split(".")[2]), kept] = True
     masked = forward(
         dense.state_dict(), dense.config, torch.arange(32), alive=alive
     ).logits.detach()

@@ -65,6 +65,16 @@ def own_down(tiny: Mixture, layer: nn.Module) -> Any:
     return find(layer, tiny.down) if shared is None else shared
 
 
+def down_of(tiny: Mixture, model: PreTrainedModel, site: Site) -> Tensor:
+    """Return the weight (D, F) of a site's down_proj."""
+    if isinstance(site, int):
+        weight: Tensor = own_down(tiny, layers_of(tiny, model)[site]).weight
+        return weight
+    experts = find(layers_of(tiny, model)[site[0]], tiny.experts)
+    weight = experts.down_proj[site[1]]
+    return weight.t() if hasattr(experts, "down_proj_bias") else weight
+
+
 @contextmanager
 def all_experts(
     tiny: Mixture, model: PreTrainedModel, change: Change, seen: Seen, kept: Any = None

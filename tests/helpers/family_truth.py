@@ -146,11 +146,11 @@ def own_removal_costs(
         a, g = torch.cat(acts[layer]), torch.cat(grads[layer])
         gram = a.t() @ a / len(a)
         gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        costs.append(_greedy_costs(gram.inverse(), down.weight.double(), g.t() @ g / len(g)))
+        costs.append(greedy_costs(gram.inverse(), down.weight.double(), g.t() @ g / len(g)))
     return torch.stack(costs)
 
 
-def _greedy_costs(inverse: Tensor, weight: Tensor, metric: Tensor) -> Tensor:
+def greedy_costs(inverse: Tensor, weight: Tensor, metric: Tensor) -> Tensor:
     """Always remove the lowest cost ½ vᵀ C v / H_jj, and refit the others to what it did."""
     costs, highest = inverse.new_zeros(len(inverse)), 0.0
     left = list(range(len(inverse)))

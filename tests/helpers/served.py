@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     MistralConfig,
@@ -36,6 +37,14 @@ _RANDOM: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 32}),
 }
 RANDOM = tuple(_RANDOM)
+# Of 8 experts, 2 a token; llama.cpp knows a width of experts that is not the layers' own.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 256, "sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+}  # fmt: skip
 MORE = [Path(each) for each in os.environ.get("HFPRUNE_SERVING_MODELS", "").split(":") if each]
 TRAINED = ("demo", "qwen3", *(path.name for path in MORE))
 
@@ -62,6 +71,20 @@ def random_model(name: str) -> PreTrainedModel:
             elif name.endswith(".bias"):
                 weight.normal_(std=0.5)
     return model.bfloat16()
+
+
+def random_mixture(family: str) -> PreTrainedModel:
+    """A model with experts that nobody trained, in float32; experts differ, routing is decided."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**_SHAPE, **MIXTURES[family]})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".experts." in name:
+                weight *= 1 + torch.rand(len(weight), 1, 1)
+            elif name.endswith(".mlp.gate.weight"):
+                weight *= 20
+    return model
 
 
 def train_qwen3(folder: Path, steps: int) -> None:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from criteria_truth import SEED, mean_entropy
+from criteria_truth import SEED, drawn_token, mean_entropy
+from experts_costs_truth import experts_removal_costs
 from experts_truth import Seen, all_experts, experts_scores, masked_logits, unchanged
 from family_case import largest_error
 from family_models import sequences
 from family_truth import Float64, own_logits
-from mixture_case import EVERY_MIXTURE, MixtureCase, expert_errors
+from mixture_case import EVERY_MIXTURE, MixtureCase, expert_errors, slow
 from padding import padded
 
 import hfprune_fast as hf
@@ -22,6 +23,8 @@ from hfprune_fast.scoring.passes import PassOptions
 
 # Sums of some 1e4 float64 products; what is forgotten is off by 1e-2 and more.
 SCORES, LOGITS = 1e-9, 1e-12
+# The covariance of gradients is summed in fp32.
+COSTS = 10 * torch.finfo(torch.float32).eps
 # Beside twice the error of autograd in fp32. A scale rounded to bfloat16 would be off by 1e-3.
 FLOAT32 = 100 * torch.finfo(torch.float32).eps
 BOTH = ("entropy", "fisher")
@@ -68,7 +71,7 @@ def test_every_expert_is_chosen_and_routing_is_decided(mixture: MixtureCase) -> 
             assert torch.equal(chosen, seen.chosen[layer].double())
 
 
-@pytest.mark.parametrize("way", ["resident", "recomputed", "cpu", "disk"])
+@pytest.mark.parametrize("way", ["resident", slow("recomputed"), slow("cpu"), "disk"])
 def test_scores_are_the_truth(
     mixture: MixtureCase, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +111,7 @@ def test_scores_of_a_loaded_model_are_the_truth(mixture: MixtureCase) -> None:
     assert torch.equal(logits, mixture.logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_logits_are_the_models_own(mixture: MixtureCase, offload: str) -> None:
     batches = [micro_batch(batch, 127) for batch in mixture.batches]
@@ -141,6 +145,24 @@ def test_bfloat16_in_float32(family: str, tmp_path: Path) -> None:
     case.note("bfloat16 in float32", error, 2 * max(of_eager) + FLOAT32)
     for name, tensor in tables[0].statistics.items():
         assert torch.equal(tensor, tables[1].statistics[name]), name
+
+
+@pytest.mark.slow
+def test_removal_costs_are_the_truth(mixture: MixtureCase) -> None:
+    """Of experts that tokens enough chose; there are some without."""
+    ids = sequences((96,) * 10, seed=6)
+    with Float64():
+        batches = torch.stack(ids).split(5)
+        table = hf.score(mixture.model, batches, criterion=BOTH, obs=True, seed=SEED)
+        truth = experts_removal_costs(mixture.tiny, mixture.model, ids, drawn_token)
+    of_experts = [bool(truth[site].any()) for site in truth if not isinstance(site, int)]
+    assert 0 < sum(of_experts) < len(of_experts)
+    for site, costs in truth.items():
+        if not costs.any():
+            assert not table.of("obs", site).any()
+    some = {site: costs for site, costs in truth.items() if costs.any()}
+    error = largest_error([table.of("obs", site) for site in some], list(some.values()))
+    mixture.note("removal costs", error, COSTS)
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])

@@ -9,7 +9,7 @@ import torch
 from criteria_truth import SEED
 from experts_truth import Seen, all_experts, unchanged
 from family_truth import Float64, own_logits
-from mixture_case import MixtureCase, expert_errors
+from mixture_case import MixtureCase, expert_errors, slow
 from safetensors.torch import load_file, save_file
 
 import hfprune_fast as hf
@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_k_eq_v": False},
     ),
 }
-FAST = {"Qwen3-MoE, every other layer with experts", "GLM-4.5, all groups of a token"}
+FAST = "GLM-4.5, all groups of a token"
 
 
 def check(case: MixtureCase, out: Path) -> None:
@@ -52,14 +52,13 @@ def check(case: MixtureCase, out: Path) -> None:
     assert case.pruned_error(case.load(out), keep) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "which", [pytest.param(w, marks=() if w in FAST else pytest.mark.slow) for w in VARIANTS]
-)
+@pytest.mark.parametrize("which", [which if which == FAST else slow(which) for which in VARIANTS])
 def test_options(which: str, tmp_path: Path) -> None:
     family, overrides = VARIANTS[which]
     check(MixtureCase.save(family, tmp_path / "dense", **overrides), tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "names"),
     [
@@ -86,8 +85,8 @@ def test_the_number_of_experts_is_written_under_the_key_that_is_there(
     assert case.pruned_error(case.load(tmp_path / "out"), keep) < 1e-12
 
 
-@pytest.mark.parametrize("offload", ["none", "disk"])
-@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("offload", ["none", slow("disk")])
+@pytest.mark.parametrize("family", ["glm4_moe", slow("deepseek_v3")])
 def test_a_correction_bias_stays_in_float32(family: str, offload: str, tmp_path: Path) -> None:
     """transformers keeps it so in a bfloat16 model, where 64.1 and 64.2 would be one number."""
     options = {"first_k_dense_replace": 0, "num_hidden_layers": 1, "dtype": torch.bfloat16}
@@ -105,6 +104,7 @@ def test_a_correction_bias_stays_in_float32(family: str, offload: str, tmp_path:
     assert table.experts("expert_count").tolist() == [chosen.double().sum(0).tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layer"),
     [

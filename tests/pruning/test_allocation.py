@@ -95,7 +95,10 @@ def test_a_checkpoint_is_refitted_as_it_is_stored(
         folder, text_file, tmp_path / "out", allocation="global", batch_size=2, dtype="float32",
         offload=offload, verify=True, **sampling,
     )  # fmt: skip
-    keep = {int(layer): torch.tensor(kept) for layer, kept in record["keep"].items()}
+    keep = {
+        layer: torch.tensor(record["keep"][f"model.layers.{layer}.mlp"])
+        for layer in range(len(record["keep"]))
+    }
     source = open_source(folder)
     batches = calibrate(text_file, source, CalibrationOptions(**sampling)).split(2)
     with ResidentModel(load_model(source, dtype="float32", device="cpu")) as entered:
@@ -222,7 +225,7 @@ def test_baselines_need_no_text(
     model = load_model(llama_dir, device="cpu")
     if criterion == "magnitude":
         for layer, kept in keep.items():
-            mlp = model.model.layers[int(layer)].mlp
+            mlp = model.get_submodule(layer)
             weights = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t()]
             norms = torch.cat(weights, dim=1).double().norm(dim=1)
             assert kept == norms.sort(descending=True).indices[:48].sort().values.tolist()

@@ -113,7 +113,7 @@ def test_everything_else_is_byte_identical(
     record = json.loads((out / "hfprune.json").read_text())
     assert record["requested"] == {}
     assert record["files"] == sorted(p.name for p in out.iterdir())
-    assert record["keep"]["2"] == some_keep()[2].tolist()
+    assert record["keep"]["model.layers.2.mlp"] == some_keep()[2].tolist()
     assert "61 of 96" in (out / "README.md").read_text()
     assert record["achieved"]["intermediate_size"] == 61
     assert oct((out / "config.json").stat().st_mode) == oct(

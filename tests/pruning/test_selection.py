@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import hfprune_fast as hf
 from hfprune_fast.config import Budget
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.models.spec import ModelSpec, suits_text
+from hfprune_fast.models.size_text import suits_text
+from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.pruning.selection import WidthBudget, keep_top
 
 # meta-llama/Llama-2-7b: 20 % and 30 % of all parameters are the paper's widths.

@@ -13,7 +13,7 @@ from hfprune_fast.errors import CheckpointError
 from hfprune_fast.evaluation.changes import ChangedToken, PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.report import pictures
-from hfprune_fast.report.facts import Facts, Measurement, read_facts
+from hfprune_fast.report.facts import ExpertFacts, Facts, Measurement, read_facts
 from hfprune_fast.report.page import Report, page
 
 HOSTILE = (
@@ -180,11 +180,68 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_record_is_read_as_it_is_written() -> None:
-    facts = read_facts(RECORD)
+PATHS = {"model.layers.0.mlp": [0, 1], "model.layers.1.mlp": [1]}
+
+
+@pytest.mark.parametrize("keep", [RECORD["keep"], PATHS])  # by number in earlier releases
+def test_a_record_is_read_as_it_is_written(keep: dict[str, Any]) -> None:
+    facts = read_facts({**RECORD, "keep": keep})
     assert (facts.widths, facts.dense_widths, facts.allocation) == ((2, 1), (4, 4), "halfway")
     assert facts.allocations_kl_nats == {"uniform": 0.2, "halfway": 0.1, "global": 0.3}
     assert facts.measurement == MEASURED
+
+
+EXPERTS = "model.layers.{}.mlp.experts.{}"
+OF_EXPERTS: dict[str, Any] = {
+    **RECORD,
+    "keep": {
+        "model.layers.0.mlp": [0, 1],
+        **{EXPERTS.format(layer, e): [e, 7] for layer in (1, 2) for e in (0, 3, 5)},
+    },
+    "achieved": {
+        "dense_intermediate_size": 4, "intermediate_size": 2, "params": 9, "dense_params": 12,
+        "prune_ratio": 0.5, "param_ratio": 0.25, "mlp_widths": [2, 0, 0],
+        "dense_mlp_widths": [4, 0, 0], "experts": 3, "dense_experts": 8, "expert_width": 2,
+        "dense_expert_width": 8, "active_params": 5, "dense_active_params": 9,
+    },
+}  # fmt: skip
+
+
+def test_a_record_of_experts_is_read_and_shown() -> None:
+    facts = read_facts(OF_EXPERTS)
+    assert (facts.widths, facts.dense_widths) == ((2, 0, 0), (4, 0, 0))
+    assert facts.experts == ExpertFacts(3, 8, 2, 8, 5, 9)
+    html = page(report_of(ranked=None, facts=facts))
+    checked(html)
+    said = "3 of 8 experts, 2 of 8 neurons of each and 2 of 4 neurons of other MLPs"
+    assert html.count(said) == 2
+    assert "parameters a token uses" in html
+    no_own = {site: n for site, n in OF_EXPERTS["keep"].items() if "experts" in site}
+    sizes = {"mlp_widths": [0, 0, 0], "intermediate_size": 0}
+    dense = {"dense_mlp_widths": [0, 0, 0], "dense_intermediate_size": 0}
+    achieved = {**OF_EXPERTS["achieved"], **sizes, **dense}
+    facts = read_facts({**OF_EXPERTS, "keep": no_own, "achieved": achieved})
+    checked(page(report_of(ranked=None, facts=facts)))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (["keep", EXPERTS.format(1, 3)], [1]), (["keep", EXPERTS.format(1, 4)], [1, 2]),
+        (["achieved", "experts"], 4), (["achieved", "dense_experts"], 2),
+        (["achieved", "expert_width"], 3), (["achieved", "dense_expert_width"], "8"),
+        (["achieved", "active_params"], None), (["keep", "model.layers.1.mlp"], [1]),
+        (["achieved", "dense_mlp_widths"], [4, 4, 0]), (["keep", "model.layers.mlp"], [1]),
+        (["keep", "model.layers.1.mlp.2.experts"], [1]), (["keep", "0"], [0, 1]),
+        (["keep", "model.layers.99999.mlp"], [0]),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_of_experts_is_one_line(where: Sequence[str], value: Any) -> None:
+    record = {name: dict(v) if isinstance(v, dict) else v for name, v in OF_EXPERTS.items()}
+    record[where[0]][where[1]] = value
+    with pytest.raises(CheckpointError, match=r"hfprune\.json is damaged") as error:
+        read_facts(record)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from served import RANDOM, TRAINED, Reference, Row, hfprune, perplexity
+from served import (
+    MIXTURES,
+    RANDOM,
+    TRAINED,
+    Reference,
+    Row,
+    hfprune,
+    perplexity,
+    random_mixture,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -96,6 +105,29 @@ def test_llama_cpp_computes_what_transformers_does(
     assert math.isclose(
         found.perplexity, found.transformers, rel_tol=1e-4 if model in RANDOM else 0.01
     )
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_llama_cpp_takes_fewer_and_narrower_experts(
+    family: str, transformers_of: Any, keep: Any, tmp_path: Path
+) -> None:
+    random_mixture(family).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "dense")
+    pruned, file = tmp_path / "pruned", tmp_path / "pruned.gguf"
+    text = ["--calibration", TINY_MODEL / "calibration.txt", "--samples", 32, "--seq-len", 256]
+    budget = ["--expert-ratio", 0.25, "--prune-ratio", 0.25]
+    done = hfprune("prune", tmp_path / "dense", *text, *budget, "--out", pruned)
+    assert (done["experts"], done["expert_width"]) == (6, 192)
+    convert(pruned, file, "--outtype", "f32")
+    found = row(family, "fewer and narrower experts", file, transformers_of(pruned))
+    keep(found)
+    assert found.kl is not None
+    assert found.kl < 1e-4
+    # In 16 bits, as an export is by default, a few tokens choose other experts.
+    hfprune("export", pruned, "--to", "gguf", "--out", file, "--converter", CONVERTER, "--force")
+    exported = row(family, "exported", file, transformers_of(pruned)).kl
+    assert exported is not None
+    assert exported < 0.01
 
 
 @pytest.mark.parametrize("quantised", FILE_TYPES)
