@@ -7,11 +7,13 @@ among them, or a quarter of the experts is dropped and all MLPs are narrowed to 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from fidelity_variants import Variant
 
+from hfprune_fast.config import Budget
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.selection import Keep
@@ -61,7 +63,8 @@ def keep(variant: Variant, ratio: float, table: ImportanceTable, seed: int) -> K
     widths = {site: found.shared if isinstance(site, int) else found.width for site in spec.sites}
     criterion, _, score = variant.dropped_by.rpartition(" ")
     experts = spec.num_experts if score in ("", "random") else found.experts
-    budget = ExpertBudget(experts, widths, score or "count", spec.expert_groups)
+    asked = Budget(experts=experts, expert_score="count" if experts == spec.num_experts else score)
+    budget = replace(ExpertBudget.of(spec, asked), widths=widths)
     kept = budget.keep(table, variant.statistic or None, variant.criterion or criterion or None)
     if score != "random":
         return kept
