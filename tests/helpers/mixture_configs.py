@@ -120,7 +120,7 @@ MIXTURES: dict[str, Mixture] = {
         routing="grouped", shared="mlp.shared_experts.down_proj", kept=6,
     ),
     "deepseek_v3": Mixture(
-        "DeepSeek-V3, R1; Kimi K2",
+        "DeepSeek-V3, DeepSeek-R1",
         {
             **GROUPED, "num_experts_per_tok": 2, "n_shared_experts": 2, "norm_topk_prob": False,
             "routed_scaling_factor": 0.6, "num_key_value_heads": 4, "q_lora_rank": 16,
