@@ -18,8 +18,9 @@ By `make test-serving`, over 256 tokens of the held-out text that ships: the sam
 engine, 8 greedy tokens after them in vLLM, all equal to those of transformers in float32. `demo`
 ships with the package; `qwen3` is that of `make qwen3-model`, trained for 200 steps if it was not
 made; other names are models that HFPRUNE_SERVING_MODELS gave. `mistral`, `qwen2` and `qwen3-tied`
-have random weights: what counts is that their perplexities agree. All were pruned by 25 %. MB is
-the size of the GGUF file.
+have random weights: what counts is that their perplexities agree. All were pruned by 25 %. So have
+`mixtral` and `qwen3_moe`, of whose experts a quarter was dropped and the others were narrowed by a
+quarter. MB is the size of the GGUF file.
 """
 
 
