@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,15 @@ from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
+from hfprune_fast.engine.planner import Plan
 from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.size_text import suits_text, widths_in
+from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.selection import budget_of
+
+_BYTES_A_SECOND = 1 << 30  # of a fast disk; what is fetched is in proportion
 
 
 @keyword_options(budget=Budget, sampling=CalibrationOptions, options=RunOptions)
@@ -49,6 +54,7 @@ def run(
     }  # fmt: skip
     scoring = planner.plan_run(spec, options, **shape)
     pruning = planner.plan_run(spec, options, refit=True, **shape)
+    in_dtype = dtype if scoring.offload == "cpu" else stored
     flops = planner.pruning_flops(spec, samples * seq_len)
     seconds = flops / machine.product_flops_per_second(device, dtype)
     attention = 4 * seq_len * spec.attention_width * spec.num_layers
@@ -63,9 +69,21 @@ def run(
         "widths_suit": suits_text(widths_in(result)),
         "dtype": str(stored).removeprefix("torch."),
         "seq_len": seq_len,
-        "scoring": {"summary": str(scoring), "device": str(device), **asdict(scoring)},
+        "scoring": {
+            "summary": str(scoring),
+            "device": str(device),
+            **asdict(scoring),
+            **_fetched(scoring, spec, samples * seq_len, in_dtype.itemsize),
+        },
         "pruning": {"summary": str(pruning), "flops": flops, "seconds": seconds, **asdict(pruning)},
     }
+
+
+def _fetched(plan: Plan, spec: ModelSpec, tokens: int, itemsize: int) -> dict[str, int]:
+    """Return how often a streamed run fetches each weight, and the bytes of all of it."""
+    # Each pass goes through the layers forward and backward.
+    fetches = 2 * math.ceil(tokens / plan.pass_tokens) if plan.pass_tokens else 0
+    return {"fetches": fetches, "fetched_bytes": fetches * spec.total_params * itemsize}
 
 
 def text(result: dict[str, Any]) -> str:
@@ -98,9 +116,16 @@ def text(result: dict[str, Any]) -> str:
     ]
     table = text_table((result["model"], "dense", "pruned", "removed"), rows)
     scoring, pruning = result["scoring"], result["pruning"]
+    fetched = scoring["fetched_bytes"]
+    fetching = (
+        f"scoring fetches all weights {scoring['fetches']} times, {human_bytes(fetched)}: "
+        f"{human_seconds(fetched / _BYTES_A_SECOND)} at {human_bytes(_BYTES_A_SECOND)} a second\n"
+        if fetched
+        else ""
+    )
     beside = "numbers are of the text tower; all else is copied\n" if result["text_tower"] else ""
     return (
-        f"{table}\n{beside}{result['widths_suit']}\n\n"
+        f"{table}\n{beside}{result['widths_suit']}\n\n{fetching}"
         f"scoring on {scoring['device']}: {scoring['summary']}\n"
         f"prune, by the default recipe: {pruning['summary']}; about "
         f"{human_seconds(pruning['seconds'])} of products at this machine's speed"

@@ -176,6 +176,9 @@ def test_plan_says_what_score_does(tmp_path: Path, hfprune: Callable[..., Any]) 
             "plan", "demo", "--prune-ratio", 0.2, *flags, "--offload", offload, "--json"
         ).json()["scoring"]
         assert as_json["offload"] == offload
+        passes = -(-16 * 64 // as_json["pass_tokens"]) if as_json["pass_tokens"] else 0
+        assert as_json["fetches"] == 2 * passes  # forward and backward
+        assert (f"fetches all weights {2 * passes} times" in planned.out) is (offload == "disk")
         assert {f.name for f in dataclasses.fields(Plan)} <= as_json.keys()
 
 
