@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.models.families import FAMILIES, REFUSED
+from hfprune_fast.models.families import FAMILIES
+from hfprune_fast.models.refused import REFUSED
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "bench" / "results" / "families" / "families.json"

@@ -95,7 +95,8 @@ def build(plan: Blueprint) -> PreTrainedModel:
         tensor = torch.empty(0, dtype=torch.uint8).set_(storage, place, (size,), (1,))
         if place % stored.itemsize:
             tensor = tensor.clone()
-        return tensor.view(stored).view(info.shape)
+        tensor = tensor.view(stored).view(info.shape)
+        return tensor.mT.contiguous() if plan.source.is_across(name) else tensor
 
     def load(theirs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         if len(theirs) == 1:

@@ -49,7 +49,7 @@ from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.families import Family
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.models.spec import ModelSpec, spec_of
-from hfprune_fast.models.tensors import Place, place_of
+from hfprune_fast.models.tensors import Place, place_of, stored_across
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,6 +159,10 @@ class ModelSource:
         names = self.names[f"{DECODER}{self.family.layers}.{layer}.{path}.down_proj"]
         return names[expert] if len(names) > 1 else (names[0], expert)
 
+    def is_across(self, name: str) -> bool:
+        """Whether a tensor's last two axes are those of the model's parameter, the other way."""
+        return stored_across(self.family, name.removeprefix(self.prefix))
+
     def down_weight(self, site: SiteKey) -> torch.Tensor:
         """Return a copy of the down projection (D, F) of a layer's own MLP or of an expert."""
         if isinstance(site, int):
@@ -167,7 +171,8 @@ class ModelSource:
         if isinstance(name, str):
             return self.read(name)
         weight, described = self.read(name[0])[name[1]], self.family.experts
-        return weight.t() if described is not None and described.transposed else weight
+        across = described is not None and (described.transposed or described.across)
+        return weight.t() if across else weight
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is stored in."""
@@ -220,9 +225,10 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
         spec = spec_of(made)
     names = names_in_files(made, family, prefix, head, tensors.keys(), spec.num_experts)
     shapes = {
-        name: shape_of_one(tuple(tensor.shape), len(names[ours]))
+        name: shape_of_one(tensor.shape, len(names[ours]), across)
         for ours, tensor in made.state_dict().items()
         for name in names[ours]
+        for across in [stored_across(family, name.removeprefix(prefix))]
     }
     if text.get("tie_word_embeddings") is True:
         names[f"{family.head}.weight"] = (embedding,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,9 +51,14 @@ def names_in_files(
     return names
 
 
-def shape_of_one(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Return the shape of each of `count` matrices that are a parameter, side by side."""
-    return shape if count == 1 else (prod(shape[:-1]) // count, shape[-1])
+def shape_of_one(shape: Sequence[int], count: int, across: bool = False) -> tuple[int, ...]:
+    """Return the shape of each of `count` matrices that are a parameter, side by side.
+
+    Of one that files hold `across`, the last two axes are swapped.
+    """
+    if count > 1:
+        return prod(shape[:-1]) // count, shape[-1]
+    return (*shape[:-2], shape[-1], shape[-2]) if across else tuple(shape)
 
 
 def prefix_and_head(family: Family, tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:

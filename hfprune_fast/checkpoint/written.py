@@ -153,6 +153,7 @@ def stored_down_projs(
             continue
         stored, _ = names
         described = source.family.experts
-        own = weight.t() if described is not None and described.transposed else weight
+        across = described is not None and (described.transposed or described.across)
+        own = weight.t() if across else weight
         replaced[stored, new] = own.to(source.dtype_of(stored)).contiguous()
     return replaced

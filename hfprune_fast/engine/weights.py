@@ -37,10 +37,12 @@ class CheckpointTensors:
     def shape(self, weight: Weight) -> tuple[int, ...]:
         """Return the shape of a weight; of several tensors, their number comes first."""
         shape = self._source.tensors[weight[0]].shape
+        if self._source.is_across(weight[0]):
+            shape = (*shape[:-2], shape[-1], shape[-2])
         return shape if len(weight) == 1 else (len(weight), *shape)
 
     def stored(self, name: str, *, read_ahead: bool = True) -> Tensor:
-        """Return a tensor as it is stored, in the file's pages; it must not be written to."""
+        """Return a tensor in the file's pages, as the model has its axes; it is only read."""
         info = self._source.tensors[name]
         data = self._source.data(name, prefetch=read_ahead)
         with warnings.catch_warnings():
@@ -49,12 +51,13 @@ class CheckpointTensors:
         stored = TORCH_DTYPES[info.dtype]
         if self._begin(name) % stored.itemsize:
             tensor = tensor.clone()
-        return tensor.view(stored).view(info.shape)
+        tensor = tensor.view(stored).view(info.shape)
+        return tensor.mT if self._source.is_across(name) else tensor
 
     def tensor(self, weight: Weight) -> Tensor:
         """Return a weight in `dtype`; one tensor is in the file's pages where possible."""
         if len(weight) == 1:
-            return self.stored(weight[0]).to(self.dtype)
+            return self.stored(weight[0]).to(self.dtype).contiguous()
         merged = torch.empty(self.shape(weight), dtype=self.dtype)
         self.copy(weight, merged)
         return merged
@@ -67,7 +70,7 @@ class CheckpointTensors:
 
     def offset_in_line(self, weight: Weight) -> int:
         """Return where in a cache line the data of `tensor` begin, in elements."""
-        if len(weight) > 1:  # which are copied
+        if len(weight) > 1 or self._source.is_across(weight[0]):  # which are copied
             return 0
         begin = self._begin(weight[0])
         is_stored = TORCH_DTYPES[self._source.tensors[weight[0]].dtype] == self.dtype

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from hfprune_fast.errors import UnsupportedModelError
-from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, REFUSED, Family
+from hfprune_fast.models.families import FAMILIES, NON_UNIFORM, Family
+from hfprune_fast.models.refused import REFUSED
 
 
 def family_type(config: Mapping[str, Any]) -> Any:
@@ -58,7 +59,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
             config,
             "the logits of its class are not those of its text tower, which are scaled or capped",
         )
-    return replace(inner, tower=family.tower, decoder=family.tower.decoder)
+    experts = inner.experts and replace(inner.experts, across=family.tower.across)
+    return replace(inner, tower=family.tower, decoder=family.tower.decoder, experts=experts)
 
 
 def _unsupported(config: Mapping[str, Any], why: str) -> UnsupportedModelError:
@@ -80,6 +82,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     text = dict(inner) if isinstance(inner, Mapping) else {**config, "model_type": model_type}
     of_text = text.get("model_type", "")
     text["model_type"] = family.tower.runs_as.get(str(of_text), of_text)
+    text |= family.tower.sets
     for rope in ("rope_parameters", "rope_scaling"):
         if text["model_type"] != of_text and isinstance(text.get(rope), Mapping):
             text[rope] = _one_axis(text[rope])

@@ -39,6 +39,7 @@ class Experts:
             hold each apart; files may also hold the parameters as they are.
         transposed: the parameters' last two axes are the other way round, and the columns of
             gate_up_proj are a neuron's gate, its up, and then the next neuron's.
+        across: files hold the parameters with their last two axes the other way round.
         count, width, chosen: the number of experts, their neurons, and how many a token chooses.
         groups: the number of groups that a token's experts are chosen from.
         enabled: without this key, or where it is false, there are none.
@@ -51,6 +52,7 @@ class Experts:
     per_expert: tuple[str, ...] = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
     stored: tuple[str, str, str] = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
     transposed: bool = False
+    across: bool = False
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
     chosen: str = "num_experts_per_tok"
@@ -74,6 +76,8 @@ class Tower:
             run begin with `model.`; the first that fits.
         stored_heads: what its head may be called in files.
         caps_logits: the whole model scales and caps its logits as the tower alone does.
+        sets: keys of the text's config whose value the whole model's class does not ask for.
+        across: `Experts.across`.
     """
 
     runs_as: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +85,8 @@ class Tower:
     stored: tuple[str, ...] = ("model.language_model.", "language_model.model.", "model.")
     stored_heads: tuple[str, ...] = ("lm_head", "language_model.lm_head")
     caps_logits: bool = False
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    across: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,25 +282,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family(tower=Tower()),
     "qwen3_5_moe": Family(tower=Tower()),
     "qwen3_vl": Family(tower=Tower({"qwen3_vl_text": "qwen3"})),
+    "qwen3_vl_moe": Family(
+        tower=Tower({"qwen3_vl_moe_text": "qwen3_moe"}, sets={"norm_topk_prob": True}, across=True)
+    ),
     "smolvlm": Family(tower=_TEXT_MODEL),
-}
-
-_UNGATED = """apertus arcee bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mpt nemotron
-opt phi starcoder2"""
-_EXPERTS = """afmoe cohere2_moe deepseek_v2 deepseek_v32 dots1 ernie4_5_moe ernie4_5_vl_moe
-exaone_moe flex_olmo glm4_moe_lite glm4v_moe glm_moe_dsa granitemoeshared hunyuan_v1_moe jamba
-lfm2_moe llama4 llama4_text longcat_flash minimax phimoe qwen3_omni_moe qwen3_vl_moe
-qwen3_vl_moe_text solar_open"""
-_OTHER_LOGITS = "aya_vision cohere2_vision"
-_STATE = "deepseek_v4 gemma3n gemma3n_text glm5_next qwen4_exp"
-_TOWERS = "qwen2_vl_text qwen2_5_vl_text qwen3_vl_text"
-# Families that are known and cannot be right yet, and why.
-REFUSED: dict[str, str] = {
-    **dict.fromkeys(_UNGATED.split(), "its MLPs have no gate"),
-    **dict.fromkeys(_EXPERTS.split(), "how it runs its experts is not known yet"),
-    **dict.fromkeys(_OTHER_LOGITS.split(), "its logits are not those of its text tower"),
-    **dict.fromkeys(_TOWERS.split(), "it is a text tower without a head; give the whole model"),
-    **dict.fromkeys(_STATE.split(), "its layers pass on more than one hidden state"),
 }
 
 NON_UNIFORM = "hfprune_"  # begins the model_type of a family whose layers have their own widths

@@ -141,6 +141,18 @@ MIXTURES: dict[str, Mixture] = {
         "Qwen3.5, Qwen3.6 with experts", QWEN3_5_MOE, "model.language_model.layers",
         vision=QWEN_VISION, text_type="qwen3_5_moe_text", shared="mlp.shared_expert.down_proj",
     ),
+    "qwen3_vl_moe": Mixture(
+        "Qwen3-VL-30B-A3B, 235B-A22B",
+        {
+            **OF_E, "mlp_only_layers": [1], "attention_bias": True, **HEAD_16,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        "model.language_model.layers", text_type="qwen3_vl_moe_text",
+        vision={**TINY["qwen3_vl"].vision},
+    ),
 }  # fmt: skip
 
 
