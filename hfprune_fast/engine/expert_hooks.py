@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_fast.engine.mlp_hooks import ACTIVATIONS, Target, TaylorOptions
-from hfprune_fast.engine.routing import Routing, Rows, rows_of
+from hfprune_fast.engine.routing import Routing, Rows, routed_rows
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
 from hfprune_fast.models.experts import ExpertsMLP
 
@@ -55,7 +55,7 @@ def visited_experts(
         out = torch.zeros_like(x)
         if stay is not None:
             chosen = torch.tensor(stay, device=chosen.device)[chosen]
-        for rows in rows_of(chosen, experts.count, token_mask, sequences):
+        for rows in routed_rows(chosen, experts.count, token_mask, sequences):
             w = weights[rows.tokens, rows.choices]
             y = visit(rows, x[rows.tokens], w)
             out[rows.tokens] += (y * w[:, None]).to(out.dtype)
@@ -172,7 +172,7 @@ class _ScoredExperts(torch.autograd.Function):
         options: TaylorOptions,
     ) -> Tensor:
         out, routing = torch.zeros_like(x), Routing.of(experts)
-        all_rows = rows_of(chosen, experts.count, options.token_mask, options.sequences)
+        all_rows = routed_rows(chosen, experts.count, options.token_mask, options.sequences)
         gate_ups = []
         for rows in all_rows:
             gate_up = experts.gate_up(rows.expert, x[rows.tokens])

@@ -32,7 +32,9 @@ class Rows:
         return torch.cat([of[:n] for of, n in zip(rows, self.of_sequence, strict=True)])
 
 
-def rows_of(chosen: Tensor, count: int, token_mask: Tensor | None, sequences: int) -> list[Rows]:
+def routed_rows(
+    chosen: Tensor, count: int, token_mask: Tensor | None, sequences: int
+) -> list[Rows]:
     """Return the rows of each expert that has any, from the experts (T, k) that tokens chose."""
     flat, k = chosen.flatten(), chosen.shape[1]
     if token_mask is not None:

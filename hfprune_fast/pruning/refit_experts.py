@@ -89,7 +89,7 @@ class PrunedExperts:
 
         Args:
             dense: the dense model's residual stream after the layer.
-            output: unused.
+            output: not used here; a norm behind a layer's own MLP needs it.
             stream: the pruned model's residual stream before the layer.
         """
         rows_seen: list[tuple[Rows, Tensor, Tensor, Tensor]] = []

@@ -1,5 +1,6 @@
 """Pruning models with experts: what is refused before any work, and what stays as it is."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from hfprune_fast.config import Budget
 from hfprune_fast.data.batches import as_batches, token_data
 from hfprune_fast.engine import layerwise
 from hfprune_fast.engine.streaming import open_model
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError
 from hfprune_fast.models.spec import ModelSpec, spec_of
 from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.oneshot import refit_stored
@@ -97,3 +98,36 @@ def test_a_refit_takes_what_can_be_written(without: list[Any], message: str) -> 
     }
     with pytest.raises(ArgumentError, match=message):
         hf.refit_down_proj(model, [torch.arange(40).view(2, 20)], keep)
+
+
+def test_a_report_takes_the_scores_that_experts_were_pruned_with(
+    hfprune: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(3, 127, (4, 16), generator=torch.Generator().manual_seed(0))
+    for seed, name in enumerate(("dense", "other")):
+        tiny_mixture("qwen3_moe", seed=seed).save_pretrained(name)
+        hf.score(name, ids).save(f"{name}.safetensors")
+    budget = ["--expert-ratio", 0.25, "--prune-ratio", 0.3, "--no-refit"]
+    done = hfprune("prune", "dense", "--scores", "dense.safetensors", *budget, "--out", "pruned")
+    assert done.code == 0, done.err
+    for name, code in (("dense", 0), ("other", 2)):
+        scores = ["--scores", f"{name}.safetensors"]
+        done = hfprune("report", "pruned", *scores, "--out", f"{name}.html")
+        assert done.code == code, done.err
+    assert "these scores are not the ones this model was pruned with" in done.err
+
+
+def test_nan_in_a_stored_buffer_is_named() -> None:
+    model = tiny_mixture("deepseek_v3")
+    model.model.layers[1].mlp.gate.e_score_correction_bias[0] = torch.nan
+    with pytest.raises(NumericsError, match="e_score_correction_bias holds NaN"):
+        hf.score(model, [torch.arange(40).view(2, 20)])
+
+
+def test_a_null_number_of_chosen_experts_is_refused(save_checkpoint: Callable[..., Path]) -> None:
+    folder = save_checkpoint(tiny_mixture("qwen3_moe"))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts_per_tok": None}))
+    with pytest.raises(CheckpointError, match="num_experts_per_tok null"):
+        open_source(folder)
