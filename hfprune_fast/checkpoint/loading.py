@@ -96,7 +96,7 @@ def build(plan: Blueprint) -> PreTrainedModel:
         if place % stored.itemsize:
             tensor = tensor.clone()
         tensor = tensor.view(stored).view(info.shape)
-        return tensor.mT.contiguous() if plan.source.is_across(name) else tensor
+        return tensor.mT.contiguous() if name in plan.source.across else tensor
 
     def load(theirs: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         if len(theirs) == 1:

@@ -42,7 +42,8 @@ def load_config(folder: Path, config: Mapping[str, Any]) -> Any:
         config_class, _ = nonuniform_classes(str(family_type(config)))
     else:
         config_class = CONFIG_MAPPING[config["model_type"]]
-    names = own_fields(config_class) | _UNDECLARED | set(config_class.attribute_map)
+    other_names = config_class.attribute_map
+    names = own_fields(config_class) | _UNDECLARED | {*other_names, *other_names.values()}
     with one_line_errors(f"{folder}/config.json is not a valid configuration"):
         made = config_class(
             **{name: _floats(config[name]) for name in sorted(names & config.keys())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -39,9 +39,11 @@ from hfprune_fast.checkpoint.source_card import source_card
 from hfprune_fast.checkpoint.stored_names import (
     DECODER,
     check_layers,
+    held_across,
     names_in_files,
     prefix_and_head,
     shape_of_one,
+    swapped,
 )
 from hfprune_fast.console import display_name
 from hfprune_fast.errors import CheckpointError, one_line_errors
@@ -49,7 +51,7 @@ from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.families import Family
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.models.spec import ModelSpec, spec_of
-from hfprune_fast.models.tensors import Place, place_of, stored_across
+from hfprune_fast.models.tensors import Place, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,6 +76,7 @@ class ModelSource:
     # Of the model's parameters -> of the checkpoint's tensors that, side by side, are it.
     names: dict[str, tuple[str, ...]]
     prefix: str  # begins the names of the decoder's tensors
+    across: frozenset[str]  # tensors whose last two axes are the model's, the other way round
     tensors: dict[str, TensorInfo]
     shards: dict[str, SafetensorsFile]  # by file name, mapped
 
@@ -133,7 +136,10 @@ class ModelSource:
         Layers behind the model's, which predict further tokens, are not cut.
         """
         place = place_of(self.family, name.removeprefix(self.prefix))
-        return place if place is not None and place.layer < self.spec.num_layers else None
+        if place is None or place.layer >= self.spec.num_layers:
+            return None
+        swaps = name in self.across and place.axis is not None
+        return replace(place, axis=1 - place.axis) if swaps else place
 
     def is_beyond(self, name: str) -> bool:
         """Return whether a tensor is of a layer behind the model's, which it does not run."""
@@ -152,16 +158,12 @@ class ModelSource:
         """Return the name of an expert's down_proj weight, as `replace` of a pruning has it.
 
         Of a tensor that holds all experts of the layer, it is the name and the expert's number. Its
-        weight is (D, F); (F, D) where the family's are `transposed`.
+        weight is (D, F); (F, D) where the family's are `transposed`, and of a tensor `across`.
         """
         experts = self.family.experts
         path = "" if experts is None else experts.path
         names = self.names[f"{DECODER}{self.family.layers}.{layer}.{path}.down_proj"]
         return names[expert] if len(names) > 1 else (names[0], expert)
-
-    def is_across(self, name: str) -> bool:
-        """Whether a tensor's last two axes are those of the model's parameter, the other way."""
-        return stored_across(self.family, name.removeprefix(self.prefix))
 
     def down_weight(self, site: SiteKey) -> torch.Tensor:
         """Return a copy of the down projection (D, F) of a layer's own MLP or of an expert."""
@@ -171,8 +173,8 @@ class ModelSource:
         if isinstance(name, str):
             return self.read(name)
         weight, described = self.read(name[0])[name[1]], self.family.experts
-        across = described is not None and (described.transposed or described.across)
-        return weight.t() if across else weight
+        is_turned = (described is not None and described.transposed) or name[0] in self.across
+        return weight.t() if is_turned else weight
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is stored in."""
@@ -225,11 +227,12 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
         spec = spec_of(made)
     names = names_in_files(made, family, prefix, head, tensors.keys(), spec.num_experts)
     shapes = {
-        name: shape_of_one(tensor.shape, len(names[ours]), across)
+        name: shape_of_one(tuple(tensor.shape), len(names[ours]))
         for ours, tensor in made.state_dict().items()
         for name in names[ours]
-        for across in [stored_across(family, name.removeprefix(prefix))]
     }
+    across = held_across(family, prefix, shapes, tensors)
+    shapes |= {name: swapped(shapes[name]) for name in across}
     if text.get("tie_word_embeddings") is True:
         names[f"{family.head}.weight"] = (embedding,)
         if head not in tensors:
@@ -237,7 +240,7 @@ def open_source(model: str | Path | ModelSource) -> ModelSource:
     check_tensors_are(folder, tensors, shapes, _LeftAlone(made, family, prefix))
     return ModelSource(
         display_name(model), folder, config, text, family,
-        spec, names, prefix, tensors, shards,
+        spec, names, prefix, across, tensors, shards,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hfprune_fast.checkpoint.folder import TensorInfo
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.models.families import Family
-from hfprune_fast.models.tensors import stored_candidates
+from hfprune_fast.models.tensors import place_of, stored_candidates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,14 +51,38 @@ def names_in_files(
     return names
 
 
-def shape_of_one(shape: Sequence[int], count: int, across: bool = False) -> tuple[int, ...]:
-    """Return the shape of each of `count` matrices that are a parameter, side by side.
+def held_across(
+    family: Family,
+    prefix: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, TensorInfo],
+) -> frozenset[str]:
+    """Return the tensors of all experts whose last two axes files hold the other way round.
 
-    Of one that files hold `across`, the last two axes are swapped.
+    A square one is as the model has it: that is how transformers reads it.
+
+    Args:
+        shapes: {tensor of the files: its shape as the model has it}.
     """
-    if count > 1:
-        return prod(shape[:-1]) // count, shape[-1]
-    return (*shape[:-2], shape[-1], shape[-2]) if across else tuple(shape)
+    if family.experts is None or not family.experts.across:
+        return frozenset()
+    return frozenset(
+        name
+        for name, shape in shapes.items()
+        for place in [place_of(family, name.removeprefix(prefix))]
+        if place is not None and place.of_all and place.axis is not None
+        if name in tensors and shape != tensors[name].shape == swapped(shape)
+    )
+
+
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape whose last two axes have changed places."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def shape_of_one(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return the shape of each of `count` matrices that are a parameter, side by side."""
+    return shape if count == 1 else (prod(shape[:-1]) // count, shape[-1])
 
 
 def prefix_and_head(family: Family, tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, tensor
 
 from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
 from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.sites import SiteKey, rows_of
 from hfprune_fast.models.tensors import Place, renumbered
 
@@ -93,6 +94,11 @@ def written_tensors(
         elif place.of_all:
             kept = experts[place.layer]
             parts, shape = parts_of_all(place, info.shape, kept, keep)
+            if name in source.across and shape[-1] == shape[-2]:
+                raise ArgumentError(
+                    f"{name} would be {shape[-1]} by {shape[-2]}, whose axes its class could not "
+                    "tell apart; choose another width for its experts"
+                )
             by_entry = place.axis is not None
             yield WrittenTensor(name, name, info.dtype, shape, parts, by_entry)
         elif place.expert is None:
@@ -153,7 +159,7 @@ def stored_down_projs(
             continue
         stored, _ = names
         described = source.family.experts
-        across = described is not None and (described.transposed or described.across)
-        own = weight.t() if across else weight
+        is_turned = (described is not None and described.transposed) or stored in source.across
+        own = weight.t() if is_turned else weight
         replaced[stored, new] = own.to(source.dtype_of(stored)).contiguous()
     return replaced

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.checkpoint.stored_names import swapped
 
 ALIGN_BYTES = 64  # a cache line
 
@@ -37,8 +38,8 @@ class CheckpointTensors:
     def shape(self, weight: Weight) -> tuple[int, ...]:
         """Return the shape of a weight; of several tensors, their number comes first."""
         shape = self._source.tensors[weight[0]].shape
-        if self._source.is_across(weight[0]):
-            shape = (*shape[:-2], shape[-1], shape[-2])
+        if weight[0] in self._source.across:
+            shape = swapped(shape)
         return shape if len(weight) == 1 else (len(weight), *shape)
 
     def stored(self, name: str, *, read_ahead: bool = True) -> Tensor:
@@ -52,7 +53,7 @@ class CheckpointTensors:
         if self._begin(name) % stored.itemsize:
             tensor = tensor.clone()
         tensor = tensor.view(stored).view(info.shape)
-        return tensor.mT if self._source.is_across(name) else tensor
+        return tensor.mT if name in self._source.across else tensor
 
     def tensor(self, weight: Weight) -> Tensor:
         """Return a weight in `dtype`; one tensor is in the file's pages where possible."""
@@ -70,7 +71,7 @@ class CheckpointTensors:
 
     def offset_in_line(self, weight: Weight) -> int:
         """Return where in a cache line the data of `tensor` begin, in elements."""
-        if len(weight) > 1 or self._source.is_across(weight[0]):  # which are copied
+        if len(weight) > 1 or weight[0] in self._source.across:  # which are copied
             return 0
         begin = self._begin(weight[0])
         is_stored = TORCH_DTYPES[self._source.tensors[weight[0]].dtype] == self.dtype

@@ -39,7 +39,7 @@ class Experts:
             hold each apart; files may also hold the parameters as they are.
         transposed: the parameters' last two axes are the other way round, and the columns of
             gate_up_proj are a neuron's gate, its up, and then the next neuron's.
-        across: files hold the parameters with their last two axes the other way round.
+        across: files may hold the parameters with their last two axes swapped; shapes tell.
         count, width, chosen: the number of experts, their neurons, and how many a token chooses.
         groups: the number of groups that a token's experts are chosen from.
         enabled: without this key, or where it is false, there are none.

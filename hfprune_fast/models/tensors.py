@@ -61,11 +61,10 @@ def _of_experts(family: Family, experts: Experts, layer: int, name: str) -> Plac
         return Place(layer, int(one[2] == experts.stored[2]), expert=int(one[1]))
     if any(name in (each, stored_name(family, each)) for each in experts.per_expert):
         return Place(layer, of_all=True)
-    across, paired = experts.transposed or experts.across, experts.transposed
-    times = 1 if paired else 2
+    across = experts.transposed
     holding = {
-        "gate_up_proj": Place(layer, int(across), times, paired, of_all=True),
-        "gate_up_proj_bias": Place(layer, 0, times, paired, of_all=True),
+        "gate_up_proj": Place(layer, int(across), 1 if across else 2, across, of_all=True),
+        "gate_up_proj_bias": Place(layer, 0, 1 if across else 2, across, of_all=True),
         "down_proj": Place(layer, int(not across), of_all=True),
         "down_proj_bias": Place(layer, of_all=True),
     }
@@ -74,13 +73,6 @@ def _of_experts(family: Family, experts: Experts, layer: int, name: str) -> Plac
         if name in (ours, stored_name(family, ours)):
             return place
     return None
-
-
-def stored_across(family: Family, name: str) -> bool:
-    """Whether files hold a parameter, named as below the decoder, with its last axes swapped."""
-    experts = family.experts
-    place = place_of(family, name) if experts is not None and experts.across else None
-    return place is not None and place.of_all and place.axis is not None
 
 
 def renumbered(name: str, expert: int, number: int) -> str:

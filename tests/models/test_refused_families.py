@@ -47,7 +47,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "Phi-3.5-MoE": ("phimoe", {}, "expert"),
     "Llama 4, its text": ("llama4_text", {}, "expert"),
-    "Qwen3-VL with experts": ("qwen3_vl_moe", {}, "expert"),
     "DeepSeek-V2": ("deepseek_v2", {}, "expert"),
     "ERNIE 4.5 with experts": ("ernie4_5_moe", {}, "expert"),
     "Hunyuan A13B": ("hunyuan_v1_moe", {}, "expert"),
@@ -72,7 +71,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def config_of(model_type: str, options: dict[str, Any]) -> Any:
     if model_type in TINY:
         return tiny_config(model_type, **options)
-    sizes = {} if model_type in ("gpt2", "aya_vision", "qwen3_vl_moe") else SIZES
+    sizes = {} if model_type in ("gpt2", "aya_vision") else SIZES
     return AutoConfig.for_model(model_type, **sizes)
 
 
