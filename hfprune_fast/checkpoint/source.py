@@ -138,8 +138,9 @@ class ModelSource:
         place = place_of(self.family, name.removeprefix(self.prefix))
         if place is None or place.layer >= self.spec.num_layers:
             return None
-        swaps = name in self.across and place.axis is not None
-        return replace(place, axis=1 - place.axis) if swaps else place
+        if name in self.across and place.axis is not None:
+            return replace(place, axis=1 - place.axis)
+        return place
 
     def is_beyond(self, name: str) -> bool:
         """Return whether a tensor is of a layer behind the model's, which it does not run."""
