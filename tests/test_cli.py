@@ -422,7 +422,10 @@ def test_the_next_command_after_scoring_works(
         "score", tmp_path / "out", "--calibration", text_file, "--out", tmp_path / "s2",
         "--samples", 4, "--seq-len", 32,
     )  # fmt: skip
-    assert "next: hf.prune_checkpoint with a keep of your own" in again.out
+    program, *command = again.out.splitlines()[-1].removeprefix("next: ").split()
+    twice = hfprune(*command[:-1], tmp_path / "twice", "--json")
+    assert twice.code == 0, twice.err
+    assert twice.json()["dense_mlp_widths"] == pruned.json()["mlp_widths"]
 
 
 def test_scores_survive_an_output_that_fails(

@@ -30,9 +30,12 @@ def text(result: dict[str, Any], model: str) -> str:
         widths = f"MLP neurons a layer {neurons_text(result)}"
     loading = ""
     if result.get("layout") == "custom":  # which transformers does not know
+        plainly = "--allocation uniform makes a plain checkpoint"
+        if "dense_mlp_widths" in result:
+            plainly = "`hfprune export --to padded` makes a plain checkpoint"
         loading = (
             "loads with transformers after `import hfprune_fast`, or with trust_remote_code=True; "
-            "--allocation uniform makes a plain checkpoint\n"
+            f"{plainly}\n"
         )
     ending = f"next: hfprune evaluate {model} {result['out']} --text SOURCE"
     if "fidelity" in result:

@@ -63,8 +63,6 @@ def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[st
         f"{result['out']}: {layers} layers x {widths} scored on "
         f"{result['provenance']['tokens']} tokens"
     )
-    if result["mlp_widths"] and not result["experts"]:
-        return f"{scored}\nnext: hf.prune_checkpoint with a keep of your own; widths differ"
     budget = "--expert-ratio 0.25" if result["experts"] else "--prune-ratio 0.2"
     sampling = "".join(
         f" --{each.name.replace('_', '-')}"

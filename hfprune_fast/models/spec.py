@@ -57,6 +57,11 @@ class ModelSpec:
         return self.mlp_widths or (self.intermediate_size,) * self.num_layers
 
     @property
+    def mean_width(self) -> float:
+        """Neurons of a layer's MLP, on average."""
+        return sum(self.widths) / self.num_layers
+
+    @property
     def sites(self) -> dict[SiteKey, int]:
         """The neurons of each MLP, by layer; of each expert, by (layer, expert)."""
         return dict(self._sites())

@@ -123,11 +123,10 @@ def say_what_could_be_closer(
                 f"requested: {achieved['expert_width']} is the nearest width that suits"
             )
         return
-    requested = 1 - widths.mean / achieved["dense_intermediate_size"]
     if achieved.get("layout") == "padded":
         return  # its zeros count as neurons
-    if not widths.protect and abs(achieved["prune_ratio"] - requested) > 0.005:
+    if not widths.protect and abs(achieved["prune_ratio"] - widths.ratio) > 0.005:
         say(
-            f"{achieved['prune_ratio']:.1%} of the neurons are removed, {requested:.1%} were "
+            f"{achieved['prune_ratio']:.1%} of the neurons are removed, {widths.ratio:.1%} were "
             f"requested: widths are multiples of {widths.step}; --round-to 1 is exact"
         )

@@ -35,7 +35,7 @@ def choose(
     Args:
         model: the dense model, entered; None where nothing is refitted.
         batches: the calibration.
-        importance: (L, F), higher = keep.
+        importance: (L, F), higher = keep; the row of a narrower layer ends in zeros.
     """
     if recipe.allocation != "auto":
         return budget.keep(importance, recipe.allocation), {"allocation": recipe.allocation}

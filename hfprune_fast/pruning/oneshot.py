@@ -164,8 +164,8 @@ def _checked(
     """Return scores that are this model's: those given, or those that need no text."""
     if is_padded(source.folder):
         raise ArgumentError(
-            f"{source.name} is padded with zero neurons; its layers differ in width, and such a "
-            "model is pruned by hf.prune_checkpoint with neurons that you choose"
+            f"{source.name} is padded with zero neurons, which must not be ranked; prune what "
+            "`hfprune export --to custom` makes of it"
         )
     if given is not None:
         check_table(given, source)

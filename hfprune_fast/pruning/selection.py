@@ -2,7 +2,7 @@
 
 An allocation says how many neurons of a budget each layer gets:
 
-    uniform    all the same
+    uniform    all the same; where dense layers differ in width, the same fraction of each
     global     one ranking across layers
     a number   between the two, 1 is global, and 0 uniform but for the steps that the sum takes
 
@@ -13,7 +13,7 @@ of theirs, on top of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from hfprune_fast.config import BUDGETS, Budget
 from hfprune_fast.errors import ArgumentError, shown
-from hfprune_fast.models.size_text import widths_text
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.experts import ExpertBudget
@@ -87,9 +86,16 @@ def budget_of(spec: ModelSpec, budget: Budget) -> WidthBudget | ExpertBudget:
 
 @dataclass(frozen=True)
 class WidthBudget:
-    """A budget as the mean width of the layers that are pruned, in multiples of a step."""
+    """A budget as the mean width that every layer would have without `protect`.
+
+    Args:
+        mean: what is kept of all layers' neurons together, divided by the number of layers.
+        dense: the neurons of each layer.
+        step: widths are multiples of it; layers that are narrower stay as they are.
+    """
 
     mean: float
+    dense: tuple[int, ...]
     step: int = 1
     min_keep: float = Budget.min_keep
     protect: Collection[int] = ()
@@ -101,87 +107,129 @@ class WidthBudget:
         _check_min_keep(budget.min_keep)
         mean = mean_width(spec, budget)
         step = step_of(budget, spec.intermediate_size)
-        if step > spec.intermediate_size and mean != spec.intermediate_size:
+        if step > spec.intermediate_size and mean != spec.mean_width:
             raise ArgumentError(
                 f"round_to {step} is more than the dense width {spec.intermediate_size}"
             )
-        return cls(mean, step, budget.min_keep, budget.protect)
+        return cls(mean, spec.widths, step, budget.min_keep, budget.protect)
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of the neurons that is removed where no layer is protected."""
+        return 1 - self.mean * len(self.dense) / sum(self.dense)
 
     def keep(self, importance: Tensor, allocation: str | float) -> dict[int, Tensor]:
-        """Return each layer's most important neurons, see `keep_top`."""
+        """Return each layer's most important neurons of a (L, F) importance, see `keep_top`."""
+        rows = [row[:width] for row, width in zip(importance, self.dense, strict=True)]
         return keep_top(
-            importance, self.mean, allocation, self.min_keep, self.protect, round_to=self.step
+            rows, self.mean, allocation, self.min_keep, self.protect, round_to=self.step
         )
 
     def sizes(self, spec: ModelSpec) -> tuple[list[int], None]:
         """Return what `ModelSpec.params_at` takes, with widths as `even_widths` has them."""
-        return self.even_widths(spec), None
+        return self.even_widths(), None
 
-    def even_widths(self, spec: ModelSpec) -> list[int]:
-        """Return widths of the same sum as those of any allocation but uniform, nearly equal."""
-        layers, dense = spec.num_layers, spec.intermediate_size
-        pruned = layers - len(set(self.protect))
-        if self.mean == dense:
-            return [dense] * layers
-        each, more = divmod(_blocks(self.mean, pruned, dense // self.step, self.step), pruned)
-        widths = iter([(each + (i < more)) * self.step for i in range(pruned)])
-        return [dense if layer in self.protect else next(widths) for layer in range(layers)]
+    def even_widths(self) -> list[int]:
+        """Return widths of the same sum as those of any allocation but uniform, nearly even."""
+        nothing = [torch.zeros(width) for width in self.dense]
+        return _all_widths(nothing, self.mean, 0.0, self.min_keep, self.protect, self.step)
 
 
 def keep_top(
-    importance: Tensor,
+    importance: Sequence[Tensor] | Tensor,
     width: float,
     allocation: str | float = "uniform",
     min_keep: float = Budget.min_keep,
     protect: Collection[int] = (),
     round_to: int = 1,
 ) -> dict[int, Tensor]:
-    """Return each layer's most important neurons of a (L, F) importance, ties by index."""
-    layers, dense = importance.shape
-    protected = _check_layers(protect, layers)
-    pruned = [layer for layer in range(layers) if layer not in protected]
-    allocated = _widths(importance[pruned], width, allocation, min_keep, round_to)
-    widths = dict.fromkeys(protected, dense) | dict(zip(pruned, allocated, strict=True))
-    order = importance.sort(dim=1, descending=True, stable=True).indices.cpu()
-    return {layer: order[layer, : widths[layer]].sort().values for layer in range(layers)}
+    """Return each layer's most important neurons of L importances (F,), ties by index."""
+    widths = _all_widths(importance, width, allocation, min_keep, protect, round_to)
+    keep = {}
+    for layer, (row, kept) in enumerate(zip(importance, widths, strict=True)):
+        order = row.sort(descending=True, stable=True).indices.cpu()
+        keep[layer] = order[:kept].sort().values
+    return keep
 
 
-def _widths(
-    importance: Tensor, mean: float, allocation: str | float, min_keep: float, step: int
+def _all_widths(
+    importance: Sequence[Tensor] | Tensor,
+    mean: float,
+    allocation: str | float,
+    min_keep: float,
+    protect: Collection[int],
+    step: int,
 ) -> list[int]:
-    """Return a width for each layer of a (L, F) importance: multiples of step, `mean` on average.
-
-    Neurons are dealt in blocks of step, best first in each layer, so whole blocks are what the
-    ranking compares.
-    """
-    layers, dense = importance.shape
-    share = _as_number(allocation)
+    """Return a width for each layer; those that are protected, or narrower than a step, stay."""
+    widths = [len(row) for row in importance]
+    protected = _check_layers(protect, len(widths))
+    share, of_mean = _as_number(allocation), sum(widths) / len(widths)
     _check_min_keep(min_keep)
-    if mean == dense:  # nothing to remove, even if dense is not a multiple of step
-        return [dense] * layers
-    blocks = dense // step
+    if mean == of_mean:  # nothing to remove, even if widths are not multiples of step
+        return widths
+    pruned = [
+        layer for layer, width in enumerate(widths) if layer not in protected and width >= step
+    ]
+    of_pruned = [widths[layer] for layer in pruned]
+    targets = [mean * (width / of_mean) for width in of_pruned]
     if allocation == "uniform":
-        return [_blocks(mean, 1, blocks, step) * step] * layers
-    total = _blocks(mean, layers, blocks, step)
-    ranked = importance.sort(dim=1, descending=True).values[:, : blocks * step]
-    worth = ranked.view(layers, blocks, step).mean(dim=2).cpu()
-    least = min(total // layers, max(1, math.ceil(min_keep * dense / step)))
-    first = torch.arange(blocks) < least
-    order = worth.masked_fill(first, torch.inf).flatten().sort(descending=True, stable=True).indices
-    dealt = torch.bincount(order[:total] // blocks, minlength=layers).double()
-    shares = (1 - share) * total / layers + share * dealt
-    counts = shares.floor().long()
-    # What rounding down has left goes to the layers whose next block is worth most.
-    following = worth.gather(1, counts.clamp(max=blocks - 1)[:, None])[:, 0]
-    following[shares == counts] = -torch.inf
-    missing = total - int(counts.sum())
-    counts[following.sort(descending=True, stable=True).indices[:missing]] += 1
-    return [int(count) * step for count in counts]
+        blocks = [
+            _blocks(target, 1, width // step, step)
+            for target, width in zip(targets, of_pruned, strict=True)
+        ]
+    else:
+        total = _blocks(math.fsum(targets), len(pruned), sum(w // step for w in of_pruned), step)
+        blocks = _dealt([importance[layer] for layer in pruned], total, share, min_keep, step)
+    for layer, count in zip(pruned, blocks, strict=True):
+        widths[layer] = count * step
+    return widths
 
 
-def _blocks(mean: float, layers: int, blocks: int, step: int) -> int:
-    """Return how many blocks of step neurons so many layers keep: one a layer at least."""
-    return min(max(math.floor(layers * mean / step + 0.5), layers), layers * blocks)
+def _dealt(
+    importance: Sequence[Tensor], total: int, share: float, min_keep: float, step: int
+) -> list[int]:
+    """Return how many of `total` blocks of step neurons each layer gets.
+
+    Neurons are dealt in blocks, best first in each layer, so whole blocks are what the ranking
+    compares. At a share of 0 each layer gets as large a part of its neurons.
+    """
+    layers, widths = len(importance), torch.tensor([len(row) for row in importance])
+    blocks = widths // step
+    worth = [
+        row.sort(descending=True).values[: count * step].view(count, step).mean(dim=1).cpu()
+        for row, count in zip(importance, blocks.tolist(), strict=True)
+    ]
+    least = [
+        min(total // layers, max(1, math.ceil(min_keep * width / step)), count)
+        for width, count in zip(widths.tolist(), blocks.tolist(), strict=True)
+    ]
+    for of_layer, count in zip(ranked := [row.clone() for row in worth], least, strict=True):
+        of_layer[:count] = torch.inf
+    order = torch.cat(ranked).sort(descending=True, stable=True).indices
+    owner = torch.arange(layers).repeat_interleave(blocks)
+    dealt = torch.bincount(owner[order[:total]], minlength=layers).double()
+    even = (1 - share) * total / layers * (widths / (widths.sum().double() / layers))
+    shares = (even + share * dealt).clamp(min=1)
+    counts = torch.minimum(shares.floor().long(), blocks).tolist()
+    # What rounding has left goes to the layers whose next block is worth most, one to each that
+    # was rounded down; what it took too much is taken where the last one is worth least.
+    due = {layer for layer in range(layers) if float(shares[layer]) > counts[layer]}
+    for _ in range(total - sum(counts)):
+        has_room = [layer for layer in range(layers) if counts[layer] < len(worth[layer])]
+        rounded = [layer for layer in has_room if layer in due]
+        best = max(rounded or has_room, key=lambda layer: float(worth[layer][counts[layer]]))
+        counts[best] += 1
+        due.discard(best)
+    for _ in range(sum(counts) - total):
+        wide = [layer for layer in range(layers) if counts[layer] > 1]
+        least_worth = min(wide, key=lambda layer: float(worth[layer][counts[layer] - 1]))
+        counts[least_worth] -= 1
+    return counts
+
+
+def _blocks(neurons: float, least: int, most: int, step: int) -> int:
+    """Return how many blocks of step neurons are nearest to so many neurons, within limits."""
+    return min(max(math.floor(neurons / step + 0.5), least), most)
 
 
 def _as_number(allocation: str | float) -> float:
@@ -209,20 +257,16 @@ def _check_min_keep(min_keep: float) -> None:
 
 def mean_width(spec: ModelSpec, budget: Budget) -> float:
     """Return the mean MLP width that a budget gives, before it is rounded to multiples."""
-    dense = spec.intermediate_size
-    if spec.mlp_widths is not None:
-        raise ArgumentError(
-            f"the model's layers have {widths_text(spec.mlp_widths)} MLP neurons, and neurons are "
-            "chosen only where all have as many; give prune_checkpoint a keep of your own"
-        )
+    dense = spec.mean_width
     if len(budget.size) != 1:
         got = " and ".join(budget.size) or "none"
         raise ArgumentError(f"give exactly one of {', '.join(BUDGETS)}; got {got}")
     ((name, value),) = budget.size.items()
     if name == "intermediate_size":
         if not isinstance(value, int) or not 1 <= value <= dense:
+            of = "the dense width" if spec.mlp_widths is None else "the dense mean width"
             raise ArgumentError(
-                f"intermediate_size must be in 1..{dense} (the dense width), got {shown(value)}"
+                f"intermediate_size must be in 1..{dense:g} ({of}), got {shown(value)}"
             )
         return value
     if not 0 <= value < 1:

@@ -51,13 +51,14 @@ def test_auto_takes_the_closest(
     importance = torch.rand(3, 40, dtype=torch.float64) * torch.tensor([[1.0], [2.0], [5.0]])
     monkeypatch.setattr(allocation, "held_out_kl", lambda *_: kl)
     model: Any = object()  # which only held_out_kl looks at
-    keep, record = allocation.choose(model, batches_of(8, 2), importance, WidthBudget(20), Recipe())
+    budget = WidthBudget(20, (40,) * 3)
+    keep, record = allocation.choose(model, batches_of(8, 2), importance, budget, Recipe())
     expected = selection.keep_top(importance, 20, chosen)
     assert all(torch.equal(keep[layer], expected[layer]) for layer in expected)
     assert record["allocation"] == chosen
     assert list(record["allocations_kl_nats"].values()) == kl
     with pytest.raises(ArgumentError, match="allocation auto needs --calibration"):
-        allocation.choose(None, [], importance, WidthBudget(20), Recipe())
+        allocation.choose(None, [], importance, budget, Recipe())
 
 
 def test_held_out_kl_is_that_of_the_pruned_model() -> None:

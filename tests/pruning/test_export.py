@@ -159,7 +159,7 @@ def test_a_padded_model_is_not_pruned_as_if_it_were_dense(
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert run.code == 2
-    assert "is padded with zero neurons" in run.err
+    assert "prune what `hfprune export --to custom` makes of it" in run.err
 
 
 def test_the_record_of_a_large_model_is_long(

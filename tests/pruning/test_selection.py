@@ -25,7 +25,7 @@ def widths_of(
     widths = WidthBudget.of(spec, Budget(**{"round_to": 1, **budget}))
     kept = [len(k) for k in widths.keep(importance, allocation).values()]
     if allocation == 0:
-        assert sorted(widths.even_widths(spec)) == sorted(kept)
+        assert sorted(widths.even_widths()) == sorted(kept)
     return kept
 
 
