@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,17 @@ DTYPES = {  # stored, run in
     "bfloat16 in float32": (torch.bfloat16, "float32"),
     "float32 in bfloat16": (torch.float32, "bfloat16"),
 }
+
+
+def some_pairs(dtypes: Iterable[str]) -> list[tuple[str, str]]:
+    """Pair every model with one or two of the dtypes, and every dtype with some of the models."""
+    return [
+        (which, each)
+        for i, which in enumerate(MODELS)
+        for j, each in enumerate(dtypes)
+        if (i - j) % 3 == 0
+    ]
+
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -106,8 +117,7 @@ def save_shifted(save_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
     return save
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize(("which", "dtypes"), some_pairs(DTYPES))
 def test_streamed_scores_are_the_residents_bit_for_bit(
     save_shifted: Callable[..., Path], which: str, dtypes: str
 ) -> None:
@@ -197,8 +207,9 @@ def test_source_is_never_written_to(save_checkpoint: Callable[..., Path], offloa
     assert after == before
 
 
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "bfloat16 in float32"])
-@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize(
+    ("which", "dtypes"), some_pairs(["float32", "bfloat16", "bfloat16 in float32"])
+)
 def test_evaluation_by_path_is_that_of_loaded_models(
     save_shifted: Callable[..., Path],
     tmp_path: Path,

@@ -18,8 +18,8 @@ import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
 from hfprune_fast.scoring.table import ImportanceTable
 
-# Routers of every kind, experts of every layout; CI runs all.
-FAST_MIXTURES = {"qwen2_moe", "gpt_oss", "deepseek_v3", "gemma4_text+experts"}
+# The routers and layouts that differ most; CI runs all.
+FAST_MIXTURES = {"gpt_oss", "deepseek_v3"}
 
 
 def slow(value: Any) -> Any:

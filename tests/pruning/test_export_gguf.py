@@ -116,39 +116,59 @@ def main():
 """
 
 
+@pytest.fixture
+def converter(tmp_path: Path) -> Path:
+    path = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    path.parent.mkdir()
+    path.write_text(CONVERTER.format(padded=str(tmp_path / "padded.gguf")))
+    return path
+
+
 @pytest.mark.parametrize("layout", ["custom", "padded"])
 def test_a_folder_is_padded_converted_and_narrowed(
-    pruned: Callable[..., Path], hfprune: Callable[..., Any], export: Export, tmp_path: Path,
-    layout: str,
-) -> None:  # fmt: skip
+    pruned: Callable[..., Path], export: Export, converter: Path, tmp_path: Path, layout: str
+) -> None:
     padded_gguf(tmp_path / "padded.gguf", "llama")
-    (tmp_path / "llama.cpp").mkdir()
-    converter, out = tmp_path / "llama.cpp/convert_hf_to_gguf.py", tmp_path / "new/out.gguf"
-    model = pruned(layout=layout)
-    arguments = [model, "--to", "gguf", "--out", out, "--converter", converter.parent]
-    converter.write_text("import none_such")
-    run = hfprune("export", *arguments)
-    assert run.code == 2
-    assert "failed: ModuleNotFoundError: No module named 'none_such'" in run.err
-    converter.write_text(CONVERTER.format(padded=str(tmp_path / "padded.gguf")))
-    assert export(*arguments)["mlp_widths"] == list(WIDTHS)
+    out = tmp_path / "new/out.gguf"
+    arguments = ["--to", "gguf", "--out", out, "--converter", converter.parent]
+    assert export(pruned(layout=layout), *arguments)["mlp_widths"] == list(WIDTHS)
     assert out.stat().st_size < (tmp_path / "padded.gguf").stat().st_size
+
+
+def test_a_file_that_cannot_be_narrowed_stays_padded(
+    pruned: Callable[..., Path], hfprune: Callable[..., Any], converter: Path, tmp_path: Path
+) -> None:
     padded_gguf(tmp_path / "padded.gguf", "qwen3", tied=False)
-    run = hfprune("export", *arguments, "--force", "--json")
+    out = tmp_path / "out.gguf"
+    run = hfprune(
+        "export", pruned(), "--to", "gguf", "--out", out, "--converter", converter, "--json"
+    )
     assert "no form of llama with a width for each layer; the file is padded" in run.err
     assert run.json()["mlp_widths"] == [96, 96, 96]
     assert out.read_bytes() == (tmp_path / "padded.gguf").read_bytes()
-    (tmp_path / "junk").write_text("junk")
-    converter.write_text(CONVERTER.format(padded=str(tmp_path / "junk")))
-    run = hfprune("export", *arguments, "--force")
+
+
+@pytest.mark.parametrize("fault", ["module", "junk", "tokenizer"])
+def test_a_converter_that_fails_is_one_line(
+    pruned: Callable[..., Path], hfprune: Callable[..., Any], converter: Path, tmp_path: Path,
+    fault: str,
+) -> None:  # fmt: skip
+    model, out = pruned(), tmp_path / "out.gguf"
+    if fault == "module":
+        converter.write_text("import none_such")
+        expected = "failed: ModuleNotFoundError: No module named 'none_such'"
+    elif fault == "junk":
+        (tmp_path / "padded.gguf").write_text("junk")
+        expected = "convert_hf_to_gguf.py wrote no GGUF file"
+    else:
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+        expected = "failed: NotImplementedError: BPE pre-tokenizer was not recognized"
+    run = hfprune("export", model, "--to", "gguf", "--out", out, "--converter", converter.parent)
     assert run.code == 2
-    assert "convert_hf_to_gguf.py wrote no GGUF file" in run.err
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    run = hfprune("export", *arguments, "--force")
-    assert run.code == 2
-    assert "failed: NotImplementedError: BPE pre-tokenizer was not recognized" in run.err
+    assert expected in run.err
+    assert not out.exists()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
