@@ -17,7 +17,7 @@ from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import check_not_read, files_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.checkpoint.written import stored_down_projs
+from hfprune_fast.checkpoint.written import stored_down_projs, stored_rows
 from hfprune_fast.config import (
     DATA_FREE,
     Budget,
@@ -115,7 +115,7 @@ def oneshot(
         return {}
     after = AfterPruning.of(source, out, calibration, sampling, run, output, reported, processes)
     job = None
-    if given is None or resolved.refit:
+    if given is None or resolved.refits:
         criteria = () if resolved.criterion in DATA_FREE else (resolved.criterion,)
         obs = resolved.select == "obs"
         job = open_job(source, calibration, criteria, obs, sampling, run, scoring, processes)
@@ -124,7 +124,7 @@ def oneshot(
         if job is not None:
             with after.log.stage("scoring" if given is None else "opening the model"):
                 dense, batches, table = _open_and_score(
-                    stack, job, given, run, state_of(out), resolved.refit, progress
+                    stack, job, given, run, state_of(out), resolved.refits, progress
                 )
         if table is None or processes.rank > 0:
             return {}
@@ -133,7 +133,8 @@ def oneshot(
         with after.log.stage("choosing the neurons"):
             keep, chosen = _chosen(table, dense, batches, widths, resolved, progress)
         with after.log.stage("refitting"):
-            replace = refit_stored(dense, batches, source, keep, progress) if dense else None
+            trains = resolved.refit == "reconstruct"
+            replace = refit_stored(dense, batches, source, keep, trains, progress) if dense else {}
         record = {"requested": _requested(resolved, budget, widths, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
         with after.log.stage("writing"):
@@ -265,15 +266,24 @@ def refit_stored(
     batches: list[MicroBatch],
     source: ModelSource,
     keep: Keep,
+    reconstruct: bool = False,
     progress: bool = False,
 ) -> dict[str | tuple[str, int], Tensor]:
-    """Return refitted down projections as `prune_checkpoint` replaces them."""
+    """Return refitted weights as `prune_checkpoint` replaces them."""
     tokens = sum(batch.tokens for batch in batches)
-    with token_bar("refitting", tokens, progress) as on_progress:
-        (result,), _ = refit(model, batches, [keep], on_progress=on_progress)
+    name = "reconstructing" if reconstruct else "refitting"
+    with token_bar(name, tokens, progress) as on_progress:
+        (result,), _ = refit(
+            model, batches, [keep], reconstruct=reconstruct, on_progress=on_progress
+        )
+    if result.untrained:
+        say(
+            f"{result.untrained} layers are refitted by least squares alone: they have experts, or "
+            "add their MLP's output in a way that is not known here"
+        )
     if result.unfitted:
         say(
             f"{result.unfitted} experts are not refitted: fewer than {TOKENS_A_NEURON} tokens for "
             "each kept neuron chose them; more --samples would reach them"
         )
-    return stored_down_projs(source, result.weights, keep)
+    return {**stored_down_projs(source, result.weights, keep), **stored_rows(source, result.rows)}

@@ -31,8 +31,8 @@ def checked_recipe(
         raise ArgumentError("give --calibration SOURCE, or --scores FILE, or both")
     if scores is not None and data_free:
         raise ArgumentError(f"criterion {resolved.criterion} takes no --scores")
-    if resolved.refit and calibration is None:
-        raise ArgumentError("--refit needs --calibration, the text to fit to")
+    if resolved.refits and calibration is None:
+        raise ArgumentError(f"refit {resolved.refit} needs --calibration, the text to fit to")
     if data_free and scoring.resume:
         raise ArgumentError(f"criterion {resolved.criterion} scores nothing that could be resumed")
     if scores is None and not data_free:
@@ -73,8 +73,8 @@ def resolve_recipe(
     has_costs = values["criterion"] == "fisher" and (scored is None or scored[1])
     if not has_costs or "statistic" in given:
         values["select"] = "statistic"
-    values["refit"] = given.get("refit", values["refit"] and has_text)
-    if values["allocation"] == "auto" and not values["refit"]:
+    values["refit"] = given.get("refit", values["refit"] if has_text else "none")
+    if values["allocation"] == "auto" and values["refit"] == "none":
         values["allocation"] = "uniform"
     return Recipe(**{**values, **given})
 

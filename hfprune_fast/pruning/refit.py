@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,7 @@ from hfprune_fast.models.kept import kept_experts
 from hfprune_fast.models.plain import plain_model
 from hfprune_fast.models.sites import SiteKey, check_keep
 from hfprune_fast.models.spec import spec_of
+from hfprune_fast.pruning.reconstruct import Reconstruction, reconstructed
 from hfprune_fast.pruning.refit_experts import PrunedExperts
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
@@ -69,6 +70,10 @@ class Refitted:
     weights: dict[SiteKey, Tensor]
     hidden: list[Tensor]  # of each held-out batch: (B, T, D), on the CPU
     unfitted: int = 0  # experts that too few tokens chose, so that they stay as they are
+    # {layer: weights of gate and up, or of both in one}, of layers that were reconstructed, on the
+    # CPU, as (width, D) or (2 · width, D).
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    untrained: int = 0  # layers that could not be reconstructed
 
 
 @torch.no_grad()
@@ -78,6 +83,7 @@ def refit(
     keeps: Sequence[Keep],
     *,
     held_out: int = 0,
+    reconstruct: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> tuple[list[Refitted], list[Tensor]]:
     """Refit down_proj of several pruned models of one dense model.
@@ -86,6 +92,7 @@ def refit(
         model: the dense model, entered.
         batches: the calibration; the last `held_out` are run but not fitted to.
         keeps: {layer: kept neurons} of each pruned model.
+        reconstruct: train gate, up and down of each layer after its refit, see `reconstruct`.
         on_progress: called with the tokens processed, a layer at a time.
 
     Returns:
@@ -96,8 +103,9 @@ def refit(
     """
     fitted = len(batches) - held_out
     fitted_tokens = sum(batch.tokens for batch in batches[:fitted])
-    # The dense model runs through a layer once, a pruned one twice.
-    steps = model.head_unit * (1 + 2 * len(keeps))
+    # The dense model runs through a layer once, a pruned one twice, or what takes as long.
+    of_pruned = 4 if reconstruct else 2
+    steps = model.head_unit * (1 + of_pruned * len(keeps))
     dense = [model.begin(batch).cpu() for batch in batches]
     streams = [list(dense) for _ in keeps]
     results = [Refitted({}, []) for _ in keeps]
@@ -112,7 +120,7 @@ def refit(
                 dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
             outputs[i] = seen[0].cpu() if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
-            pruned: _PrunedLayer | PrunedExperts
+            pruned: _PrunedLayer | PrunedExperts | Reconstruction
             if model.parts.experts[layer] is None:
                 pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
             else:
@@ -122,10 +130,22 @@ def refit(
             weights = pruned.solve(fitted_tokens)
             result.weights |= {site: weight.cpu() for site, weight in weights.items()}
             result.unfitted += pruned.unfitted
+            trained = None
+            if reconstruct:
+                if alone:
+                    streams_of_layer = zip(dense, stream, batches[:fitted], strict=False)
+                    trained = reconstructed(
+                        model, layer, keep[layer], weights[layer], streams_of_layer
+                    )
+                on_progress(2 * fitted_tokens / steps)
+                result.untrained += trained is None
+            if trained is not None:
+                pruned, down = trained, trained.down.cpu()
+                result.weights[layer], result.rows[layer] = down, [w.cpu() for w in trained.rows]
             for i, batch in each_batch(batches, on_progress, steps):
                 stream[i] = pruned.run(stream[i], batch).cpu()
-                if i >= fitted:  # these run through the pruned layer once, the others twice
-                    on_progress(batch.tokens / steps)
+                if i >= fitted:  # these run through the pruned layer once
+                    on_progress((of_pruned - 1) * batch.tokens / steps)
 
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):

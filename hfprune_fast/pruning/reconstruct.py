@@ -1,0 +1,244 @@
+"""Reconstruct a pruned MLP: train gate, up and down of its kept neurons to give the dense stream.
+
+A refit fits down_proj alone, for which the acts of the kept neurons are what they are. Here the
+whole MLP of one layer is trained, nonlinearity included, after the refit and from its result. With
+h the pruned model's residual stream before the MLP, x the MLP's input there, and y the dense
+model's stream after it, Adam minimises
+
+    Σ_t u_t ‖y_t - h_t - mlp(x_t)‖² / Σ_t u_t        u_t = 1 / mean(y_t²)
+
+over the calibration's tokens, a step over some thousand of them: u is what the next norm divides
+by, so that a few tokens of huge activations do not count for all. An eighth of the tokens is held
+out, and the weights that are best on it are kept, the refit's own among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.mlp_hooks import acts_of
+from hfprune_fast.models.sites import GatedMLP, rows_of
+from hfprune_fast.scoring.moments import token_rows
+
+STEPS = 200
+_ROWS = 2048  # tokens of a step
+_RATE = 0.01  # of a matrix's root mean square, which the learning rate is in proportion to
+_BETAS = (0.9, 0.99)
+_CHECKS = 8  # of the held-out error in a training
+_HELD_OUT_PART = 8
+_TOLERANCE = 1e-3
+
+Weights = dict[nn.Linear, Tensor]  # of a narrower MLP
+
+
+@dataclass
+class _Rows:
+    """What an MLP reads and shall return, of all tokens, and how much each token counts."""
+
+    inputs: list[Tensor] = field(default_factory=list)  # (n, D) each, on the CPU
+    targets: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+
+class Reconstruction:
+    """A layer of a pruned model whose MLP is trained.
+
+    Args:
+        model: the dense model, with the layer's weights in place.
+        kept: the neurons that stay.
+        down: (D, K), their refitted down_proj.
+    """
+
+    def __init__(self, model: ResidentModel, layer: int, kept: Tensor, down: Tensor) -> None:
+        self._model, self._layer = model, layer
+        self._mlp = model.parts.own_mlps[layer]
+        self._dtype = torch.promote_types(model.dtype, torch.float32)
+        self._weights, self._biases = _narrowed(self._mlp, kept, down)
+        self._rows = _Rows()
+        self._scale: float | None = None
+
+    @torch.no_grad()
+    def add(self, dense: Tensor, stream: Tensor, batch: MicroBatch) -> None:
+        """Add a batch's tokens.
+
+        Args:
+            dense: the dense model's residual stream after the layer, (B, T, D).
+            stream: the pruned model's before it.
+        """
+        model, stream = self._model, stream.to(self._model.device)
+        with _inputs_of(self._mlp.gate) as seen, acts_of(self._mlp, silent=True):
+            before_mlp = model.run(self._layer, stream, batch)
+        after = dense.to(model.device, self._dtype)
+        if self._scale is None:
+            self._scale = self._scale_of_output(stream, batch, before_mlp, seen[0])
+        u = 1 / after.square().mean(dim=-1, keepdim=True)
+        for rows, tensor in (
+            (self._rows.inputs, seen[0].view(after.shape)),
+            (self._rows.targets, after - before_mlp.to(self._dtype)),
+            (self._rows.weights, u),
+        ):
+            rows.append(token_rows(tensor, batch).to(self._dtype).cpu())
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the layer adds its MLP's output to the stream as it is understood here."""
+        return bool(self._scale)
+
+    @property
+    def down(self) -> Tensor:
+        """The (D, K) weight of down_proj."""
+        return self._weights[self._mlp.down]
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The (K, D) weights of gate and up; of both in one, (2 · K, D)."""
+        return [weight for linear, weight in self._weights.items() if linear is not self._mlp.down]
+
+    def train(self) -> None:
+        """Train the weights, rounded to the model's dtype in the end."""
+        inputs, targets, weights = (
+            torch.cat(rows) for rows in (self._rows.inputs, self._rows.targets, self._rows.weights)
+        )
+        self._rows = _Rows()
+        device = self._model.device
+        trained = {
+            linear: nn.Parameter(weight.to(self._dtype)) for linear, weight in self._weights.items()
+        }
+        held_out = max(1, len(inputs) // _HELD_OUT_PART)
+        known = len(inputs) - held_out
+
+        def error(rows: Tensor | slice) -> Tensor:
+            x, y, u = (part[rows].to(device) for part in (inputs, targets, weights))
+            missing = y - self._added(x)
+            return (missing.square().mean(dim=1, keepdim=True) * u).sum() / u.sum()
+
+        def held_out_error() -> float:
+            with torch.no_grad():
+                return float(error(slice(known, None)))
+
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [each], "lr": _RATE * float(each.detach().square().mean().sqrt())}
+                for each in trained.values()
+            ],
+            betas=_BETAS,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + math.cos(math.pi * step / STEPS)) / 2
+        )
+        drawn = torch.Generator().manual_seed(self._layer)
+        with torch.enable_grad(), _replaced(self._mlp, trained, self._biases, self._dtype):
+            best, lowest = _copies(trained), held_out_error()
+            for step in range(1, STEPS + 1):
+                loss = error(torch.randint(known, (_ROWS,), generator=drawn))
+                grads = torch.autograd.grad(loss, list(trained.values()))
+                for parameter, grad in zip(trained.values(), grads, strict=True):
+                    parameter.grad = grad
+                optimizer.step()
+                schedule.step()
+                if step % (STEPS // _CHECKS) == 0 and (found := held_out_error()) < lowest:
+                    best, lowest = _copies(trained), found
+        self._weights = {linear: weight.to(self._model.dtype) for linear, weight in best.items()}
+
+    @torch.no_grad()
+    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the pruned stream after the layer."""
+        with _replaced(self._mlp, self._weights, self._biases, self._model.dtype):
+            return self._model.run(self._layer, stream.to(self._model.device), batch)
+
+    def _added(self, x: Tensor) -> Tensor:
+        """Return what the MLP adds to the stream, (n, D), but for `_scale_of_output`."""
+        parts = self._model.parts
+        output: Tensor = self._mlp.module(x[None])[0]
+        if parts.family.norm_behind:
+            norm = parts.layers[self._layer].get_submodule(parts.family.norm_behind)
+            output = norm(output[None])[0]
+        return output if self._scale is None else output * self._scale
+
+    def _scale_of_output(
+        self, stream: Tensor, batch: MicroBatch, before_mlp: Tensor, x: Tensor
+    ) -> float:
+        """Return what the output is multiplied by when it is added; 0 where that is not all."""
+        after = self._model.run(self._layer, stream, batch)
+        added = (after.to(self._dtype) - before_mlp.to(self._dtype)).flatten(0, 1)
+        output = self._added(x.reshape(-1, x.shape[-1])).to(self._dtype)
+        scale = float((added * output).sum() / output.square().sum())
+        allowed = _TOLERANCE * added.norm() + torch.finfo(after.dtype).eps * after.norm()
+        return scale if bool((added - scale * output).norm() <= allowed) else 0.0
+
+
+def reconstructed(
+    model: ResidentModel,
+    layer: int,
+    kept: Tensor,
+    down: Tensor,
+    streams: Iterable[tuple[Tensor, Tensor, MicroBatch]],
+) -> Reconstruction | None:
+    """Return a layer with its MLP trained; None where its output is not added as known here.
+
+    Args:
+        streams: of each batch, what `Reconstruction.add` takes.
+    """
+    trained = Reconstruction(model, layer, kept.to(model.device), down)
+    for dense, stream, batch in streams:
+        trained.add(dense, stream, batch)
+        if not trained.is_known:
+            return None
+    trained.train()
+    return trained
+
+
+def _narrowed(mlp: GatedMLP, kept: Tensor, down: Tensor) -> tuple[Weights, dict[nn.Linear, Tensor]]:
+    """Return the weights of a pruned MLP, and the biases that are cut."""
+    weights, biases = dict[nn.Linear, Tensor](), dict[nn.Linear, Tensor]()
+    for linear, axis, times in mlp.linears:
+        if linear is mlp.down:
+            weights[linear] = down
+            continue
+        rows = rows_of(kept.cpu(), mlp.width, times).to(linear.weight.device)
+        weights[linear] = linear.weight.detach().index_select(axis, rows)
+        if linear.bias is not None:
+            biases[linear] = linear.bias.detach()[rows]
+    return weights, biases
+
+
+def _copies(weights: Mapping[nn.Linear, Tensor]) -> Weights:
+    return {linear: weight.detach().clone() for linear, weight in weights.items()}
+
+
+@contextmanager
+def _inputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the inputs of a linear layer."""
+    seen: list[Tensor] = []
+    with linear.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        yield seen
+
+
+@contextmanager
+def _replaced(
+    mlp: GatedMLP,
+    weights: Mapping[nn.Linear, Tensor],
+    biases: Mapping[nn.Linear, Tensor],
+    dtype: torch.dtype,
+) -> Iterator[None]:
+    """Inside, an MLP has other weights and biases; those that are none stay, in `dtype`."""
+    own = {linear: (linear.weight, linear.bias) for linear in weights}
+    try:
+        for linear, weight in weights.items():
+            is_leaf = isinstance(weight, nn.Parameter)
+            linear.weight = weight if is_leaf else nn.Parameter(weight, requires_grad=False)
+            bias = biases.get(linear, linear.bias)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        yield
+    finally:
+        for linear, (weight, bias) in own.items():
+            linear.weight, linear.bias = weight, bias
