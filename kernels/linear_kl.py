@@ -15,6 +15,9 @@ tanh(logit_scale · z / softcap), comes before the temperature; the gradient is 
 logits before both. An entry of p = 0 adds nothing; where p > 0 and z = -inf the row's value is inf;
 z = -inf has no gradient. A teacher's row that is -inf throughout has value and gradient 0.
 
+Reverse KL and the generalised JSD are not made: their gradient at an entry needs the row's
+divergence first, for JSD a third read of both rows, and reverse KL's is infinite where p = 0.
+
 The passage over chunks of rows is in `_linear.py`: the two logits of a chunk are in two reused
 buffers, and the gradient overwrites the student's.
 """
