@@ -48,6 +48,6 @@ class HeadLoss(torch.autograd.Function):
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
     """Return factor · grad, computed in the wider dtype of both and rounded to that of grad."""
-    # A factor without dimensions would be rounded to the dtype of grad first.
+    # On a GPU a factor without dimensions would be rounded to the dtype of grad first.
     factor = factor.view([1] * grad.dim())
     return torch.mul(grad, factor, out=torch.empty_like(grad))

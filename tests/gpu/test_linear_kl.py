@@ -80,6 +80,19 @@ def test_a_trained_head(dtype: torch.dtype) -> None:
     assert_no_worse(grad.flatten(), truths[1], truths[0], floor=floor)
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(BF16, 1 / 3), (FP16, 2.0**17)])
+def test_the_backward_pass_multiplies_before_it_rounds(dtype: torch.dtype, factor: float) -> None:
+    """Also by a factor that fp16 cannot hold, as torch.amp.GradScaler's, 65536."""
+    hidden, teacher = (randn(64, 128, dtype=dtype).requires_grad_() for _ in range(2))
+    weight = randn(1000, 128, dtype=dtype, scale=0.1)
+    rare = torch.full((64,), 2.0**-12, device=DEVICE)
+    loss = linear_kl_loss(hidden, weight, teacher, weight, rare)
+    (kept,) = torch.autograd.grad(loss, hidden, torch.ones_like(loss), retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, hidden, torch.full_like(loss, factor))
+    exact = kept.double() * torch.full_like(loss, factor).double()
+    assert torch.equal(grad, exact.to(dtype))
+
+
 def test_rows_past_two_to_the_31_elements() -> None:
     need_gib(16)
     tokens, vocab = 17_000, 152_064
