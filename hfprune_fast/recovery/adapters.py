@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -42,7 +43,8 @@ class Trained(Mapping[str, Tensor]):
         shape = self._source.tensors[stored].shape
         part = change().detach().cpu().reshape(count, *shape)[number]
         if is_added:
-            part = part.float() + self._source.read(stored).float()
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            part = part + self._source.read(stored).to(part.dtype)
         return part.to(self._source.dtype_of(stored))
 
     def __iter__(self) -> Iterator[str]:
@@ -101,7 +103,12 @@ def add_lora(
         target_parameters=_experts(model, parts) or None,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), one_line_errors("peft", UnsupportedModelError):
+    with (
+        torch.random.fork_rng(),
+        one_line_errors("peft", UnsupportedModelError),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # of what peft calls in transformers
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     changes: Changes = {}
