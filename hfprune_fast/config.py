@@ -294,9 +294,7 @@ class RecoveryOptions(Options):
             object.__setattr__(self, "cache", os.fspath(self.cache))
         super().__post_init__()
         if self.adapter and self.lora == 0:
-            raise ArgumentError(
-                "adapter needs lora 1 or more; lora 0 trains the weights"
-            )
+            raise ArgumentError("adapter needs lora 1 or more; lora 0 trains the weights")
         if self.cache is not None and self.teacher != "cached":
             raise ArgumentError("cache is for teacher cached; a resident one needs no file")
 

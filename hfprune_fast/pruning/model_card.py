@@ -160,7 +160,11 @@ def _recovery_rows(
     """Say how a pruned model was trained, and what that did on held-out windows of the text."""
     rank, loss = int(recovery["lora"]), _word(recovery["loss"])
     what = f"LoRA of rank {rank}" if rank else "all weights"
-    losses = {"kl": "KL from the dense model", "ce": "cross entropy", "klce": "KL and cross entropy"}
+    losses = {
+        "kl": "KL from the dense model",
+        "ce": "cross entropy",
+        "klce": "KL and cross entropy",
+    }
     before, after = float(recovery["kl_before"]), float(recovery["kl_after"])
     return [
         ("recovery", f"{what}, by {losses.get(loss, loss)}"),

@@ -96,11 +96,19 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
 
     dead = {mlp.down: _dead(mlp) for mlp in parts.own_mlps.values()}
+    of_mlps, others = _linears(model, parts)
+    modules, parameters = [*of_mlps, *others], list[str]()
+    if options.train == "mlp":
+        modules = of_mlps
+    if parts.with_experts:
+        # peft takes the names of linear layers of MLPs for those of experts in earlier releases.
+        parameters = [*_experts(model, parts), *(f"{path}.weight" for path in of_mlps)]
+        modules = [path for path in modules if path not in of_mlps]
     config = LoraConfig(
         r=options.lora,
         lora_alpha=_ALPHA_A_RANK * options.lora,
-        target_modules=_linears(model, parts, options.train),
-        target_parameters=_experts(model, parts) or None,
+        target_modules=modules,
+        target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
     with (
@@ -148,21 +156,21 @@ def _dead(mlp: GatedMLP) -> Tensor:
     return ~(gate.any(dim=1) | up.any(dim=1) | mlp.down.weight.detach().any(dim=0))
 
 
-def _linears(model: nn.Module, parts: ModelParts, train: str) -> list[str]:
-    """Return the paths of the linear layers that get adapters."""
-    wanted = {id(linear) for mlp in parts.own_mlps.values() for linear, _, _ in mlp.linears}
-    paths = []
+def _linears(model: nn.Module, parts: ModelParts) -> tuple[list[str], list[str]]:
+    """Return the paths of linear layers that get adapters: of MLPs, and the layers' others."""
+    mlps = {id(linear) for mlp in parts.own_mlps.values() for linear, _, _ in mlp.linears}
     within = {id(module) for layer in parts.layers for module in layer.modules()}
     recurrent = {path for path, module in model.named_modules() if "conv1d" in module._modules}
+    of_mlps, others = list[str](), list[str]()
     for path, module in model.named_modules():
         if type(module) is not nn.Linear or id(module) not in within:
             continue
         parent, _, leaf = path.rpartition(".")
-        # Of a state-space layer, fused kernels read out_proj themselves.
-        fused = parent in recurrent and leaf == "out_proj"
-        if id(module) in wanted or (train == "all" and not fused):
-            paths.append(path)
-    return paths
+        if id(module) in mlps:
+            of_mlps.append(path)
+        elif not (parent in recurrent and leaf == "out_proj"):  # fused kernels read that themselves
+            others.append(path)
+    return of_mlps, others
 
 
 def _experts(model: nn.Module, parts: ModelParts) -> list[str]:

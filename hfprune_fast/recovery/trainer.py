@@ -73,17 +73,21 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, data: RecoveryData, batch: Batch, **options: Any) -> None:
         held_out = _Order(data.held_out)
         order = _Order(data.order)
-        super().__init__(
-            train_dataset=order, eval_dataset=held_out, data_collator=batch, **options
-        )
+        super().__init__(train_dataset=order, eval_dataset=held_out, data_collator=batch, **options)
         self._held_out, self._batch = data.held_out, batch
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return the KL on the held-out windows, as Trainer's metrics are."""
+        """Return the KL on the held-out windows, as Trainer's metrics are; stop where it is NaN."""
         metrics = {"eval_kl": self.held_out_kl()}
+        if metrics["eval_kl"] == math.inf:
+            say(
+                f"the held-out KL is NaN or inf after step {self.state.global_step}, and training "
+                "stops there; a smaller --learning-rate may be better"
+            )
+            self.control.should_training_stop = True
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -91,7 +95,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def held_out_kl(self) -> float:
-        """Return the mean KL on the held-out windows, dealt to the processes."""
+        """Return the mean KL on the held-out windows, dealt to the processes; inf for NaN."""
         student, device = self._student, self.args.device
         numbers = self._held_out[self.args.process_index :: self.args.world_size]
         at_once = self.args.per_device_train_batch_size
@@ -107,11 +111,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         student.train(was_training)
         total = self.accelerator.reduce(sums.to(device), "sum").tolist()
         kl_nats = total[0] / total[1]
-        if not math.isfinite(kl_nats):
-            raise NumericsError(
-                "the held-out KL is NaN or inf: give a smaller --learning-rate, or --dtype float32"
-            )
-        return kl_nats
+        return kl_nats if math.isfinite(kl_nats) else math.inf
 
     @property
     def _student(self) -> Student:
@@ -175,6 +175,11 @@ def train(
     trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, training, work))
     trainer.remove_callback(PrinterCallback)
     kl_before = trainer.held_out_kl()
+    if kl_before == math.inf:
+        raise NumericsError(
+            "the held-out KL is NaN or inf before any training: one of the models is damaged, or "
+            "needs --dtype float32"
+        )
     notes = {"held-out KL": f"{kl_before:.4f}"}
     last = _last_checkpoint(work)
     if last is not None:
