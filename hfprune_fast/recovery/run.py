@@ -66,8 +66,6 @@ def recover(
         HFPruneError: bad input, one line, before any work where that is possible.
     """
     check_packages()
-    from hfprune_fast.recovery.trainer import Training, train
-
     out, processes = to_path(out, "out"), launched() if distributed else Processes()
     first, second = open_source(dense), open_source(pruned)
     _check_pair(first, second, options, sampling, output)
@@ -79,6 +77,8 @@ def recover(
     if processes.rank == 0:
         work.begin(resume=options.resume)
     cache = work.teacher if options.cache is None else Path(options.cache)
+    from hfprune_fast.recovery.trainer import Training, train  # which takes seconds to import
+
     with joined(setup.device, processes), ExitStack() as stack:
         opened = open_all(
             stack, first, second, options, run, data, setup, cache, sampling.seed, progress
