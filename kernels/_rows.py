@@ -16,7 +16,7 @@ from hfprune_fast.kernels._philox import uniform
 from hfprune_fast.kernels._rows_triton import rows_triton
 
 # Elements of a block of rows on the torch path: its temporaries stay in a CPU's cache.
-_BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 19
 
 
 def rows_torch(
@@ -29,16 +29,10 @@ def rows_torch(
     keys = criterion.keys
     if keys is not None and criterion.name == "fisher":
         keys = uniform(keys, criterion.seed, dtype)
-    rows = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, logits.shape[0], rows):
         block = slice(start, start + rows)
-        z, slope = logits[block], None
-        if logit_scale != 1:
-            z = z.to(dtype) * logit_scale
-        if softcap is not None:
-            tanh = (z.to(dtype) / softcap).tanh_()
-            slope = tanh.square().neg_().add_(1)
-            z = tanh.mul_(softcap).masked_fill_(z == -torch.inf, -torch.inf)
+        z, slope = transformed(logits[block], softcap, logit_scale, dtype)
         base = z.amax(dim=1, keepdim=True).to(dtype)
         # A row of only -inf would make -inf - -inf; with base 0 every exp below is 0.
         d = z - base.masked_fill_(base == -torch.inf, 0)
@@ -70,6 +64,23 @@ def rows_torch(
                 e.mul_(d.sub_(u_over_s))
             grad[block] = e.masked_fill_(scale == 0, 0)
     return values
+
+
+def transformed(
+    logits: Tensor, softcap: float | None, logit_scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return z = softcap · tanh(logit_scale · logits / softcap), and under a cap its slope.
+
+    The slope is dz/dlogits / logit_scale; -inf stays.
+    """
+    z = logits
+    if logit_scale != 1:
+        z = z.to(dtype) * logit_scale
+    if softcap is None:
+        return z, None
+    tanh = (z.to(dtype) / softcap).tanh_()
+    slope = tanh.square().neg_().add_(1)
+    return tanh.mul_(softcap).masked_fill_(z == -torch.inf, -torch.inf), slope
 
 
 def _sample(e: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

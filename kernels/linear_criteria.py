@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._linear import linear_criterion
+from hfprune_fast.kernels._loss import HeadLoss
 
 
 def linear_cross_entropy_reference(
@@ -74,10 +75,50 @@ def linear_cross_entropy(
 
     Work, traffic and memory as in `linear_entropy`, plus one label a row.
     """
-    return linear_criterion(
+    loss, d_hidden, *_ = linear_criterion(
         hidden, weight, row_weight, bias, "cross_entropy", labels, 0,
         softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
     )  # fmt: skip
+    return loss, d_hidden
+
+
+def linear_cross_entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    fp32_logits: bool = False,
+    grad_scale: float = 1.0,
+    logits_budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the loss of `linear_cross_entropy`, differentiable once in hidden, weight and bias.
+
+    The gradients are made in the forward pass and kept, as `linear_kl_loss` does.
+
+    Args:
+        grad_scale: as in `linear_kl_loss`.
+        others: as in `linear_cross_entropy`.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`.
+        RuntimeError: a second derivative is requested.
+    """
+
+    def run(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grads: bool
+    ) -> tuple[Tensor, ...]:
+        return linear_criterion(
+            hidden, weight, row_weight, bias, "cross_entropy", labels, 0,
+            softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+            weight_grads=weight_grads,
+        )  # fmt: skip
+
+    return HeadLoss.of(run, grad_scale, hidden, weight, bias)
 
 
 def linear_fisher(
@@ -119,10 +160,11 @@ def linear_fisher(
     Work and memory as in `linear_entropy`, plus one temporary on the torch path. On a GPU 8192
     logits a row are read once more.
     """
-    return linear_criterion(
+    loss, d_hidden, *_ = linear_criterion(
         hidden, weight, row_weight, bias, "fisher", row_id, seed,
         softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
     )  # fmt: skip
+    return loss, d_hidden
 
 
 linear_sampled_cross_entropy = linear_fisher
