@@ -40,12 +40,15 @@ class Student(nn.Module):
         """Return {"loss": scalar} of windows (B, T) and the dense model's states (B, T, D)."""
         if self._loss.needs_teacher:
             states = self._of_teacher(ids, states)
-        return {"loss": self._loss(self._hidden(ids), self._head(), states, ids)}
+        hidden, head = self._hidden(ids), self._head()
+        with torch.autocast(ids.device.type, enabled=False):  # else it would cast what kernels made
+            return {"loss": self._loss(hidden, head, states, ids)}
 
     @torch.no_grad()
     def kl(self, ids: Tensor, states: Tensor | None = None) -> Tensor:
         """Return the mean KL from the dense model over windows (B, T), a scalar in nats."""
-        return self._loss.kl(self._hidden(ids), self._head(), self._of_teacher(ids, states))
+        states = self._of_teacher(ids, states)
+        return self._loss.kl(self._hidden(ids), self._head(), states, fp32_logits=True)
 
     def _of_teacher(self, ids: Tensor, states: Tensor | None) -> Tensor:
         if states is None:
