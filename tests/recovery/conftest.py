@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from short_recovery import SHORT
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.source import open_source
 
-SHORT: dict[str, Any] = {
-    "seq_len": 32, "tokens": 32 * 24, "batch_tokens": 64, "held_out": 4, "dtype": "float32",
-    "device": "cpu", "batch_size": 2, "lora": 4, "learning_rate": 1e-2,
-}  # fmt: skip
 TEXT_CHARS = 12_000
 
 
