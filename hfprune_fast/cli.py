@@ -161,6 +161,8 @@ def evaluate(
 @flags(Budget, without=("min_keep", "protect"))
 @flags(CalibrationOptions, without=("seed", "text_field", "chat_template"))
 @flags(RunOptions, without=("attention",))
+@click.option("--recover", is_flag=True, help="Also what `hfprune recover` would take afterwards.")
+@flags(RecoveryOptions, only=("tokens", "lora", "train"))
 @common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Show the pruned sizes and how scoring would run; only config.json is read."""

@@ -96,7 +96,7 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
 
     dead = {mlp.down: _dead(mlp) for mlp in parts.own_mlps.values()}
-    of_mlps, others = _linears(model, parts)
+    of_mlps, others = linears(model, parts)
     modules, parameters = [*of_mlps, *others], list[str]()
     if options.train == "mlp":
         modules = of_mlps
@@ -156,7 +156,7 @@ def _dead(mlp: GatedMLP) -> Tensor:
     return ~(gate.any(dim=1) | up.any(dim=1) | mlp.down.weight.detach().any(dim=0))
 
 
-def _linears(model: nn.Module, parts: ModelParts) -> tuple[list[str], list[str]]:
+def linears(model: nn.Module, parts: ModelParts) -> tuple[list[str], list[str]]:
     """Return the paths of linear layers that get adapters: of MLPs, and the layers' others."""
     mlps = {id(linear) for mlp in parts.own_mlps.values() for linear, _, _ in mlp.linears}
     within = {id(module) for layer in parts.layers for module in layer.modules()}

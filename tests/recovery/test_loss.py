@@ -62,5 +62,5 @@ def test_the_memory_is_the_budget_and_a_few_hidden_states(kind: str) -> None:
         loss(hidden, Head(weight, None, Logits()), states, ids).backward()
     one_matrix = 4 * 1024 * 16384
     allowed = BUDGET_BYTES + PATH_BYTES + 4 * hidden.nbytes
-    assert allowed < one_matrix / 4
+    assert allowed < one_matrix / 3
     assert 0 < watch.peak <= allowed
