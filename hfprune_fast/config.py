@@ -274,10 +274,13 @@ class RecoveryOptions(Options):
         metavar="FILE",
     )
     batch_tokens: int = option(
-        4096, "Tokens of a step, at least one sample.", least=1, most=LARGEST_COUNT
+        2048, "Tokens of a step, at least one sample.", least=1, most=LARGEST_COUNT
     )
     learning_rate: float | None = option(
-        None, "Of the first step after the warm-up; it falls to 0. [default: by --lora]", least=0
+        None,
+        "The largest, after the warm-up; it falls to 0 by a cosine. [default: 0.64 by the hidden "
+        "size; 0.064 with --lora 0]",
+        least=0,
     )
     held_out: int = option(
         16, "Samples that KL is watched on, at most a tenth of the text.", least=1,

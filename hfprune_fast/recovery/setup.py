@@ -27,8 +27,9 @@ from hfprune_fast.recovery.loss import RecoveryLoss
 from hfprune_fast.recovery.student import Student, final_hidden
 from hfprune_fast.recovery.teacher import TeacherFile, fill
 
-# By a sweep, see docs/recovery.md.
-_LORA_RATE, _FULL_RATE = 1e-3, 2e-4
+# The default learning rate times the hidden size, by a sweep: see docs/recovery.md. With Adam, the
+# best rate of a matrix falls as its width grows.
+_LORA_RATE, _FULL_RATE = 0.64, 0.064
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def set_up(
     batch_size = max(n for n in range(1, share + 1) if share % n == 0 and n <= plan.batch_size)
     rate = options.learning_rate
     if rate is None:
-        rate = _LORA_RATE if options.lora else _FULL_RATE
+        rate = (_LORA_RATE if options.lora else _FULL_RATE) / pruned.spec.hidden_size
     return Setup(
         device, dtype, plan, batch_size, processes, rate,
         options.gradient_checkpointing or plan.recompute,
