@@ -120,7 +120,8 @@ def add_lora(
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     changes: Changes = {}
-    for path, module in adapted.base_model.model.named_modules():
+    inside: Any = adapted.base_model.model
+    for path, module in inside.named_modules():
         if not hasattr(module, "get_delta_weight") or ADAPTER not in module.lora_A:
             continue
         name = ".".join(part for part in path.split(".") if part != "base_layer")

@@ -67,17 +67,18 @@ class _Order(Dataset[int]):
         return self._order[place]
 
 
-class RecoveryTrainer(Trainer):  # type: ignore[misc]
+class RecoveryTrainer(Trainer):
     """The loop; of the model it saves and loads only what is trained."""
 
     def __init__(self, data: RecoveryData, batch: Batch, **options: Any) -> None:
-        held_out = _Order(data.held_out)
-        order = _Order(data.order)
-        super().__init__(train_dataset=order, eval_dataset=held_out, data_collator=batch, **options)
+        held_out, self._order = _Order(data.held_out), _Order(data.order)
+        super().__init__(
+            train_dataset=self._order, eval_dataset=held_out, data_collator=batch, **options
+        )
         self._held_out, self._batch = data.held_out, batch
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self._order)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return the KL on the held-out windows, as Trainer's metrics are; stop where it is NaN."""
@@ -122,7 +123,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         return {n: p.detach() for n, p in self._student.named_parameters() if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: p.cpu().contiguous() for n, p in self._trained().items()}, folder / _WEIGHTS)
 
@@ -136,7 +137,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-class _Progress(TrainerCallback):  # type: ignore[misc]
+class _Progress(TrainerCallback):
     """Feeds a bar, whose notes are the latest loss and held-out KL."""
 
     def __init__(
@@ -188,16 +189,22 @@ def train(
         step_tokens = data.step_windows * data.window_tokens
         trainer.add_callback(_Progress(on_progress, notes, step_tokens))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    state, history = trainer.state, trainer.state.log_history
-    is_better = state.best_metric is not None and state.best_metric < kl_before
+    state, best = trainer.state, math.inf
+    if state.best_metric is not None and state.best_metric < kl_before:
+        best = float(state.best_metric)
+    is_better = best < math.inf
     return Outcome(
         kl_before=kl_before,
-        kl_after=float(state.best_metric) if is_better else kl_before,
+        kl_after=best if is_better else kl_before,
         steps=data.steps,
-        best_step=int(state.best_global_step) if is_better else 0,
-        losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
-        held_out=[(entry["step"], entry["eval_kl"]) for entry in history if "eval_kl" in entry],
+        best_step=int(state.best_global_step or 0) if is_better else 0,
+        losses=_curve(state.log_history, "loss"),
+        held_out=_curve(state.log_history, "eval_kl"),
     )
+
+
+def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), entry[key]) for entry in history if key in entry]
 
 
 def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingArguments:
