@@ -63,7 +63,8 @@ def run(
             row = {
                 "name": arguments.name, "ratio": ratio, "loss": loss, "tokens": tokens,
                 "seconds": round(time.perf_counter() - begun, 1),
-                **{key: result.get(key) for key in ("learning_rate", "lora", "best_step")},
+                **{key: result.get(key) for key in ("learning_rate", "lora", "best_step", "kl_before")},
+                "kl_at_checks": [round(kl, 5) for _, kl in result.get("held_out", [])],
                 **measured(arguments, recovered if tokens else pruned),
             }  # fmt: skip
             with out.open("a", encoding="utf-8") as file:
@@ -97,9 +98,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="of the calibration")
     parser.add_argument("--ratio", type=float, action="append", help="[default: 0.2 and 0.5]")
     parser.add_argument("--tokens", type=int, action="append", help="[default: 500000]")
+    parser.add_argument("--loss", action="append", help="[default: kl and ce]")
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    each = [(loss, n) for n in arguments.tokens or [500_000] for loss in ("kl", "ce")]
+    losses = arguments.loss or ["kl", "ce"]
+    each = [(loss, n) for n in arguments.tokens or [500_000] for loss in losses]
     for ratio in arguments.ratio or [0.2, 0.5]:
         run(arguments, ratio, [("", 0), *each], RESULTS / f"{arguments.name}.jsonl")
     rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in read(path)]

@@ -29,7 +29,7 @@ from hfprune_fast.recovery.teacher import TeacherFile, fill
 
 # The default learning rate times the hidden size, by a sweep: see docs/recovery.md. With Adam, the
 # best rate of a matrix falls as its width grows.
-_LORA_RATE, _FULL_RATE = 0.64, 0.064
+_LORA_RATE, _FULL_RATE = 0.4, 0.1
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class Student(nn.Module):
         return states
 
     def _hidden(self, ids: Tensor) -> Tensor:
+        # Casts of weights are kept until the outermost autocast ends, here `own_modes`, the run's.
+        torch.clear_autocast_cache()
         return final_hidden(self._parts, ids)
 
     def _head(self) -> Head:

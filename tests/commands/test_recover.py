@@ -28,7 +28,8 @@ def pruned(llama_dir: Path, tmp_path: Path) -> Path:
 def arguments(dense: Path, pruned: Path, text: Path, out: Path, *flags: Any) -> list[Any]:
     return [
         *("recover", dense, pruned, "--text", text, "--out", out, "--seq-len", 16),
-        *("--tokens", 320, "--batch-tokens", 64, "--dtype", "float32", *flags),
+        *("--tokens", 320, "--batch-tokens", 64, "--dtype", "float32"),
+        *("--learning-rate", 3e-3, *flags),
     ]
 
 

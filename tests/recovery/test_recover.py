@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -34,8 +35,25 @@ def kl_of(folder: Path) -> float:
     return hf.evaluate(dense, pruned, other_text()).kl_nats
 
 
-@pytest.mark.parametrize("layout", ["uniform", "custom", "padded"])
-@pytest.mark.parametrize("options", [{}, {"lora": 0, "learning_rate": 1e-3}])
+FULL = {"lora": 0, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("custom", FULL),
+        ("padded", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("uniform", {}),
+                ("uniform", FULL),
+                ("custom", {}),
+                ("padded", FULL),
+            )
+        ),
+    ],
+)
 def test_a_recovered_checkpoint_is_closer_and_of_the_same_layout(
     recover: Recover, halves: Any, tmp_path: Path, layout: str, options: dict[str, Any]
 ) -> None:
@@ -97,7 +115,7 @@ def test_adapters_are_loaded_by_peft_onto_the_pruned_model(
     assert not bool(down[padded].any())
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": 0}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"lora": 0}, marks=pytest.mark.slow)])
 def test_what_got_worse_is_not_written(
     recover: Recover, halves: Any, tmp_path: Path, capfd: Any, options: dict[str, Any]
 ) -> None:
@@ -108,12 +126,14 @@ def test_what_got_worse_is_not_written(
     assert line in capfd.readouterr().err.splitlines()
 
 
+@pytest.mark.slow
 def test_an_adapter_that_made_it_worse_adds_nothing(recover: Recover, tmp_path: Path) -> None:
     recover(learning_rate=100.0, adapter=True)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_resident_teacher_gives_the_same_losses(recover: Recover) -> None:
     cached = recover()
     resident = recover(teacher="resident", force=True)
@@ -121,24 +141,44 @@ def test_a_resident_teacher_gives_the_same_losses(recover: Recover) -> None:
         assert dict(resident[key]) == pytest.approx(dict(cached[key]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(recover: Recover) -> None:
     plain, checkpointed = recover(), recover(gradient_checkpointing=True, force=True)
     assert dict(checkpointed["losses"]) == pytest.approx(dict(plain["losses"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing_but_memory(recover: Recover) -> None:
     two, one = recover(batch_size=2), recover(batch_size=1, force=True)
     assert dict(one["losses"]) == pytest.approx(dict(two["losses"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_mlps_alone_are_trained_on_request(recover: Recover, halves: Any, tmp_path: Path) -> None:
-    for options in ({}, {"lora": 0, "learning_rate": 1e-3}):
+    for options in ({}, FULL):
         recover(train="mlp", force=True, **options)
         old, new = load_file(halves("custom") / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
         changed = {name for name in old if not torch.equal(old[name], new[name])}
         assert changed == {name for name in old if ".mlp." in name}
 
 
+@pytest.mark.slow
 def test_cross_entropy_lowers_the_loss_of_the_text(recover: Recover) -> None:
     losses = [loss for _, loss in recover(loss="ce")["losses"]]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, FULL])
+def test_bfloat16_trains_in_float32(
+    recover: Recover, halves: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Its products are rounded; what is trained, and the file of hidden states, are as they are."""
+    cache = tmp_path / "states"
+    half = recover(dtype="bfloat16", cache=cache, **options)
+    full = recover(out="full", **options)
+    with safe_open(cache, framework="pt") as opened:
+        assert opened.get_tensor("hidden").dtype == torch.bfloat16
+    assert half["kl_before"] == pytest.approx(full["kl_before"], rel=0.05)
+    assert half["kl_after"] == pytest.approx(full["kl_after"], rel=0.05)
+    assert half["kl_after"] < 0.9 * half["kl_before"]

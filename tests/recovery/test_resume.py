@@ -36,8 +36,11 @@ def stop_at(patch: pytest.MonkeyPatch, cls: Any, method: str, call: int) -> None
 
 @pytest.mark.parametrize(
     ("where", "call"),
-    [((Student, "forward"), 8), ((Student, "kl"), 3), ((teacher.TeacherFile, "append"), 3)],
-    ids=["training", "checking", "teacher"],
+    [
+        pytest.param((Student, "forward"), 8, id="training"),
+        pytest.param((Student, "kl"), 3, id="checking", marks=pytest.mark.slow),
+        pytest.param((teacher.TeacherFile, "append"), 3, id="teacher", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_recovery_ends_as_a_whole_one(
     recover: Recover, tmp_path: Path, where: tuple[Any, str], call: int
@@ -56,6 +59,7 @@ def test_an_interrupted_recovery_ends_as_a_whole_one(
     assert not (tmp_path / "again.recovery").exists()
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_of_the_teacher_is_made(recover: Recover) -> None:
     made: list[int] = []
     append = teacher.TeacherFile.append
@@ -129,6 +133,7 @@ def test_a_killed_recovery_ends_as_a_whole_one(halves: Any, text: Path, tmp_path
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_cache_serves_several_runs_on_one_text_alone(recover: Recover, tmp_path: Path) -> None:
     cache = tmp_path / "states"
     first = recover(cache=cache)
