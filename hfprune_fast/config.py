@@ -16,7 +16,7 @@ from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import BACKENDS
 from hfprune_fast.options import LARGEST_COUNT, Options, option
 
-CRITERIA = ("entropy", "cross_entropy", "fisher", "activation")
+CRITERIA = ("entropy", "cross_entropy", "fisher", "self_distillation", "activation")
 DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
 EXPERT_SCORES = ("taylor", "reap", "count")

@@ -17,6 +17,7 @@ from hfprune_fast.kernels.linear_criteria import (
     linear_cross_entropy_reference,
     linear_fisher,
     linear_sampled_cross_entropy,
+    linear_self_distillation,
 )
 from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
 from hfprune_fast.kernels.linear_kl import linear_kl, linear_kl_loss, linear_kl_reference
@@ -42,6 +43,7 @@ __all__ = [
     "linear_kl_loss",
     "linear_kl_reference",
     "linear_sampled_cross_entropy",
+    "linear_self_distillation",
     "resolve_backend",
     "softmax_entropy",
     "softmax_entropy_grad_",

@@ -123,6 +123,8 @@ class Products:
         else:
             hidden = hidden.to(wide)
             tile = max(1, _UPCAST_BYTES // 4 // max(1, len(hidden)))
+            if d_logits.dtype == wide:
+                tile = max(1, len(d_weight))
             for entries in _slices(len(d_weight), tile):
                 upcast = d_logits[:, entries].t().to(wide)
                 d_weight[entries].addmm_(upcast, hidden, alpha=factor)

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hfprune_fast.kernels._arguments import check_devices, check_grad_scale, check_transform
+from hfprune_fast.kernels._arguments import (
+    check_devices,
+    check_grad_scale,
+    check_temperature,
+    check_transform,
+)
 from hfprune_fast.kernels._criterion import IGNORED_LABEL, Criterion
 from hfprune_fast.kernels._dispatch import device_guard, resolve_backend
 from hfprune_fast.kernels._head import Head, products_of
@@ -102,6 +107,8 @@ def _linear_criterion(
     criterion: str,
     keys: Tensor | None,
     seed: int,
+    alpha: float,
+    temperature: float,
     softcap: float | None,
     logit_scale: float,
     fp32_logits: bool,
@@ -116,10 +123,14 @@ def _linear_criterion(
     check_transform(softcap, logit_scale)
     check_grad_scale(grad_scale)
     _check_keys(hidden, weight, criterion, keys, seed)
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be at least 0 and below 1, got {alpha}")
+    check_temperature(temperature)
     resolved = resolve_backend(backend, hidden)
 
     def row_pass(rows: slice, logits: list[Tensor], row_scale: Tensor, grad: Tensor) -> Tensor:
-        of_rows = Criterion(criterion, None if keys is None else keys[rows], seed)
+        own_keys = None if keys is None else keys[rows]
+        of_rows = Criterion(criterion, own_keys, seed, alpha, temperature)
         return rows_loss_and_grad(
             logits[0], row_scale, grad, of_rows,
             softcap=softcap, logit_scale=logit_scale, backend=resolved,
@@ -145,18 +156,18 @@ def _flops(hidden: torch.Size, weight: torch.Size, *options: Any, **__: object) 
 
 def linear_criterion(
     hidden: Tensor, weight: Tensor, row_weight: Tensor | None, bias: Tensor | None,
-    criterion: str, keys: Tensor | None, *options: Any, weight_grads: bool = False,
+    criterion: Criterion, *options: Any, weight_grads: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (loss, d_hidden, d_weight, d_bias) of a criterion; the last two empty if not wanted.
 
-    options: seed, softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend.
+    options: softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend.
 
     Raises:
         ValueError: arguments that do not belong together, or a backend that cannot run.
     """
     found: tuple[Tensor, ...] = _linear_criterion(
-        hidden, weight, row_weight_or_mean(hidden, row_weight), bias, criterion, keys,
-        *options[:-1], weight_grads, options[-1],
+        hidden, weight, row_weight_or_mean(hidden, row_weight), bias,
+        *vars(criterion).values(), *options[:-1], weight_grads, options[-1],
     )  # fmt: skip
     return found
 
@@ -205,7 +216,7 @@ def _check_keys(
 ) -> None:
     if keys is None:
         return
-    name = "labels" if criterion == "cross_entropy" else "row_id"
+    name = "row_id" if criterion == "fisher" else "labels"
     if keys.shape != hidden.shape[:1] or keys.dtype != torch.int64:
         raise ValueError(
             f"{name} must be ({len(hidden)},) torch.int64, got {tuple(keys.shape)} {keys.dtype}"

@@ -50,12 +50,18 @@ def rows_torch(
                 y, labelled = _sample(e, keys[block, None] * s)
             else:
                 y, labelled, s = _clamp_labels(keys[block, None], s, e.shape[1])
-            d_y = d.gather(1, y)
-            values[block] = torch.where(labelled, s.log() - d_y, 0).squeeze(1)
+            d_y, label_share = d.gather(1, y), 1.0
+            value = s.log() - d_y
+            if criterion.name == "self_distillation":
+                label_share = 1 - criterion.alpha
+                divergence = _distil(d, e, s, criterion)
+                value = label_share * value + criterion.alpha * divergence
+            values[block] = torch.where(labelled, value, 0).squeeze(1)
             if scale is not None:
                 scale = torch.where(labelled, scale, 0)
                 # Masked entries have no gradient.
-                e.scatter_(1, y, e.gather(1, y) - torch.where(d_y == -torch.inf, 0, s))
+                peak = torch.where(d_y == -torch.inf, 0, label_share * s)
+                e.scatter_(1, y, e.gather(1, y) - peak)
         if grad is not None and scale is not None:
             e *= (-scale if keys is None else scale) / s
             if slope is not None:
@@ -91,6 +97,16 @@ def _sample(e: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     last = e.shape[1] - 1 - possible.flip(1).view(torch.uint8).argmax(dim=1, keepdim=True)
     y = torch.where(reached.any(dim=1, keepdim=True), y, last)
     return y, possible.any(dim=1, keepdim=True)
+
+
+def _distil(d: Tensor, e: Tensor, s: Tensor, criterion: Criterion) -> Tensor:
+    """Return (T, 1) KL(r ‖ p), r = softmax(d / τ), and subtract α s r from e; d loses its -inf."""
+    d.clamp_(min=torch.finfo(d.dtype).min)  # d · exp(d) is then 0 and not NaN
+    r = (d / criterion.temperature).exp_()
+    s_r = r.sum(dim=1, keepdim=True).clamp_(min=1)
+    u_over_s = torch.linalg.vecdot(r, d).unsqueeze(1) / s_r
+    e.sub_(r.mul_(criterion.alpha * s / s_r))
+    return s.log() - s_r.log() + (1 / criterion.temperature - 1) * u_over_s
 
 
 def _clamp_labels(labels: Tensor, s: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

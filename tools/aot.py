@@ -119,7 +119,7 @@ def _launch_rows(
         grad = logits if grad_dtype == dtype else _rows_of(grad_dtype, vocab)
     keys = None if criterion == "entropy" else _meta(8192, dtype=torch.int64)
     _rows.rows_loss_and_grad(
-        logits, row_scale, grad, Criterion(criterion, keys),
+        logits, row_scale, grad, Criterion(criterion, keys, alpha=0.4, temperature=0.5),
         softcap=softcap, logit_scale=logit_scale, backend=None,
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def _cases() -> Iterator[Case]:
     yield case("bf16 softcap, scale", partial(_launch_rows, bf16, bf16, **transform))
     yield case("bf16 odd V", partial(_launch_rows, bf16, bf16, 32_001))
     yield case("fp32 odd V, bf16 gradient", partial(_launch_rows, fp32, bf16, 32_001))
-    for criterion in ("cross_entropy", "fisher"):
+    for criterion in ("cross_entropy", "fisher", "self_distillation"):
         launch = partial(_launch_rows, criterion=criterion)
         for name, dtype in _DTYPES.items():
             yield case(f"{name} {criterion}", partial(launch, dtype, dtype))

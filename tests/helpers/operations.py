@@ -15,6 +15,7 @@ from hfprune_fast.kernels import (
     linear_fisher,
     linear_kl,
     linear_kl_loss,
+    linear_self_distillation,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -70,6 +71,9 @@ OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "linear_fisher": lambda x=SMALL, **kw: [
         *linear_fisher(x.hidden, x.weight, x.keys, seed=2, fp32_logits=True, **kw)
     ],
+    "linear_self_distillation": lambda x=SMALL, **kw: [
+        *linear_self_distillation(x.hidden, x.weight, x.keys, **kw)
+    ],
     "linear_kl": lambda x=SMALL, **kw: [
         *linear_kl(x.hidden, x.weight, x.hidden.flip(0), x.weight, temperature=2.0, **kw)
     ],
@@ -86,15 +90,16 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
     mask = torch.arange(9, device=x.up.device) < torch.tensor([[9], [3]], device=x.up.device)
     head = x.hidden, x.weight, torch.ones_like(x.hidden[:, 0]), x.weight[:, 0].clone()
     mlp, capped = (x.grad, x.gate, x.up), (8.0, 0.5, True, 2.0, 100, True)
-    low = [tensor.bfloat16() for tensor in mlp]
+    low, plain = [tensor.bfloat16() for tensor in mlp], (0, 0.0, 1.0)
     teacher = x.hidden, x.weight, x.hidden.flip(0), x.weight
     return [
         (ops.softmax_entropy, (x.logits.clone().requires_grad_(), 30.0, 1.0)),
         (ops.softmax_entropy_backward, (x.logits, x.scale, None, 1.0)),
         (ops.softmax_entropy_grad_, (x.logits, x.scale, None, 1.0)),
-        (ops.linear_criterion, (*head, "entropy", None, 0, None, 1.0, False, 1.0, None, False)),
-        (ops.linear_criterion, (*head, "cross_entropy", x.keys, 0, *capped)),
-        (ops.linear_criterion, (*head, "fisher", x.keys, 9, *capped)),
+        (ops.linear_criterion, (*head, "entropy", None, *plain, None, 1.0, False, 1.0, 9, False)),
+        (ops.linear_criterion, (*head, "cross_entropy", x.keys, *plain, *capped)),
+        (ops.linear_criterion, (*head, "fisher", x.keys, 9, *plain[1:], *capped)),
+        (ops.linear_criterion, (*head, "self_distillation", x.keys, 0, 0.4, 0.5, *capped)),
         (ops.linear_kl, (*teacher, *head[2:], None, None, None, 1.0, 1.0, 2.0, *capped[2:])),
         (ops.taylor_statistics, (x.grad, x.up, mask, False, 2.0)),
         (ops.gated_taylor_, (*mlp, "silu", mask, False, 2.0)),
@@ -148,6 +153,12 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], list[tuple[dict[str,
         ({"row_id": torch.zeros(3).double()}, r"row_id must be \(3,\) torch.int64, .*float64"),
         ({"seed": -1}, r"seed must be in 0 \.\. 2\^63 - 1, got -1"),
         ({"softcap": 0.0}, "softcap must be"),
+    ]),
+    (linear_self_distillation, _HEAD | {"labels": torch.arange(3)}, [
+        ({"labels": torch.arange(3) + 5}, r"labels must be -100 or in 0 \.\. 6, got 7"),
+        ({"alpha": -0.1}, "alpha must be at least 0 and below 1, got -0.1"),
+        ({"alpha": 1.0}, "alpha must be at least 0 and below 1, got 1.0"),
+        ({"temperature": 0.0}, "temperature must be a positive number .*, got 0.0"),
     ]),
     *((operation, _HEAD | {f"teacher_{name}": tensor for name, tensor in _HEAD.items()}, [
         ({"hidden": torch.zeros(3, 4)}, r"^hidden must be \(T, D\).*got \(3, 4\) and \(7, 5\)"),

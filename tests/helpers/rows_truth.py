@@ -5,6 +5,7 @@ that of the dtype computed in, u = eps / 2 the error of one rounding. design.md,
 allows twice the error of plain torch, which nothing here needs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,34 @@ def rows_truth(
         bound = 1.1 * (2 * move + sums + 2 * eps * (1 + value.nan_to_num(posinf=0.0)))
         dz_bound = p * made.share + 4 * eps * is_label  # and p_y - 1 by four roundings
     return _rows(made, value, bound, dz, dz_bound, logit_scale)
+
+
+def self_distillation_truth(
+    logits: Tensor, labels: Tensor, alpha: float, temperature: float, **transform: Any
+) -> Rows:
+    """Truth of (1 - alpha) · -log p of labels + alpha · KL(r ‖ p), r = softmax(z / temperature)."""
+    labelled = rows_truth(logits, labels, **transform)
+    made = softmax_truth(logits, **transform)
+    teacher = softmax_truth(logits, temperature=temperature, **transform)
+    p, r, eps, counts = made.p, teacher.p, made.eps, labels != -100
+    log_ratio = torch.where(r > 0, teacher.log_p - made.log_p, 0.0)
+    kl = (r * log_ratio).sum(dim=-1)
+    is_label = torch.arange(p.shape[1], device=p.device) == labels[:, None]
+    dz = p - (1 - alpha) * is_label.double() - alpha * r
+    # log s - log s' + (1/τ - 1) u'/s', u' = Σ r d. The two logs move as means of the z do, and by
+    # the sums' own errors; u'/s' by the errors of r, d and both sums, of which d is as large as
+    # size; d / τ is rounded once more. Then logs of numbers up to V, a product and two sums.
+    d = torch.where(made.z > -torch.inf, made.z - made.z.amax(dim=1, keepdim=True), 0.0)
+    size, sharper = (r * d.abs()).sum(dim=-1), abs(1 / temperature - 1)
+    move, move_r = made.move, 1.5 * teacher.move
+    bound = move + move_r + 2 * made.sums + sharper * (move + size * (2 * move_r + 2 * made.sums))
+    bound = 1.1 * (bound + 4 * eps * (2 * math.log(p.shape[1]) + 1 + sharper * size))
+    dz_bound = p * made.share + 1.5 * alpha * r * teacher.share + 4 * eps * (is_label + dz.abs())
+    value = torch.where(counts, (1 - alpha) * labelled.value + alpha * kl, 0.0)
+    value_bound = (1 - alpha) * labelled.value_bound + alpha * bound + 2 * eps * kl
+    dz = dz * (counts[:, None] & (made.z > -torch.inf))
+    logit_scale = transform.get("logit_scale", 1.0)
+    return _rows(made, value, value_bound, dz, dz_bound, logit_scale)
 
 
 def kl_truth(

@@ -154,23 +154,21 @@ def test_low_precision_sums_the_weight_gradient_in_fp32(
     loss_of: Callable[..., Tensor], plain: Callable[..., Tensor]
 ) -> None:
     """512 equal rows, one in a chunk: in bf16 the sum would stay where a row is half an ulp."""
-    row, weight = random(1, WIDTH, dtype=torch.bfloat16), inputs(torch.bfloat16)[1]
-    hidden, rows = row.expand(512, WIDTH), {"row_weight": torch.ones(512)}
-    if loss_of is kl_loss:
-        like = random(1, 4, dtype=torch.bfloat16, seed=7), teacher(torch.bfloat16)[1]
-        one, many = (
-            linear_kl_loss(h, weight, like[0].expand(len(h), 4), like[1], **options)
-            for h, options in ((row, {"row_weight": torch.ones(1)}), (hidden, rows))
-        )
-    else:
-        one, many = (
-            linear_cross_entropy_loss(h, weight, LABELS[:1].expand(len(h)), **options)
-            for h, options in (
-                (row, {"row_weight": torch.ones(1)}), (hidden, rows | {"logits_budget_bytes": 1})
-            )
-        )  # fmt: skip
-    of_one, of_many = (torch.autograd.grad(loss, weight)[0].double() for loss in (one, many))
-    assert ((of_many - 512 * of_one).abs() <= 2 * 2**-8 * (512 * of_one).abs()).all()
+    row, weight, _ = inputs(torch.bfloat16)
+    of_teacher, teacher_weight = teacher(torch.bfloat16)
+
+    def grad(rows: int) -> Tensor:
+        hidden = row[:1].expand(rows, WIDTH)
+        options: dict[str, Any] = {"row_weight": torch.ones(rows), "logits_budget_bytes": 1}
+        if loss_of is kl_loss:
+            teacher_hidden = of_teacher[:1].expand(rows, 4)
+            loss = linear_kl_loss(hidden, weight, teacher_hidden, teacher_weight, **options)
+        else:
+            loss = linear_cross_entropy_loss(hidden, weight, LABELS[:1].expand(rows), **options)
+        return torch.autograd.grad(loss, weight)[0].double()
+
+    one = 512 * grad(1)
+    assert ((grad(512) - one).abs() <= 2 * 2**-8 * one.abs()).all()
 
 
 @each_loss

@@ -15,6 +15,7 @@ from hfprune_fast.kernels import (
     linear_entropy,
     linear_fisher,
     linear_kl,
+    linear_self_distillation,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -102,7 +103,10 @@ def test_labels_add_an_entry_a_row_and_samples_a_step(vocab: int) -> None:
         linear_cross_entropy(hidden, weight, keys, backend="triton")
     with kernel_traffic(hidden=hidden, weight=weight, keys=keys) as sampled:
         linear_fisher(hidden, weight, keys, backend="triton")
+    with kernel_traffic(hidden=hidden, weight=weight, keys=keys) as distilled:
+        linear_self_distillation(hidden, weight, keys, backend="triton")
     both = 2 * 2 * tokens * vocab
+    assert (distilled.read, distilled.written) == (labelled.read, labelled.written)
     assert labelled.read == {"bf16": both + 2 * tokens, "fp32": 4 * tokens, "keys": 8 * tokens}
     assert both < sampled.read["bf16"] <= both + 2 * tokens * min(vocab, 8192)
     assert sampled.read["keys"] == 8 * tokens
