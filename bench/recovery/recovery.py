@@ -63,7 +63,8 @@ def run(
             row = {
                 "name": arguments.name, "ratio": ratio, "loss": loss, "tokens": tokens,
                 "seconds": round(time.perf_counter() - begun, 1),
-                **{key: result.get(key) for key in ("learning_rate", "lora", "best_step", "kl_before")},
+                **{key: result.get(key) for key in ("learning_rate", "lora", "best_step")},
+                "kl_at_start": result.get("kl_before"),
                 "kl_at_checks": [round(kl, 5) for _, kl in result.get("held_out", [])],
                 **measured(arguments, recovered if tokens else pruned),
             }  # fmt: skip
