@@ -15,6 +15,7 @@ from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.loading import Blueprint
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import RecoveryOptions, RunOptions
+from hfprune_fast.console import say
 from hfprune_fast.engine.distributed import Processes, own_device
 from hfprune_fast.engine.layerwise import Head, ResidentModel
 from hfprune_fast.engine.planner import Plan, plan_run
@@ -91,6 +92,8 @@ def set_up(
         seq_len=data.window_tokens,
         sequences=len(data.order),
     )
+    if plan.recompute and not options.gradient_checkpointing:
+        say("memory is short, so activations are computed again in the backward pass")
     share = data.step_windows // processes.count
     batch_size = max(n for n in range(1, share + 1) if share % n == 0 and n <= plan.batch_size)
     rate = options.learning_rate

@@ -204,7 +204,9 @@ def train(
 
 
 def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
-    return [(int(entry["step"]), entry[key]) for entry in history if key in entry]
+    """Return (step, value) of what was logged, as JSON can hold it: without NaN and inf."""
+    found = ((int(entry["step"]), entry[key]) for entry in history if key in entry)
+    return [(step, value) for step, value in found if math.isfinite(value)]
 
 
 def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingArguments:

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ class WorkFolder:
                 f"{self.path} is of another run: {'; '.join(differing[:4])}; --force discards it "
                 "and starts again"
             )
+
+    @contextmanager
+    def kept_if_interrupted(self) -> Iterator[None]:
+        """Say how to go on when Ctrl-C, a signal or an error ends the context."""
+        try:
+            yield
+        except BaseException:
+            say(
+                f"what was done so far is in {self.path}; the same command with --resume continues "
+                "from there"
+            )
+            raise
 
     def delete(self) -> None:
         """Delete the folder of a run that is complete."""

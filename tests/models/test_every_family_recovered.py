@@ -10,6 +10,8 @@ from family_case import FamilyCase
 from family_models import sequences
 from family_truth import Float64, own_logits
 from mixture_case import MixtureCase
+from mixture_configs import MODELS
+from safetensors.torch import load_file
 from torch import Tensor
 
 import hfprune_fast as hf
@@ -45,6 +47,15 @@ def test_what_is_written_has_the_measured_kl(
     assert result["kl_before"] == pytest.approx(own_kl(case, pruned, ids), rel=KL)
     assert result["kl_after"] < 0.99 * result["kl_before"]
     after = own_kl(case, case.folder.parent / "out", ids)
+    dense, recovered = (
+        load_file(Path(folder) / "model.safetensors") for folder in (pruned, result["out"])
+    )
+    of_mlps = [n for n in dense if case.is_of_an_mlp(n) and n.endswith("weight")]
+    assert of_mlps
+    assert not [n for n in of_mlps if torch.equal(dense[n], recovered[n])]
+    if MODELS[case.family].vision:
+        with pytest.raises(hf.HFPruneError, match="has its text model within another"):
+            recover(case.folder.parent, pruned, force=True, adapter=True)
     case.note(f"recovered {layout}", abs(after / result["kl_after"] - 1), KL)
 
 

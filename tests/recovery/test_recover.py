@@ -73,7 +73,7 @@ def test_a_recovered_checkpoint_is_closer_and_of_the_same_layout(
 
 
 def test_the_record_and_the_card_say_what_was_done(
-    recover: Recover, halves: Any, tmp_path: Path, text: Path
+    recover: Recover, halves: Any, tmp_path: Path, text: Path, hfprune: Callable[..., Any]
 ) -> None:
     result = recover(loss="kl+ce")
     record = json.loads((tmp_path / "out" / "hfprune.json").read_text())
@@ -90,6 +90,9 @@ def test_the_record_and_the_card_say_what_was_done(
     assert f"| recovery | LoRA of rank 4, by KL and cross entropy |\n| recovery text | {text.name}"
     assert f"{result['kl_before']:.4f} to {result['kl_after']:.4f} nats" in card
     assert len(record["files"]) == len(list((tmp_path / "out").iterdir()))
+    evaluate = ["evaluate", "demo", tmp_path / "out", "--text", text, "--seq-len", 64]
+    said = hfprune(*evaluate, "--samples", 2).err
+    assert f"{text.name} was also the text that it was trained on" in said
 
 
 def test_adapters_are_loaded_by_peft_onto_the_pruned_model(
@@ -124,6 +127,14 @@ def test_what_got_worse_is_not_written(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (halves("custom") / WEIGHTS).read_bytes()
     line = "hfprune: no step was better than the start on held-out text; the start is written"
     assert line in capfd.readouterr().err.splitlines()
+
+
+def test_a_recovery_that_diverges_stops(recover: Recover, capfd: Any) -> None:
+    result = recover(learning_rate=1e30)
+    assert result["kl_after"] == result["kl_before"]
+    assert result["held_out"] == []
+    assert "held-out KL is NaN or inf after step 2, and training stops" in capfd.readouterr().err
+    json.dumps(result, allow_nan=False)
 
 
 @pytest.mark.slow

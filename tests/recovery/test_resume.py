@@ -87,6 +87,8 @@ def test_what_an_interrupted_run_left_is_resumed_or_discarded_on_request_only(
         stop_at(patch, Student, "forward", 8)
         with pytest.raises(KeyboardInterrupt):
             recover()
+    line = f"what was done so far is in {tmp_path / 'out.recovery'}; the same command with --resume"
+    assert line in capfd.readouterr().err
     for options, message in (
         ({}, "an interrupted run has left .*out.recovery; --resume continues it, --force discards"),
         (
