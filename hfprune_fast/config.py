@@ -283,7 +283,7 @@ class RecoveryOptions(Options):
         least=0,
     )
     held_out: int = option(
-        16, "Samples that KL is watched on, at most a tenth of the text.", least=1,
+        16, "Samples that KL is watched on; of a short text at most a tenth.", least=1,
         most=LARGEST_COUNT,
     )  # fmt: skip
     gradient_checkpointing: bool = option(

@@ -15,7 +15,7 @@ from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import window_tokens, windows_of
 from hfprune_fast.errors import CalibrationError
 
-_HELD_OUT_PART = 10  # of so many windows one is held out at most
+_HELD_OUT_PART = 10  # of so many windows of a short text one is held out at most
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def recovery_data(
     windows for each process.
 
     Raises:
-        CalibrationError: there is too little text for a window in ten to be held out.
+        CalibrationError: of too few windows, one in ten cannot be held out.
     """
     tokens = window_tokens(text, dense, sampling)
     step_windows = max(1, options.batch_tokens // tokens // processes) * processes
@@ -75,7 +75,9 @@ def recovery_data(
     wanted = replace(sampling, samples=trained + options.held_out)
     data = windows_of(text, dense, wanted)
     number = data.sequences
-    held_out = min(options.held_out, number // _HELD_OUT_PART)
+    held_out = options.held_out
+    if number < trained + held_out:
+        held_out = min(held_out, number // _HELD_OUT_PART)
     if held_out < 1:
         raise CalibrationError(
             f"{text} holds {number} samples of {tokens} tokens, and recovery needs "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.checkpoint import loading
-from hfprune_fast.checkpoint.loading import Blueprint
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import RecoveryOptions, RunOptions
 from hfprune_fast.console import say
@@ -123,10 +122,11 @@ def open_all(
         cache: the file of the dense model's hidden states.
     """
     where: dict[str, Any] = {"device": str(setup.device), "attention": run.attention}
-    first = loading.blueprint(dense, dtype=_name(setup.dtype), **where)
+    in_dtype = {**where, "dtype": _name(setup.dtype)}
     resident, file = None, None
     if options.teacher == "resident":
-        teacher = stack.enter_context(ResidentModel(loading.build(first)))
+        built = loading.build(loading.blueprint(dense, **in_dtype))
+        teacher = stack.enter_context(ResidentModel(built))
 
         def resident(ids: Tensor) -> Tensor:
             with torch.no_grad():
@@ -134,7 +134,7 @@ def open_all(
 
         head = teacher.head()
     else:
-        file = _cached(dense, first, run, data, setup, cache, progress)
+        file = _cached(dense, in_dtype, run, data, setup, cache, progress)
         head = _head_alone(dense, setup)
     # Weights that are trained are in float32, beside which products are made in the run's dtype.
     dtype = setup.dtype if options.lora else torch.promote_types(setup.dtype, torch.float32)
@@ -158,21 +158,24 @@ def open_all(
 
 def _cached(
     dense: ModelSource,
-    first: Blueprint,
+    in_dtype: Mapping[str, Any],
     run: RunOptions,
     data: RecoveryData,
     setup: Setup,
     cache: Path,
     progress: bool,
 ) -> TeacherFile:
-    """Return the dense model's hidden states; the first process makes them, the others wait."""
+    """Return the dense model's hidden states; the first process makes them, the others wait.
+
+    The model itself is gone then.
+    """
     identity = {"model": dense.fingerprint, "text": data.data.sha256}
     shape = (*data.ids.shape, dense.spec.hidden_size)
     if setup.processes.rank == 0:
-        file = TeacherFile(cache, identity, shape, first.dtype)
-        fill(file, first, data.data, run, progress)
+        file = TeacherFile(cache, identity, shape, setup.dtype)
+        fill(file, loading.blueprint(dense, **in_dtype), data.data, run, progress)
     setup.processes.as_the_first(0)
-    return TeacherFile(cache, identity, shape, first.dtype)
+    return TeacherFile(cache, identity, shape, setup.dtype)
 
 
 def _head_alone(dense: ModelSource, setup: Setup) -> Head:

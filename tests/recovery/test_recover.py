@@ -1,6 +1,7 @@
 """What recovery writes, and that it is never worse than what it was given."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hfprune_fast as hf
+from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.data.calibration import token_windows
+from hfprune_fast.engine import streaming
+from hfprune_fast.recovery.student import Student
 
 Recover = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +146,28 @@ def test_an_adapter_that_made_it_worse_adds_nothing(recover: Recover, tmp_path: 
     recover(learning_rate=100.0, adapter=True)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_the_dense_model_is_gone_while_the_pruned_one_trains(
+    recover: Recover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, there = list[Any](), list[int]()
+    build, forward = loading.build, Student.forward
+
+    def noted(plan: Any) -> Any:
+        built.append(weakref.ref(build(plan)))
+        return built[-1]()
+
+    def counted(*args: Any, **options: Any) -> Any:
+        there.append(sum(model() is not None for model in built))
+        return forward(*args, **options)
+
+    for module in (loading, streaming):
+        monkeypatch.setattr(module, "build", noted)
+    monkeypatch.setattr(Student, "forward", counted)
+    recover(tokens=64)
+    assert len(built) == 2
+    assert set(there) == {1}
 
 
 @pytest.mark.slow
