@@ -12,11 +12,14 @@ from torch import Tensor
 from hfprune_fast.checkpoint.atomic import whole_folder
 from hfprune_fast.checkpoint.ours import files_of, real
 from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.checkpoint.source_card import CARD
 from hfprune_fast.checkpoint.writer import write_json
 from hfprune_fast.config import OutputOptions
 from hfprune_fast.console import say
 from hfprune_fast.models.families import NON_UNIFORM
+from hfprune_fast.pruning.model_card import escaped, made_rows
 from hfprune_fast.pruning.on_disk import RECORD, foreign_files, prune_checkpoint, read_record
+from hfprune_fast.recovery.adapters import ADAPTER
 
 
 def carried_record(pruned: ModelSource) -> dict[str, Any]:
@@ -56,12 +59,34 @@ def write_adapter(
     adapted: Any, pruned: ModelSource, out: Path, recovery: Mapping[str, Any], output: OutputOptions
 ) -> None:
     """Write adapters as peft loads them onto the pruned model."""
-    target = real(out)
-    with whole_folder(target, output.force, foreign_files) as partial:
+    record = {"base_model": pruned.name, "recovery": dict(recovery)}
+    adapted.peft_config[ADAPTER].base_model_name_or_path = str(pruned.folder)
+    with whole_folder(real(out), output.force, foreign_files) as partial:
         adapted.save_pretrained(partial)
+        (partial / CARD).write_text(_adapter_card(record), encoding="utf-8")
         files = sorted(path.relative_to(partial).as_posix() for path in files_of(partial))
-        record = {"base_model": pruned.name, "recovery": dict(recovery)}
         write_json(partial / RECORD, {**record, "files": [*files, RECORD]})
+
+
+def _adapter_card(record: Mapping[str, Any]) -> str:
+    """Return README.md of adapters, in place of the form that peft leaves to be filled in."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in made_rows(record, escaped))
+    name = escaped(record["base_model"])
+    return f"""---
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, hfprune]
+---
+
+# Adapters for {name}
+
+They bring {name}, a pruned model, closer to the dense one. Load them onto it with
+`peft.PeftModel.from_pretrained`.
+
+| | |
+|---|---|
+{rows}
+"""
 
 
 def _is_custom(source: ModelSource) -> bool:

@@ -59,6 +59,6 @@ def test_processes_share_a_step(tmp_path: Path, processes: int, step: int) -> No
 
 
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="holds 9 samples of 8 tokens, and .* needs 10"):
+    with pytest.raises(CalibrationError, match="holds 9 samples of 8 tokens"):
         data_of(tmp_path, 9)
     assert len(data_of(tmp_path, 9, tokens=32).held_out) == 3  # 7 are used

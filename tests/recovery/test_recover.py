@@ -105,8 +105,15 @@ def test_adapters_are_loaded_by_peft_onto_the_pruned_model(
     from peft import PeftModel
 
     whole = recover("padded")
-    adapter = recover("padded", "adapter", adapter=True)
+    recover("padded", "adapter", adapter=True, tokens=64)  # replaced, as its record lists it
+    adapter = recover("padded", "adapter", adapter=True, force=True)
     assert adapter["held_out"] == whole["held_out"]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert "# Adapters for padded\n" in card
+    assert "| recovery | LoRA of rank 4, by KL from the dense model |" in card
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(halves("padded"))
     ids = torch.arange(40)[None] * 7
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(halves("padded"), dtype=torch.float32)
