@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import dyadic, random
-from paths import every_path
+from paths import every_path, slow_in_triton
 from rows_truth import assert_loss_and_grad, exact_logits, kl_truth
 from tolerances import assert_no_worse, relative_error
 from torch import Tensor
@@ -179,6 +179,7 @@ def test_a_teacher_of_another_dtype(
     assert_right(student, teacher, torch.rand(5).double(), backend, **options)
 
 
+@slow_in_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides_do_not_matter(backend: str, dtype: torch.dtype) -> None:
     student, teacher = heads(6, 12, 50, dtype)
@@ -248,6 +249,7 @@ def test_flops_and_no_wait_for_the_device(
     assert watch.flops == flops.get_total_flops() == (4 * 12 + 2 * 7) * 4 * 333
 
 
+@slow_in_triton
 @pytest.mark.parametrize("fp32_logits", [False, True])
 def test_fp16_gradients_survive_a_large_vocabulary(backend: str, fp32_logits: bool) -> None:
     student, teacher = heads(3, 12, 32000, torch.float16)

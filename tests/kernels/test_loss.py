@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_inputs import random
+from paths import slow_in_triton
 from tolerances import assert_no_worse
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -91,6 +92,7 @@ def test_gradients_equal_finite_differences(
     assert len(grads) == (3 if trained == "all" else 1)
 
 
+@slow_in_triton
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fp32_logits", [False, True])
