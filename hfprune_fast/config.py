@@ -278,8 +278,8 @@ class RecoveryOptions(Options):
     )
     learning_rate: float | None = option(
         None,
-        "The largest, after the warm-up; it falls to 0 by a cosine. [default: 0.64 by the hidden "
-        "size; 0.064 with --lora 0]",
+        "The largest, after the warm-up; it falls to 0 by a cosine. [default: 0.4 by the hidden "
+        "size; 0.1 with --lora 0]",
         least=0,
     )
     held_out: int = option(

@@ -26,8 +26,8 @@ from hfprune_fast.evaluation.checkpoints import compare_checkpoints
 
 RESULTS = Path(__file__).parents[1] / "results" / "recovery"
 ON_CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
-HEADER = """| model | removed | | tokens | KL, nats | perplexity | minutes |
-|---|---:|---|---:|---:|---:|---:|"""
+HEADER = """| model | removed | | tokens | KL, nats | perplexity | KL watched | minutes |
+|---|---:|---|---:|---:|---:|---:|---:|"""
 
 
 def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -79,14 +79,17 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
-    names = {"": "pruned", "kl": "recovered", "ce": "fine-tuned by cross entropy"}
+    names = {"": "pruned", "kl": "by KL", "ce": "by cross entropy"}
     lines = [HEADER]
     for row in rows:
         ppl = f"{row['ppl_pruned']:.2f} (dense {row['ppl_dense']:.2f})"
-        taken = f"{row['seconds'] / 60:.1f}" if row["tokens"] else ""
+        watched = taken = ""
+        if row["tokens"]:
+            watched = f"{row['kl_at_start']:.4f}, {row['kl_at_checks'][-1]:.4f}"
+            taken = f"{row['seconds'] / 60:.1f}"
         lines.append(
             f"| {row['name']} | {row['ratio']:.0%} | {names.get(row['loss'], row['loss'])} | "
-            f"{row['tokens']:,} | {row['kl_nats']:.4f} | {ppl} | {taken} |"
+            f"{row['tokens']:,} | {row['kl_nats']:.4f} | {ppl} | {watched} | {taken} |"
         )
     return "\n".join(lines) + "\n"
 
