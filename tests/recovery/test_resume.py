@@ -163,3 +163,11 @@ def test_a_cache_serves_several_runs_on_one_text_alone(recover: Recover, tmp_pat
     with pytest.raises(ResumeError, match="not a file of a dense model's hidden states"):
         recover(cache=cache, force=True)
     assert cache.read_text() == "notes of mine"
+
+
+@pytest.mark.slow
+def test_a_streamed_teacher_makes_the_same_file(recover: Recover, tmp_path: Path) -> None:
+    resident = recover(cache=tmp_path / "resident")
+    streamed = recover(out="streamed", cache=tmp_path / "streamed-states", offload="disk")
+    assert (tmp_path / "streamed-states").read_bytes() == (tmp_path / "resident").read_bytes()
+    assert streamed | {"out": resident["out"]} == resident
