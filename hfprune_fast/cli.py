@@ -25,6 +25,7 @@ from hfprune_fast.config import (
     CalibrationOptions,
     OutputOptions,
     RecipeChanges,
+    RecoveryOptions,
     ReportOptions,
     RunOptions,
     ScoringOptions,
@@ -47,7 +48,7 @@ def cli(ctx: click.Context) -> None:
     SOURCE is a .txt, .jsonl, .json or .parquet file, a folder of them, `demo`, a hub data set, a
     .npy file of token ids, or - for stdin.
     """
-    if launched().rank > 0 and ctx.invoked_subcommand not in ("score", "prune"):
+    if launched().rank > 0 and ctx.invoked_subcommand not in ("score", "prune", "recover"):
         ctx.exit()  # torchrun started several; the other commands are the first one's work
 
 
@@ -119,6 +120,27 @@ def prune(
 @cli.command()
 @click.argument("dense")
 @click.argument("pruned")
+@click.option("--text", required=True, metavar="SOURCE", help="Text to train on, a part held out.")
+@click.option("--out", required=True, type=Path, metavar="DIR", help="The folder to make.")
+@flags(RecoveryOptions)
+@flags(OutputOptions, without=("layout",))
+@flags(CalibrationOptions, without=("samples",))
+@flags(RunOptions)
+@common
+def recover(
+    dense: str, pruned: str, text: str, out: Path, as_json: bool, debug: bool, **flags: Any
+) -> None:
+    """Train a pruned model to give the dense model's output (KL), by LoRA or all weights."""
+    from hfprune_fast.commands import recover as command
+
+    result = command.run(dense, pruned, text, out, **flags)
+    if result:
+        _print(as_json, result, command.text(result, dense))
+
+
+@cli.command()
+@click.argument("dense")
+@click.argument("pruned")
 @click.option("--text", metavar="SOURCE", help="Held-out text: KL, perplexity, top-1 agreement.")
 @flags(TaskOptions)
 @flags(CalibrationOptions, samples=None)
@@ -139,6 +161,8 @@ def evaluate(
 @flags(Budget, without=("min_keep", "protect"))
 @flags(CalibrationOptions, without=("seed", "text_field", "chat_template"))
 @flags(RunOptions, without=("attention",))
+@click.option("--recover", is_flag=True, help="Also what `hfprune recover` would take afterwards.")
+@flags(RecoveryOptions, only=("tokens", "lora", "train"))
 @common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Show the pruned sizes and how scoring would run; only config.json is read."""

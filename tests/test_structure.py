@@ -16,7 +16,8 @@ LAYERS = [
     {"__main__"},
     {"__init__", "cli"},
     {"commands"},
-    {"pruning", "recovery"},
+    {"recovery"},  # which writes by pruning's writer
+    {"pruning"},
     {"report"},
     {"scoring", "evaluation"},
     {"engine"},
