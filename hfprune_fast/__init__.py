@@ -6,6 +6,7 @@ keep = hf.select(table, prune_ratio=0.2)             # {layer: indices}
 hf.prune(model, keep)                                # a loaded model, in place
 hf.prune_checkpoint("path/to/model", "out", keep)    # or from disk to disk
 hf.evaluate(dense, pruned, batches)                  # KL, perplexity, top-1 agreement
+hf.recover("path/to/model", "out", "text.txt", "recovered")  # train by KL from the dense model
 hf.evaluate_tasks("path/to/model", "out", tasks="hellaswag,piqa")  # lm-evaluation-harness
 """
 
@@ -19,6 +20,7 @@ from hfprune_fast.pruning.on_disk import prune_checkpoint
 from hfprune_fast.pruning.oneshot import oneshot
 from hfprune_fast.pruning.refit import refit_down_proj
 from hfprune_fast.pruning.selection import select
+from hfprune_fast.recovery.run import recover
 from hfprune_fast.scoring.score import score
 from hfprune_fast.scoring.table import ImportanceTable
 
@@ -33,6 +35,7 @@ __all__ = [
     "oneshot",
     "prune",
     "prune_checkpoint",
+    "recover",
     "refit_down_proj",
     "score",
     "select",

@@ -25,13 +25,15 @@ from hfprune_fast.config import (
     CalibrationOptions,
     OutputOptions,
     RecipeChanges,
+    RecoveryOptions,
     ReportOptions,
     RunOptions,
     ScoringOptions,
     TaskOptions,
 )
 from hfprune_fast.engine.distributed import launched
-from hfprune_fast.errors import HFPruneError, is_out_of_memory, one_line, printable
+from hfprune_fast.errors import printable
+from hfprune_fast.exit_codes import explain
 
 Command = Callable[..., Any]
 _TERMINATED = 128 + signal.SIGTERM
@@ -47,7 +49,7 @@ def cli(ctx: click.Context) -> None:
     SOURCE is a .txt, .jsonl, .json or .parquet file, a folder of them, `demo`, a hub data set, a
     .npy file of token ids, or - for stdin.
     """
-    if launched().rank > 0 and ctx.invoked_subcommand not in ("score", "prune"):
+    if launched().rank > 0 and ctx.invoked_subcommand not in ("score", "prune", "recover"):
         ctx.exit()  # torchrun started several; the other commands are the first one's work
 
 
@@ -119,6 +121,27 @@ def prune(
 @cli.command()
 @click.argument("dense")
 @click.argument("pruned")
+@click.option("--text", required=True, metavar="SOURCE", help="Text to train on, a part held out.")
+@click.option("--out", required=True, type=Path, metavar="DIR", help="The folder to make.")
+@flags(RecoveryOptions)
+@flags(OutputOptions, without=("layout",))
+@flags(CalibrationOptions, without=("samples",))
+@flags(RunOptions)
+@common
+def recover(
+    dense: str, pruned: str, text: str, out: Path, as_json: bool, debug: bool, **flags: Any
+) -> None:
+    """Train a pruned model to give the dense model's output (KL), by LoRA or all weights."""
+    from hfprune_fast.commands import recover as command
+
+    result = command.run(dense, pruned, text, out, **flags)
+    if result:
+        _print(as_json, result, command.text(result, dense))
+
+
+@cli.command()
+@click.argument("dense")
+@click.argument("pruned")
 @click.option("--text", metavar="SOURCE", help="Held-out text: KL, perplexity, top-1 agreement.")
 @flags(TaskOptions)
 @flags(CalibrationOptions, samples=None)
@@ -139,6 +162,8 @@ def evaluate(
 @flags(Budget, without=("min_keep", "protect"))
 @flags(CalibrationOptions, without=("seed", "text_field", "chat_template"))
 @flags(RunOptions, without=("attention",))
+@click.option("--recover", is_flag=True, help="Also what `hfprune recover` would take afterwards.")
+@flags(RecoveryOptions, only=("tokens", "lora", "train"))
 @common
 def plan(model: str, as_json: bool, debug: bool, **flags: Any) -> None:
     """Show the pruned sizes and how scoring would run; only config.json is read."""
@@ -268,30 +293,6 @@ def _run(args: list[str]) -> int:
             return 128 + signal.SIGPIPE
         if debug:
             raise
-        code, message = _explain(error)
+        code, message = explain(error)
         console.say_last(f"error: {' '.join(message.split())}")
         return code
-
-
-def _explain(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the line for an error: 2 for what the user can fix, else 1."""
-    if isinstance(error, HFPruneError):
-        return 2, str(error)
-    if isinstance(error, click.ClickException):
-        context = getattr(error, "ctx", None)
-        hint = f" (see `{context.command_path} --help`)" if context else ""
-        text = error.format_message()
-        return 2, (text if len(text) <= 300 else f"{text[:299]}…") + hint
-    if is_out_of_memory(error):
-        advice = "try a smaller --batch-size or --seq-len, --dtype bfloat16 or --offload disk"
-        return 2, f"out of memory; {advice} ({one_line(error)})"
-    if isinstance(error, OSError):  # its text names the file and the reason
-        return 2, one_line(error)
-    if isinstance(error, UnicodeError):
-        return 2, f"a name or text is not UTF-8: {one_line(error)}"
-    what = f"{type(error).__name__}: {one_line(error)}"
-    if isinstance(error, OverflowError):
-        return 2, f"a number is too large or too small ({what})"
-    if not isinstance(error, Exception):
-        return 2, f"a library gave up on its input ({what}); is a file damaged?"
-    return 1, f"unexpected {what}; please report it with the traceback that --debug shows"

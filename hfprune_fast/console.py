@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,11 +120,16 @@ def _bar(what: str, total: int, unit: str, show: bool) -> Any:
 
 @contextmanager
 def token_bar(
-    what: str, total_tokens: int, show: bool, flops_per_token: int = 0
+    what: str,
+    total_tokens: int,
+    show: bool,
+    flops_per_token: int = 0,
+    notes: Mapping[str, str] | None = None,
 ) -> Iterator[Callable[[float], None]]:
     """Show a bar of tokens on stderr, with FLOP/s and peak memory; yield what takes the tokens.
 
-    A token that has passed some of the layers counts as a fraction.
+    A token that has passed some of the layers counts as a fraction. What `notes` holds at the time
+    is shown too.
     """
     begun, peak_bytes, counted = time.perf_counter(), 0, 0.0
     with _bar(what, total_tokens, "tok", show) as bar:
@@ -135,11 +140,11 @@ def token_bar(
             if bar.disable:
                 return
             peak_bytes = max(peak_bytes, _memory_bytes())
-            notes = {"peak": human_bytes(peak_bytes)}
+            shown = {**(notes or {}), "peak": human_bytes(peak_bytes)}
             if flops_per_token:
                 flops = counted * flops_per_token / (time.perf_counter() - begun)
-                notes["FLOP/s"] = tqdm.format_sizeof(flops)
-            bar.set_postfix(notes, refresh=False)
+                shown["FLOP/s"] = tqdm.format_sizeof(flops)
+            bar.set_postfix(shown, refresh=False)
             # Whole tokens, since the bar prints its count unrounded.
             bar.update(min(round(counted), total_tokens) - bar.n)
 

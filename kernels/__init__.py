@@ -13,11 +13,14 @@ from hfprune_fast.kernels.entropy import (
 from hfprune_fast.kernels.gated_taylor import gated_taylor, gated_taylor_reference
 from hfprune_fast.kernels.linear_criteria import (
     linear_cross_entropy,
+    linear_cross_entropy_loss,
     linear_cross_entropy_reference,
     linear_fisher,
     linear_sampled_cross_entropy,
+    linear_self_distillation,
 )
 from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
+from hfprune_fast.kernels.linear_kl import linear_kl, linear_kl_loss, linear_kl_reference
 from hfprune_fast.kernels.taylor import (
     TaylorStatistics,
     taylor_statistics,
@@ -31,11 +34,16 @@ __all__ = [
     "gated_taylor",
     "gated_taylor_reference",
     "linear_cross_entropy",
+    "linear_cross_entropy_loss",
     "linear_cross_entropy_reference",
     "linear_entropy",
     "linear_entropy_reference",
     "linear_fisher",
+    "linear_kl",
+    "linear_kl_loss",
+    "linear_kl_reference",
     "linear_sampled_cross_entropy",
+    "linear_self_distillation",
     "resolve_backend",
     "softmax_entropy",
     "softmax_entropy_grad_",

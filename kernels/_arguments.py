@@ -10,11 +10,21 @@ from torch import Tensor
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
 
-def check_transform(softcap: float | None, logit_scale: float) -> None:
+def check_transform(softcap: float | None, logit_scale: float, whose: str = "") -> None:
     """Raise ValueError unless softcap and logit_scale are in 2^-100 .. 2^100."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if value is not None and not _SMALLEST <= value <= _LARGEST:
-            raise ValueError(f"{name} must be a positive number in 2^-100 .. 2^100, got {value}")
+            raise ValueError(
+                f"{whose}{name} must be a positive number in 2^-100 .. 2^100, got {value}"
+            )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless temperature is in 2^-20 .. 2^20: it divides softcap and scale."""
+    if not 2.0**-20 <= temperature <= 2.0**20:
+        raise ValueError(
+            f"temperature must be a positive number in 2^-20 .. 2^20, got {temperature}"
+        )
 
 
 def check_grad_scale(grad_scale: float) -> None:

@@ -6,9 +6,13 @@ For a row z of V logits, with p = softmax(z), d_i = z_i - max(z), e = exp(d), s 
     cross_entropy  -log p_y = log s - d_y                  its gradient p_i - [i = y]
     fisher         the same for a label y drawn from p: the smallest y with e_0 + … + e_y > t s,
                    where t is the uniform number of the row's id (`_philox.py`)
+    self_distillation  (1-α) · cross_entropy + α · KL(r ‖ p) with r = softmax(z / τ), the teacher,
+                   held fixed; its gradient p_i - (1-α) [i = y] - α r_i. With s', u' the sums of
+                   exp(d / τ) and d exp(d / τ), KL(r ‖ p) = log s - log s' + (1/τ - 1) u'/s'
 
-in nats; the entropy is the criterion of HFPrune (arXiv 2603.08083). The mean of the outer products
-of the fisher gradients is the Fisher information. Some families transform the logits first,
+in nats; the entropy is the criterion of HFPrune (arXiv 2603.08083), and self_distillation that of
+SDMPrune at the dense model, which is its teacher. The mean of the outer products of the fisher
+gradients is the Fisher information. Some families transform the logits first,
 z ← softcap · tanh(logit_scale · z / softcap); the gradient is then with respect to the logits
 before the transform. A masked entry, z_i = -inf, adds exactly 0 and has no gradient, and never NaN.
 If the label itself is masked the value is inf. A row without a label has value and gradient 0, and
@@ -26,11 +30,13 @@ IGNORED_LABEL = -100  # torch's ignore_index
 
 @dataclass(frozen=True)
 class Criterion:
-    """One of the criteria above; `keys` are labels for cross_entropy and row ids for fisher."""
+    """One of the criteria above; `keys` are row ids for fisher and labels for the other two."""
 
     name: str = "entropy"
     keys: Tensor | None = None  # (T,) int64
-    seed: int = 0
+    seed: int = 0  # of fisher
+    alpha: float = 0.0  # of self_distillation, as is the temperature
+    temperature: float = 1.0
 
 
 ENTROPY = Criterion()

@@ -16,7 +16,7 @@ from hfprune_fast.kernels._philox import uniform
 from hfprune_fast.kernels._rows_triton import rows_triton
 
 # Elements of a block of rows on the torch path: its temporaries stay in a CPU's cache.
-_BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 19
 
 
 def rows_torch(
@@ -29,16 +29,10 @@ def rows_torch(
     keys = criterion.keys
     if keys is not None and criterion.name == "fisher":
         keys = uniform(keys, criterion.seed, dtype)
-    rows = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, logits.shape[0], rows):
         block = slice(start, start + rows)
-        z, slope = logits[block], None
-        if logit_scale != 1:
-            z = z.to(dtype) * logit_scale
-        if softcap is not None:
-            tanh = (z.to(dtype) / softcap).tanh_()
-            slope = tanh.square().neg_().add_(1)
-            z = tanh.mul_(softcap).masked_fill_(z == -torch.inf, -torch.inf)
+        z, slope = transformed(logits[block], softcap, logit_scale, dtype)
         base = z.amax(dim=1, keepdim=True).to(dtype)
         # A row of only -inf would make -inf - -inf; with base 0 every exp below is 0.
         d = z - base.masked_fill_(base == -torch.inf, 0)
@@ -56,12 +50,18 @@ def rows_torch(
                 y, labelled = _sample(e, keys[block, None] * s)
             else:
                 y, labelled, s = _clamp_labels(keys[block, None], s, e.shape[1])
-            d_y = d.gather(1, y)
-            values[block] = torch.where(labelled, s.log() - d_y, 0).squeeze(1)
+            d_y, label_share = d.gather(1, y), 1.0
+            value = s.log() - d_y
+            if criterion.name == "self_distillation":
+                label_share = 1 - criterion.alpha
+                divergence = _distil(d, e, s, criterion)
+                value = label_share * value + criterion.alpha * divergence
+            values[block] = torch.where(labelled, value, 0).squeeze(1)
             if scale is not None:
                 scale = torch.where(labelled, scale, 0)
                 # Masked entries have no gradient.
-                e.scatter_(1, y, e.gather(1, y) - torch.where(d_y == -torch.inf, 0, s))
+                peak = torch.where(d_y == -torch.inf, 0, label_share * s)
+                e.scatter_(1, y, e.gather(1, y) - peak)
         if grad is not None and scale is not None:
             e *= (-scale if keys is None else scale) / s
             if slope is not None:
@@ -72,6 +72,23 @@ def rows_torch(
     return values
 
 
+def transformed(
+    logits: Tensor, softcap: float | None, logit_scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return z = softcap · tanh(logit_scale · logits / softcap), and under a cap its slope.
+
+    The slope is dz/dlogits / logit_scale; -inf stays.
+    """
+    z = logits
+    if logit_scale != 1:
+        z = z.to(dtype) * logit_scale
+    if softcap is None:
+        return z, None
+    tanh = (z.to(dtype) / softcap).tanh_()
+    slope = tanh.square().neg_().add_(1)
+    return tanh.mul_(softcap).masked_fill_(z == -torch.inf, -torch.inf), slope
+
+
 def _sample(e: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return (T, 1) samples as the kernel draws them, and whether the row has an entry to draw."""
     possible = e != 0  # true for NaN, so that the row shows it
@@ -80,6 +97,16 @@ def _sample(e: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     last = e.shape[1] - 1 - possible.flip(1).view(torch.uint8).argmax(dim=1, keepdim=True)
     y = torch.where(reached.any(dim=1, keepdim=True), y, last)
     return y, possible.any(dim=1, keepdim=True)
+
+
+def _distil(d: Tensor, e: Tensor, s: Tensor, criterion: Criterion) -> Tensor:
+    """Return (T, 1) KL(r ‖ p), r = softmax(d / τ), and subtract α s r from e; d loses its -inf."""
+    d.clamp_(min=torch.finfo(d.dtype).min)  # d · exp(d) is then 0 and not NaN
+    r = (d / criterion.temperature).exp_()
+    s_r = r.sum(dim=1, keepdim=True).clamp_(min=1)
+    u_over_s = torch.linalg.vecdot(r, d).unsqueeze(1) / s_r
+    e.sub_(r.mul_(criterion.alpha * s / s_r))
+    return s.log() - s_r.log() + (1 / criterion.temperature - 1) * u_over_s
 
 
 def _clamp_labels(labels: Tensor, s: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

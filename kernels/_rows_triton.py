@@ -51,8 +51,14 @@ def _tanh(x):
 
 
 @jit
-def _add_to_sums(z, start, m, s, u, CRITERION: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Add logits z to (m, s, u): partial sums per column of z; for fisher, s per step."""
+def _add_to_sums(
+    z, start, m, s, u, s_r, CRITERION: tl.constexpr, TEMPERATURE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Add logits z to (m, s, u): partial sums per column of z; for fisher, s per step.
+
+    For self_distillation u is Σ d exp(d / TEMPERATURE), and s_r Σ exp(d / TEMPERATURE).
+    """
     m_new = tl.maximum(m, tl.max(z, axis=0))
     # -inf - -inf would be NaN: no finite logit yet, so s and u are 0 and every exp is 0.
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -63,10 +69,15 @@ def _add_to_sums(z, start, m, s, u, CRITERION: tl.constexpr, BLOCK_V: tl.constex
     e = tl.exp(d)
     if CRITERION == "entropy":
         u = alpha * (u + delta * s) + tl.where(e == 0, 0.0, d * e)
+    if CRITERION == "self_distillation":
+        alpha_r = tl.exp(delta / TEMPERATURE)
+        r = tl.exp(d / TEMPERATURE)
+        u = alpha_r * (u + delta * s_r) + tl.where(r == 0, 0.0, d * r)
+        s_r = alpha_r * s_r + r
     if CRITERION == "fisher":
         e = tl.where(tl.arange(0, s.shape[0]) == start // BLOCK_V, tl.sum(e, axis=0), 0.0)
     s = alpha * s + e
-    return m_new, s, u
+    return m_new, s, u, s_r
 
 
 @jit
@@ -96,10 +107,11 @@ def _sample(
 
 @jit
 def _store_grad(
-    z_ptr, grad_ptr, offs_v, V, base, s_sum, u_over_s, y, factor, CRITERION: tl.constexpr,
-    SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, MASKED: tl.constexpr,
+    z_ptr, grad_ptr, offs_v, V, base, u_over_s, y, label_share, r_share, factor,
+    CRITERION: tl.constexpr, TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Write factor · dvalue/dz of one step; 0 where the entry is masked or the factor is 0."""
+    """Write factor · s · dvalue/dz of one step; 0 where the entry is masked or the factor is 0."""
     z = _load_logits(z_ptr, offs_v, V, SOFTCAP, LOGIT_SCALE, MASKED)
     d = z - base
     e = tl.where(factor == 0, 0.0, tl.exp(d))
@@ -108,7 +120,9 @@ def _store_grad(
         no_grad = e == 0
     else:
         factors = tl.where(z == float("-inf"), 0.0, factor)
-        grad = tl.where(offs_v == y, e - s_sum, e) * factors
+        if CRITERION == "self_distillation":
+            e -= r_share * tl.exp(d / TEMPERATURE)
+        grad = tl.where(offs_v == y, e - label_share, e) * factors
         no_grad = factors == 0
     if SOFTCAP is not None:
         grad *= 1 - (z / SOFTCAP) * (z / SOFTCAP)
@@ -122,7 +136,8 @@ def _store_grad(
 @jit
 def _rows_kernel(
     z_ptr, grad_ptr, row_scale_ptr, key_ptr, value_ptr, stride_zt, stride_gt, V, seed,
-    CRITERION: tl.constexpr, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    CRITERION: tl.constexpr, ALPHA: tl.constexpr, TEMPERATURE: tl.constexpr,
+    SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     WRITE_GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: its value and, with WRITE_GRAD, row_scale times its gradient."""
@@ -132,7 +147,7 @@ def _rows_kernel(
     # Whole steps need no mask: it would split 16-byte loads where V is odd.
     whole = V // BLOCK_V * BLOCK_V
     y = -1
-    if CRITERION == "cross_entropy":
+    if CRITERION == "cross_entropy" or CRITERION == "self_distillation":
         label = tl.load(key_ptr + row)
         unlabelled = label == -100  # IGNORED_LABEL
         wrong = (label != -100) & ((label < 0) | (label >= V))
@@ -144,16 +159,17 @@ def _rows_kernel(
     m = -float("inf")
     s = tl.zeros([STEPS if CRITERION == "fisher" else BLOCK_V], tl.float32)
     u = tl.zeros([BLOCK_V], tl.float32)
+    s_r = tl.zeros([BLOCK_V], tl.float32)
     for start in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
         z = _load_logits(z_ptr, start + offs_v, V, SOFTCAP, LOGIT_SCALE, False)
-        m, s, u = _add_to_sums(z, start, m, s, u, CRITERION, BLOCK_V)
+        m, s, u, s_r = _add_to_sums(z, start, m, s, u, s_r, CRITERION, TEMPERATURE, BLOCK_V)
     if whole < V:
         z = _load_logits(z_ptr, whole + offs_v, V, SOFTCAP, LOGIT_SCALE, True)
-        m, s, u = _add_to_sums(z, whole, m, s, u, CRITERION, BLOCK_V)
+        m, s, u, s_r = _add_to_sums(z, whole, m, s, u, s_r, CRITERION, TEMPERATURE, BLOCK_V)
     all_masked = m == float("-inf")
     base = tl.where(all_masked, 0.0, m)
     s_sum = tl.where(all_masked, 1.0, tl.sum(s, axis=0))
-    u_over_s = 0.0
+    u_over_s, r_share = 0.0, 0.0
     if CRITERION == "entropy":
         u_over_s = tl.sum(u, axis=0) / s_sum
         value = tl.log(s_sum) - u_over_s
@@ -164,7 +180,16 @@ def _rows_kernel(
             unlabelled = all_masked
         else:
             s_sum = tl.where(wrong, float("nan"), s_sum)
-        value = tl.where(unlabelled, 0.0, tl.log(s_sum) - (z_y - base))
+        value = tl.log(s_sum) - (z_y - base)
+        if CRITERION == "self_distillation":
+            s_r_sum = tl.where(all_masked, 1.0, tl.sum(s_r, axis=0))
+            r_share = ALPHA * s_sum / s_r_sum
+            divergence = (
+                tl.log(s_sum / s_r_sum) + (1 / TEMPERATURE - 1) * tl.sum(u, axis=0) / s_r_sum
+            )
+            value = (1 - ALPHA) * value + ALPHA * divergence
+        value = tl.where(unlabelled, 0.0, value)
+    label_share = (1 - ALPHA) * s_sum
     tl.store(value_ptr + row, value)
 
     if WRITE_GRAD:
@@ -179,13 +204,13 @@ def _rows_kernel(
         # Backwards: what was read last is still in the cache.
         if whole < V:
             _store_grad(
-                z_ptr, grad_ptr, whole + offs_v, V, base, s_sum, u_over_s, y, factor,
-                CRITERION, SOFTCAP, LOGIT_SCALE, True,
+                z_ptr, grad_ptr, whole + offs_v, V, base, u_over_s, y, label_share, r_share,
+                factor, CRITERION, TEMPERATURE, SOFTCAP, LOGIT_SCALE, True,
             )  # fmt: skip
         for offset in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
             _store_grad(
-                z_ptr, grad_ptr, whole - BLOCK_V - offset + offs_v, V, base, s_sum, u_over_s, y,
-                factor, CRITERION, SOFTCAP, LOGIT_SCALE, False,
+                z_ptr, grad_ptr, whole - BLOCK_V - offset + offs_v, V, base, u_over_s, y,
+                label_share, r_share, factor, CRITERION, TEMPERATURE, SOFTCAP, LOGIT_SCALE, False,
             )  # fmt: skip
 
 
@@ -209,6 +234,8 @@ def rows_triton(
         logits.shape[1],
         criterion.seed if sampled else None,
         CRITERION=criterion.name,
+        ALPHA=criterion.alpha,
+        TEMPERATURE=criterion.temperature,
         SOFTCAP=softcap,
         LOGIT_SCALE=logit_scale,
         WRITE_GRAD=grad is not None,

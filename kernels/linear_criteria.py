@@ -1,9 +1,10 @@
-"""Weighted cross entropy of a language-model head, with given or sampled labels, and its gradient.
+"""Weighted cross entropy of a language-model head, of given or sampled labels, and its gradient.
 
     z_t = hidden_t · weightᵀ + bias        loss = Σ_t row_weight_t · -log softmax(z_t)[y_t]
 
-with y_t a label, or drawn from softmax(z_t). The equations are in `_criterion.py`, the passage over
-chunks of rows in `_linear.py`.
+with y_t a label, or drawn from softmax(z_t); or with a divergence from the row's own sharper
+softmax mixed in. The equations are in `_criterion.py`, the passage over chunks of rows in
+`_linear.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._linear import linear_criterion
+from hfprune_fast.kernels._loss import HeadLoss
 
 
 def linear_cross_entropy_reference(
@@ -74,10 +77,50 @@ def linear_cross_entropy(
 
     Work, traffic and memory as in `linear_entropy`, plus one label a row.
     """
-    return linear_criterion(
-        hidden, weight, row_weight, bias, "cross_entropy", labels, 0,
+    loss, d_hidden, *_ = linear_criterion(
+        hidden, weight, row_weight, bias, Criterion("cross_entropy", labels),
         softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
     )  # fmt: skip
+    return loss, d_hidden
+
+
+def linear_cross_entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    fp32_logits: bool = False,
+    grad_scale: float = 1.0,
+    logits_budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the loss of `linear_cross_entropy`, differentiable once in hidden, weight and bias.
+
+    The gradients are made in the forward pass and kept, as `linear_kl_loss` does.
+
+    Args:
+        grad_scale: as in `linear_kl_loss`.
+        others: as in `linear_cross_entropy`.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`.
+        RuntimeError: a second derivative is requested.
+    """
+
+    def run(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grads: bool
+    ) -> tuple[Tensor, ...]:
+        return linear_criterion(
+            hidden, weight, row_weight, bias, Criterion("cross_entropy", labels),
+            softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+            weight_grads=weight_grads,
+        )  # fmt: skip
+
+    return HeadLoss.of(run, grad_scale, hidden, weight, bias)
 
 
 def linear_fisher(
@@ -119,10 +162,56 @@ def linear_fisher(
     Work and memory as in `linear_entropy`, plus one temporary on the torch path. On a GPU 8192
     logits a row are read once more.
     """
-    return linear_criterion(
-        hidden, weight, row_weight, bias, "fisher", row_id, seed,
+    loss, d_hidden, *_ = linear_criterion(
+        hidden, weight, row_weight, bias, Criterion("fisher", row_id, seed),
         softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
     )  # fmt: skip
+    return loss, d_hidden
 
 
 linear_sampled_cross_entropy = linear_fisher
+
+
+def linear_self_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    alpha: float = 0.4,
+    temperature: float = 0.5,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    fp32_logits: bool = False,
+    grad_scale: float = 1.0,
+    logits_budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return cross entropy mixed with a divergence from the model's own output, and its gradient.
+
+    loss = Σ_t row_weight_t · ((1-α) · -log p_t[label_t] + α · KL(softmax(z_t / τ) ‖ p_t)), p_t =
+    softmax(z_t), z_t the logits. It is the loss of SDMPrune at the model that is its own teacher:
+    softmax(z_t / τ) is held fixed, and dloss/dz_ti = row_weight_t · (p_ti - (1-α) [i = label_t] -
+    α softmax(z_t / τ)_i), from one row and without a second model.
+
+    Args:
+        alpha: α, at least 0 and below 1; about 0.4 in SDMPrune.
+        temperature: τ; 0.2 to 0.5 in SDMPrune. With 1 the divergence is 0, and so is its gradient.
+        hidden, weight, labels, row_weight, bias, softcap, logit_scale, fp32_logits, grad_scale,
+            logits_budget_bytes, backend: as in `linear_cross_entropy`.
+
+    Returns:
+        loss, d_hidden: as in `linear_cross_entropy`; a row without a label adds no divergence.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`, or alpha or temperature outside their ranges.
+
+    Work, traffic and memory as in `linear_cross_entropy`; one more exp a logit in each pass.
+    """
+    loss, d_hidden, *_ = linear_criterion(
+        hidden, weight, row_weight, bias,
+        Criterion("self_distillation", labels, alpha=alpha, temperature=temperature),
+        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+    )  # fmt: skip
+    return loss, d_hidden

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._criterion import ENTROPY
 from hfprune_fast.kernels._linear import linear_criterion
 from hfprune_fast.kernels.entropy import softmax_entropy_grad_reference
 
@@ -79,7 +80,8 @@ def linear_entropy(
     path up to 10 MiB of temporaries, 20 for fp64). On a GPU, per logit in bf16: 2 bytes written and
     2 read by the products, 4 to 6 by the pass. No host synchronisation.
     """
-    return linear_criterion(
-        hidden, weight, row_weight, bias, "entropy", None, 0,
+    loss, d_hidden, *_ = linear_criterion(
+        hidden, weight, row_weight, bias, ENTROPY,
         softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
     )  # fmt: skip
+    return loss, d_hidden

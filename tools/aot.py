@@ -40,7 +40,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
 from assembly import access_bytes, resources
 
-from hfprune_fast.kernels import _dispatch, _rows, _statistics
+from hfprune_fast.kernels import _dispatch, _kl_rows, _rows, _statistics
 from hfprune_fast.kernels._activations import ACTIVATIONS, Gated
 from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._triton import INTERPRETED, cdiv
@@ -104,23 +104,34 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _rows_of(dtype: torch.dtype, vocab: int) -> Tensor:
+    # As the buffers of the linear operations: 16-byte aligned for any vocab.
+    return _meta(8192, cdiv(vocab, 16) * 16, dtype=dtype)[:, :vocab]
+
+
 def _launch_rows(
     dtype: torch.dtype, grad_dtype: torch.dtype | None, vocab: int = 128_256, *,
     criterion: str = "entropy", softcap: float | None = None, logit_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    def rows(dtype: torch.dtype) -> Tensor:
-        # As the buffer of linear_entropy: 16-byte aligned for any vocab.
-        return _meta(8192, cdiv(vocab, 16) * 16, dtype=dtype)[:, :vocab]
-
-    logits, row_scale, grad = rows(dtype), None, None
+    logits, row_scale, grad = _rows_of(dtype, vocab), None, None
     if grad_dtype is not None:
         row_scale = _meta(8192, dtype=torch.float32)
-        grad = logits if grad_dtype == dtype else rows(grad_dtype)
+        grad = logits if grad_dtype == dtype else _rows_of(grad_dtype, vocab)
     keys = None if criterion == "entropy" else _meta(8192, dtype=torch.int64)
     _rows.rows_loss_and_grad(
-        logits, row_scale, grad, Criterion(criterion, keys),
+        logits, row_scale, grad, Criterion(criterion, keys, alpha=0.4, temperature=0.5),
         softcap=softcap, logit_scale=logit_scale, backend=None,
     )  # fmt: skip
+
+
+def _launch_kl(
+    dtype: torch.dtype, grad_dtype: torch.dtype, vocab: int = 128_256, *,
+    teacher_dtype: torch.dtype | None = None, transform: tuple[float | None, float] = (None, 1.0),
+) -> None:  # fmt: skip
+    logits, teacher_logits = _rows_of(dtype, vocab), _rows_of(teacher_dtype or dtype, vocab)
+    grad = logits if grad_dtype == dtype else _rows_of(grad_dtype, vocab)
+    row_scale = _meta(8192, dtype=torch.float32)
+    _kl_rows.kl_rows_and_grad(logits, teacher_logits, row_scale, grad, transform, transform, None)
 
 
 def _launch_taylor(
@@ -150,13 +161,22 @@ def _cases() -> Iterator[Case]:
     yield case("bf16 softcap, scale", partial(_launch_rows, bf16, bf16, **transform))
     yield case("bf16 odd V", partial(_launch_rows, bf16, bf16, 32_001))
     yield case("fp32 odd V, bf16 gradient", partial(_launch_rows, fp32, bf16, 32_001))
-    for criterion in ("cross_entropy", "fisher"):
+    for criterion in ("cross_entropy", "fisher", "self_distillation"):
         launch = partial(_launch_rows, criterion=criterion)
         for name, dtype in _DTYPES.items():
             yield case(f"{name} {criterion}", partial(launch, dtype, dtype))
         yield case(f"fp32 {criterion}, bf16 gradient", partial(launch, fp32, bf16))
         yield case(f"bf16 {criterion} softcap, scale", partial(launch, bf16, bf16, **transform))
         yield case(f"bf16 {criterion} odd V", partial(launch, bf16, bf16, 32_001))
+
+    case = partial(Case, "_kl_rows_kernel")
+    for name, dtype in _DTYPES.items():
+        yield case(f"{name} kl", partial(_launch_kl, dtype, dtype))
+    yield case("fp32 kl, bf16 gradient", partial(_launch_kl, fp32, bf16))
+    yield case("bf16 kl softcap, scale", partial(_launch_kl, bf16, bf16, transform=(30.0, 0.5)))
+    yield case("bf16 kl odd V", partial(_launch_kl, bf16, bf16, 32_001))
+    mixed = partial(_launch_kl, fp32, fp32, teacher_dtype=bf16)
+    yield case("fp32 kl, bf16 teacher", mixed)
 
     case = partial(Case, "_taylor_kernel")
     for (name, dtype), masked in product(_DTYPES.items(), (False, True)):

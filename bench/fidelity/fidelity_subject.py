@@ -112,6 +112,6 @@ class Seed:
     def _scores(self) -> hf.ImportanceTable:
         every = ["entropy", "fisher"]
         if not self.subject.source.spec.experts:
-            every += ["cross_entropy", "activation"]
+            every += ["cross_entropy", "self_distillation", "activation"]
         batches = self.ids.split(BATCH)
         return hf.score(self.subject.model, batches, criterion=every, obs=True, seed=self.seed)

@@ -44,6 +44,7 @@ VARIANTS = (
     Variant("entropy, parity", "l1"),
     *(Variant("entropy", statistic) for statistic in ("l2", "fisher_mask")),
     *(Variant("cross_entropy", statistic) for statistic in ("l1", "l2", "fisher_mask")),
+    *(Variant("self_distillation", statistic) for statistic in ("l1", "l2", "fisher_mask")),
     *(Variant("fisher", statistic) for statistic in ("l1", "l2", "fisher_mask", "obs")),
     Variant("activation", "act"),
     MAGNITUDE,

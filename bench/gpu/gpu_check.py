@@ -55,7 +55,13 @@ LIMITS_S = {
 FIRST, DEFAULT = ("build", "compile"), ("correctness", "timing")
 # Before the limit a process is asked to end, and a worker this long before that starts nothing new.
 GRACE_S = 20
-TESTS = ("taylor", "entropy", "linear_entropy", "operations")  # the quickest to tell most first
+TESTS = (
+    "taylor",
+    "entropy",
+    "linear_entropy",
+    "linear_kl",
+    "operations",
+)  # the quickest to tell most first
 
 
 def main() -> None:

@@ -21,12 +21,14 @@ import torch
 from bench_entropy import eager_cross_entropy, eager_entropy, fp64_rows
 from case import AbsentError, Case, Provider, Results, needs_triton, ours, providers, spread_rows
 from hfprune_reference import entropy_of
+from meter import GPU
 from shapes import Spec
 from torch import Tensor
 from torch.nn.functional import linear
 
 from hfprune_fast.kernels import linear_entropy
-from hfprune_fast.kernels._head import Buffers, onednn_linear, product, product_back
+from hfprune_fast.kernels._head import Head as Inputs
+from hfprune_fast.kernels._head import Products, products_of
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> mean
 TRUTH_ROWS = 64  # of logits that the truth makes at a time, in fp64
@@ -61,18 +63,18 @@ class Head(Case):
         self.flops = 4 * tokens * width * vocab
         self.bytes_moved = 2 * self.hidden.nbytes + self.weight.nbytes
 
+    def products(self) -> tuple[int, Products]:
+        """Return the rows of a chunk of ours, and the products in its buffers."""
+        inputs = Inputs(self.hidden, self.weight)
+        rows, (products,) = products_of([inputs], False, None, "triton" if GPU else "torch")
+        return rows, products
+
     def floor(self) -> None:
-        onednn = onednn_linear(self.hidden, self.weight)
-        buffers = Buffers.allocate(self.hidden, self.weight, False, None, onednn is None)
+        chunk, products = self.products()
         d_hidden = torch.empty_like(self.hidden)
-        for start in range(0, len(self.hidden), len(buffers.logits)):
-            hidden = self.hidden[start : start + len(buffers.logits)]
-            if onednn is not None:
-                onednn(onednn(hidden, self.weight, None), self.weight.t(), None)
-                continue
-            logits = buffers.logits[: len(hidden)]
-            product(hidden, self.weight, None, logits, 0)
-            product_back(logits, self.weight, d_hidden[start : start + len(hidden)], 1.0, 0)
+        for start in range(0, len(self.hidden), chunk):
+            rows = slice(start, start + chunk)
+            products.back(products.logits(rows), d_hidden[rows], 1.0)
 
     def truth(self, computes: str) -> Results:
         weight, scale = self.weight.double(), 1 / len(self.hidden)
@@ -134,7 +136,7 @@ def torch_linear_cross_entropy(case: Head) -> Loss:
         raise AbsentError(f"torch {torch.__version__} has no linear_cross_entropy")
     # In the chunks that ours takes: of few tokens it would choose chunks of one row each, and its
     # bf16 loss, a sum over the chunks in bf16, was then off by 8 %.
-    rows = len(Buffers.allocate(case.hidden, case.weight, False, None).logits)
+    rows, _ = case.products()
     options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
     return partial(function, options=options)
 

@@ -21,7 +21,8 @@ FOLDER = RESULTS / "fidelity"
 # alone, then what allocation and refit add, one after the other.
 SHOWN = (
     RANDOM, MAGNITUDE, PAPER, Variant("entropy", "l2"), Variant("cross_entropy", "l2"),
-    Variant("activation", "act"), Variant("fisher", "fisher_mask"), Variant("fisher", "l2"),
+    Variant("self_distillation", "l2"), Variant("activation", "act"),
+    Variant("fisher", "fisher_mask"), Variant("fisher", "l2"),
     Variant("fisher", "obs"), Variant("entropy", "l1", refit=True),
     Variant("fisher", "l2", refit=True), UNIFORM, Variant("entropy", "l1", "global"),
     Variant("fisher", "l2", "global"), Variant("fisher", "l2", "global", refit=True), DEFAULT,

@@ -20,7 +20,8 @@ SECTIONS = {
     "Whole models": ("score", "whole_job"),
     "Kernels": (
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "gated_taylor", "taylor_statistics", "removal_costs", "refit",
+        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "removal_costs",
+        "refit",
     ),
     "Compaction of weights": ("compact_rows", "compact_columns", "prune_checkpoint"),
 }  # fmt: skip

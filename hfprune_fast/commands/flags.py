@@ -27,18 +27,28 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 
 
 def flags(
-    group: type[Any], *, without: tuple[str, ...] = (), **defaults: Any
+    group: type[Any],
+    *,
+    without: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
+    **defaults: Any,
 ) -> Callable[[Command], Command]:
     """Return a decorator that adds a flag for each field of a group of options.
 
     Args:
         without: fields that the command does not use.
+        only: those that it does use; None is all others.
         defaults: of fields whose default differs for this command.
     """
     types = field_types(group)
+    used = [
+        each
+        for each in fields(group)
+        if each.name not in without and (only is None or each.name in only)
+    ]
 
     def decorate(command: Command) -> Command:
-        for each in reversed([each for each in fields(group) if each.name not in without]):
+        for each in reversed(used):
             default = defaults.get(each.name, each.default)
             names = [f"--{each.name.replace('_', '-')}"]
             options: dict[str, Any] = {"default": default, "help": each.metadata["text"]}

@@ -15,7 +15,13 @@ from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.config_json import read_config
 from hfprune_fast.checkpoint.folder import find_model
 from hfprune_fast.checkpoint.skeleton import spec_from_config
-from hfprune_fast.config import DEFAULT_SEQ_LEN, Budget, CalibrationOptions, RunOptions
+from hfprune_fast.config import (
+    DEFAULT_SEQ_LEN,
+    Budget,
+    CalibrationOptions,
+    RecoveryOptions,
+    RunOptions,
+)
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
 from hfprune_fast.engine.planner import Plan
@@ -25,13 +31,22 @@ from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.selection import budget_of
+from hfprune_fast.recovery import estimate
 
 _BYTES_A_SECOND = 1 << 30  # of a fast disk; what is fetched is in proportion
 
 
-@keyword_options(budget=Budget, sampling=CalibrationOptions, options=RunOptions)
+@keyword_options(
+    budget=Budget, sampling=CalibrationOptions, options=RunOptions, recovery=RecoveryOptions
+)
 def run(
-    model: str | Path, *, budget: Budget, sampling: CalibrationOptions, options: RunOptions
+    model: str | Path,
+    *,
+    recover: bool = False,
+    budget: Budget,
+    sampling: CalibrationOptions,
+    options: RunOptions,
+    recovery: RecoveryOptions,
 ) -> dict[str, Any]:
     """Return sizes, FLOPs and both plans, of a text tower alone if there is one.
 
@@ -40,6 +55,7 @@ def run(
     FLOPs are those of a forward pass over one sequence, per token: 2 for each weight of a linear
     layer, and 4 · seq_len · heads · head_dim a layer for attention's two products. "pruning" is of
     the default recipe, and its seconds are its products' at the speed of one that is timed here.
+    With `recover`, "recovery" is of `hf.recover` afterwards.
     """
     folder = find_model(model, config_only=True)
     spec, config = spec_from_config(folder)
@@ -56,7 +72,12 @@ def run(
     pruning = planner.plan_run(spec, options, refit=True, **shape)
     in_dtype = dtype if scoring.offload == "cpu" else stored
     flops = planner.pruning_flops(spec, samples * seq_len)
-    seconds = flops / machine.product_flops_per_second(device, dtype)
+    speed = machine.product_flops_per_second(device, dtype)
+    recovering = {}
+    if recover:
+        shape = {"device": device, "dtype": dtype, "seq_len": seq_len}
+        found = estimate.estimate(config, spec, sizes, recovery, options, **shape)
+        recovering["recovery"] = {**found, "seconds": found["flops"] / speed}
     attention = 4 * seq_len * spec.attention_width * spec.num_layers
     result = spec.pruned_to(*sizes)
     for prefix, of in (("dense_", dense_sizes), ("", sizes)):
@@ -75,7 +96,13 @@ def run(
             **asdict(scoring),
             **_fetched(scoring, spec, samples * seq_len, in_dtype.itemsize),
         },
-        "pruning": {"summary": str(pruning), "flops": flops, "seconds": seconds, **asdict(pruning)},
+        "pruning": {
+            "summary": str(pruning),
+            "flops": flops,
+            "seconds": flops / speed,
+            **asdict(pruning),
+        },
+        **recovering,
     }
 
 
@@ -123,10 +150,16 @@ def text(result: dict[str, Any]) -> str:
         if fetched
         else ""
     )
+    after = ""
+    if "recovery" in result:
+        recovery = result["recovery"]
+        after = (
+            f"\n{estimate.text(recovery)}; about {human_seconds(recovery['seconds'])} of products"
+        )
     beside = "numbers are of the text tower; all else is copied\n" if result["text_tower"] else ""
     return (
         f"{table}\n{beside}{result['widths_suit']}\n\n{fetching}"
         f"scoring on {scoring['device']}: {scoring['summary']}\n"
         f"prune, by the default recipe: {pruning['summary']}; about "
-        f"{human_seconds(pruning['seconds'])} of products at this machine's speed"
+        f"{human_seconds(pruning['seconds'])} of products at this machine's speed{after}"
     )

@@ -60,6 +60,19 @@ def calibrate(
 
     Prints a line on stderr when the text holds fewer samples than requested.
     """
+    data = windows_of(text, source, options, evaluation=evaluation)
+    if options.samples is not None and data.sequences < options.samples:
+        say(
+            f"{text} holds {data.sequences} samples of {data.longest} tokens; "
+            f"{options.samples} were requested"
+        )
+    return data
+
+
+def windows_of(
+    text: str | Path, source: TextModel, options: CalibrationOptions, *, evaluation: bool = False
+) -> TokenData:
+    """Return token windows as `calibrate` does, and say nothing where they are few."""
     config, seq_len = source.transformers_config, options.seq_len
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
@@ -81,15 +94,19 @@ def calibrate(
         chat_template=options.chat_template,
         evaluation=evaluation,
     )
-    if options.samples is not None and len(ids) < options.samples:
-        say(
-            f"{text} holds {len(ids)} samples of {ids.shape[1]} tokens; "
-            f"{options.samples} were requested"
-        )
     description = {"source": display_name(text), "seed": options.seed, "seq_len": ids.shape[1]}
     given = {"text_field": options.text_field, "chat_template": options.chat_template}
     description |= {name: value for name, value in given.items() if value}
     return token_data(ids, source.spec.vocab_size, description)
+
+
+def window_tokens(text: str | Path, source: TextModel, options: CalibrationOptions) -> int:
+    """Return the tokens of a window of a text, before it is read."""
+    if str(text).endswith(".npy"):
+        return int(_map_ids(Path(text), options.seq_len).shape[1])
+    longest = getattr(source.transformers_config, "max_position_embeddings", None)
+    most = min(DEFAULT_SEQ_LEN, longest) if isinstance(longest, int) else DEFAULT_SEQ_LEN
+    return options.seq_len or most
 
 
 def token_windows(

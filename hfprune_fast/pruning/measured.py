@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from hfprune_fast.checkpoint.source import ModelSource, open_source
@@ -42,15 +43,19 @@ def measure(
 
 
 def warn_of_calibration_text(pruned: ModelSource, data: TokenData) -> None:
-    """Say if the pruned model was calibrated on this text, by its name or its tokens."""
+    """Say if the pruned model was calibrated or trained on this text, by its name or its tokens."""
     name = data.description["source"]
     try:
-        known = read_record(pruned.folder)["provenance"]["calibration"]
-        is_same = known["source"] == name != STDIN or known["data_sha256"] == data.sha256
-    except (CheckpointError, KeyError, TypeError):
-        return  # no record, or one of another kind
-    if is_same:
-        say(
-            f"{name} was also the calibration text, so these numbers are optimistic; use held-out "
-            "text"
-        )
+        record = read_record(pruned.folder)
+    except CheckpointError:
+        return
+    was = ""
+    with suppress(KeyError, TypeError):  # of another kind
+        known = record["provenance"]["calibration"]
+        if known["source"] == name != STDIN or known["data_sha256"] == data.sha256:
+            was = "calibration text"
+    with suppress(KeyError, TypeError):
+        if record["recovery"]["text"] == name != STDIN:
+            was = "text that it was trained on"
+    if was:
+        say(f"{name} was also the {was}, so these numbers are optimistic; use held-out text")

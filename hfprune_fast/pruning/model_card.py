@@ -74,6 +74,8 @@ def made_rows(
     if {"samples", "tokens"} <= provenance.keys():
         size = f"{provenance['samples']} samples, {provenance['tokens']} tokens"
         rows.append(("calibration size", shown(size)))
+    if "recovery" in record:
+        rows += _recovery_rows(record["recovery"], shown)
     return rows
 
 
@@ -154,6 +156,25 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _recovery_rows(
+    recovery: Mapping[str, Any], shown: Callable[[str], str]
+) -> list[tuple[str, str]]:
+    """Say how a pruned model was trained, and what that did on held-out windows of the text."""
+    rank, loss = int(recovery["lora"]), _word(recovery["loss"])
+    what = f"LoRA of rank {rank}" if rank else "all weights"
+    losses = {
+        "kl": "KL from the dense model",
+        "ce": "cross entropy",
+        "klce": "KL and cross entropy",
+    }
+    before, after = float(recovery["kl_before"]), float(recovery["kl_after"])
+    return [
+        ("recovery", f"{what}, by {losses.get(loss, loss)}"),
+        ("recovery text", f"{shown(str(recovery['text']))}, {int(recovery['tokens']):,} tokens"),
+        ("held-out KL by recovery", f"{before:.4f} to {after:.4f} nats a token"),
+    ]
+
+
 def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
     """Return README.md of a pruned checkpoint.
 
@@ -176,6 +197,9 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
     rows += made_rows(record, escaped)
     if "fidelity" in record:
         rows += fidelity_rows(record["fidelity"])
+    trained = "No training followed."
+    if "recovery" in record:
+        trained = "Then it was trained to give the dense model's output."
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     layout = achieved.get("layout", "uniform")
     changed = _CHANGED["experts" if "experts" in achieved else layout]
@@ -187,7 +211,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
 # {escaped(base_model.split("/")[-1])}, pruned
 
 MLP neurons were cut out with {by}. {changed}
-No training followed.
+{trained}
 
 | | |
 |---|---|

@@ -7,6 +7,8 @@ output distribution p there:
     cross_entropy   -log p(y), y the next token; the last position has none
     fisher          -log p(y), y drawn from p: its gradient's second moments are those of the
                     Fisher information, so half of them is the second-order KL(dense || pruned)
+    self_distillation  0.6 · -log p(y), y the next token, + 0.4 · KL(r || p), where r, the teacher,
+                    is p at temperature 0.5: SDMPrune's loss at the dense model
     activation      none: only act is added up, and nothing is differentiated
 
 To add a criterion, write its head loss, add an entry to CRITERIA here and its name to CRITERIA in
@@ -26,7 +28,12 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
-from hfprune_fast.kernels import linear_cross_entropy, linear_entropy, linear_fisher
+from hfprune_fast.kernels import (
+    linear_cross_entropy,
+    linear_entropy,
+    linear_fisher,
+    linear_self_distillation,
+)
 
 Loss = tuple[Tensor, Tensor]
 
@@ -49,6 +56,13 @@ def _fisher(
 ) -> Loss:
     row_ids = batch.row_ids.flatten().to(h.device)
     return linear_fisher(h, weight, row_ids, row_weights, seed=seed, **options)
+
+
+def _self_distillation(
+    h: Tensor, weight: Tensor, row_weights: Tensor, batch: MicroBatch, seed: int, **options: Any
+) -> Loss:
+    labels = batch.labels.flatten().to(h.device)
+    return linear_self_distillation(h, weight, labels, row_weights, **options)
 
 
 @dataclass(frozen=True)
@@ -84,5 +98,8 @@ CRITERIA: dict[str, Criterion] = {
     "entropy": Criterion("l1", _entropy, "entropy_nats"),
     "cross_entropy": Criterion("l2", _cross_entropy, "cross_entropy_nats", unlabelled=1),
     "fisher": Criterion("l2", _fisher, "sampled_cross_entropy_nats", draws=True),
+    "self_distillation": Criterion(
+        "l2", _self_distillation, "self_distillation_nats", unlabelled=1
+    ),
     "activation": Criterion("act"),
 }

@@ -82,7 +82,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert len(rows) - len(kernels) == 2
     assert {row["op"] for row in kernels} == {
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "gated_taylor", "taylor_statistics",
+        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics",
     }  # fmt: skip
     for row in kernels:
         assert "failed" not in row
@@ -93,7 +93,7 @@ def test_rehearsal(tmp_path: Path) -> None:
             assert row["skipped"] in ("needs a GPU", "out of time") or "installed" in row["skipped"]
     # Ours comes first, and in the interpreter.
     measured = {row["op"] for row in rows if row["provider"] == "ours, triton" and "ms" in row}
-    assert measured >= {"softmax_entropy_grad", "linear_entropy", "gated_taylor"}
+    assert measured >= {"softmax_entropy_grad", "linear_entropy", "linear_kl", "gated_taylor"}
     assert {row["op"] for row in rows if "verdict" in row} <= measured
 
 

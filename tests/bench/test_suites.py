@@ -25,7 +25,7 @@ def test_all_suites_at_tiny_sizes(tmp_path: Path) -> None:
     env.pop("PYTEST_XDIST_WORKER", None)  # with which pytest-benchmark measures nothing
     done = subprocess.run(
         [sys.executable, "-m", "pytest", ROOT / "bench", "--tiny", "--rows", tmp_path, "-q",
-         "-p", "no:cacheprovider", "-k", "not compile and not Liger and not Cut"],
+         "-p", "no:cacheprovider", "-k", "not compile and not Liger and not Cut and not TRL"],
         env=env, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,8 +33,8 @@ def test_all_suites_at_tiny_sizes(tmp_path: Path) -> None:
     rows = read(path)["rows"]
     assert {row["op"] for row in rows} == {
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "gated_taylor", "taylor_statistics", "compact_rows", "compact_columns",
-        "prune_checkpoint", "score", "whole_job",
+        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "compact_rows",
+        "compact_columns", "prune_checkpoint", "score", "whole_job",
     }  # fmt: skip
     for row in rows:
         if "skipped" not in row:
@@ -78,6 +78,8 @@ def case_of(op: str) -> Case:
         ("cross_entropy_grad", "d_logits"),
         ("fisher_grad", "loss"),
         ("linear_entropy", "loss"),
+        ("linear_kl", "loss"),
+        ("linear_kl", "d_hidden"),
         ("gated_taylor", "fisher_mask"),
         ("gated_taylor", "d_gate"),
         ("taylor_statistics", "l2"),

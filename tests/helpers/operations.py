@@ -13,6 +13,9 @@ from hfprune_fast.kernels import (
     linear_cross_entropy,
     linear_entropy,
     linear_fisher,
+    linear_kl,
+    linear_kl_loss,
+    linear_self_distillation,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -68,6 +71,12 @@ OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "linear_fisher": lambda x=SMALL, **kw: [
         *linear_fisher(x.hidden, x.weight, x.keys, seed=2, fp32_logits=True, **kw)
     ],
+    "linear_self_distillation": lambda x=SMALL, **kw: [
+        *linear_self_distillation(x.hidden, x.weight, x.keys, **kw)
+    ],
+    "linear_kl": lambda x=SMALL, **kw: [
+        *linear_kl(x.hidden, x.weight, x.hidden.flip(0), x.weight, temperature=2.0, **kw)
+    ],
     "taylor_statistics": lambda x=SMALL, **kw: [*taylor_statistics(x.grad, x.up, **kw)],
     "gated_taylor": lambda x=SMALL, **kw: _gated(x, "new", **kw),
     "gated_taylor out": lambda x=SMALL, **kw: _gated(x, "out", **kw),
@@ -80,15 +89,18 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
     ops = torch.ops.hfprune_fast
     mask = torch.arange(9, device=x.up.device) < torch.tensor([[9], [3]], device=x.up.device)
     head = x.hidden, x.weight, torch.ones_like(x.hidden[:, 0]), x.weight[:, 0].clone()
-    mlp, capped = (x.grad, x.gate, x.up), (8.0, 0.5, True, 2.0, 100)
-    low = [tensor.bfloat16() for tensor in mlp]
+    mlp, capped = (x.grad, x.gate, x.up), (8.0, 0.5, True, 2.0, 100, True)
+    low, plain = [tensor.bfloat16() for tensor in mlp], (0, 0.0, 1.0)
+    teacher = x.hidden, x.weight, x.hidden.flip(0), x.weight
     return [
         (ops.softmax_entropy, (x.logits.clone().requires_grad_(), 30.0, 1.0)),
         (ops.softmax_entropy_backward, (x.logits, x.scale, None, 1.0)),
         (ops.softmax_entropy_grad_, (x.logits, x.scale, None, 1.0)),
-        (ops.linear_criterion, (*head, "entropy", None, 0, None, 1.0, False, 1.0, None)),
-        (ops.linear_criterion, (*head, "cross_entropy", x.keys, 0, *capped)),
-        (ops.linear_criterion, (*head, "fisher", x.keys, 9, *capped)),
+        (ops.linear_criterion, (*head, "entropy", None, *plain, None, 1.0, False, 1.0, 9, False)),
+        (ops.linear_criterion, (*head, "cross_entropy", x.keys, *plain, *capped)),
+        (ops.linear_criterion, (*head, "fisher", x.keys, 9, *plain[1:], *capped)),
+        (ops.linear_criterion, (*head, "self_distillation", x.keys, 0, 0.4, 0.5, *capped)),
+        (ops.linear_kl, (*teacher, *head[2:], None, None, None, 1.0, 1.0, 2.0, *capped[2:])),
         (ops.taylor_statistics, (x.grad, x.up, mask, False, 2.0)),
         (ops.gated_taylor_, (*mlp, "silu", mask, False, 2.0)),
         (ops.gated_taylor_out, (*mlp, x.gate + 1, x.up + 1, "gelu", mask, False, 2.0)),
@@ -142,6 +154,33 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], list[tuple[dict[str,
         ({"seed": -1}, r"seed must be in 0 \.\. 2\^63 - 1, got -1"),
         ({"softcap": 0.0}, "softcap must be"),
     ]),
+    (linear_self_distillation, _HEAD | {"labels": torch.arange(3)}, [
+        ({"labels": torch.arange(3) + 5}, r"labels must be -100 or in 0 \.\. 6, got 7"),
+        ({"alpha": -0.1}, "alpha must be at least 0 and below 1, got -0.1"),
+        ({"alpha": 1.0}, "alpha must be at least 0 and below 1, got 1.0"),
+        ({"temperature": 0.0}, "temperature must be a positive number .*, got 0.0"),
+    ]),
+    *((operation, _HEAD | {f"teacher_{name}": tensor for name, tensor in _HEAD.items()}, [
+        ({"hidden": torch.zeros(3, 4)}, r"^hidden must be \(T, D\).*got \(3, 4\) and \(7, 5\)"),
+        ({"teacher_weight": torch.zeros(5)}, r"teacher_hidden must be \(T, D\).*and \(5,\)"),
+        ({"teacher_hidden": torch.zeros(4, 5)}, "the 3 rows of hidden, got 4"),
+        ({"teacher_weight": torch.zeros(8, 5)}, "the 7 entries of weight, got 8: both models"),
+        ({"teacher_hidden": torch.zeros(3, 5).half()}, "teacher_weight must share"),
+        (
+            {"teacher_hidden": torch.zeros(3, 5).double(),
+             "teacher_weight": torch.zeros(7, 5).double()},
+            "both be float64 or neither, got torch.float32 and torch.float64",
+        ),
+        ({"teacher_bias": torch.zeros(5)}, r"teacher_bias must be \(7,\)"),
+        ({"row_weight": torch.zeros(4)}, r"row_weight must be \(3,\), got \(4,\)"),
+        ({"softcap": 0.0}, "^softcap must be"),
+        ({"teacher_softcap": 0.0}, "^teacher_softcap must be"),
+        ({"teacher_logit_scale": -1.0}, "^teacher_logit_scale must be"),
+        ({"temperature": 0.0}, "temperature must be a positive number .*, got 0.0"),
+        ({"temperature": NAN}, "temperature must be"),
+        ({"grad_scale": 3.0}, "grad_scale must be a power of two in .*, got 3.0"),
+        ({"logits_budget_bytes": 0}, "logits_budget_bytes must be at least 1, got 0"),
+    ]) for operation in (linear_kl, linear_kl_loss)),
     (taylor_statistics, {"grad": _THREE, "act": _THREE}, [
         ({"act": torch.zeros(2, 3, 5)}, r"act must be \(2, 3, 4\) .*got \(2, 3, 5\)"),
         ({"grad": torch.zeros(3, 4), "act": torch.zeros(3, 4)}, r"\(B, S, F\)"),

@@ -6,7 +6,7 @@ import torch
 from operations import OPERATIONS
 from paths import needs_triton
 
-from hfprune_fast.kernels import _dispatch, _rows, _statistics
+from hfprune_fast.kernels import _dispatch, _kl_rows, _rows, _statistics
 from hfprune_fast.kernels._arguments import check_devices
 from hfprune_fast.kernels._dispatch import architecture, resolve_backend
 
@@ -27,7 +27,8 @@ def _no_choice_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The implementations that were called."""
     names: list[str] = []
-    for table in (_rows.IMPLEMENTATIONS, _statistics.IMPLEMENTATIONS):
+    for module in (_rows, _kl_rows, _statistics):
+        table: dict[str, Any] = module.IMPLEMENTATIONS  # type: ignore[attr-defined]
         for name, implementation in table.items():
 
             def record(*args: Any, _name: str = name, _run: Any = implementation) -> Any:

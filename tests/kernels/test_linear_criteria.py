@@ -1,4 +1,4 @@
-"""linear_cross_entropy and linear_fisher; what they share with linear_entropy is tested there."""
+"""The linear criteria with labels; what they share with linear_entropy is tested there."""
 
 from typing import Any
 
@@ -6,13 +6,19 @@ import pytest
 import torch
 from kernel_inputs import dyadic, random
 from paths import every_path
-from rows_truth import assert_head
+from rows_truth import (
+    assert_head,
+    assert_loss_and_grad,
+    exact_logits,
+    self_distillation_truth,
+)
 from torch import Tensor
 
 from hfprune_fast.kernels import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     linear_fisher,
+    linear_self_distillation,
 )
 
 INF, NAN = float("inf"), float("nan")
@@ -68,6 +74,41 @@ def test_rows_without_a_label_count_for_nothing(backend: str, dtype: torch.dtype
     assert torch.equal(d_hidden, clean[1])
     assert (d_hidden[[1, 3, 4]] == 0).all()
     assert (d_hidden[[0, 2, 5]] != 0).any(dim=1).all()
+
+
+@every_path
+@pytest.mark.parametrize("options", [{}, {**CAPPED, "fp32_logits": True}])
+def test_self_distillation_equals_float64(
+    backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    fp32_logits = options.get("fp32_logits", False)
+    transform = {name: value for name, value in options.items() if name != "fp32_logits"}
+    for tokens, vocab in ((1, 1), (5, 127), (4, 1000)):
+        hidden, weight, bias = dyadic(tokens, 12, vocab, dtype)
+        labels = torch.arange(tokens) * 31 % vocab
+        labels[1::3] = -100
+        row_weight = torch.linspace(0.25, 1, tokens, dtype=torch.float64)
+        found = linear_self_distillation(
+            hidden, weight, labels, row_weight, bias=bias, alpha=0.3, temperature=0.25,
+            logits_budget_bytes=3000, backend=backend, **options,
+        )  # fmt: skip
+        logits = exact_logits(hidden, weight, bias)
+        rows = self_distillation_truth(logits, labels, 0.3, 0.25, **transform)
+        assert_loss_and_grad(*found, rows, weight, row_weight, backend, fp32_logits, 1.0)
+
+
+def test_self_distillation_by_default_is_the_papers() -> None:
+    hidden, weight, _ = dyadic(4, 8, 50, torch.float64)
+    labels = torch.tensor([3, 0, 49, 7])
+    loss, d_hidden = linear_self_distillation(hidden, weight, labels)
+    h = hidden.clone().requires_grad_()
+    z = h @ weight.T
+    teacher = (z.detach() / 0.5).softmax(1)
+    kl = (teacher * (teacher.log() - z.log_softmax(1))).sum(1).mean()
+    plain = 0.6 * torch.nn.functional.cross_entropy(z, labels) + 0.4 * kl
+    torch.testing.assert_close(loss, plain.detach(), rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(plain, h)
+    torch.testing.assert_close(d_hidden, grad, rtol=1e-12, atol=1e-14)
 
 
 def test_a_masked_label_makes_the_loss_infinite_and_no_gradient_nan(backend: str) -> None:

@@ -55,6 +55,11 @@ DIFFERENTIATED: dict[str, Callable[[Tensor], Any]] = {
     "row weights": lambda x: kernels.linear_entropy(torch.ones(3, 5), x, x[:, 0]),
     "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x, x, torch.arange(3)),
     "linear_fisher": lambda x: kernels.linear_fisher(x, x, torch.arange(3)),
+    "linear_self_distillation": lambda x: kernels.linear_self_distillation(x, x, torch.arange(3)),
+    "linear_kl": lambda x: kernels.linear_kl(
+        x, torch.ones(2, 5), torch.ones(3, 4), torch.ones(2, 4)
+    ),
+    "its teacher": lambda x: kernels.linear_kl(torch.ones(3, 5), x, x, x),
     "taylor_statistics": lambda x: kernels.taylor_statistics(x[None], torch.ones(1, 3, 5)),
     "gated_taylor": lambda x: kernels.gated_taylor(
         torch.ones(1, 3, 5), torch.ones(1, 3, 5), x[None]
@@ -117,6 +122,8 @@ def test_no_rows_and_no_vocabulary(backend: str, tokens: int, vocab: int) -> Non
         kernels.linear_entropy(hidden, weight, fp32_logits=True, **options),
         kernels.linear_cross_entropy(hidden, weight, keys, **options),
         kernels.linear_fisher(hidden, weight, keys, **options),
+        kernels.linear_self_distillation(hidden, weight, keys, **options),
+        kernels.linear_kl(hidden, weight, hidden[:, :2], weight[:, :2], **options),
     ):
         assert loss == 0
         assert torch.equal(d_hidden, torch.zeros(tokens, 4))

@@ -1,4 +1,4 @@
-"""Cross entropy and the sampled criterion in the row pass; the entropy is test_entropy.py's."""
+"""Criteria beside the entropy in the row pass; that is test_entropy.py's."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_inputs import normal
 from paths import every_path
-from rows_truth import assert_rows, rows_truth
+from rows_truth import assert_rows, rows_truth, self_distillation_truth
 from torch import Tensor
 
 from hfprune_fast.kernels._criterion import Criterion
@@ -49,7 +49,41 @@ def test_cross_entropy_equals_float64(
     assert (grad[2] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "fisher"])
+def distilled(labels: Tensor, alpha: float = 0.4, temperature: float = 0.5) -> Criterion:
+    return Criterion("self_distillation", labels, alpha=alpha, temperature=temperature)
+
+
+@every_path
+@each_case
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.4, 0.5), (0.9, 0.2), (0.5, 3.0)])
+def test_self_distillation_equals_float64(
+    backend: str, dtype: torch.dtype, vocab: int, transform: dict[str, float],
+    alpha: float, temperature: float,
+) -> None:  # fmt: skip
+    logits = normal(4, vocab, dtype)
+    labels = torch.tensor([0, vocab - 1, -100, vocab // 2])
+    values, grad = value_and_grad(
+        logits, distilled(labels, alpha, temperature), backend, **transform
+    )
+    truth = self_distillation_truth(logits, labels, alpha, temperature, **transform)
+    assert_rows(values, grad, truth, backend)
+    assert values[2] == 0
+    assert (grad[2] == 0).all()
+
+
+def test_self_distillation_is_cross_entropy_less_a_sharper_softmax(backend: str) -> None:
+    logits, labels = normal(3, 9000), torch.tensor([5, 8999, 0])
+    plain = value_and_grad(logits, Criterion("cross_entropy", labels), backend)
+    none = value_and_grad(logits, distilled(labels, alpha=0.0), backend)
+    for ours, theirs in zip(none, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    # At temperature 1 the teacher is the model: cross entropy remains.
+    values, grad = value_and_grad(logits, distilled(labels, 0.25, 1.0), backend)
+    torch.testing.assert_close(values, 0.75 * plain[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad, 0.75 * plain[1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "fisher", "self_distillation"])
 def test_writing_over_the_logits_changes_nothing(backend: str, name: str) -> None:
     logits, criterion = normal(3, 9000), Criterion(name, torch.tensor([5, 8999, 0]))
     values, grad = value_and_grad(logits, criterion, backend)
@@ -71,18 +105,21 @@ def test_masked_entries_and_masked_labels(
     labels = torch.tensor([4, 5, 6, -100])
     values, grad = value_and_grad(logits, Criterion("cross_entropy", labels), backend, **transform)
     assert_rows(values, grad, rows_truth(logits, labels, **transform), backend)
-    assert values[1:3].tolist() == [INF, INF]
-    assert (grad[logits == -INF] == 0).all()
+    mixed = value_and_grad(logits, distilled(labels), backend, **transform)
+    assert_rows(*mixed, self_distillation_truth(logits, labels, 0.4, 0.5, **transform), backend)
+    for value, dz in ((values, grad), mixed):
+        assert value[1:3].tolist() == [INF, INF]
+        assert (dz[logits == -INF] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "fisher"])
+@pytest.mark.parametrize("name", ["cross_entropy", "fisher", "self_distillation"])
 @pytest.mark.parametrize("transform", [{}, CAPPED])
 def test_nan_shows_unless_the_row_counts_for_nothing(
     backend: str, name: str, transform: dict[str, float]
 ) -> None:
     logits = normal(4, 9000)
     logits[0, 8500] = logits[1] = logits[2, 3] = NAN
-    keys = torch.tensor([1, 2, 3, -100 if name == "cross_entropy" else 3])
+    keys = torch.tensor([1, 2, 3, 3 if name == "fisher" else -100])
     scale = torch.tensor([1.0, 1.0, 0.0, 1.0])
     values, grad = value_and_grad(logits, Criterion(name, keys), backend, scale, **transform)
     assert values[:2].isnan().all()
@@ -93,9 +130,10 @@ def test_nan_shows_unless_the_row_counts_for_nothing(
 
 def test_a_label_outside_the_vocabulary_is_nan(backend: str) -> None:
     labels = torch.tensor([3, -1, -99, -101, 9, 1 << 40])
-    values, grad = value_and_grad(normal(6, 9), Criterion("cross_entropy", labels), backend)
-    assert values.isnan().tolist() == [False] + 5 * [True]
-    assert grad.isnan().all(dim=1).tolist() == [False] + 5 * [True]
+    for criterion in (Criterion("cross_entropy", labels), distilled(labels)):
+        values, grad = value_and_grad(normal(6, 9), criterion, backend)
+        assert values.isnan().tolist() == [False] + 5 * [True]
+        assert grad.isnan().all(dim=1).tolist() == [False] + 5 * [True]
 
 
 @every_path

@@ -14,6 +14,8 @@ from hfprune_fast.kernels import (
     linear_cross_entropy,
     linear_entropy,
     linear_fisher,
+    linear_kl,
+    linear_self_distillation,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -101,11 +103,36 @@ def test_labels_add_an_entry_a_row_and_samples_a_step(vocab: int) -> None:
         linear_cross_entropy(hidden, weight, keys, backend="triton")
     with kernel_traffic(hidden=hidden, weight=weight, keys=keys) as sampled:
         linear_fisher(hidden, weight, keys, backend="triton")
+    with kernel_traffic(hidden=hidden, weight=weight, keys=keys) as distilled:
+        linear_self_distillation(hidden, weight, keys, backend="triton")
     both = 2 * 2 * tokens * vocab
+    assert (distilled.read, distilled.written) == (labelled.read, labelled.written)
     assert labelled.read == {"bf16": both + 2 * tokens, "fp32": 4 * tokens, "keys": 8 * tokens}
     assert both < sampled.read["bf16"] <= both + 2 * tokens * min(vocab, 8192)
     assert sampled.read["keys"] == 8 * tokens
     assert labelled.written == sampled.written == {"bf16": both // 2, "fp32": 4 * tokens}
+
+
+@needs_triton
+@pytest.mark.parametrize("vocab", [1000, 9001])
+def test_linear_kl_moves_sixteen_bytes_an_entry(vocab: int) -> None:
+    tokens, rows = 12, 4
+    hidden, weight = bf16(tokens, 12), bf16(vocab, 12)
+    teacher_hidden, teacher_weight = bf16(tokens, 8), bf16(vocab, 8)
+    budget = rows * 2 * 2 * (-(-vocab // 16) * 16)
+    with (
+        kernel_traffic() as a_pass,
+        Touched(lambda tensor: tensor.shape == (rows, vocab)) as products,
+    ):
+        linear_kl(
+            hidden, weight, teacher_hidden, teacher_weight,
+            logits_budget_bytes=budget, backend="triton",
+        )  # fmt: skip
+    logits = tokens * vocab
+    assert (products.read, products.written) == (logits, 2 * logits)
+    assert a_pass.read == {"bf16": 2 * 2 * 2 * logits, "fp32": 4 * tokens}
+    assert a_pass.written == {"bf16": 2 * logits, "fp32": 4 * tokens}
+    assert 2 * (products.read + products.written) + a_pass.of("bf16") == 16 * logits
 
 
 @needs_triton

@@ -24,11 +24,11 @@ from hfprune_fast.scoring import job, passes
 from hfprune_fast.scoring.run import score_batches
 from hfprune_fast.scoring.sums import PassOptions
 
-ALL = ("entropy", "cross_entropy", "fisher")
+ALL = ("entropy", "cross_entropy", "fisher", "self_distillation")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("criteria", [("cross_entropy",), ("fisher",), ("fisher", *ALL[:2]), ALL])
+@pytest.mark.parametrize("criteria", [*((name,) for name in ALL[1:]), ("fisher", *ALL[:2]), ALL])
 def test_float64_is_the_truth(
     criteria: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +151,7 @@ def test_activation_alone_runs_forward_only(monkeypatch: pytest.MonkeyPatch) -> 
     model = tiny_model("llama")
     ids = ids_of(model)
     both = hf.score(model, ids.split(2), criterion=["entropy", "activation"])
-    for name in ("linear_entropy", "linear_cross_entropy", "linear_fisher"):
+    for name in (f"linear_{criterion}" for criterion in ALL):
         monkeypatch.setattr(f"hfprune_fast.scoring.criteria.{name}", None)
     alone = hf.score(model, ids.split(2), criterion="activation")
     assert torch.allclose(alone.act, both.act, rtol=1e-14)
@@ -239,7 +239,7 @@ def test_the_plan_knows_what_is_scored_by(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_table_ranks_by_the_criterions_statistic_and_names_what_it_lacks() -> None:
     model = tiny_model("llama")
     table = hf.score(model, ids_of(model), criterion=ALL)
-    for criterion, statistic in (("entropy", "l1"), ("cross_entropy", "l2"), ("fisher", "l2")):
+    for criterion, statistic in zip(ALL, ("l1", "l2", "l2", "l2"), strict=True):
         ranked = table.importance(criterion=criterion)
         assert torch.equal(ranked, table.statistics[f"{criterion}.{statistic}"])
     table = hf.score(model, ids_of(model), criterion=["fisher", "activation"])

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, {str(AOT.parent)!r})
 import aot
 from hfprune_fast import kernels
-from hfprune_fast.kernels import _rows, _rows_triton, _statistics_triton
+from hfprune_fast.kernels import _kl_rows_triton, _rows, _rows_triton, _statistics_triton
 bf16 = torch.bfloat16
 """
 
@@ -86,8 +86,8 @@ for case, arch in aot.product(aot.CASES, aot.TARGETS):
         constants = {names[i]: value for (i,), value in launch.constants.items()}
         used.append([launch.kernel.__name__, constants | launch.options.__dict__])
 tables = [
-    value for module in (_rows_triton, _statistics_triton) for name, value in vars(module).items()
-    if "CONFIG" in name
+    value for module in (_rows_triton, _kl_rows_triton, _statistics_triton)
+    for name, value in vars(module).items() if "CONFIG" in name
 ]
 print(json.dumps([tables, used], default=str))
 """
@@ -120,6 +120,7 @@ real = [
     ("bf16 forward", lambda: kernels.softmax_entropy(rows(4, 96))),
     ("bf16 gradient in place", lambda: kernels.softmax_entropy_grad_(rows(4, 96), torch.ones(4))),
     ("bf16 odd V", lambda: kernels.linear_entropy(rows(4, 32), rows(33, 32))),
+    ("bf16 kl odd V", lambda: kernels.linear_kl(*(2 * (rows(4, 32), rows(33, 32))))),
     ("bf16 token_mask", lambda: kernels.taylor_statistics(g, gate, token_mask=mask)),
     ("bf16 gated silu", lambda: kernels.gated_taylor(g, gate, up, overwrite=True)),
     ("bf16 gated silu fused",

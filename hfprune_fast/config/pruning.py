@@ -1,22 +1,14 @@
-"""Every option once, as frozen dataclasses.
-
-Functions take the fields of these classes as keyword arguments (`keyword_options`), `cli.py` makes
-its flags from them, and records of a run are made of them. So a new option is one field here and
-its use.
-"""
+"""What is pruned, how much of it, and by what."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields, make_dataclass
-from pathlib import Path
 from typing import Any
 
 from hfprune_fast.errors import ArgumentError, shown
-from hfprune_fast.kernels import BACKENDS
 from hfprune_fast.options import LARGEST_COUNT, Options, option
 
-CRITERIA = ("entropy", "cross_entropy", "fisher", "activation")
+CRITERIA = ("entropy", "cross_entropy", "fisher", "self_distillation", "activation")
 DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
 EXPERT_SCORES = ("taylor", "reap", "count")
@@ -24,6 +16,8 @@ ALLOCATIONS = ("auto", "uniform", "global")
 # What "auto" tries: shares of the way from one width for all layers to one ranking across them.
 ALLOCATIONS_TRIED = {"uniform": 0.0, "halfway": 0.5, "global": 1.0}
 SELECTS = ("obs", "statistic")
+<<<<<<< ours
+=======
 REFITS = ("linear", "reconstruct", "none")
 OFFLOADS = ("auto", "none", "cpu", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -134,6 +128,7 @@ class ScoringOptions(Options):
     save_seconds: float = option(
         60.0, "How often the scores so far are saved, for resume.", least=0
     )
+>>>>>>> theirs
 
 
 @dataclass(frozen=True)
@@ -200,44 +195,6 @@ class Budget(Options):
 
 
 BUDGETS = ("prune_ratio", "param_ratio", "intermediate_size")
-
-
-@dataclass(frozen=True)
-class OutputOptions(Options):
-    """How a pruned checkpoint is written."""
-
-    layout: str = option(
-        "auto",
-        "How layers of different widths are written: custom (which auto is) needs this package or "
-        "remote code to load, padded loads everywhere and is larger, decilm is for vLLM, native "
-        "needs a transformers that builds the family by per_layer_config.",
-        choices=LAYOUTS,
-    )
-    max_shard_size: str | int | None = option(
-        None, "Such as 5GB. [default: shards are kept]", metavar="SIZE"
-    )
-    verify: bool = option(False, "Read the output back from disk and compare it.")
-    force: bool = option(False, "Replace an earlier output.")
-
-
-@dataclass(frozen=True)
-class ReportOptions(Options):
-    """What is measured and drawn when a pruned checkpoint is written."""
-
-    text: str | None = option(
-        None,
-        "Held-out text to measure the result on, all of it, for the model card and the report.",
-        metavar="SOURCE",
-    )
-    report: str | None = option(
-        None, "Write a page (HTML) with pictures of the result and the run.", metavar="FILE"
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("text", "report"):
-            if isinstance(getattr(self, name), Path):
-                object.__setattr__(self, name, str(getattr(self, name)))
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""A pruned model trained to give the dense model's output: KL, in little memory."""

@@ -1,0 +1,107 @@
+"""What a recovery takes: memory, disk and products, from a model's config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfprune_fast.checkpoint.skeleton import skeleton
+from hfprune_fast.config import RecoveryOptions, RunOptions
+from hfprune_fast.console import human_bytes
+from hfprune_fast.engine.planner import plan_run
+from hfprune_fast.models.sites import parts_of
+from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.recovery.adapters import linears
+from hfprune_fast.recovery.teacher import hidden_bytes
+
+_TRAINED_BYTES = 16  # of a trained number in float32: itself, its gradient, Adam's two moments
+
+
+def estimate(
+    config: Any,
+    spec: ModelSpec,
+    sizes: tuple[Any, Any],
+    options: RecoveryOptions,
+    run: RunOptions,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seq_len: int,
+) -> dict[str, Any]:
+    """Return the bytes and FLOPs of a recovery of a model that is pruned to these sizes.
+
+    Without the products of attention. Activations are the dense model's, which are more.
+
+    Args:
+        config: of transformers, of the dense model.
+        sizes: widths and experts, as `ModelSpec.params_at` takes them.
+    """
+    trained = _trained(config, spec, sizes, options)
+    student = replace(run, offload="none")
+    windows = -(-options.tokens // seq_len) + options.held_out
+    shape: dict[str, Any] = {"device": device, "dtype": dtype, "seq_len": seq_len}
+    plan = plan_run(spec, student, **shape, sequences=windows)
+    tokens, params = options.tokens, spec.params_at(*sizes)
+    linear, head = spec.linear_params_at(*sizes), spec.vocab_size * spec.hidden_size
+    # The teacher; forward, activations' gradients and the teacher's logits; gradients of weights.
+    flops = 2 * spec.linear_params * windows * seq_len
+    flops += tokens * (4 * linear + 2 * head + (6 if options.lora else 2) * trained)
+    frozen = params * dtype.itemsize if options.lora else 0
+    parts = {
+        "weights_bytes": frozen,
+        "trained_bytes": trained * _TRAINED_BYTES,
+        "activations_bytes": plan.activations_bytes,
+    }
+    return {
+        "tokens": tokens,
+        "lora": options.lora,
+        "trained_params": trained,
+        **parts,
+        "total_bytes": sum(parts.values()),
+        "free_bytes": plan.free_bytes,
+        "hidden_states_bytes": hidden_bytes(windows, seq_len, spec.hidden_size, dtype),
+        "flops": flops,
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """Return an estimate as people read it, without its time."""
+    what = f"by LoRA of rank {found['lora']}" if found["lora"] else "of all weights"
+    return (
+        f"recover, {found['tokens']:,} tokens {what}, {found['trained_params']:,} trained: about "
+        f"{human_bytes(found['total_bytes'])} of {human_bytes(found['free_bytes'])}: weights "
+        f"{human_bytes(found['weights_bytes'])}, trained ones with optimizer "
+        f"{human_bytes(found['trained_bytes'])}, activations "
+        f"{human_bytes(found['activations_bytes'])}; hidden states of the dense model "
+        f"{human_bytes(found['hidden_states_bytes'])} on disk"
+    )
+
+
+def _trained(config: Any, spec: ModelSpec, sizes: tuple[Any, Any], options: RecoveryOptions) -> int:
+    """Return how many numbers are trained."""
+    widths, experts = sizes
+    each = [widths] * spec.num_layers if isinstance(widths, int) else list(widths)
+    model = skeleton(config)
+    parts = parts_of(model)
+    count, width = experts or (spec.num_experts, spec.expert_width)
+    mixtures = len(parts.with_experts) * count
+    if not options.lora and options.train == "all":
+        return spec.params_at(*sizes)
+    if not options.lora:
+        return sum(each) * spec.params_per_neuron + mixtures * width * spec.expert_params_per_neuron
+    rank, hidden = options.lora, spec.hidden_size
+    # gate, up and down: (width + hidden) · rank each; one tensor of gate and up has 2 · width rows.
+    total = mixtures * rank * (3 * width + 2 * hidden)
+    for layer, mlp in parts.own_mlps.items():
+        total += rank * (3 * each[layer] + (2 if mlp.fused else 3) * hidden)
+    if options.train == "all":
+        modules = dict(model.named_modules())
+        _, others = linears(model, parts)
+        for path in others:
+            module = modules[path]
+            assert isinstance(module, nn.Linear)
+            total += rank * (module.in_features + module.out_features)
+    return total

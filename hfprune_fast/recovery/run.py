@@ -1,0 +1,189 @@
+"""hf.recover: from a dense and a pruned model to a pruned one that is closer to the dense one.
+
+The dense model runs once and its final hidden states are kept; then only the pruned model is in
+memory, and is trained to give the dense model's output.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
+from hfprune_fast.checkpoint.source import ModelSource, open_source
+from hfprune_fast.config import CalibrationOptions, OutputOptions, RecoveryOptions, RunOptions
+from hfprune_fast.console import say, to_path
+from hfprune_fast.engine.distributed import Processes, joined, launched
+from hfprune_fast.engine.layerwise import own_modes
+from hfprune_fast.errors import ArgumentError
+from hfprune_fast.evaluation.fidelity import check_vocabularies
+from hfprune_fast.options import keyword_options
+from hfprune_fast.pruning.on_disk import check_output_folder
+from hfprune_fast.recovery.adapters import Trained, check_packages, reset_lora
+from hfprune_fast.recovery.data import RecoveryData, recovery_data
+from hfprune_fast.recovery.output import write_adapter, write_recovered
+from hfprune_fast.recovery.setup import Setup, open_all, set_up
+from hfprune_fast.recovery.work import WorkFolder, check_work, work_of
+
+
+@keyword_options(
+    options=RecoveryOptions, sampling=CalibrationOptions, run=RunOptions, output=OutputOptions
+)
+@own_modes()
+def recover(
+    dense: str | Path | ModelSource,
+    pruned: str | Path | ModelSource,
+    text: str | Path,
+    out: str | Path,
+    *,
+    distributed: bool = False,
+    progress: bool = False,
+    options: RecoveryOptions,
+    sampling: CalibrationOptions,
+    run: RunOptions,
+    output: OutputOptions,
+) -> dict[str, Any]:
+    """Train a pruned model to give the dense model's output, and write it in the same layout.
+
+    Args:
+        dense, pruned: model folders, hub names or `demo`; they are only read. They must have one
+            vocabulary and hidden size.
+        text: what to train on; a part of it is held out, and KL is watched on that.
+        out: the folder to make. It appears under this name only when whole. While the run lasts,
+            OUT.recovery has what an interrupted one is resumed from.
+        distributed: torchrun started this program: all processes train, the first does the rest.
+        progress: show bars on stderr.
+
+    Returns:
+        `out`; the held-out KL `kl_before` and `kl_after` in nats; `steps`, `best_step`, `tokens`,
+        `learning_rate` and the like; `losses` and `held_out`, lists of (step, value). Empty in the
+        other processes of torchrun. Where nothing was better than the start, that is written, and a
+        line says so.
+
+    Raises:
+        HFPruneError: bad input, one line, before any work where that is possible.
+    """
+    check_packages()
+    out, processes = to_path(out, "out"), launched() if distributed else Processes()
+    first, second = open_source(dense), open_source(pruned)
+    _check_pair(first, second, options, sampling, output)
+    if processes.rank == 0:
+        _check_output(first, second, text, out, options, output)
+    data = recovery_data(text, first, sampling, options, processes.count)
+    setup = set_up(second, options, run, data, processes)
+    work = WorkFolder(real(out), _identity(first, second, options, sampling, data, setup))
+    if processes.rank == 0:
+        work.begin(resume=options.resume)
+    cache = work.teacher if options.cache is None else Path(options.cache)
+    from hfprune_fast.recovery.trainer import Training, train  # which takes seconds to import
+
+    with joined(setup.device, processes), work.kept_if_interrupted(), ExitStack() as stack:
+        opened = open_all(
+            stack, first, second, options, run, data, setup, cache, sampling.seed, progress
+        )
+        training = Training(setup, sampling.seed)
+        outcome = train(opened.student, data, opened.batch, training, work.path, progress)
+        if processes.rank > 0:
+            return {}
+        if not outcome.best_step:
+            say("no step was better than the start on held-out text; the start is written")
+        record = {
+            "dense": first.name,
+            "dense_fingerprint": first.fingerprint,
+            "text": data.data.description["source"],
+            **_settings(options, sampling, data, setup),
+            **outcome.record(),
+        }
+        changes = opened.changes if outcome.best_step else {}
+        if options.adapter:
+            if not outcome.best_step:
+                reset_lora(opened.student.model)
+            write_adapter(opened.student.model, second, out, record, output)
+        else:
+            write_recovered(second, out, Trained(second, changes), record, output, progress)
+    work.delete()
+    return {"out": str(out), **record, "losses": outcome.losses, "held_out": outcome.held_out}
+
+
+def _check_pair(
+    dense: ModelSource,
+    pruned: ModelSource,
+    options: RecoveryOptions,
+    sampling: CalibrationOptions,
+    output: OutputOptions,
+) -> None:
+    """Refuse models that do not belong together, and options that mean nothing here."""
+    check_vocabularies(dense.spec.vocab_size, pruned.spec.vocab_size)
+    sizes = dense.spec.hidden_size, pruned.spec.hidden_size
+    if sizes[0] != sizes[1]:
+        raise ArgumentError(
+            f"dense and pruned must share a hidden size, got {sizes[0]} and {sizes[1]}; recover "
+            "takes a model and what was pruned from it"
+        )
+    if sampling.samples != CalibrationOptions().samples:
+        raise ArgumentError("recover takes tokens, not samples: how much is trained on in all")
+    if output.layout != "auto":
+        raise ArgumentError(
+            f"recover keeps the layout of {pruned.name}, got layout {output.layout}; export it "
+            "afterwards"
+        )
+    if options.adapter and pruned.family.tower is not None:
+        raise ArgumentError(
+            f"adapter: {pruned.name} has its text model within another, where peft would not find "
+            "the layers by their names; leave it out, and a whole model is written"
+        )
+
+
+def _check_output(
+    dense: ModelSource,
+    pruned: ModelSource,
+    text: str | Path,
+    out: Path,
+    options: RecoveryOptions,
+    output: OutputOptions,
+) -> None:
+    """Refuse an output before any work."""
+    read = [dense.folder, pruned.folder, *files_of(Path(text))]
+    written = [out, work_of(out), *([Path(options.cache)] if options.cache else [])]
+    check_not_read(written, read)
+    size = sum(shard.path.stat().st_size for shard in pruned.shards.values())
+    needed = 0 if options.adapter else size
+    check_output_folder(out, pruned.folder, force=output.force, needed_bytes=needed)
+    check_work(real(out), resume=options.resume, force=output.force)
+
+
+def _settings(
+    options: RecoveryOptions, sampling: CalibrationOptions, data: RecoveryData, setup: Setup
+) -> dict[str, Any]:
+    """Return how a run trains."""
+    names = ("lora", "train", "loss")
+    return {
+        "tokens": data.tokens,
+        **{name: value for name, value in asdict(options).items() if name in names},
+        "learning_rate": setup.learning_rate,
+        "step_tokens": data.step_windows * data.window_tokens,
+        "seq_len": data.window_tokens,
+        "held_out_tokens": len(data.held_out) * data.window_tokens,
+        "seed": sampling.seed,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+    }
+
+
+def _identity(
+    dense: ModelSource,
+    pruned: ModelSource,
+    options: RecoveryOptions,
+    sampling: CalibrationOptions,
+    data: RecoveryData,
+    setup: Setup,
+) -> dict[str, Any]:
+    """Return what tells a run from others: all that its result depends on."""
+    return {
+        "recovery": 1,
+        "dense": dense.fingerprint,
+        "pruned": pruned.fingerprint,
+        "windows": data.data.sha256,
+        **_settings(options, sampling, data, setup),
+    }

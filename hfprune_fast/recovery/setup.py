@@ -1,0 +1,208 @@
+"""How a recovery runs on this machine, and what it trains: teacher, student and batches, opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.checkpoint import loading
+from hfprune_fast.checkpoint.source import ModelSource
+from hfprune_fast.config import RecoveryOptions, RunOptions
+from hfprune_fast.console import say
+from hfprune_fast.engine.distributed import Processes, own_device
+from hfprune_fast.engine.layerwise import Head, ResidentModel
+from hfprune_fast.engine.planner import Plan, plan_run
+from hfprune_fast.engine.weights import CheckpointTensors
+from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line_errors
+from hfprune_fast.models.sites import parts_of
+from hfprune_fast.recovery.adapters import Changes, add_lora, unfreeze
+from hfprune_fast.recovery.data import RecoveryData
+from hfprune_fast.recovery.loss import RecoveryLoss
+from hfprune_fast.recovery.student import Student, final_hidden
+from hfprune_fast.recovery.teacher import TeacherFile, fill
+
+# The default learning rate times the hidden size, by a sweep: see docs/recovery.md. With Adam, the
+# best rate of a matrix falls as its width grows.
+_LORA_RATE, _FULL_RATE = 0.4, 0.1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run does here that its options leave open."""
+
+    device: torch.device
+    dtype: torch.dtype  # that both models run in
+    plan: Plan  # of the student
+    batch_size: int  # windows at once, in each process
+    processes: Processes
+    learning_rate: float
+    recompute: bool
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A student with its teacher, ready to train."""
+
+    student: Student
+    data: RecoveryData
+    changes: Changes
+    teacher: TeacherFile | None
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Return what the student takes of windows, by their numbers."""
+        ids = self.data.ids[list(numbers)]
+        return {"ids": ids, **({"states": self.teacher.read(numbers)} if self.teacher else {})}
+
+
+def set_up(
+    pruned: ModelSource,
+    options: RecoveryOptions,
+    run: RunOptions,
+    data: RecoveryData,
+    processes: Processes,
+) -> Setup:
+    """Choose device, dtype and how many windows run at once.
+
+    Raises:
+        ArgumentError: a device or dtype that nothing is trained on or in.
+    """
+    device = loading.torch_device(own_device(run.device, processes))
+    if device.type == "cuda" and processes.count == 1 and device.index:
+        raise ArgumentError(
+            f"recover trains on the first GPU that it sees, got device {run.device}; choose one "
+            "with CUDA_VISIBLE_DEVICES"
+        )
+    dtype = loading.dtype_to_run_in(run.dtype, pruned.stored_dtype, device)
+    if dtype == torch.float16:
+        if run.dtype == "float16":
+            raise ArgumentError("recover trains in bfloat16 or float32, got dtype float16")
+        dtype = torch.bfloat16
+    plan = plan_run(
+        pruned.spec,
+        replace(run, offload="none"),
+        device=device,
+        dtype=dtype,
+        seq_len=data.window_tokens,
+        sequences=len(data.order),
+    )
+    if plan.recompute and not options.gradient_checkpointing:
+        say("memory is short, so activations are computed again in the backward pass")
+    share = data.step_windows // processes.count
+    batch_size = max(n for n in range(1, share + 1) if share % n == 0 and n <= plan.batch_size)
+    rate = options.learning_rate
+    if rate is None:
+        rate = (_LORA_RATE if options.lora else _FULL_RATE) / pruned.spec.hidden_size
+    return Setup(
+        device, dtype, plan, batch_size, processes, rate,
+        options.gradient_checkpointing or plan.recompute,
+    )  # fmt: skip
+
+
+def open_all(
+    stack: ExitStack,
+    dense: ModelSource,
+    pruned: ModelSource,
+    options: RecoveryOptions,
+    run: RunOptions,
+    data: RecoveryData,
+    setup: Setup,
+    cache: Path,
+    seed: int,
+    progress: bool,
+) -> Opened:
+    """Run the dense model, or open it, and then open the student.
+
+    Args:
+        cache: the file of the dense model's hidden states.
+    """
+    where: dict[str, Any] = {"device": str(setup.device), "attention": run.attention}
+    in_dtype = {**where, "dtype": _name(setup.dtype)}
+    resident, file = None, None
+    if options.teacher == "resident":
+        built = loading.build(loading.blueprint(dense, **in_dtype))
+        teacher = stack.enter_context(ResidentModel(built))
+
+        def resident(ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                return final_hidden(teacher.parts, ids)
+
+        head = teacher.head()
+    else:
+        file = _cached(dense, in_dtype, run, data, setup, cache, progress)
+        head = _head_alone(dense, setup)
+    # Weights that are trained are in float32, beside which products are made in the run's dtype.
+    dtype = setup.dtype if options.lora else torch.promote_types(setup.dtype, torch.float32)
+    opened = stack.enter_context(
+        ResidentModel(loading.build(loading.blueprint(pruned, dtype=_name(dtype), **where)))
+    )
+    model: Any = opened.model
+    if setup.recompute:
+        with one_line_errors("gradient checkpointing", UnsupportedModelError):
+            _recompute(model)
+    if options.lora:
+        model, changes = add_lora(model, opened.parts, options, seed)
+    else:
+        changes = unfreeze(model, opened.parts, options)
+    own = opened.parts.head
+    if not own.weight.requires_grad and _same(own.weight, head.weight):
+        head = Head(own.weight, head.bias, head.logits)  # pruning does not change it
+    loss = RecoveryLoss(options.loss, head, setup.plan.logits_budget_bytes)
+    return Opened(Student(model, opened.parts, loss, resident), data, changes, file)
+
+
+def _cached(
+    dense: ModelSource,
+    in_dtype: Mapping[str, Any],
+    run: RunOptions,
+    data: RecoveryData,
+    setup: Setup,
+    cache: Path,
+    progress: bool,
+) -> TeacherFile:
+    """Return the dense model's hidden states; the first process makes them, the others wait.
+
+    The model itself is gone then.
+    """
+    identity = {"model": dense.fingerprint, "text": data.data.sha256}
+    shape = (*data.ids.shape, dense.spec.hidden_size)
+    if setup.processes.rank == 0:
+        file = TeacherFile(cache, identity, shape, setup.dtype)
+        fill(file, loading.blueprint(dense, **in_dtype), data.data, run, progress)
+    setup.processes.as_the_first(0)
+    return TeacherFile(cache, identity, shape, setup.dtype)
+
+
+def _head_alone(dense: ModelSource, setup: Setup) -> Head:
+    """Return the dense model's head, and load nothing else of it."""
+    plan = loading.blueprint(dense, dtype=_name(setup.dtype), device=str(setup.device))
+    parts, path = parts_of(plan.model), dense.family.head
+    tensors = CheckpointTensors(dense, setup.dtype)
+    weight, bias = (
+        tensors.tensor(dense.names[name]).to(setup.device) if name in dense.names else None
+        for name in (f"{path}.weight", f"{path}.bias")
+    )
+    assert weight is not None
+    return Head(weight, bias, parts.logits)
+
+
+def _recompute(model: Any) -> None:
+    """Let layers compute their activations again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _same(weight: Tensor, other: Tensor) -> bool:
+    return weight.dtype == other.dtype and torch.equal(weight, other)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

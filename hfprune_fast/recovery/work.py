@@ -1,0 +1,122 @@
+"""The folder beside an output that a recovery works in, from which an interrupted one continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hfprune_fast.checkpoint.atomic import write_whole
+from hfprune_fast.checkpoint.folder import read_json_object
+from hfprune_fast.console import say
+from hfprune_fast.errors import CheckpointError, OutputError, ResumeError, shown
+
+_RUN, _TEACHER = "recovery.json", "teacher.safetensors"
+_OURS = re.compile(r"recovery\.json|teacher\.safetensors|checkpoint-\d+|\..+\.partial-\w+")
+
+
+class WorkFolder:
+    """A run's hidden states, checkpoints and identity: `OUT.recovery`.
+
+    Args:
+        out: the run's output.
+        identity: what tells the run from others.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self.path = work_of(out)
+        self._identity = json.loads(json.dumps(identity))
+
+    @property
+    def teacher(self) -> Path:
+        """The file of the dense model's hidden states, where no other is named."""
+        return self.path / _TEACHER
+
+    def begin(self, *, resume: bool) -> None:
+        """Make the folder, or take the one that an interrupted run of the same identity left.
+
+        Raises:
+            ResumeError: what is there is of another run, with the difference named.
+        """
+        if not os.path.lexists(self.path):
+            if resume:
+                say(f"nothing to resume: there is no {self.path}; starting from the beginning")
+            write_whole(self.path / _RUN, json.dumps(self._identity).encode())
+            return
+        found = read_json_object(self.path / _RUN)
+        differing = [
+            f"{key:.40} {shown(found.get(key))}, not {shown(self._identity.get(key))}"
+            for key in dict.fromkeys([*self._identity, *found])
+            if found.get(key) != self._identity.get(key)
+        ]
+        if differing:
+            raise ResumeError(
+                f"{self.path} is of another run: {'; '.join(differing[:4])}; --force discards it "
+                "and starts again"
+            )
+
+    @contextmanager
+    def kept_if_interrupted(self) -> Iterator[None]:
+        """Say how to go on when Ctrl-C, a signal or an error ends the context."""
+        try:
+            yield
+        except BaseException:
+            say(
+                f"what was done so far is in {self.path}; the same command with --resume continues "
+                "from there"
+            )
+            raise
+
+    def delete(self) -> None:
+        """Delete the folder of a run that is complete."""
+        _delete(self.path)
+
+
+def work_of(out: Path) -> Path:
+    """Return the folder that a recovery to an output works in."""
+    if not out.name:
+        raise OutputError(f"out {out} is a folder that exists; name one below it")
+    return out.with_name(f"{out.name}.recovery")
+
+
+def check_work(out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse what an interrupted run left, unless it is to be resumed; `force` deletes it.
+
+    Raises:
+        ResumeError: neither is given, or the folder is no such one.
+    """
+    left = work_of(out)
+    if not os.path.lexists(left):
+        return
+    if not _is_ours(left):
+        raise ResumeError(
+            f"{left} is not what an interrupted `hfprune recover` left, or holds other files too; "
+            "move it away, or choose another out"
+        )
+    if not resume and not force:
+        raise ResumeError(
+            f"an interrupted run has left {left}; --resume continues it, --force discards it"
+        )
+    if not resume:
+        _delete(left)
+
+
+def _is_ours(folder: Path) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if not all(_OURS.fullmatch(path.name) for path in folder.iterdir()):
+        return False
+    try:
+        return bool(read_json_object(folder / _RUN)["recovery"])
+    except (CheckpointError, KeyError):
+        return False
+
+
+def _delete(folder: Path) -> None:
+    if _is_ours(folder):
+        shutil.rmtree(folder)

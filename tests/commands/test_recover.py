@@ -1,0 +1,135 @@
+"""hfprune recover: what it prints, and what it refuses in one line before any work."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_mixtures import change_config
+from truth import tiny_model
+
+import hfprune_fast as hf
+
+Hfprune = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def pruned(llama_dir: Path, tmp_path: Path) -> Path:
+    keep = {layer: torch.arange(48) for layer in range(3)}
+    hf.prune_checkpoint(llama_dir, tmp_path / "pruned", keep)
+    return tmp_path / "pruned"
+
+
+def arguments(dense: Path, pruned: Path, text: Path, out: Path, *flags: Any) -> list[Any]:
+    return [
+        *("recover", dense, pruned, "--text", text, "--out", out, "--seq-len", 16),
+        *("--tokens", 320, "--batch-tokens", 64, "--dtype", "float32"),
+        *("--learning-rate", 3e-3, *flags),
+    ]
+
+
+def test_what_it_prints(
+    hfprune: Hfprune, llama_dir: Path, pruned: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = hfprune(*arguments(llama_dir, pruned, text_file, out, "--json"))
+    assert run.code == 0, run.err
+    result = run.json()
+    assert result["out"] == str(out)
+    assert result["kl_after"] < result["kl_before"]
+    assert result["held_out"][-1][0] == result["steps"] == 5
+    assert "recovering" in run.err  # the bar, with what it watches
+    assert re.search(r"tok/s, held-out KL=\d+\.\d{4}, ", run.err), run.err
+    run = hfprune(*arguments(llama_dir, pruned, text_file, out, "--force"))
+    assert re.match(rf"{out}: held-out KL \d\.\d+ -> \d\.\d+ nats \(\d", run.out)
+    assert f"next: hfprune evaluate {llama_dir} {out} --text SOURCE" in run.out
+    assert not [line for line in run.err.splitlines() if "Warning" in line]
+
+
+def assert_refused(run: Any, message: str) -> None:
+    assert run.code == 2, run.err
+    line = run.err.splitlines()[-1]
+    assert line.startswith("hfprune: error: ")
+    assert line.isprintable()
+    assert re.search(message, line), line
+    assert run.out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", 0], "tokens must be at least 1, got 0"),
+        (["--lora", -1], "lora must be at least 0, got -1"),
+        (["--lora", 0, "--adapter"], "adapter needs lora 1 or more; lora 0 trains the weights"),
+        (["--teacher", "resident", "--cache", "c"], "cache is for teacher cached; a resident one"),
+        (["--learning-rate", -1], "learning_rate must be at least 0, got -1"),
+        (["--loss", "mse"], "'mse' is not one of 'kl', 'ce', 'kl\\+ce'"),
+        (["--dtype", "float16"], "recover trains in bfloat16 or float32, got dtype float16"),
+        (["--seq-len", 2048], "seq_len must be at most"),
+        (["--out", "pruned"], "out pruned is, is inside or is above pruned"),
+        (["--cache", "model/x"], "out model/x is, is inside or is above model"),
+        (["--memory-budget", "1KB"], "memory budget 1KB is too small"),
+    ],
+)
+def test_options_that_cannot_be_met(
+    hfprune: Hfprune, llama_dir: Path, pruned: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, flags: list[Any], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    names = llama_dir.relative_to(tmp_path), pruned.relative_to(tmp_path)
+    assert_refused(hfprune(*arguments(*names, text_file, Path("out"), *flags)), message)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_models_texts_and_outputs_that_do_not_fit(
+    hfprune: Hfprune, llama_dir: Path, pruned: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    other, short, full = tmp_path / "other", tmp_path / "short.txt", tmp_path / "full"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(other)
+    short.write_text("too little text " * 10)
+    full.mkdir()
+    (full / "mine").write_text("")
+    for dense, source, folder, message in (
+        (other, text_file, out, "must share a vocabulary, got 127 and \\d+ ids"),
+        (Path("demo"), text_file, out, "must share a hidden size, got 128 and \\d+; recover takes"),
+        (llama_dir, short, out, "short.txt holds \\d samples of 16 tokens, and recovery needs 10"),
+        (llama_dir, tmp_path / "none.txt", out, "none.txt"),
+        (llama_dir, text_file, full, "full exists and is not empty; --force replaces it"),
+        (tmp_path / "gone", text_file, out, "no model folder .*gone"),
+    ):
+        assert_refused(hfprune(*arguments(dense, pruned, source, folder)), message)
+    assert_refused(
+        hfprune(*arguments(llama_dir, pruned, text_file, full, "--force")),
+        "full holds mine, which hfprune did not write",
+    )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        run = hfprune(*arguments(llama_dir, pruned, text_file, out))
+        assert_refused(run, r"recover needs peft and accelerate .*pip install 'hfprune_fast\[rec")
+    for options, message in (
+        ({"samples": 4}, "recover takes tokens, not samples"),
+        ({"layout": "padded"}, "recover keeps the layout of pruned, got layout padded"),
+    ):
+        with pytest.raises(hf.HFPruneError, match=message):
+            hf.recover(llama_dir, pruned, text_file, out, **options)
+    change_config(pruned, quantization_config={"quant_method": "gptq"})
+    assert_refused(hfprune(*arguments(llama_dir, pruned, text_file, out)), "quantised")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_of_no_record_is_recovered_too(
+    hfprune: Hfprune, llama_dir: Path, pruned: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (pruned / "hfprune.json").unlink()
+    run = hfprune(*arguments(llama_dir, pruned, text_file, tmp_path / "out"))
+    assert run.code == 0, run.err
+    assert "pruned has no hfprune.json: what was pruned is not known" in run.err
+    record = json.loads((tmp_path / "out" / "hfprune.json").read_text())
+    assert record["recovery"]["dense"] == "model"

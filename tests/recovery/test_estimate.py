@@ -1,0 +1,74 @@
+"""What `hfprune plan --recover` says is what a recovery has."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from family_models import tiny_family_model
+from tiny_mixtures import tiny_mixture
+from transformers import PreTrainedModel
+
+from hfprune_fast.checkpoint.loading import load_model
+from hfprune_fast.config import RecoveryOptions
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.recovery.adapters import add_lora, unfreeze
+
+
+def trained(folder: Path, options: RecoveryOptions) -> int:
+    with ResidentModel(load_model(folder, device="cpu")) as opened:
+        model: Any = opened.model
+        if options.lora:
+            model, _ = add_lora(model, opened.parts, options, 0)
+        else:
+            unfreeze(model, opened.parts, options)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: tiny_family_model("phi3"), lambda: tiny_mixture("deepseek_v3")],
+    ids=["fused", "experts"],
+)
+@pytest.mark.parametrize("lora", [0, 5])
+@pytest.mark.parametrize("train", ["all", "mlp"])
+def test_what_is_trained_is_counted(
+    hfprune: Callable[..., Any], tmp_path: Path, make: Callable[[], PreTrainedModel],
+    lora: int, train: str,
+) -> None:  # fmt: skip
+    make().save_pretrained(tmp_path)
+    run = hfprune(
+        "plan",
+        tmp_path,
+        "--prune-ratio",
+        0,
+        "--recover",
+        "--lora",
+        lora,
+        "--train",
+        train,
+        "--json",
+    )
+    assert run.code == 0, run.err
+    expected = trained(tmp_path, RecoveryOptions(lora=lora, train=train))
+    assert run.json()["recovery"]["trained_params"] == expected
+
+
+def test_the_file_of_hidden_states_is_as_large(
+    hfprune: Callable[..., Any], recover: Callable[..., Any], tmp_path: Path
+) -> None:
+    cache = tmp_path / "states"
+    recover(cache=cache, tokens=320, held_out=1)
+    flags = ["--dtype", "float32", "--seq-len", 32, "--device", "cpu", "--json"]
+    run = hfprune("plan", "demo", "--prune-ratio", 0.5, "--recover", "--tokens", 320, *flags)
+    planned = run.json()["recovery"]["hidden_states_bytes"]
+    held_out = 32 * 128 * 4 * (16 - 1)  # windows; the plan has the default, the run has one
+    assert 0 <= cache.stat().st_size - (planned - held_out) < 1000
+
+
+def test_people_read_it(hfprune: Callable[..., Any]) -> None:
+    run = hfprune("plan", "demo", "--prune-ratio", 0.5, "--recover", "--tokens", 100000)
+    assert run.code == 0, run.err
+    line = run.out.splitlines()[-1]
+    assert line.startswith("recover, 100,000 tokens by LoRA of rank 16, 118,784 trained: about ")
+    assert "hidden states of the dense model " in line

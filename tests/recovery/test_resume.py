@@ -1,0 +1,173 @@
+"""A recovery that was interrupted continues, and ends as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from hfprune_fast.errors import ResumeError
+from hfprune_fast.recovery import teacher
+from hfprune_fast.recovery.student import Student
+
+Recover = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.usefixtures("one_thread")
+WEIGHTS = "model.safetensors"
+
+
+def stop_at(patch: pytest.MonkeyPatch, cls: Any, method: str, call: int) -> None:
+    """Let Ctrl-C come in the middle of a run: at the so-manieth call of a method."""
+    own, calls = getattr(cls, method), [0]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return own(*args, **options)
+
+    patch.setattr(cls, method, counted)
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        pytest.param((Student, "forward"), 8, id="training"),
+        pytest.param((Student, "kl"), 3, id="checking", marks=pytest.mark.slow),
+        pytest.param((teacher.TeacherFile, "append"), 3, id="teacher", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_recovery_ends_as_a_whole_one(
+    recover: Recover, tmp_path: Path, where: tuple[Any, str], call: int
+) -> None:
+    whole = recover()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "_SYNC_SECONDS", 0)
+        stop_at(patch, *where, call)
+        with pytest.raises(KeyboardInterrupt):
+            recover(out="again")
+    assert (tmp_path / "again.recovery").is_dir()
+    assert not (tmp_path / "again").exists()
+    again = recover(out="again", resume=True)
+    assert again | {"out": whole["out"]} == whole
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert not (tmp_path / "again.recovery").exists()
+
+
+@pytest.mark.slow
+def test_only_what_is_missing_of_the_teacher_is_made(recover: Recover) -> None:
+    made: list[int] = []
+    append = teacher.TeacherFile.append
+
+    def counted(file: Any, hidden: Any) -> None:
+        made.append(len(hidden))
+        append(file, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "_SYNC_SECONDS", 0)
+        patch.setattr(teacher.TeacherFile, "append", counted)
+        with pytest.MonkeyPatch.context() as stopping:
+            stop_at(stopping, teacher.TeacherFile, "append", 3)
+            with pytest.raises(KeyboardInterrupt):
+                recover()
+        assert sum(made) == 4  # two batches of two windows
+        recover(resume=True)
+    assert sum(made) == 28  # 24 to train on, 4 held out
+
+
+def test_what_an_interrupted_run_left_is_resumed_or_discarded_on_request_only(
+    recover: Recover, tmp_path: Path, capfd: Any
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, Student, "forward", 8)
+        with pytest.raises(KeyboardInterrupt):
+            recover()
+    line = f"what was done so far is in {tmp_path / 'out.recovery'}; the same command with --resume"
+    assert line in capfd.readouterr().err
+    for options, message in (
+        ({}, "an interrupted run has left .*out.recovery; --resume continues it, --force discards"),
+        (
+            {"resume": True, "tokens": 32 * 26},
+            "is of another run: .*tokens 768, not 832",
+        ),
+        ({"resume": True, "seed": 3}, "is of another run: windows"),
+    ):
+        with pytest.raises(ResumeError, match=message):
+            recover(**options)
+    (tmp_path / "out.recovery" / "mine.txt").write_text("keep me")
+    for options in ({"force": True}, {"resume": True}):
+        with pytest.raises(ResumeError, match="holds other files too; move it away"):
+            recover(**options)
+    (tmp_path / "out.recovery" / "mine.txt").unlink()
+    recover(force=True)
+    capfd.readouterr()
+    recover(force=True, resume=True)
+    assert "nothing to resume: there is no " in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_recovery_ends_as_a_whole_one(halves: Any, text: Path, tmp_path: Path) -> None:
+    """SIGKILL, after a checkpoint; a half-written one behind it is passed over."""
+    command = [
+        *(sys.executable, "-m", "hfprune_fast", "recover", "demo", str(halves("custom"))),
+        *("--text", str(text), "--seq-len", "32", "--tokens", "1920", "--batch-tokens", "64"),
+        *("--dtype", "float32", "--device", "cpu", "--lora", "4"),
+    ]
+    killed = subprocess.Popen([*command, "--out", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "out.recovery").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (tmp_path / "out.recovery" / "checkpoint-29").mkdir(exist_ok=True)
+    for arguments in (["--out", "out", "--resume"], ["--out", "whole"]):
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_cache_serves_several_runs_on_one_text_alone(recover: Recover, tmp_path: Path) -> None:
+    cache = tmp_path / "states"
+    first = recover(cache=cache)
+    made = cache.read_bytes()
+    with safe_open(cache, framework="pt") as opened:  # it is a safetensors file
+        assert opened.get_slice("hidden").get_shape() == [28, 32, 128]
+        assert opened.get_tensor("done").tolist() == [28]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, teacher.TeacherFile, "append", 1)  # nothing is computed again
+        assert recover(cache=cache, force=True) == first
+    assert cache.read_bytes() == made
+    for options, message in (
+        ({"seed": 1}, "states holds hidden states of another run: its text is '"),
+        ({"seq_len": 16}, "states holds hidden states of another run: its text is '"),
+    ):
+        with pytest.raises(ResumeError, match=message):
+            recover(cache=cache, force=True, **options)
+    # What was recovered is another model of the same shapes.
+    with pytest.raises(ResumeError, match="states holds hidden states of another run: its model"):
+        recover(out="other", cache=cache, dense=tmp_path / "out", force=True)
+    cache.write_bytes(made[:200])
+    with pytest.raises(ResumeError, match="states is damaged"):
+        recover(cache=cache, force=True)
+    cache.write_text("notes of mine")
+    with pytest.raises(ResumeError, match="not a file of a dense model's hidden states"):
+        recover(cache=cache, force=True)
+    assert cache.read_text() == "notes of mine"
+
+
+@pytest.mark.slow
+def test_a_streamed_teacher_makes_the_same_file(recover: Recover, tmp_path: Path) -> None:
+    resident = recover(cache=tmp_path / "resident")
+    streamed = recover(out="streamed", cache=tmp_path / "streamed-states", offload="disk")
+    assert (tmp_path / "streamed-states").read_bytes() == (tmp_path / "resident").read_bytes()
+    assert streamed | {"out": resident["out"]} == resident
