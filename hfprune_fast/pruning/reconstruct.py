@@ -29,6 +29,11 @@ from hfprune_fast.models.sites import GatedMLP, rows_of
 from hfprune_fast.scoring.moments import token_rows
 
 STEPS = 200
+WEIGHT="ms"
+METRIC="I"
+EPS=0.1
+FISHER=None
+MULT=1.0
 _ROWS = 2048  # tokens of a step
 _RATE = 0.01  # of a matrix's root mean square, which the learning rate is in proportion to
 _BETAS = (0.9, 0.99)
@@ -79,7 +84,8 @@ class Reconstruction:
         after = dense.to(model.device, self._dtype)
         if self._scale is None:
             self._scale = self._scale_of_output(stream, batch, before_mlp, seen[0])
-        u = 1 / after.square().mean(dim=-1, keepdim=True)
+        u = after.square().mean(dim=-1, keepdim=True)
+        u = 1 / u if WEIGHT == "ms" else torch.ones_like(u)
         for rows, tensor in (
             (self._rows.inputs, seen[0].view(after.shape)),
             (self._rows.targets, after - before_mlp.to(self._dtype)),
@@ -115,9 +121,18 @@ class Reconstruction:
         held_out = max(1, len(inputs) // _HELD_OUT_PART)
         known = len(inputs) - held_out
 
+        S = None
+        if METRIC == "C":
+            C = FISHER[self._layer].float()
+            C = C + EPS * C.diagonal().mean() * torch.eye(len(C))
+            ev, U = torch.linalg.eigh(C)
+            S = U * ev.clamp(min=0).sqrt()
+
         def error(rows: Tensor | slice) -> Tensor:
             x, y, u = (part[rows].to(device) for part in (inputs, targets, weights))
             missing = y - self._added(x)
+            if S is not None:
+                missing = missing @ S
             return (missing.square().mean(dim=1, keepdim=True) * u).sum() / u.sum()
 
         def held_out_error() -> float:
