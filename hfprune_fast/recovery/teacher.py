@@ -63,9 +63,12 @@ class TeacherFile:
             begin = _make(path, identity, shape, dtype)
         size = begin + 8 + math.prod(shape) * dtype.itemsize
         bits = np.dtype(f"u{dtype.itemsize}")
-        self._done = np.memmap(path, "<i8", "r+", begin, (1,))
-        self._hidden = np.memmap(path, bits, "r+", begin + 8, shape)
-        if path.stat().st_size != size or not 0 <= self.done <= shape[0]:
+        is_damaged = path.stat().st_size != size  # a short file would be filled up with zeros
+        if not is_damaged:
+            self._done = np.memmap(path, "<i8", "r+", begin, (1,))
+            self._hidden = np.memmap(path, bits, "r+", begin + 8, shape)
+            is_damaged = not 0 <= self.done <= shape[0]
+        if is_damaged:
             raise ResumeError(f"{path} is damaged; delete it, and the dense model runs again")
         self._appended, self._synced = self.done, time.monotonic()
 

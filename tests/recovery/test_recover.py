@@ -91,10 +91,17 @@ def test_the_record_and_the_card_say_what_was_done(
     }  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
     assert "No training followed" not in card
-    assert f"| recovery | LoRA of rank 4, by KL and cross entropy |\n| recovery text | {text.name}"
+    trained = "KL from the dense model and cross entropy of the text"
+    assert f"It was then trained by {trained}." in card
+    assert f"| recovery | LoRA of rank 4, by {trained} |\n| recovery text | {text.name}" in card
     assert f"{result['kl_before']:.4f} to {result['kl_after']:.4f} nats" in card
     assert len(record["files"]) == len(list((tmp_path / "out").iterdir()))
     evaluate = ["evaluate", "demo", tmp_path / "out", "--text", text, "--seq-len", 64]
+    export = ["export", tmp_path / "out", "--to", "padded", "--out", tmp_path / "padded"]
+    assert hfprune(*export).code == 0
+    assert f"It was then trained by {trained}." in (tmp_path / "padded" / "README.md").read_text()
+    assert hfprune("report", tmp_path / "padded", "--out", tmp_path / "page.html").code == 0
+    assert f"It was then trained by {trained}." in (tmp_path / "page.html").read_text()
     said = hfprune(*evaluate, "--samples", 2).err
     assert f"{text.name} was also the text that it was trained on" in said
 

@@ -156,9 +156,11 @@ def test_a_cache_serves_several_runs_on_one_text_alone(recover: Recover, tmp_pat
     # What was recovered is another model of the same shapes.
     with pytest.raises(ResumeError, match="states holds hidden states of another run: its model"):
         recover(out="other", cache=cache, dense=tmp_path / "out", force=True)
-    cache.write_bytes(made[:200])
-    with pytest.raises(ResumeError, match="states is damaged"):
-        recover(cache=cache, force=True)
+    for size in (200, len(made) - 1000):
+        cache.write_bytes(made[:size])
+        with pytest.raises(ResumeError, match="states is damaged"):
+            recover(cache=cache, force=True)
+        assert cache.stat().st_size == size
     cache.write_text("notes of mine")
     with pytest.raises(ResumeError, match="not a file of a dense model's hidden states"):
         recover(cache=cache, force=True)
