@@ -23,3 +23,9 @@ def text(result: dict[str, Any], dense: str) -> str:
         else f"the pruned model as it was, held-out KL {before:.4f} nats: no step lowered it"
     )
     return f"{result['out']}: {what}\nnext: hfprune evaluate {dense} {result['out']} --text SOURCE"
+
+
+def _next(result: dict[str, Any], dense: str) -> str:
+    if result["adapter"]:
+        return f"peft.PeftModel.from_pretrained(the pruned model, {str(result['out'])!r})"
+    return f"hfprune evaluate {dense} {result['out']} --text SOURCE"

@@ -96,6 +96,7 @@ class RecoveryOptions(Options):
         "The largest, after the warm-up; it decays to 0 on a cosine. [default: 0.4 / hidden size; "
         "0.1 / hidden size with --lora 0]",
         least=0,
+        most=1e30,  # inf is no number of a record
     )
     held_out: int = option(
         16, "Samples that KL is watched on; of a short text at most a tenth.", least=1,

@@ -59,7 +59,7 @@ def write_adapter(
     record = {"base_model": pruned.name, "recovery": dict(recovery)}
     of_hub = "/" in pruned.name  # a folder is named by its last part
     adapted.peft_config[ADAPTER].base_model_name_or_path = (
-        pruned.name if of_hub else str(pruned.folder)
+        pruned.name if of_hub else str(pruned.folder.resolve())
     )
     with whole_folder(real(out), output.force, foreign_files) as partial:
         adapted.save_pretrained(partial)

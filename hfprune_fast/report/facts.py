@@ -77,6 +77,11 @@ def allocation_name(recorded: object) -> str:
 
 def read_facts(record: Mapping[str, Any]) -> Facts:
     """Return what a record says, or raise CheckpointError if it is damaged."""
+    if "recovery" in record and "achieved" not in record:
+        raise CheckpointError(
+            "it holds adapters or a model that was not pruned by hfprune; a report is of a pruned "
+            "model's folder"
+        )
     with one_line_errors(DAMAGED):
         return _facts(record)
 
