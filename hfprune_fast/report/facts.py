@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune_fast.config import ALLOCATIONS_TRIED
-from hfprune_fast.errors import one_line_errors, shown
+from hfprune_fast.errors import CheckpointError, one_line_errors, shown
 from hfprune_fast.evaluation.changes import PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.models.sites import SiteKey, site_of_path
