@@ -23,6 +23,7 @@ from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line_e
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.recovery.adapters import Changes, add_lora, unfreeze
 from hfprune_fast.recovery.data import RecoveryData
+from hfprune_fast.recovery.estimate import held_bytes
 from hfprune_fast.recovery.loss import RecoveryLoss
 from hfprune_fast.recovery.student import Student, final_hidden
 from hfprune_fast.recovery.teacher import TeacherFile, fill
@@ -83,13 +84,17 @@ def set_up(
         if run.dtype == "float16":
             raise ArgumentError("recover trains in bfloat16 or float32, got dtype float16")
         dtype = torch.bfloat16
+    spec = pruned.spec
+    config, sizes = pruned.transformers_config, (spec.widths, None)
+    _, held = held_bytes(config, spec, sizes, options, dtype)
     plan = plan_run(
-        pruned.spec,
+        spec,
         replace(run, offload="none"),
         device=device,
         dtype=dtype,
         seq_len=data.window_tokens,
         sequences=len(data.order),
+        resident_bytes=sum(held.values()),
     )
     if plan.recompute and not options.gradient_checkpointing:
         say("memory is short, so activations are computed again in the backward pass")
