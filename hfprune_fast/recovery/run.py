@@ -79,7 +79,7 @@ def recover(
     cache = work.teacher if options.cache is None else Path(options.cache)
     from hfprune_fast.recovery.trainer import Training, train  # which takes seconds to import
 
-    with joined(setup.device, processes), work.kept_if_interrupted(), ExitStack() as stack:
+    with joined(setup.device, processes), work.kept_if_interrupted(processes), ExitStack() as stack:
         opened = open_all(
             stack, first, second, options, run, data, setup, cache, sampling.seed, progress
         )
