@@ -70,7 +70,14 @@ def recovery_data(
     """
     tokens = window_tokens(text, dense, sampling)
     step_windows = max(1, options.batch_tokens // tokens // processes) * processes
-    steps = max(1, round(options.tokens / (step_windows * tokens)))
+    step_tokens = step_windows * tokens
+    if not 0 <= options.batch_tokens - step_tokens < tokens:
+        beside = f", the same number for each of {processes} processes" if processes > 1 else ""
+        say(
+            f"a step is of {step_tokens:,} tokens, not {options.batch_tokens:,}: it takes whole "
+            f"samples of {tokens:,}{beside}"
+        )
+    steps = max(1, round(options.tokens / step_tokens))
     trained = steps * step_windows
     wanted = replace(sampling, samples=trained + options.held_out)
     data = windows_of(text, dense, wanted)
