@@ -81,3 +81,19 @@ def test_people_read_it(hfprune: Callable[..., Any]) -> None:
     line = run.out.splitlines()[-1]
     assert line.startswith("recover, 100,000 tokens by LoRA of rank 16, 118,784 trained: about ")
     assert "hidden states of the dense model " in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--lora", 4], "lora"),
+        (["--train", "mlp"], "train"),
+        (["--tokens", 9, "--lora", 0], "tokens, lora"),
+    ],
+)
+def test_flags_of_a_recovery_need_one(
+    hfprune: Callable[..., Any], flags: list[Any], names: str
+) -> None:
+    run = hfprune("plan", "demo", "--prune-ratio", 0.5, *flags)
+    assert run.code == 2, run.out
+    assert run.err == f"hfprune: error: {names} changes nothing without recover\n"
