@@ -94,6 +94,7 @@ def recover(
             "dense_fingerprint": first.fingerprint,
             "text": data.data.description["source"],
             **_settings(options, sampling, data, setup),
+            "tokens": outcome.steps * data.step_windows * data.window_tokens,
             **outcome.record(),
         }
         changes = opened.changes if outcome.best_step else {}
@@ -157,7 +158,7 @@ def _check_output(
 def _settings(
     options: RecoveryOptions, sampling: CalibrationOptions, data: RecoveryData, setup: Setup
 ) -> dict[str, Any]:
-    """Return how a run trains."""
+    """Return how a run is to train."""
     names = ("lora", "train", "loss")
     return {
         "tokens": data.tokens,

@@ -43,7 +43,7 @@ class Outcome:
 
     kl_before: float
     kl_after: float  # of the best weights; of the start's where no others were better
-    steps: int
+    steps: int  # done, fewer than planned where it diverged
     best_step: int  # 0 where nothing was better than the start
     losses: list[tuple[int, float]]  # after so many steps, the mean since the last
     held_out: list[tuple[int, float]]
@@ -196,7 +196,7 @@ def train(
     return Outcome(
         kl_before=kl_before,
         kl_after=best if is_better else kl_before,
-        steps=data.steps,
+        steps=state.global_step,
         best_step=int(state.best_global_step or 0) if is_better else 0,
         losses=_curve(state.log_history, "loss"),
         held_out=_curve(state.log_history, "eval_kl"),
@@ -235,6 +235,7 @@ def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingAr
         metric_for_best_model="eval_kl",
         greater_is_better=False,
         logging_steps=steps,
+        logging_nan_inf_filter=False,  # else the mean of what came before would be shown
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
