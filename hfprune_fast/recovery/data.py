@@ -69,6 +69,10 @@ def recovery_data(
         CalibrationError: of too few windows, one in ten cannot be held out.
     """
     tokens = window_tokens(text, dense, sampling)
+    if "ce" in options.loss and tokens == 1:
+        raise CalibrationError(
+            f"loss {options.loss} needs samples of 2 tokens or more, got 1: it is of the next token"
+        )
     step_windows = max(1, options.batch_tokens // tokens // processes) * processes
     step_tokens = step_windows * tokens
     if not 0 <= options.batch_tokens - step_tokens < tokens:

@@ -15,7 +15,7 @@ from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, OutputOptions, RecoveryOptions, RunOptions
 from hfprune_fast.console import say, to_path
-from hfprune_fast.engine.distributed import Processes, joined, launched
+from hfprune_fast.engine.distributed import joined, launched
 from hfprune_fast.engine.layerwise import own_modes
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.fidelity import check_vocabularies
@@ -66,7 +66,12 @@ def recover(
         HFPruneError: bad input, one line, before any work where that is possible.
     """
     check_packages()
-    out, processes = to_path(out, "out"), launched() if distributed else Processes()
+    out, processes = to_path(out, "out"), launched()
+    if processes.count > 1 and not distributed:
+        raise ArgumentError(
+            f"recover runs in one of {processes.count} processes; distributed=True lets all of "
+            "them train"
+        )
     first, second = open_source(dense), open_source(pruned)
     _check_pair(first, second, options, sampling, output)
     if processes.rank == 0:
