@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -71,14 +71,13 @@ class RecoveryTrainer(Trainer):
     """The loop; of the model it saves and loads only what is trained."""
 
     def __init__(self, data: RecoveryData, batch: Batch, **options: Any) -> None:
-        held_out, self._order = _Order(data.held_out), _Order(data.order)
         super().__init__(
-            train_dataset=self._order, eval_dataset=held_out, data_collator=batch, **options
+            train_dataset=_Order(data.order),
+            eval_dataset=_Order(data.held_out),
+            data_collator=batch,
+            **options,
         )
         self._held_out, self._batch = data.held_out, batch
-
-    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self._order)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return the KL on the held-out windows, as Trainer's metrics are; stop where it is NaN."""
@@ -217,6 +216,7 @@ def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingAr
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=data.steps,
+        train_sampling_strategy="sequential",
         per_device_train_batch_size=setup.batch_size,
         gradient_accumulation_steps=data.step_windows // at_once,
         learning_rate=setup.learning_rate,
