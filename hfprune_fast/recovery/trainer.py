@@ -30,14 +30,6 @@ Batch = Callable[[Sequence[int]], dict[str, Tensor]]  # of windows, by their num
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a run trains."""
-
-    setup: Setup
-    seed: int
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a training did; KL is on the held-out windows, in nats."""
 
@@ -162,7 +154,7 @@ def train(
     student: Student,
     data: RecoveryData,
     batch: Batch,
-    training: Training,
+    setup: Setup,
     work: Path,
     progress: bool,
 ) -> Outcome:
@@ -172,7 +164,7 @@ def train(
         batch: returns what the student takes of windows.
         work: the folder of the run's checkpoints; the last whole one there is continued from.
     """
-    trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, training, work))
+    trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, setup, work))
     trainer.remove_callback(PrinterCallback)
     kl_before = trainer.held_out_kl()
     if kl_before == math.inf:
@@ -208,9 +200,8 @@ def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
-def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingArguments:
+def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArguments:
     steps = -(-data.steps // _CHECKS)
-    setup = training.setup
     at_once = setup.batch_size * setup.processes.count
     on_cpu = setup.device.type == "cpu"
     arguments = TrainingArguments(
@@ -225,7 +216,7 @@ def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingAr
         weight_decay=0.0,  # else a long run would shrink what is good as it is
         bf16=setup.dtype == torch.bfloat16,
         use_cpu=on_cpu,
-        seed=training.seed % 2**32,
+        seed=setup.seed % 2**32,
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",

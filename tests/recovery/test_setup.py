@@ -25,7 +25,7 @@ def test_gradients_and_moments_have_room_in_the_memory_budget(
     def at(budget: int | None) -> Setup:
         memory = None if budget is None else str(budget)
         run = RunOptions(dtype="float32", device="cpu", memory_budget=memory)
-        return set_up(pruned, options, run, data, Processes())
+        return set_up(pruned, options, run, data, Processes(), 0)
 
     plan, spec = at(None).plan, pruned.spec
     mlps = sum(spec.widths) * spec.params_per_neuron
@@ -37,5 +37,5 @@ def test_gradients_and_moments_have_room_in_the_memory_budget(
     assert fits.batch_size == at(None).batch_size
     short = at(plan.total_bytes - 1)
     assert short.batch_size < fits.batch_size or short.recompute
-    with pytest.raises(MemoryShortageError, match="too small: at least about .* is needed here"):
+    with pytest.raises(MemoryShortageError, match=r"too small: at least about .* is needed here"):
         at(held)
