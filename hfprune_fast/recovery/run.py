@@ -15,7 +15,7 @@ from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, OutputOptions, RecoveryOptions, RunOptions
 from hfprune_fast.console import say, to_path
-from hfprune_fast.engine.distributed import Processes, joined, launched
+from hfprune_fast.engine.distributed import joined, launched
 from hfprune_fast.engine.layerwise import own_modes
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.fidelity import check_vocabularies
@@ -66,25 +66,27 @@ def recover(
         HFPruneError: bad input, one line, before any work where that is possible.
     """
     check_packages()
-    out, processes = to_path(out, "out"), launched() if distributed else Processes()
+    out, processes = to_path(out, "out"), launched()
+    if processes.count > 1 and not distributed:
+        raise ArgumentError(
+            f"recover runs in one of {processes.count} processes; distributed=True lets all of "
+            "them train"
+        )
     first, second = open_source(dense), open_source(pruned)
     _check_pair(first, second, options, sampling, output)
     if processes.rank == 0:
         _check_output(first, second, text, out, options, output)
     data = recovery_data(text, first, sampling, options, processes.count)
-    setup = set_up(second, options, run, data, processes)
-    work = WorkFolder(real(out), _identity(first, second, options, sampling, data, setup))
+    setup = set_up(second, options, run, data, processes, sampling.seed)
+    work = WorkFolder(real(out), _identity(first, second, data, setup))
     if processes.rank == 0:
         work.begin(resume=options.resume)
     cache = work.teacher if options.cache is None else Path(options.cache)
-    from hfprune_fast.recovery.trainer import Training, train  # which takes seconds to import
+    from hfprune_fast.recovery.trainer import train  # which takes seconds to import
 
-    with joined(setup.device, processes), work.kept_if_interrupted(), ExitStack() as stack:
-        opened = open_all(
-            stack, first, second, options, run, data, setup, cache, sampling.seed, progress
-        )
-        training = Training(setup, sampling.seed)
-        outcome = train(opened.student, data, opened.batch, training, work.path, progress)
+    with joined(setup.device, processes), work.kept_if_interrupted(processes), ExitStack() as stack:
+        opened = open_all(stack, first, second, data, setup, cache, progress)
+        outcome = train(opened.student, data, opened.batch, setup, work.path, progress)
         if processes.rank > 0:
             return {}
         if not outcome.best_step:
@@ -93,7 +95,8 @@ def recover(
             "dense": first.name,
             "dense_fingerprint": first.fingerprint,
             "text": data.data.description["source"],
-            **_settings(options, sampling, data, setup),
+            **_settings(data, setup),
+            "tokens": outcome.steps * data.step_windows * data.window_tokens,
             **outcome.record(),
         }
         changes = opened.changes if outcome.best_step else {}
@@ -154,30 +157,23 @@ def _check_output(
     check_work(real(out), resume=options.resume, force=output.force)
 
 
-def _settings(
-    options: RecoveryOptions, sampling: CalibrationOptions, data: RecoveryData, setup: Setup
-) -> dict[str, Any]:
-    """Return how a run trains."""
+def _settings(data: RecoveryData, setup: Setup) -> dict[str, Any]:
+    """Return how a run is to train."""
     names = ("lora", "train", "loss")
     return {
         "tokens": data.tokens,
-        **{name: value for name, value in asdict(options).items() if name in names},
+        **{name: value for name, value in asdict(setup.options).items() if name in names},
         "learning_rate": setup.learning_rate,
         "step_tokens": data.step_windows * data.window_tokens,
         "seq_len": data.window_tokens,
         "held_out_tokens": len(data.held_out) * data.window_tokens,
-        "seed": sampling.seed,
+        "seed": setup.seed,
         "dtype": str(setup.dtype).removeprefix("torch."),
     }
 
 
 def _identity(
-    dense: ModelSource,
-    pruned: ModelSource,
-    options: RecoveryOptions,
-    sampling: CalibrationOptions,
-    data: RecoveryData,
-    setup: Setup,
+    dense: ModelSource, pruned: ModelSource, data: RecoveryData, setup: Setup
 ) -> dict[str, Any]:
     """Return what tells a run from others: all that its result depends on."""
     return {
@@ -185,5 +181,5 @@ def _identity(
         "dense": dense.fingerprint,
         "pruned": pruned.fingerprint,
         "windows": data.data.sha256,
-        **_settings(options, sampling, data, setup),
+        **_settings(data, setup),
     }

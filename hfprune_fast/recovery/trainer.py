@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -30,20 +30,12 @@ Batch = Callable[[Sequence[int]], dict[str, Tensor]]  # of windows, by their num
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a run trains."""
-
-    setup: Setup
-    seed: int
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a training did; KL is on the held-out windows, in nats."""
 
     kl_before: float
     kl_after: float  # of the best weights; of the start's where no others were better
-    steps: int
+    steps: int  # done, fewer than planned where it diverged
     best_step: int  # 0 where nothing was better than the start
     losses: list[tuple[int, float]]  # after so many steps, the mean since the last
     held_out: list[tuple[int, float]]
@@ -71,14 +63,13 @@ class RecoveryTrainer(Trainer):
     """The loop; of the model it saves and loads only what is trained."""
 
     def __init__(self, data: RecoveryData, batch: Batch, **options: Any) -> None:
-        held_out, self._order = _Order(data.held_out), _Order(data.order)
         super().__init__(
-            train_dataset=self._order, eval_dataset=held_out, data_collator=batch, **options
+            train_dataset=_Order(data.order),
+            eval_dataset=_Order(data.held_out),
+            data_collator=batch,
+            **options,
         )
         self._held_out, self._batch = data.held_out, batch
-
-    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self._order)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return the KL on the held-out windows, as Trainer's metrics are; stop where it is NaN."""
@@ -163,7 +154,7 @@ def train(
     student: Student,
     data: RecoveryData,
     batch: Batch,
-    training: Training,
+    setup: Setup,
     work: Path,
     progress: bool,
 ) -> Outcome:
@@ -173,7 +164,7 @@ def train(
         batch: returns what the student takes of windows.
         work: the folder of the run's checkpoints; the last whole one there is continued from.
     """
-    trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, training, work))
+    trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, setup, work))
     trainer.remove_callback(PrinterCallback)
     kl_before = trainer.held_out_kl()
     if kl_before == math.inf:
@@ -196,7 +187,7 @@ def train(
     return Outcome(
         kl_before=kl_before,
         kl_after=best if is_better else kl_before,
-        steps=data.steps,
+        steps=state.global_step,
         best_step=int(state.best_global_step or 0) if is_better else 0,
         losses=_curve(state.log_history, "loss"),
         held_out=_curve(state.log_history, "eval_kl"),
@@ -209,14 +200,14 @@ def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
-def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingArguments:
+def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArguments:
     steps = -(-data.steps // _CHECKS)
-    setup = training.setup
     at_once = setup.batch_size * setup.processes.count
     on_cpu = setup.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=data.steps,
+        train_sampling_strategy="sequential",
         per_device_train_batch_size=setup.batch_size,
         gradient_accumulation_steps=data.step_windows // at_once,
         learning_rate=setup.learning_rate,
@@ -225,7 +216,7 @@ def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingAr
         weight_decay=0.0,  # else a long run would shrink what is good as it is
         bf16=setup.dtype == torch.bfloat16,
         use_cpu=on_cpu,
-        seed=training.seed % 2**32,
+        seed=setup.seed % 2**32,
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",
@@ -235,6 +226,7 @@ def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingAr
         metric_for_best_model="eval_kl",
         greater_is_better=False,
         logging_steps=steps,
+        logging_nan_inf_filter=False,  # else the mean of what came before would be shown
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

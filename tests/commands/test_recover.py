@@ -71,6 +71,7 @@ def assert_refused(run: Any, message: str) -> None:
         (["--loss", "mse"], "'mse' is not one of 'kl', 'ce', 'kl\\+ce'"),
         (["--dtype", "float16"], "recover trains in bfloat16 or float32, got dtype float16"),
         (["--seq-len", 2048], "seq_len must be at most"),
+        (["--loss", "ce", "--seq-len", 1], "loss ce needs samples of 2 tokens or more, got 1"),
         (["--out", "pruned"], "out pruned is, is inside or is above pruned"),
         (["--cache", "model/x"], "out model/x is, is inside or is above model"),
         (["--memory-budget", "1KB"], "memory budget 1KB is too small"),
@@ -83,6 +84,16 @@ def test_options_that_cannot_be_met(
     monkeypatch.chdir(tmp_path)
     names = llama_dir.relative_to(tmp_path), pruned.relative_to(tmp_path)
     assert_refused(hfprune(*arguments(*names, text_file, Path("out"), *flags)), message)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_processes_of_torchrun_must_be_wanted(
+    llama_dir: Path, pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(hf.HFPruneError, match="in one of 2 processes; distributed=True lets all"):
+        hf.recover(llama_dir, pruned, text_file, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 

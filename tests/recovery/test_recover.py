@@ -148,10 +148,12 @@ def test_what_got_worse_is_not_written(
 
 
 def test_a_recovery_that_diverges_stops(recover: Recover, capfd: Any) -> None:
-    result = recover(learning_rate=1e30)
+    result = recover(learning_rate=1e30, tokens=31 * 64)
     assert result["kl_after"] == result["kl_before"]
     assert result["held_out"] == []
-    assert "held-out KL is NaN or inf after step 2, and training stops" in capfd.readouterr().err
+    assert result["losses"] == []  # none is the mean of those before
+    assert (result["steps"], result["tokens"]) == (4, 4 * 64)
+    assert "held-out KL is NaN or inf after step 4, and training stops" in capfd.readouterr().err
     json.dumps(result, allow_nan=False)
 
 
