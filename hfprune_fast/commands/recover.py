@@ -22,7 +22,7 @@ def text(result: dict[str, Any], dense: str) -> str:
         if result["best_step"]
         else f"the pruned model as it was, held-out KL {before:.4f} nats: no step lowered it"
     )
-    return f"{result['out']}: {what}\nnext: hfprune evaluate {dense} {result['out']} --text SOURCE"
+    return f"{result['out']}: {what}\nnext: {_next(result, dense)}"
 
 
 def _next(result: dict[str, Any], dense: str) -> str:

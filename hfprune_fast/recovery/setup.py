@@ -26,7 +26,7 @@ from hfprune_fast.recovery.data import RecoveryData
 from hfprune_fast.recovery.estimate import held_bytes
 from hfprune_fast.recovery.loss import RecoveryLoss
 from hfprune_fast.recovery.student import Student, final_hidden
-from hfprune_fast.recovery.teacher import TeacherFile, fill
+from hfprune_fast.recovery.teacher import TeacherFile, fill, is_teacher
 
 # The default learning rate times the hidden size, by a sweep: see docs/recovery.md. With Adam, the
 # best rate of a matrix falls as its width grows.
@@ -181,6 +181,11 @@ def _cached(
         file = TeacherFile(cache, identity, shape, setup.dtype)
         fill(file, loading.blueprint(dense, **in_dtype), data.data, setup.run, progress)
     setup.processes.as_the_first(0)
+    if not is_teacher(cache):
+        raise ArgumentError(
+            f"this process has no {cache}, which the first one made: all of them must share the "
+            "folder of out, or of --cache"
+        )
     return TeacherFile(cache, identity, shape, setup.dtype)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -212,7 +214,7 @@ def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArgument
         gradient_accumulation_steps=data.step_windows // at_once,
         learning_rate=setup.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(_WARMUP_PART * data.steps)),
+        warmup_steps=round(_WARMUP_PART * data.steps),  # the first of which changes nothing
         weight_decay=0.0,  # else a long run would shrink what is good as it is
         bf16=setup.dtype == torch.bfloat16,
         use_cpu=on_cpu,
@@ -238,14 +240,25 @@ def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArgument
 
 
 def _last_checkpoint(work: Path) -> Path | None:
-    """Return the latest checkpoint that is whole: its state is written last."""
+    """Return the latest checkpoint that is whole; say which is not."""
     found = []
     for folder in work.glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if number.isdecimal() and state.get("global_step") == int(number):
+        if number.isdecimal() and _is_whole(folder, int(number)):
             found.append((int(number), folder))
+        else:
+            say(f"{folder} is not whole, and is left out")
     return max(found)[1] if found else None
+
+
+def _is_whole(folder: Path, step: int) -> bool:
+    """Return whether a checkpoint holds all that a run continues from."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(folder / _WEIGHTS, framework="pt"):  # which compares sizes
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # torch's files are zip files, whose end says what is in them.
+    torchs = [folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")]
+    return state.get("global_step") == step and len(torchs) > 2 and all(map(is_zipfile, torchs))

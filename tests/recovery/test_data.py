@@ -63,6 +63,7 @@ def test_processes_share_a_step(tmp_path: Path, processes: int, step: int) -> No
     ("processes", "batch_tokens", "message"),
     [
         (1, 39, ""),  # rounded down
+        (1, 10**6, ""),  # no more than are trained on
         (2, 32, ""),
         (1, 7, "a step is of 8 tokens, not 7: it takes whole samples of 8"),
         (3, 32, "a step is of 24 tokens, not 32: .*, the same number for each of 3 processes"),

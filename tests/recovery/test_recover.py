@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from short_recovery import SHORT
 from transformers import AutoModelForCausalLM
 
 import hfprune_fast as hf
@@ -145,6 +146,27 @@ def test_what_got_worse_is_not_written(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (halves("custom") / WEIGHTS).read_bytes()
     line = "hfprune: no step was better than the start on held-out text; the start is written"
     assert line in capfd.readouterr().err.splitlines()
+
+
+@pytest.mark.slow
+def test_a_single_step_trains(recover: Recover) -> None:
+    result = recover(tokens=256, batch_tokens=10**6)
+    assert (result["steps"], result["tokens"], result["best_step"]) == (1, 256, 1)
+    assert result["kl_after"] < result["kl_before"]
+
+
+@pytest.mark.slow
+def test_a_dense_model_of_other_weights_is_named(
+    recover: Recover, tmp_path: Path, capfd: Any
+) -> None:
+    recover()
+    record = json.loads((tmp_path / "out" / "hfprune.json").read_text())
+    assert "was pruned from" not in capfd.readouterr().err
+    record["provenance"]["model_fingerprint"] = "another's"
+    (tmp_path / "out" / "hfprune.json").write_text(json.dumps(record))
+    text = TINY_MODEL / "calibration.txt"
+    hf.recover(TINY_MODEL, tmp_path / "out", text, tmp_path / "again", **SHORT)
+    assert "out was pruned from tiny, whose weights are not those of tiny" in capfd.readouterr().err
 
 
 def test_a_recovery_that_diverges_stops(recover: Recover, capfd: Any) -> None:
