@@ -164,7 +164,7 @@ class MemoryEstimator:
         self.weights = 0 if self.loaded else spec.total_params * self.s
         if self.resident_bytes is not None:
             self.weights = self.resident_bytes
-        # Sums, the copy that a pass adds to, and column norms.
+        # Sums, those that a pass makes of them, and column norms.
         neurons = math.prod(table_shape(spec.sites))
         self.tables = 2 * (4 * self.criteria + 1) * neurons * 8
         self.refit_bytes = 0
