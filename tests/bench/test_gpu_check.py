@@ -26,7 +26,7 @@ def gpu_check(*arguments: Any, pythonpath: Path | None = None) -> subprocess.Com
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(pythonpath or "")}
     return subprocess.run(
         [sys.executable, ROOT / "bench" / "gpu" / "gpu_check.py", *map(str, arguments)],
-        env=env, capture_output=True, text=True, timeout=280,
+        env=env, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
 
 
