@@ -25,6 +25,7 @@ from hfprune_fast.config import (
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
 from hfprune_fast.engine.planner import Plan
+from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.size_text import suits_text, widths_in
 from hfprune_fast.models.spec import ModelSpec
@@ -57,6 +58,9 @@ def run(
     the default recipe, and its seconds are its products' at the speed of one that is timed here.
     With `recover`, "recovery" is of `hf.recover` afterwards.
     """
+    given = [n for n, value in asdict(recovery).items() if value != getattr(RecoveryOptions(), n)]
+    if given and not recover:
+        raise ArgumentError(f"{', '.join(given)} changes nothing without recover")
     folder = find_model(model, config_only=True)
     spec, config = spec_from_config(folder)
     sizes, dense_sizes = budget_of(spec, budget).sizes(spec), (spec.widths, None)

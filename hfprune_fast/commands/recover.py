@@ -16,9 +16,16 @@ def run(dense: str, pruned: str, text_source: str, out: Path, **options: Any) ->
 def text(result: dict[str, Any], dense: str) -> str:
     """Return what `run` did as people read it."""
     before, after = result["kl_before"], result["kl_after"]
-    return (
-        f"{result['out']}: held-out KL {before:.4f} -> {after:.4f} nats "
-        f"({1 - after / before if before else 0:.1%} less), best after step {result['best_step']} "
-        f"of {result['steps']}, {result['tokens']:,} tokens\n"
-        f"next: hfprune evaluate {dense} {result['out']} --text SOURCE"
+    what = (
+        f"held-out KL {before:.4f} -> {after:.4f} nats ({1 - after / before:.1%} less), best after "
+        f"step {result['best_step']} of {result['steps']}, {result['tokens']:,} tokens"
+        if result["best_step"]
+        else f"the pruned model as it was, held-out KL {before:.4f} nats: no step lowered it"
     )
+    return f"{result['out']}: {what}\nnext: {_next(result, dense)}"
+
+
+def _next(result: dict[str, Any], dense: str) -> str:
+    if result["adapter"]:
+        return f"peft.PeftModel.from_pretrained(the pruned model, {str(result['out'])!r})"
+    return f"hfprune evaluate {dense} {result['out']} --text SOURCE"

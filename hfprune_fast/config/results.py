@@ -63,7 +63,10 @@ class RecoveryOptions(Options):
         most=2**53,
     )  # fmt: skip
     lora: int = option(
-        16, "Rank of the LoRA adapters; 0 trains all weights.", least=0, most=LARGEST_COUNT
+        16,
+        "Rank of the LoRA adapters; 0 trains the weights themselves.",
+        least=0,
+        most=LARGEST_COUNT,
     )
     train: str = option(
         "all", "What is trained of each layer: all of its linear layers, or those of MLPs.",
@@ -81,7 +84,7 @@ class RecoveryOptions(Options):
     )
     cache: str | None = option(
         None,
-        "Keep the dense model's hidden states in this file, for other runs on the same text. "
+        "Keep the dense model's hidden states in this file, for other runs over the same windows. "
         "[default: beside --out, until the run ends]",
         metavar="FILE",
     )
@@ -90,9 +93,10 @@ class RecoveryOptions(Options):
     )
     learning_rate: float | None = option(
         None,
-        "The largest, after the warm-up; it falls to 0 by a cosine. [default: 0.4 by the hidden "
-        "size; 0.1 with --lora 0]",
+        "The largest, after the warm-up; it decays to 0 on a cosine. [default: 0.4 / hidden size; "
+        "0.1 / hidden size with --lora 0]",
         least=0,
+        most=1e30,  # inf is no number of a record
     )
     held_out: int = option(
         16, "Samples that KL is watched on; of a short text at most a tenth.", least=1,

@@ -93,6 +93,7 @@ def plan_run(
     parity: bool = False,
     criteria: int = 1,
     refit: bool = False,
+    resident_bytes: int | None = None,
 ) -> Plan:
     """Return the first plan that fits: stored, recomputed, streamed; large batches before small.
 
@@ -105,6 +106,7 @@ def plan_run(
         loaded: the weights are in memory already and stay where they are.
         parity, criteria: one sequence at a time; how many criteria share the forward.
         refit: removal costs or a refit follow, with the weights still in memory.
+        resident_bytes: of the weights and what is as long in memory; None is the weights in dtype.
 
     Raises:
         ArgumentError: a memory budget that is not a size, or offload of a loaded model.
@@ -115,7 +117,7 @@ def plan_run(
     budget = run.memory_budget
     free = available_bytes(device) if budget is None else parse_bytes(budget, "memory_budget")
     estimator = MemoryEstimator(
-        spec, device, dtype, seq_len, sequences, free, loaded, criteria, refit
+        spec, device, dtype, seq_len, sequences, free, loaded, criteria, refit, resident_bytes
     )
     at_once = max(1, min(_TOKENS_AT_ONCE.get(device.type, 4096) // seq_len, sequences))
     max_batch_size = 1 if parity else run.batch_size or largest or at_once
@@ -127,8 +129,8 @@ def plan_run(
     if chosen is None:
         needed = f"about {human_bytes(smallest.total_bytes)} ({smallest})"
         raise MemoryShortageError(
-            f"memory budget {budget} is too small: scoring needs at least {needed} "
-            "here; give more, or a smaller --seq-len"
+            f"memory budget {budget} is too small: at least {needed} is "
+            "needed here; give more, or a smaller --seq-len"
         )
     return chosen
 
@@ -149,6 +151,7 @@ class MemoryEstimator:
     loaded: bool
     criteria: int
     refit: bool
+    resident_bytes: int | None = None
 
     def __post_init__(self) -> None:
         spec, self.s = self.spec, self.dtype.itemsize
@@ -159,7 +162,9 @@ class MemoryEstimator:
             for own, count in zip(spec.widths, spec.experts or (0,) * self.layers, strict=True)
         )
         self.weights = 0 if self.loaded else spec.total_params * self.s
-        # Sums, the copy that a pass adds to, and column norms.
+        if self.resident_bytes is not None:
+            self.weights = self.resident_bytes
+        # Sums, those that a pass makes of them, and column norms.
         neurons = math.prod(table_shape(spec.sites))
         self.tables = 2 * (4 * self.criteria + 1) * neurons * 8
         self.refit_bytes = 0

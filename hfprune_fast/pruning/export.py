@@ -20,7 +20,7 @@ from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, CheckpointError, one_line_errors, printable
 from hfprune_fast.pruning.model_card import model_card
-from hfprune_fast.pruning.on_disk import RECORD, prune_checkpoint, read_record
+from hfprune_fast.pruning.on_disk import RECORD, carried_record, prune_checkpoint
 from hfprune_fast.report.facts import read_facts
 
 _CONVERTER = "convert_hf_to_gguf.py"
@@ -90,18 +90,14 @@ def _record(source: ModelSource, widths: list[int], layout: str) -> dict[str, An
     """Return the record of the pruning, with the sizes of the model in its new form."""
     sizes = source.spec.pruned_to(max(widths) if layout == "padded" else widths)
     now = {"params": sizes["params"], "layout": layout, "mlp_widths": widths}
-    path = source.folder / RECORD
-    if not path.is_file():
-        say(f"{source.name} has no {RECORD}: what was pruned is not known, and not in the card")
+    record = carried_record(source, "fidelity")
+    if not (source.folder / RECORD).is_file():
         now |= {"dense_params": sizes["params"], "param_ratio": 0.0, "prune_ratio": 0.0}
         return {"achieved": {**sizes, **now, "dense_mlp_widths": widths}}
-    found = read_record(source.folder)
-    dense = read_facts(found).dense_params
+    dense = read_facts(record).dense_params
     now["param_ratio"] = 1 - sizes["params"] / dense
-    kept = ("base_model", "requested", "chosen", "provenance", "fidelity", "keep")
-    record = {name: found[name] for name in kept if name in found}
-    record["achieved"] = {**found["achieved"], **now}
-    with one_line_errors(f"{path}, which is damaged,", CheckpointError):
+    record["achieved"] = {**record["achieved"], **now}
+    with one_line_errors(f"{source.folder / RECORD}, which is damaged,", CheckpointError):
         model_card(record, {})
     return record
 

@@ -156,20 +156,33 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def training_text(recovery: Mapping[str, Any] | None) -> str:
+    """Say whether a pruned model was trained afterwards, and by what."""
+    if recovery is None:
+        return "No training followed."
+    if not int(recovery["best_step"]):
+        return "Training it brought nothing, so its weights are what they were before."
+    return f"It was then trained by {_loss_text(recovery)}."
+
+
+def _loss_text(recovery: Mapping[str, Any]) -> str:
+    losses = {
+        "kl": "KL from the dense model",
+        "ce": "cross entropy of the text",
+        "kl+ce": "KL from the dense model and cross entropy of the text",
+    }
+    return losses.get(recovery["loss"], _word(recovery["loss"]))
+
+
 def _recovery_rows(
     recovery: Mapping[str, Any], shown: Callable[[str], str]
 ) -> list[tuple[str, str]]:
     """Say how a pruned model was trained, and what that did on held-out windows of the text."""
-    rank, loss = int(recovery["lora"]), _word(recovery["loss"])
-    what = f"LoRA of rank {rank}" if rank else "all weights"
-    losses = {
-        "kl": "KL from the dense model",
-        "ce": "cross entropy",
-        "klce": "KL and cross entropy",
-    }
+    rank = int(recovery["lora"])
+    what = f"LoRA of rank {rank}" if rank else "weights themselves"
     before, after = float(recovery["kl_before"]), float(recovery["kl_after"])
     return [
-        ("recovery", f"{what}, by {losses.get(loss, loss)}"),
+        ("recovery", f"{what}, by {_loss_text(recovery)}"),
         ("recovery text", f"{shown(str(recovery['text']))}, {int(recovery['tokens']):,} tokens"),
         ("held-out KL by recovery", f"{before:.4f} to {after:.4f} nats a token"),
     ]
@@ -197,9 +210,6 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
     rows += made_rows(record, escaped)
     if "fidelity" in record:
         rows += fidelity_rows(record["fidelity"])
-    trained = "No training followed."
-    if "recovery" in record:
-        trained = "Then it was trained to give the dense model's output."
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     layout = achieved.get("layout", "uniform")
     changed = _CHANGED["experts" if "experts" in achieved else layout]
@@ -211,7 +221,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
 # {escaped(base_model.split("/")[-1])}, pruned
 
 MLP neurons were cut out with {by}. {changed}
-{trained}
+{training_text(record.get("recovery"))}
 
 | | |
 |---|---|

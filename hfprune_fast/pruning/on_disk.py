@@ -41,6 +41,11 @@ from hfprune_fast.pruning.model_card import model_card
 RECORD = "hfprune.json"
 _PREDICTS_FURTHER = re.compile(r"(^|\.)(mtp|nextn)[._]")  # layers for multi-token prediction
 _MAX_RECORD_BYTES = 256 << 20
+# Of a record, what is true of the same neurons in another form, or trained.
+_CARRIED = (
+    *("base_model", "achieved", "requested", "chosen", "provenance"),
+    *("keep", "experts", "recovery"),
+)
 _MADE_ANEW = {"config.json", RECORD, CARD, INDEX}
 
 
@@ -184,6 +189,19 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder} has no {RECORD}; expected the folder of a model that hfprune has pruned"
         )
     return read_json_object(folder / RECORD, _MAX_RECORD_BYTES)
+
+
+def carried_record(source: ModelSource, *others: str) -> dict[str, Any]:
+    """Return what stays true of a pruned model's record; say if there is none.
+
+    Args:
+        others: of the record, what stays true here beside what always does.
+    """
+    if not (source.folder / RECORD).is_file():
+        say(f"{source.name} has no {RECORD}: what was pruned is not known, and not in the card")
+        return {}
+    found = read_record(source.folder)
+    return {name: found[name] for name in (*_CARRIED, *others) if name in found}
 
 
 def is_padded(folder: Path) -> bool:

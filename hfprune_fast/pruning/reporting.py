@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hfprune_fast.engine.run_log import RunLog, peak_bytes
 from hfprune_fast.errors import ScoresFileError, one_line_errors
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.models.sites import SiteKey
-from hfprune_fast.pruning.model_card import loading_text, made_rows
+from hfprune_fast.pruning.model_card import loading_text, made_rows, training_text
 from hfprune_fast.pruning.on_disk import read_record
 from hfprune_fast.report.facts import DAMAGED, Facts, Measurement, read_facts, recorded_keep
 from hfprune_fast.report.page import START, Report, page
@@ -62,6 +63,7 @@ def write_report(
         facts=facts,
         loading=loading_text(facts.layout),
         about=_about(record),
+        training=_training(record),
         ranked=ranked,
         importance_unit=unit,
         changed=changed,
@@ -112,6 +114,12 @@ def _would_choose(
     own = importance[part]
     best = own.sort(descending=True, stable=True).indices[: len(kept)].sort().values
     return best.tolist() == list(kept) or not bool(own.any())
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    """Say whether training followed, as HTML."""
+    with one_line_errors(DAMAGED):
+        return escape(training_text(record.get("recovery")))
 
 
 def _about(record: Mapping[str, Any]) -> list[tuple[str, str]]:

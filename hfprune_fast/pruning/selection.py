@@ -203,7 +203,8 @@ def _dealt(
         min(total // layers, max(1, math.ceil(min_keep * width / step)), count)
         for width, count in zip(widths.tolist(), blocks.tolist(), strict=True)
     ]
-    for of_layer, count in zip(ranked := [row.clone() for row in worth], least, strict=True):
+    ranked = [row.clone() for row in worth]
+    for of_layer, count in zip(ranked, least, strict=True):
         of_layer[:count] = torch.inf
     order = torch.cat(ranked).sort(descending=True, stable=True).indices
     owner = torch.arange(layers).repeat_interleave(blocks)

@@ -41,7 +41,10 @@ class Trained(Mapping[str, Tensor]):
         count = len(self._source.names[ours])
         is_added, change = self._changes[ours]
         shape = self._source.tensors[stored].shape
-        part = change().detach().cpu().reshape(count, *shape)[number]
+        made = change().detach().cpu()
+        if stored in self._source.across:
+            made = made.mT
+        part = made.reshape(count, *shape)[number]
         if is_added:
             part = part.to(torch.promote_types(part.dtype, torch.float32))
             part = part + self._source.read(stored).to(part.dtype)

@@ -69,8 +69,20 @@ def recovery_data(
         CalibrationError: of too few windows, one in ten cannot be held out.
     """
     tokens = window_tokens(text, dense, sampling)
-    step_windows = max(1, options.batch_tokens // tokens // processes) * processes
-    steps = max(1, round(options.tokens / (step_windows * tokens)))
+    if "ce" in options.loss and tokens == 1:
+        raise CalibrationError(
+            f"loss {options.loss} needs samples of 2 tokens or more, got 1: it is of the next token"
+        )
+    asked = min(options.batch_tokens, options.tokens)
+    step_windows = max(1, asked // tokens // processes) * processes
+    step_tokens = step_windows * tokens
+    if not 0 <= asked - step_tokens < tokens:
+        beside = f", the same number for each of {processes} processes" if processes > 1 else ""
+        say(
+            f"a step is of {step_tokens:,} tokens, not {asked:,}: it takes whole "
+            f"samples of {tokens:,}{beside}"
+        )
+    steps = max(1, round(options.tokens / step_tokens))
     trained = steps * step_windows
     wanted = replace(sampling, samples=trained + options.held_out)
     data = windows_of(text, dense, wanted)

@@ -39,22 +39,17 @@ def estimate(
         config: of transformers, of the dense model.
         sizes: widths and experts, as `ModelSpec.params_at` takes them.
     """
-    trained = _trained(config, spec, sizes, options)
+    trained, held = held_bytes(config, spec, sizes, options, dtype)
     student = replace(run, offload="none")
     windows = -(-options.tokens // seq_len) + options.held_out
     shape: dict[str, Any] = {"device": device, "dtype": dtype, "seq_len": seq_len}
-    plan = plan_run(spec, student, **shape, sequences=windows)
-    tokens, params = options.tokens, spec.params_at(*sizes)
+    plan = plan_run(spec, student, **shape, sequences=windows, resident_bytes=sum(held.values()))
+    tokens = options.tokens
     linear, head = spec.linear_params_at(*sizes), spec.vocab_size * spec.hidden_size
     # The teacher; forward, activations' gradients and the teacher's logits; gradients of weights.
     flops = 2 * spec.linear_params * windows * seq_len
     flops += tokens * (4 * linear + 2 * head + (6 if options.lora else 2) * trained)
-    frozen = params * dtype.itemsize if options.lora else 0
-    parts = {
-        "weights_bytes": frozen,
-        "trained_bytes": trained * _TRAINED_BYTES,
-        "activations_bytes": plan.activations_bytes,
-    }
+    parts = {**held, "activations_bytes": plan.activations_bytes}
     return {
         "tokens": tokens,
         "lora": options.lora,
@@ -65,6 +60,22 @@ def estimate(
         "hidden_states_bytes": hidden_bytes(windows, seq_len, spec.hidden_size, dtype),
         "flops": flops,
     }
+
+
+def held_bytes(
+    config: Any, spec: ModelSpec, sizes: tuple[Any, Any], options: RecoveryOptions,
+    dtype: torch.dtype,
+) -> tuple[int, dict[str, int]]:  # fmt: skip
+    """Return how many numbers are trained, and the bytes in memory as long as a recovery trains.
+
+    They are of the frozen weights, the dense model's head among them, and of the trained ones with
+    their gradients and Adam's moments. The arguments are those of `estimate`.
+    """
+    trained, params = _trained(config, spec, sizes, options), spec.params_at(*sizes)
+    # Without adapters the student is in float32, with what is frozen in it.
+    student = params * dtype.itemsize if options.lora else (params - trained) * 4
+    head = spec.vocab_size * spec.hidden_size * dtype.itemsize
+    return trained, {"weights_bytes": student + head, "trained_bytes": trained * _TRAINED_BYTES}
 
 
 def text(found: dict[str, Any]) -> str:

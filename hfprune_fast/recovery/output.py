@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,15 @@ from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.checkpoint.source_card import CARD
 from hfprune_fast.checkpoint.writer import write_json
 from hfprune_fast.config import OutputOptions
-from hfprune_fast.console import say
 from hfprune_fast.models.families import NON_UNIFORM
-from hfprune_fast.pruning.model_card import escaped, made_rows
-from hfprune_fast.pruning.on_disk import RECORD, foreign_files, prune_checkpoint, read_record
+from hfprune_fast.pruning.model_card import escaped, made_rows, training_text
+from hfprune_fast.pruning.on_disk import (
+    RECORD,
+    carried_record,
+    foreign_files,
+    prune_checkpoint,
+)
 from hfprune_fast.recovery.adapters import ADAPTER
-
-
-def carried_record(pruned: ModelSource) -> dict[str, Any]:
-    """Return what hfprune.json of a pruned model says that stays true; say if there is none."""
-    if not (pruned.folder / RECORD).is_file():
-        say(f"{pruned.name} has no {RECORD}: what was pruned is not known, and not in the card")
-        return {}
-    found = read_record(pruned.folder)
-    kept = ("base_model", "achieved", "requested", "chosen", "provenance", "keep", "experts")
-    return {name: found[name] for name in kept if name in found}
 
 
 def write_recovered(
@@ -49,7 +44,9 @@ def write_recovered(
         "verify": output.verify,
         "force": output.force,
     }
-    record = {**carried_record(pruned), "recovery": dict(recovery)}
+    record = carried_record(pruned)
+    before = {"before": record["recovery"]} if "recovery" in record else {}
+    record["recovery"] = {**recovery, **before}
     prune_checkpoint(
         pruned, out, keep, replace=trained, record=record, progress=progress, **options
     )
@@ -60,28 +57,32 @@ def write_adapter(
 ) -> None:
     """Write adapters as peft loads them onto the pruned model."""
     record = {"base_model": pruned.name, "recovery": dict(recovery)}
-    adapted.peft_config[ADAPTER].base_model_name_or_path = str(pruned.folder)
+    of_hub = "/" in pruned.name  # a folder is named by its last part
+    adapted.peft_config[ADAPTER].base_model_name_or_path = (
+        pruned.name if of_hub else str(pruned.folder.resolve())
+    )
     with whole_folder(real(out), output.force, foreign_files) as partial:
         adapted.save_pretrained(partial)
-        (partial / CARD).write_text(_adapter_card(record), encoding="utf-8")
+        (partial / CARD).write_text(_adapter_card(record, of_hub), encoding="utf-8")
         files = sorted(path.relative_to(partial).as_posix() for path in files_of(partial))
         write_json(partial / RECORD, {**record, "files": [*files, RECORD]})
 
 
-def _adapter_card(record: Mapping[str, Any]) -> str:
+def _adapter_card(record: Mapping[str, Any], of_hub: bool) -> str:
     """Return README.md of adapters, in place of the form that peft leaves to be filled in."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in made_rows(record, escaped))
     name = escaped(record["base_model"])
+    base_model = f"base_model: {json.dumps(record['base_model'])}\n" if of_hub else ""
     return f"""---
 library_name: peft
 pipeline_tag: text-generation
 tags: [lora, hfprune]
----
+{base_model}---
 
 # Adapters for {name}
 
-They bring {name}, a pruned model, closer to the dense one. Load them onto it with
-`peft.PeftModel.from_pretrained`.
+They are for {name}, a pruned model. {training_text(record["recovery"])} Load them onto
+it with `peft.PeftModel.from_pretrained`.
 
 | | |
 |---|---|

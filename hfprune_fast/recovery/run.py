@@ -15,16 +15,17 @@ from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, OutputOptions, RecoveryOptions, RunOptions
 from hfprune_fast.console import say, to_path
-from hfprune_fast.engine.distributed import Processes, joined, launched
+from hfprune_fast.engine.distributed import joined, launched
 from hfprune_fast.engine.layerwise import own_modes
-from hfprune_fast.errors import ArgumentError
+from hfprune_fast.errors import ArgumentError, CheckpointError, shown
 from hfprune_fast.evaluation.fidelity import check_vocabularies
 from hfprune_fast.options import keyword_options
-from hfprune_fast.pruning.on_disk import check_output_folder
+from hfprune_fast.pruning.on_disk import check_output_folder, read_record
 from hfprune_fast.recovery.adapters import Trained, check_packages, reset_lora
 from hfprune_fast.recovery.data import RecoveryData, recovery_data
 from hfprune_fast.recovery.output import write_adapter, write_recovered
 from hfprune_fast.recovery.setup import Setup, open_all, set_up
+from hfprune_fast.recovery.teacher import check_cache
 from hfprune_fast.recovery.work import WorkFolder, check_work, work_of
 
 
@@ -66,25 +67,30 @@ def recover(
         HFPruneError: bad input, one line, before any work where that is possible.
     """
     check_packages()
-    out, processes = to_path(out, "out"), launched() if distributed else Processes()
+    if not isinstance(text, str | Path):
+        raise ArgumentError(f"text must be a path or the name of a data set, got {shown(text)}")
+    out, processes = to_path(out, "out"), launched()
+    if processes.count > 1 and not distributed:
+        raise ArgumentError(
+            f"recover runs in one of {processes.count} processes; distributed=True lets all of "
+            "them train"
+        )
     first, second = open_source(dense), open_source(pruned)
     _check_pair(first, second, options, sampling, output)
     if processes.rank == 0:
+        _say_if_of_another(first, second)
         _check_output(first, second, text, out, options, output)
     data = recovery_data(text, first, sampling, options, processes.count)
-    setup = set_up(second, options, run, data, processes)
-    work = WorkFolder(real(out), _identity(first, second, options, sampling, data, setup))
+    setup = set_up(second, options, run, data, processes, sampling.seed)
+    work = WorkFolder(real(out), _identity(first, second, data, setup))
     if processes.rank == 0:
         work.begin(resume=options.resume)
     cache = work.teacher if options.cache is None else Path(options.cache)
-    from hfprune_fast.recovery.trainer import Training, train  # which takes seconds to import
+    from hfprune_fast.recovery.trainer import train  # which takes seconds to import
 
-    with joined(setup.device, processes), work.kept_if_interrupted(), ExitStack() as stack:
-        opened = open_all(
-            stack, first, second, options, run, data, setup, cache, sampling.seed, progress
-        )
-        training = Training(setup, sampling.seed)
-        outcome = train(opened.student, data, opened.batch, training, work.path, progress)
+    with joined(setup.device, processes), work.kept_if_interrupted(processes), ExitStack() as stack:
+        opened = open_all(stack, first, second, data, setup, cache, progress)
+        outcome = train(opened.student, data, opened.batch, setup, work.path, progress)
         if processes.rank > 0:
             return {}
         if not outcome.best_step:
@@ -93,7 +99,8 @@ def recover(
             "dense": first.name,
             "dense_fingerprint": first.fingerprint,
             "text": data.data.description["source"],
-            **_settings(options, sampling, data, setup),
+            **_settings(data, setup),
+            "tokens": outcome.steps * data.step_windows * data.window_tokens,
             **outcome.record(),
         }
         changes = opened.changes if outcome.best_step else {}
@@ -104,7 +111,8 @@ def recover(
         else:
             write_recovered(second, out, Trained(second, changes), record, output, progress)
     work.delete()
-    return {"out": str(out), **record, "losses": outcome.losses, "held_out": outcome.held_out}
+    result = {"out": str(out), "adapter": options.adapter, **record}
+    return {**result, "losses": outcome.losses, "held_out": outcome.held_out}
 
 
 def _check_pair(
@@ -122,6 +130,20 @@ def _check_pair(
             f"dense and pruned must share a hidden size, got {sizes[0]} and {sizes[1]}; recover "
             "takes a model and what was pruned from it"
         )
+    if dense.fingerprint == pruned.fingerprint:
+        raise ArgumentError(f"dense and pruned are one model, {dense.name}: nothing is to recover")
+    if dense.spec.total_params < pruned.spec.total_params:
+        raise ArgumentError(
+            f"dense must be the larger model, got {dense.spec.total_params:,} and "
+            f"{pruned.spec.total_params:,} parameters; are they swapped?"
+        )
+    if options.lora > sizes[0]:
+        raise ArgumentError(
+            f"lora must be at most the hidden size, {sizes[0]}, got {options.lora}; lora 0 trains "
+            "the weights themselves"
+        )
+    if options.adapter and (output.verify or output.max_shard_size is not None):
+        raise ArgumentError("adapter takes no verify or max_shard_size: peft writes it")
     if sampling.samples != CalibrationOptions().samples:
         raise ArgumentError("recover takes tokens, not samples: how much is trained on in all")
     if output.layout != "auto":
@@ -133,6 +155,20 @@ def _check_pair(
         raise ArgumentError(
             f"adapter: {pruned.name} has its text model within another, where peft would not find "
             "the layers by their names; leave it out, and a whole model is written"
+        )
+
+
+def _say_if_of_another(dense: ModelSource, pruned: ModelSource) -> None:
+    """Say it where a pruned model's record names other weights than the dense model's."""
+    try:
+        record = read_record(pruned.folder)
+        known = record["provenance"]["model_fingerprint"], record["base_model"]
+    except (CheckpointError, KeyError, TypeError):
+        return
+    if known[0] != dense.fingerprint:
+        say(
+            f"{pruned.name} was pruned from {known[1]!s:.100}, whose weights are not those of "
+            f"{dense.name}; it is trained to give what {dense.name} gives"
         )
 
 
@@ -148,36 +184,31 @@ def _check_output(
     read = [dense.folder, pruned.folder, *files_of(Path(text))]
     written = [out, work_of(out), *([Path(options.cache)] if options.cache else [])]
     check_not_read(written, read)
+    if options.cache:
+        check_cache(Path(options.cache), [out, work_of(out)])
     size = sum(shard.path.stat().st_size for shard in pruned.shards.values())
     needed = 0 if options.adapter else size
     check_output_folder(out, pruned.folder, force=output.force, needed_bytes=needed)
     check_work(real(out), resume=options.resume, force=output.force)
 
 
-def _settings(
-    options: RecoveryOptions, sampling: CalibrationOptions, data: RecoveryData, setup: Setup
-) -> dict[str, Any]:
-    """Return how a run trains."""
+def _settings(data: RecoveryData, setup: Setup) -> dict[str, Any]:
+    """Return how a run is to train."""
     names = ("lora", "train", "loss")
     return {
         "tokens": data.tokens,
-        **{name: value for name, value in asdict(options).items() if name in names},
+        **{name: value for name, value in asdict(setup.options).items() if name in names},
         "learning_rate": setup.learning_rate,
         "step_tokens": data.step_windows * data.window_tokens,
         "seq_len": data.window_tokens,
         "held_out_tokens": len(data.held_out) * data.window_tokens,
-        "seed": sampling.seed,
+        "seed": setup.seed,
         "dtype": str(setup.dtype).removeprefix("torch."),
     }
 
 
 def _identity(
-    dense: ModelSource,
-    pruned: ModelSource,
-    options: RecoveryOptions,
-    sampling: CalibrationOptions,
-    data: RecoveryData,
-    setup: Setup,
+    dense: ModelSource, pruned: ModelSource, data: RecoveryData, setup: Setup
 ) -> dict[str, Any]:
     """Return what tells a run from others: all that its result depends on."""
     return {
@@ -185,5 +216,5 @@ def _identity(
         "dense": dense.fingerprint,
         "pruned": pruned.fingerprint,
         "windows": data.data.sha256,
-        **_settings(options, sampling, data, setup),
+        **_settings(data, setup),
     }

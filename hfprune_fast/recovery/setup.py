@@ -23,9 +23,10 @@ from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line_e
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.recovery.adapters import Changes, add_lora, unfreeze
 from hfprune_fast.recovery.data import RecoveryData
+from hfprune_fast.recovery.estimate import held_bytes
 from hfprune_fast.recovery.loss import RecoveryLoss
 from hfprune_fast.recovery.student import Student, final_hidden
-from hfprune_fast.recovery.teacher import TeacherFile, fill
+from hfprune_fast.recovery.teacher import TeacherFile, fill, is_teacher
 
 # The default learning rate times the hidden size, by a sweep: see docs/recovery.md. With Adam, the
 # best rate of a matrix falls as its width grows.
@@ -34,8 +35,11 @@ _LORA_RATE, _FULL_RATE = 0.4, 0.1
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run does here that its options leave open."""
+    """How a run runs here: its options, and what they leave open."""
 
+    options: RecoveryOptions
+    run: RunOptions
+    seed: int
     device: torch.device
     dtype: torch.dtype  # that both models run in
     plan: Plan  # of the student
@@ -66,6 +70,7 @@ def set_up(
     run: RunOptions,
     data: RecoveryData,
     processes: Processes,
+    seed: int,
 ) -> Setup:
     """Choose device, dtype and how many windows run at once.
 
@@ -83,13 +88,17 @@ def set_up(
         if run.dtype == "float16":
             raise ArgumentError("recover trains in bfloat16 or float32, got dtype float16")
         dtype = torch.bfloat16
+    spec = pruned.spec
+    config, sizes = pruned.transformers_config, (spec.widths, None)
+    _, held = held_bytes(config, spec, sizes, options, dtype)
     plan = plan_run(
-        pruned.spec,
+        spec,
         replace(run, offload="none"),
         device=device,
         dtype=dtype,
         seq_len=data.window_tokens,
         sequences=len(data.order),
+        resident_bytes=sum(held.values()),
     )
     if plan.recompute and not options.gradient_checkpointing:
         say("memory is short, so activations are computed again in the backward pass")
@@ -99,7 +108,7 @@ def set_up(
     if rate is None:
         rate = (_LORA_RATE if options.lora else _FULL_RATE) / pruned.spec.hidden_size
     return Setup(
-        device, dtype, plan, batch_size, processes, rate,
+        options, run, seed, device, dtype, plan, batch_size, processes, rate,
         options.gradient_checkpointing or plan.recompute,
     )  # fmt: skip
 
@@ -108,12 +117,9 @@ def open_all(
     stack: ExitStack,
     dense: ModelSource,
     pruned: ModelSource,
-    options: RecoveryOptions,
-    run: RunOptions,
     data: RecoveryData,
     setup: Setup,
     cache: Path,
-    seed: int,
     progress: bool,
 ) -> Opened:
     """Run the dense model, or open it, and then open the student.
@@ -121,7 +127,8 @@ def open_all(
     Args:
         cache: the file of the dense model's hidden states.
     """
-    where: dict[str, Any] = {"device": str(setup.device), "attention": run.attention}
+    options = setup.options
+    where: dict[str, Any] = {"device": str(setup.device), "attention": setup.run.attention}
     in_dtype = {**where, "dtype": _name(setup.dtype)}
     resident, file = None, None
     if options.teacher == "resident":
@@ -134,7 +141,7 @@ def open_all(
 
         head = teacher.head()
     else:
-        file = _cached(dense, in_dtype, run, data, setup, cache, progress)
+        file = _cached(dense, in_dtype, data, setup, cache, progress)
         head = _head_alone(dense, setup)
     # Weights that are trained are in float32, beside which products are made in the run's dtype.
     dtype = setup.dtype if options.lora else torch.promote_types(setup.dtype, torch.float32)
@@ -146,7 +153,7 @@ def open_all(
         with one_line_errors("gradient checkpointing", UnsupportedModelError):
             _recompute(model)
     if options.lora:
-        model, changes = add_lora(model, opened.parts, options, seed)
+        model, changes = add_lora(model, opened.parts, options, setup.seed)
     else:
         changes = unfreeze(model, opened.parts, options)
     own = opened.parts.head
@@ -159,7 +166,6 @@ def open_all(
 def _cached(
     dense: ModelSource,
     in_dtype: Mapping[str, Any],
-    run: RunOptions,
     data: RecoveryData,
     setup: Setup,
     cache: Path,
@@ -173,8 +179,13 @@ def _cached(
     shape = (*data.ids.shape, dense.spec.hidden_size)
     if setup.processes.rank == 0:
         file = TeacherFile(cache, identity, shape, setup.dtype)
-        fill(file, loading.blueprint(dense, **in_dtype), data.data, run, progress)
+        fill(file, loading.blueprint(dense, **in_dtype), data.data, setup.run, progress)
     setup.processes.as_the_first(0)
+    if not is_teacher(cache):
+        raise ArgumentError(
+            f"this process has no {cache}, which the first one made: all of them must share the "
+            "folder of out, or of --cache"
+        )
     return TeacherFile(cache, identity, shape, setup.dtype)
 
 

@@ -41,19 +41,22 @@ class Student(nn.Module):
         if self._loss.needs_teacher:
             states = self._of_teacher(ids, states)
         hidden, head = self._hidden(ids), self._head()
-        with torch.autocast(ids.device.type, enabled=False):  # else it would cast what kernels made
+        with _no_autocast(ids):
             return {"loss": self._loss(hidden, head, states, ids)}
 
     @torch.no_grad()
     def kl(self, ids: Tensor, states: Tensor | None = None) -> Tensor:
         """Return the mean KL from the dense model over windows (B, T), a scalar in nats."""
         states = self._of_teacher(ids, states)
-        return self._loss.kl(self._hidden(ids), self._head(), states, fp32_logits=True)
+        hidden, head = self._hidden(ids), self._head()
+        with _no_autocast(ids):
+            return self._loss.kl(hidden, head, states, fp32_logits=True)
 
     def _of_teacher(self, ids: Tensor, states: Tensor | None) -> Tensor:
         if states is None:
             assert self._resident is not None
-            states = self._resident(ids)
+            with _no_autocast(ids):  # as a cached one has run
+                states = self._resident(ids)
         return states
 
     def _hidden(self, ids: Tensor) -> Tensor:
@@ -64,6 +67,11 @@ class Student(nn.Module):
     def _head(self) -> Head:
         head = self._parts.head
         return Head(head.weight, head.bias, self._parts.logits)
+
+
+def _no_autocast(ids: Tensor) -> torch.autocast:
+    """Return a context where products are in the dtype of what they are made of."""
+    return torch.autocast(ids.device.type, enabled=False)
 
 
 def final_hidden(parts: ModelParts, ids: Tensor) -> Tensor:

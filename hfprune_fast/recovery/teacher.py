@@ -29,7 +29,7 @@ from hfprune_fast.console import token_bar
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.streaming import open_model
-from hfprune_fast.errors import ResumeError, one_line, shown
+from hfprune_fast.errors import ArgumentError, ResumeError, one_line, shown
 
 TEACHER = "hfprune_teacher"  # the metadata key of such files
 _DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -63,9 +63,12 @@ class TeacherFile:
             begin = _make(path, identity, shape, dtype)
         size = begin + 8 + math.prod(shape) * dtype.itemsize
         bits = np.dtype(f"u{dtype.itemsize}")
-        self._done = np.memmap(path, "<i8", "r+", begin, (1,))
-        self._hidden = np.memmap(path, bits, "r+", begin + 8, shape)
-        if path.stat().st_size != size or not 0 <= self.done <= shape[0]:
+        is_damaged = path.stat().st_size != size  # a short file would be filled up with zeros
+        if not is_damaged:
+            self._done = np.memmap(path, "<i8", "r+", begin, (1,))
+            self._hidden = np.memmap(path, bits, "r+", begin + 8, shape)
+            is_damaged = not 0 <= self.done <= shape[0]
+        if is_damaged:
             raise ResumeError(f"{path} is damaged; delete it, and the dense model runs again")
         self._appended, self._synced = self.done, time.monotonic()
 
@@ -133,6 +136,22 @@ def fill(
                 file.append(hidden)
 
 
+def check_cache(path: Path, written: Sequence[Path]) -> None:
+    """Refuse a file for hidden states that is another's, or lies in what else is written."""
+    real_path = path.resolve()
+    for folder in written:
+        if real_path == folder.resolve() or folder.resolve() in real_path.parents:
+            raise ArgumentError(f"cache {path} is or is inside {folder}, which the run writes")
+    if os.path.lexists(path) and not is_teacher(path):
+        raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> ResumeError:
+    return ResumeError(
+        f"{path} is not a file of a dense model's hidden states; move it away, or name another"
+    )
+
+
 def is_teacher(path: Path) -> bool:
     """Return whether a file is one of a teacher's states."""
     return is_ours(path, TEACHER)
@@ -168,9 +187,7 @@ def _check(
 ) -> int:
     """Refuse a file of other states; return where `done` begins."""
     if not is_teacher(path):
-        raise ResumeError(
-            f"{path} is not a file of a dense model's hidden states; move it away, or name another"
-        )
+        raise _not_ours(path)
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -30,20 +32,12 @@ Batch = Callable[[Sequence[int]], dict[str, Tensor]]  # of windows, by their num
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a run trains."""
-
-    setup: Setup
-    seed: int
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a training did; KL is on the held-out windows, in nats."""
 
     kl_before: float
     kl_after: float  # of the best weights; of the start's where no others were better
-    steps: int
+    steps: int  # done, fewer than planned where it diverged
     best_step: int  # 0 where nothing was better than the start
     losses: list[tuple[int, float]]  # after so many steps, the mean since the last
     held_out: list[tuple[int, float]]
@@ -71,14 +65,13 @@ class RecoveryTrainer(Trainer):
     """The loop; of the model it saves and loads only what is trained."""
 
     def __init__(self, data: RecoveryData, batch: Batch, **options: Any) -> None:
-        held_out, self._order = _Order(data.held_out), _Order(data.order)
         super().__init__(
-            train_dataset=self._order, eval_dataset=held_out, data_collator=batch, **options
+            train_dataset=_Order(data.order),
+            eval_dataset=_Order(data.held_out),
+            data_collator=batch,
+            **options,
         )
         self._held_out, self._batch = data.held_out, batch
-
-    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self._order)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return the KL on the held-out windows, as Trainer's metrics are; stop where it is NaN."""
@@ -163,7 +156,7 @@ def train(
     student: Student,
     data: RecoveryData,
     batch: Batch,
-    training: Training,
+    setup: Setup,
     work: Path,
     progress: bool,
 ) -> Outcome:
@@ -173,7 +166,7 @@ def train(
         batch: returns what the student takes of windows.
         work: the folder of the run's checkpoints; the last whole one there is continued from.
     """
-    trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, training, work))
+    trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, setup, work))
     trainer.remove_callback(PrinterCallback)
     kl_before = trainer.held_out_kl()
     if kl_before == math.inf:
@@ -196,7 +189,7 @@ def train(
     return Outcome(
         kl_before=kl_before,
         kl_after=best if is_better else kl_before,
-        steps=data.steps,
+        steps=state.global_step,
         best_step=int(state.best_global_step or 0) if is_better else 0,
         losses=_curve(state.log_history, "loss"),
         held_out=_curve(state.log_history, "eval_kl"),
@@ -209,23 +202,23 @@ def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
-def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingArguments:
+def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArguments:
     steps = -(-data.steps // _CHECKS)
-    setup = training.setup
     at_once = setup.batch_size * setup.processes.count
     on_cpu = setup.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=data.steps,
+        train_sampling_strategy="sequential",
         per_device_train_batch_size=setup.batch_size,
         gradient_accumulation_steps=data.step_windows // at_once,
         learning_rate=setup.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(_WARMUP_PART * data.steps)),
+        warmup_steps=round(_WARMUP_PART * data.steps),  # the first of which changes nothing
         weight_decay=0.0,  # else a long run would shrink what is good as it is
         bf16=setup.dtype == torch.bfloat16,
         use_cpu=on_cpu,
-        seed=training.seed % 2**32,
+        seed=setup.seed % 2**32,
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",
@@ -235,6 +228,7 @@ def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingAr
         metric_for_best_model="eval_kl",
         greater_is_better=False,
         logging_steps=steps,
+        logging_nan_inf_filter=False,  # else the mean of what came before would be shown
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -246,14 +240,25 @@ def _arguments(data: RecoveryData, training: Training, work: Path) -> TrainingAr
 
 
 def _last_checkpoint(work: Path) -> Path | None:
-    """Return the latest checkpoint that is whole: its state is written last."""
+    """Return the latest checkpoint that is whole; say which is not."""
     found = []
     for folder in work.glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if number.isdecimal() and state.get("global_step") == int(number):
+        if number.isdecimal() and _is_whole(folder, int(number)):
             found.append((int(number), folder))
+        else:
+            say(f"{folder} is not whole, and is left out")
     return max(found)[1] if found else None
+
+
+def _is_whole(folder: Path, step: int) -> bool:
+    """Return whether a checkpoint holds all that a run continues from."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(folder / _WEIGHTS, framework="pt"):  # which compares sizes
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # torch's files are zip files, whose end says what is in them.
+    torchs = [folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")]
+    return state.get("global_step") == step and len(torchs) > 2 and all(map(is_zipfile, torchs))

@@ -14,10 +14,23 @@ from typing import Any
 from hfprune_fast.checkpoint.atomic import write_whole
 from hfprune_fast.checkpoint.folder import read_json_object
 from hfprune_fast.console import say
-from hfprune_fast.errors import CheckpointError, OutputError, ResumeError, shown
+from hfprune_fast.engine.distributed import Processes
+from hfprune_fast.errors import (
+    CheckpointError,
+    HFPruneError,
+    MemoryShortageError,
+    OutputError,
+    ProcessError,
+    ResumeError,
+    is_out_of_memory,
+    shown,
+)
 
 _RUN, _TEACHER = "recovery.json", "teacher.safetensors"
 _OURS = re.compile(r"recovery\.json|teacher\.safetensors|checkpoint-\d+|\..+\.partial-\w+")
+
+# What the same command may not meet again.
+_INTERRUPTIONS = (KeyboardInterrupt, SystemExit, OSError, MemoryShortageError, ProcessError)
 
 
 class WorkFolder:
@@ -61,16 +74,25 @@ class WorkFolder:
             )
 
     @contextmanager
-    def kept_if_interrupted(self) -> Iterator[None]:
-        """Say how to go on when Ctrl-C, a signal or an error ends the context."""
+    def kept_if_interrupted(self, processes: Processes) -> Iterator[None]:
+        """Say how to go on where the context is interrupted, or disk, memory or a process fails.
+
+        Of another error, whose cure is another command, nothing is kept that holds no work yet.
+        """
         try:
             yield
-        except BaseException:
-            say(
-                f"what was done so far is in {self.path}; the same command with --resume continues "
-                "from there"
-            )
+        except BaseException as error:
+            if isinstance(error, _INTERRUPTIONS) or is_out_of_memory(error):
+                say(
+                    f"what was done so far is in {self.path}; the same command with --resume "
+                    "continues from there"
+                )
+            elif isinstance(error, HFPruneError) and processes.rank == 0 and not self._has_work():
+                self.delete()
             raise
+
+    def _has_work(self) -> bool:
+        return self.teacher.exists() or any(self.path.glob("checkpoint-*"))
 
     def delete(self) -> None:
         """Delete the folder of a run that is complete."""

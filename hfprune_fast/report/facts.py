@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune_fast.config import ALLOCATIONS_TRIED
-from hfprune_fast.errors import one_line_errors, shown
+from hfprune_fast.errors import CheckpointError, one_line_errors, shown
 from hfprune_fast.evaluation.changes import PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.models.sites import SiteKey, site_of_path
@@ -77,6 +77,11 @@ def allocation_name(recorded: object) -> str:
 
 def read_facts(record: Mapping[str, Any]) -> Facts:
     """Return what a record says, or raise CheckpointError if it is damaged."""
+    if "recovery" in record and "achieved" not in record:
+        raise CheckpointError(
+            "it holds adapters or a model that was not pruned by hfprune; a report is of a pruned "
+            "model's folder"
+        )
     with one_line_errors(DAMAGED):
         return _facts(record)
 

@@ -31,6 +31,7 @@ class Report:
     facts: Facts
     loading: str  # a sentence, code in backticks
     about: Sequence[tuple[str, str]]  # how the neurons were chosen
+    training: str = "No training followed."
     ranked: Tensor | None = None  # (L, F) importance, in falling order
     importance_unit: str = ""
     changed: Sequence[ChangedToken] = ()
@@ -60,7 +61,7 @@ img-src data:">
 <main>
 <header>
 <h1>{title}</h1>
-{_summary(report.facts)}
+{_summary(report.facts, report.training)}
 </header>
 {body}
 {_left_out(report)}
@@ -70,7 +71,7 @@ img-src data:">
 """
 
 
-def _summary(facts: Facts) -> str:
+def _summary(facts: Facts, training: str) -> str:
     """Say in plain numbers what was done, and what it costs."""
     tiles = [
         ("MLP neurons", f"{facts.prune_ratio:.2%}", "removed"),
@@ -80,7 +81,7 @@ def _summary(facts: Facts) -> str:
     said = (
         f"hfprune removed {facts.prune_ratio:.1%} of the MLP neurons of "
         f"<b>{html.name(facts.base_model)}</b>: {_left(facts)} are left in a layer, "
-        f"{facts.params:,} of {facts.dense_params:,} parameters in all. No training followed."
+        f"{facts.params:,} of {facts.dense_params:,} parameters in all. {training}"
     )
     if facts.experts is not None:
         active, dense = facts.experts.active_params, facts.experts.dense_active_params

@@ -6,9 +6,9 @@ Each layer has an autograd graph of its own, kept from the forward or built agai
 (`recompute`); all criteria share it. No parameter requires grad, and nothing below the first
 layer's MLP is differentiated.
 
-A pass adds to a copy of the accumulator, layer by layer in the order of its micro-batches. So a
-pass that ran out of memory, or was interrupted, adds nothing, and the sums do not depend on how
-micro-batches are grouped into passes.
+A pass writes its sums beside those before it, layer by layer in the order of its micro-batches. So
+a pass that ran out of memory, or was interrupted, adds nothing, and the sums do not depend on how
+micro-batches are grouped into passes. Two tables take turns, and none is copied as a whole.
 
 In float16 the gradients are scaled by a power of two, which is divided out of the statistics
 exactly; if they overflow, the pass is run again with a smaller one.
@@ -56,8 +56,10 @@ class Pass:
         batches: list[MicroBatch],
         options: PassOptions,
         on_progress: OnProgress = no_progress,
+        spare: ScoreAccumulator | None = None,
     ) -> None:
         self.model, self.batches, self.options = model, batches, options
+        self._spare = spare  # see `PassSums`
         self._reported = 0.0  # tokens
         self._on_progress = on_progress
         layers = len(model.parts.layers)
@@ -95,7 +97,7 @@ class Pass:
 
     def _run(self, total: ScoreAccumulator) -> ScoreAccumulator:
         model, names = self.model, self.options.criteria
-        sums = PassSums(total, model.parts)
+        sums = PassSums(total, model.parts, self._spare)
         hidden = [self._offload(model.begin(batch)) for batch in self.batches]
 
         def forward(layer: int) -> None:

@@ -49,17 +49,19 @@ def score_batches(
     total = total or empty_accumulator(model, options)
     max_batch_size = max_batch_size or max((len(batch.ids) for batch in batches), default=0)
     remaining = _remaining(batches, total.samples, max_batch_size)
+    made, spare = False, None  # whether `total` is of a pass; the sums before it
     while remaining:
         chosen = _next_pass(remaining, options.pass_tokens)
-        a_pass = Pass(model, chosen, options, on_progress)
+        a_pass = Pass(model, chosen, options, on_progress, spare)
         try:
-            total = a_pass.add_to(total)
+            new = a_pass.add_to(total)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = one_line(error)
             error.__traceback__ = None  # its frames hold the tensors of the pass
         else:
+            spare, total, made = total if made else None, new, True
             remaining = remaining[len(chosen) :]
             on_commit(total, max_batch_size)
             continue

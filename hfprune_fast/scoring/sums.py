@@ -55,18 +55,30 @@ def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumu
 
 
 class PassSums:
-    """The sums of `total` with those of a pass added to them; `total` stays what it is."""
+    """The sums of `total` with those of a pass added to them; `total` stays what it is.
 
-    def __init__(self, total: ScoreAccumulator, parts: ModelParts) -> None:
-        self._parts = parts
-        copied: dict[str, Any] = {
-            name: None if tensor is None else tensor.clone()
-            for name in ("statistics", "down_norm", "output_fisher", "experts")
+    Args:
+        spare: sums of no further use, in whose place the new ones are made; None makes room. A part
+            is copied from `total` where it is first added to.
+    """
+
+    def __init__(
+        self, total: ScoreAccumulator, parts: ModelParts, spare: ScoreAccumulator | None = None
+    ) -> None:
+        self._parts, self._before = parts, total
+        room: dict[str, Any] = {
+            name: torch.zeros_like(tensor) if spare is None else getattr(spare, name)
+            for name in ("statistics", "output_fisher")
             for tensor in [getattr(total, name)]
+            if tensor is not None
         }
-        self._total = replace(total, **copied)
+        room["down_norm"] = total.down_norm.clone()
+        room["experts"] = None if total.experts is None else total.experts.clone()
+        self._total = replace(total, **room)
+        self._begun = set[tuple[Any, ...]]()  # parts that are copied
         # Views whose last axis is that of `site_slices`.
         self._statistics = self._total.statistics.flatten(2)
+        self._statistics_before = total.statistics.flatten(2)
         self._down_norm = self._total.down_norm.flatten()
         self._output_fisher, self._experts = self._total.output_fisher, self._total.experts
         self._slices = site_slices(parts.widths)
@@ -83,7 +95,31 @@ class PassSums:
                 self._first[layer], begin = begin, begin + experts.count
 
     def result(self, loss_nats: tuple[float, ...] = ()) -> ScoreAccumulator:
+        """Return the new sums; those of parts that nothing was added to are the old ones."""
+        for criterion in range(len(self._statistics)):
+            for site in self._slices:
+                self._of_site(criterion, site)
+        if self._output_fisher is not None:
+            for output in self._outputs.values():
+                self._of_output(output)
         return replace(self._total, loss_nats=loss_nats)
+
+    def _of_site(self, criterion: int, site: SiteKey) -> Tensor:
+        """Return the sums of an MLP or expert, (4, width), to add to."""
+        part = criterion, slice(None), self._slices[site]
+        if (criterion, site) not in self._begun:
+            self._begun.add((criterion, site))
+            self._statistics[part].copy_(self._statistics_before[part])
+        return self._statistics[part]
+
+    def _of_output(self, output: int) -> Tensor:
+        """Return the sums (D, D) of an output's gradients, to add to."""
+        assert self._output_fisher is not None
+        assert self._before.output_fisher is not None
+        if (output,) not in self._begun:
+            self._begun.add((output,))
+            self._output_fisher[output].copy_(self._before.output_fisher[output])
+        return self._output_fisher[output]
 
     def add_norms(self, layer: int) -> None:
         """Note the norms of a layer's down_proj, whose weights are in place."""
@@ -96,11 +132,11 @@ class PassSums:
 
     def add(self, site: SiteKey, criterion: int, statistics: TaylorStatistics) -> None:
         """Add the statistics of one MLP or expert."""
-        self._statistics[criterion, :, self._slices[site]] += torch.stack(statistics)
+        self._of_site(criterion, site).add_(torch.stack(statistics))
 
     def add_act(self, site: SiteKey, act: Tensor) -> None:
         """Add Σa² alone."""
-        self._statistics[0, _ACT, self._slices[site]] += act
+        self._of_site(0, site)[_ACT].add_(act)
 
     def add_taylor(self, layer: int, expert: int, criterion: int, taylor: Tensor) -> None:
         """Add the Taylor term of an expert."""
@@ -125,5 +161,5 @@ class PassSums:
 
     def add_covariances(self, layer: int, covariances: dict[bool, OutputCovariance]) -> None:
         for of_experts, covariance in covariances.items():
-            assert self._output_fisher is not None
-            self._output_fisher[self._outputs[layer, of_experts]] += covariance.total.cpu()
+            output = self._outputs[layer, of_experts]
+            self._of_output(output).add_(covariance.total.cpu())

@@ -26,7 +26,7 @@ def gpu_check(*arguments: Any, pythonpath: Path | None = None) -> subprocess.Com
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(pythonpath or "")}
     return subprocess.run(
         [sys.executable, ROOT / "bench" / "gpu" / "gpu_check.py", *map(str, arguments)],
-        env=env, capture_output=True, text=True, timeout=280,
+        env=env, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
 
 
@@ -55,7 +55,9 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
         (absent / f"{name}.py").write_text("raise ImportError('not in a stock image')\n")
     out = tmp_path / "out"
     done = gpu_check(
-        "--rehearse", "--commit", "abc123", "--only", *phases, "--out", out, pythonpath=absent
+        *("--rehearse", "--commit", "abc123", "--only", *phases, "--out", out),
+        *("--limit", "timing=300"),  # on a busy machine
+        pythonpath=absent,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("*.json")
@@ -71,6 +73,7 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_rehearsal(tmp_path: Path) -> None:
     result = rehearsed(tmp_path, "correctness", "timing", "refit")
     count, *reasons = result["phases"]["correctness"]["tests"]

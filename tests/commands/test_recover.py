@@ -67,10 +67,17 @@ def assert_refused(run: Any, message: str) -> None:
         (["--lora", -1], "lora must be at least 0, got -1"),
         (["--lora", 0, "--adapter"], "adapter needs lora 1 or more; lora 0 trains the weights"),
         (["--teacher", "resident", "--cache", "c"], "cache is for teacher cached; a resident one"),
-        (["--learning-rate", -1], "learning_rate must be at least 0, got -1"),
+        (["--learning-rate", -1], "learning_rate must be in .0, 1e.30., got -1.0"),
         (["--loss", "mse"], "'mse' is not one of 'kl', 'ce', 'kl\\+ce'"),
         (["--dtype", "float16"], "recover trains in bfloat16 or float32, got dtype float16"),
         (["--seq-len", 2048], "seq_len must be at most"),
+        (["--loss", "ce", "--seq-len", 1], "loss ce needs samples of 2 tokens or more, got 1"),
+        (["--learning-rate", "inf"], "learning_rate must be in .0, 1e.30., got inf"),
+        (["--lora", 5000], r"lora must be at most the hidden size, \d+, got 5000"),
+        (["--adapter", "--verify"], "adapter takes no verify or max_shard_size"),
+        (["--cache", "mine"], "mine is not a file of a dense model's hidden states"),
+        (["--cache", "out/states"], "cache out/states is or is inside .*out, which the run writes"),
+        (["--cache", "out.recovery/x"], "cache out.recovery/x is or is inside .*out.recovery"),
         (["--out", "pruned"], "out pruned is, is inside or is above pruned"),
         (["--cache", "model/x"], "out model/x is, is inside or is above model"),
         (["--memory-budget", "1KB"], "memory budget 1KB is too small"),
@@ -81,8 +88,19 @@ def test_options_that_cannot_be_met(
     monkeypatch: pytest.MonkeyPatch, flags: list[Any], message: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("notes")
     names = llama_dir.relative_to(tmp_path), pruned.relative_to(tmp_path)
     assert_refused(hfprune(*arguments(*names, text_file, Path("out"), *flags)), message)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_processes_of_torchrun_must_be_wanted(
+    llama_dir: Path, pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(hf.HFPruneError, match="in one of 2 processes; distributed=True lets all"):
+        hf.recover(llama_dir, pruned, text_file, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -99,6 +117,7 @@ def test_models_texts_and_outputs_that_do_not_fit(
     for dense, source, folder, message in (
         (other, text_file, out, "must share a vocabulary, got 127 and \\d+ ids"),
         (Path("demo"), text_file, out, "must share a hidden size, got 128 and \\d+; recover takes"),
+        (pruned, text_file, out, "dense and pruned are one model, pruned: nothing is to recover"),
         (llama_dir, short, out, "short.txt holds \\d samples of 16 tokens, and recovery needs 10"),
         (llama_dir, tmp_path / "none.txt", out, "none.txt"),
         (llama_dir, text_file, full, "full exists and is not empty; --force replaces it"),
@@ -113,6 +132,10 @@ def test_models_texts_and_outputs_that_do_not_fit(
         patch.setitem(sys.modules, "peft", None)
         run = hfprune(*arguments(llama_dir, pruned, text_file, out))
         assert_refused(run, r"recover needs peft and accelerate .*pip install 'hfprune_fast\[rec")
+    with pytest.raises(hf.HFPruneError, match=r"dense must be the larger model.*are they swapped"):
+        hf.recover(pruned, llama_dir, text_file, out)
+    with pytest.raises(hf.HFPruneError, match="text must be a path or the name of a data set"):
+        hf.recover(llama_dir, pruned, None, out)  # type: ignore[arg-type]
     for options, message in (
         ({"samples": 4}, "recover takes tokens, not samples"),
         ({"layout": "padded"}, "recover keeps the layout of pruned, got layout padded"),

@@ -90,6 +90,27 @@ def test_both_forms_are_pruned_alike(
         assert torch.equal(tensor, other.mT if name.endswith(OF_ALL) else other), name
 
 
+@pytest.mark.slow
+def test_both_forms_are_recovered_alike(case: MixtureCase, across: Path, tmp_path: Path) -> None:
+    ids, keep, files = tmp_path / "ids.npy", case.keep_of("all"), []
+    np.save(ids, torch.arange(1280).mul(37).remainder(127).view(40, 32).numpy())
+    for folder in (case.folder, across):
+        pruned, out = tmp_path / f"{folder.name}-pruned", tmp_path / f"{folder.name}-out"
+        hf.prune_checkpoint(folder, pruned, keep)
+        with Float64():
+            done = hf.recover(folder, pruned, ids, out, tokens=640, batch_tokens=64, lora=4)
+        assert done["best_step"] > 0
+        files.append(
+            (load_file(pruned / "model.safetensors"), load_file(out / "model.safetensors"))
+        )
+    (before, after), (_, other) = files
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert {name.rpartition(".")[2] for name in changed} >= {"gate_up_proj", "down_proj"}
+    for name, tensor in after.items():
+        theirs = other[name].mT if name.endswith(OF_ALL) else other[name]
+        assert torch.allclose(tensor, theirs, rtol=1e-9, atol=1e-12), name
+
+
 def test_a_width_that_makes_a_matrix_square_is_refused(
     case: MixtureCase, across: Path, hfprune: Callable[..., Any], tmp_path: Path
 ) -> None:

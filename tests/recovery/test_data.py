@@ -1,5 +1,6 @@
 """Which windows are trained on, in what order, and which are held out."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,25 @@ def test_processes_share_a_step(tmp_path: Path, processes: int, step: int) -> No
     data = data_of(tmp_path, 100, processes=processes)
     assert data.step_windows == step
     assert len(data.order) % step == 0
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_tokens", "message"),
+    [
+        (1, 39, ""),  # rounded down
+        (1, 10**6, ""),  # no more than are trained on
+        (2, 32, ""),
+        (1, 7, "a step is of 8 tokens, not 7: it takes whole samples of 8"),
+        (3, 32, "a step is of 24 tokens, not 32: .*, the same number for each of 3 processes"),
+        (8, 32, "a step is of 64 tokens, not 32: .*, the same number for each of 8 processes"),
+    ],
+)
+def test_a_step_of_another_size_is_one_line(
+    tmp_path: Path, capfd: Any, processes: int, batch_tokens: int, message: str
+) -> None:
+    data_of(tmp_path, 100, processes=processes, batch_tokens=batch_tokens)
+    said = capfd.readouterr().err
+    assert re.fullmatch(f"hfprune: {message}\n" if message else "", said), said
 
 
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:

@@ -15,14 +15,18 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.recovery.adapters import add_lora, unfreeze
 
 
-def trained(folder: Path, options: RecoveryOptions) -> int:
-    with ResidentModel(load_model(folder, device="cpu")) as opened:
+def parameters(folder: Path, options: RecoveryOptions) -> tuple[int, int, int]:
+    """Return how many numbers are trained, and the bytes of what is frozen and of the head."""
+    dtype = "bfloat16" if options.lora else "float32"
+    with ResidentModel(load_model(folder, dtype=dtype, device="cpu")) as opened:
         model: Any = opened.model
         if options.lora:
             model, _ = add_lora(model, opened.parts, options, 0)
         else:
             unfreeze(model, opened.parts, options)
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        head = opened.parts.head.weight.numel() * 2
+        return sum(p.numel() for p in model.parameters() if p.requires_grad), frozen, head
 
 
 @pytest.mark.parametrize(
@@ -32,7 +36,7 @@ def trained(folder: Path, options: RecoveryOptions) -> int:
 )
 @pytest.mark.parametrize("lora", [0, 5])
 @pytest.mark.parametrize("train", ["all", "mlp"])
-def test_what_is_trained_is_counted(
+def test_what_is_trained_and_frozen_is_counted(
     hfprune: Callable[..., Any], tmp_path: Path, make: Callable[[], PreTrainedModel],
     lora: int, train: str,
 ) -> None:  # fmt: skip
@@ -47,11 +51,16 @@ def test_what_is_trained_is_counted(
         lora,
         "--train",
         train,
+        "--dtype",
+        "bfloat16",
         "--json",
     )
     assert run.code == 0, run.err
-    expected = trained(tmp_path, RecoveryOptions(lora=lora, train=train))
-    assert run.json()["recovery"]["trained_params"] == expected
+    expected, frozen, head = parameters(tmp_path, RecoveryOptions(lora=lora, train=train))
+    found = run.json()["recovery"]
+    assert found["trained_params"] == expected
+    assert found["weights_bytes"] == frozen + head  # the dense model's head beside the student
+    assert found["trained_bytes"] == expected * 4 * 4
 
 
 def test_the_file_of_hidden_states_is_as_large(
@@ -72,3 +81,19 @@ def test_people_read_it(hfprune: Callable[..., Any]) -> None:
     line = run.out.splitlines()[-1]
     assert line.startswith("recover, 100,000 tokens by LoRA of rank 16, 118,784 trained: about ")
     assert "hidden states of the dense model " in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--lora", 4], "lora"),
+        (["--train", "mlp"], "train"),
+        (["--tokens", 9, "--lora", 0], "tokens, lora"),
+    ],
+)
+def test_flags_of_a_recovery_need_one(
+    hfprune: Callable[..., Any], flags: list[Any], names: str
+) -> None:
+    run = hfprune("plan", "demo", "--prune-ratio", 0.5, *flags)
+    assert run.code == 2, run.out
+    assert run.err == f"hfprune: error: {names} changes nothing without recover\n"

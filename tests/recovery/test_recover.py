@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from short_recovery import SHORT
 from transformers import AutoModelForCausalLM
 
 import hfprune_fast as hf
@@ -91,10 +92,17 @@ def test_the_record_and_the_card_say_what_was_done(
     }  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
     assert "No training followed" not in card
-    assert f"| recovery | LoRA of rank 4, by KL and cross entropy |\n| recovery text | {text.name}"
+    trained = "KL from the dense model and cross entropy of the text"
+    assert f"It was then trained by {trained}." in card
+    assert f"| recovery | LoRA of rank 4, by {trained} |\n| recovery text | {text.name}" in card
     assert f"{result['kl_before']:.4f} to {result['kl_after']:.4f} nats" in card
     assert len(record["files"]) == len(list((tmp_path / "out").iterdir()))
     evaluate = ["evaluate", "demo", tmp_path / "out", "--text", text, "--seq-len", 64]
+    export = ["export", tmp_path / "out", "--to", "padded", "--out", tmp_path / "padded"]
+    assert hfprune(*export).code == 0
+    assert f"It was then trained by {trained}." in (tmp_path / "padded" / "README.md").read_text()
+    assert hfprune("report", tmp_path / "padded", "--out", tmp_path / "page.html").code == 0
+    assert f"It was then trained by {trained}." in (tmp_path / "page.html").read_text()
     said = hfprune(*evaluate, "--samples", 2).err
     assert f"{text.name} was also the text that it was trained on" in said
 
@@ -140,11 +148,34 @@ def test_what_got_worse_is_not_written(
     assert line in capfd.readouterr().err.splitlines()
 
 
+@pytest.mark.slow
+def test_a_single_step_trains(recover: Recover) -> None:
+    result = recover(tokens=256, batch_tokens=10**6)
+    assert (result["steps"], result["tokens"], result["best_step"]) == (1, 256, 1)
+    assert result["kl_after"] < result["kl_before"]
+
+
+@pytest.mark.slow
+def test_a_dense_model_of_other_weights_is_named(
+    recover: Recover, tmp_path: Path, capfd: Any
+) -> None:
+    recover()
+    record = json.loads((tmp_path / "out" / "hfprune.json").read_text())
+    assert "was pruned from" not in capfd.readouterr().err
+    record["provenance"]["model_fingerprint"] = "another's"
+    (tmp_path / "out" / "hfprune.json").write_text(json.dumps(record))
+    text = TINY_MODEL / "calibration.txt"
+    hf.recover(TINY_MODEL, tmp_path / "out", text, tmp_path / "again", **SHORT)
+    assert "out was pruned from tiny, whose weights are not those of tiny" in capfd.readouterr().err
+
+
 def test_a_recovery_that_diverges_stops(recover: Recover, capfd: Any) -> None:
-    result = recover(learning_rate=1e30)
+    result = recover(learning_rate=1e30, tokens=31 * 64)
     assert result["kl_after"] == result["kl_before"]
     assert result["held_out"] == []
-    assert "held-out KL is NaN or inf after step 2, and training stops" in capfd.readouterr().err
+    assert result["losses"] == []  # none is the mean of those before
+    assert (result["steps"], result["tokens"]) == (4, 4 * 64)
+    assert "held-out KL is NaN or inf after step 4, and training stops" in capfd.readouterr().err
     json.dumps(result, allow_nan=False)
 
 

@@ -111,6 +111,23 @@ def test_what_an_interrupted_run_left_is_resumed_or_discarded_on_request_only(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
+def test_a_damaged_checkpoint_is_left_out(
+    recover: Recover, tmp_path: Path, capfd: Any, name: str
+) -> None:
+    whole = recover(out="whole")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, Student, "forward", 8)
+        with pytest.raises(KeyboardInterrupt):
+            recover()
+    for folder in (tmp_path / "out.recovery").glob("checkpoint-*"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+    again = recover(resume=True)
+    assert " is not whole, and is left out" in capfd.readouterr().err
+    assert again | {"out": whole["out"]} == whole
+
+
+@pytest.mark.slow
 def test_a_killed_recovery_ends_as_a_whole_one(halves: Any, text: Path, tmp_path: Path) -> None:
     """SIGKILL, after a checkpoint; a half-written one behind it is passed over."""
     command = [
@@ -156,9 +173,11 @@ def test_a_cache_serves_several_runs_on_one_text_alone(recover: Recover, tmp_pat
     # What was recovered is another model of the same shapes.
     with pytest.raises(ResumeError, match="states holds hidden states of another run: its model"):
         recover(out="other", cache=cache, dense=tmp_path / "out", force=True)
-    cache.write_bytes(made[:200])
-    with pytest.raises(ResumeError, match="states is damaged"):
-        recover(cache=cache, force=True)
+    for size in (200, len(made) - 1000):
+        cache.write_bytes(made[:size])
+        with pytest.raises(ResumeError, match="states is damaged"):
+            recover(cache=cache, force=True)
+        assert cache.stat().st_size == size
     cache.write_text("notes of mine")
     with pytest.raises(ResumeError, match="not a file of a dense model's hidden states"):
         recover(cache=cache, force=True)

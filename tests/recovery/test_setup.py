@@ -1,0 +1,41 @@
+"""How a recovery runs on this machine: what it trains has room beside its batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.config import CalibrationOptions, RecoveryOptions, RunOptions
+from hfprune_fast.engine.distributed import Processes
+from hfprune_fast.errors import MemoryShortageError
+from hfprune_fast.recovery.data import recovery_data
+from hfprune_fast.recovery.setup import Setup, set_up
+
+
+@pytest.mark.parametrize("train", ["all", "mlp"])
+def test_gradients_and_moments_have_room_in_the_memory_budget(
+    halves: Callable[[str], Path], text: Path, train: str
+) -> None:
+    options = RecoveryOptions(tokens=32 * 24, batch_tokens=32 * 24, lora=0, train=train)
+    dense, pruned = open_source(TINY_MODEL), open_source(halves("custom"))
+    data = recovery_data(text, dense, CalibrationOptions(seq_len=32), options)
+
+    def at(budget: int | None) -> Setup:
+        memory = None if budget is None else str(budget)
+        run = RunOptions(dtype="float32", device="cpu", memory_budget=memory)
+        return set_up(pruned, options, run, data, Processes(), 0)
+
+    plan, spec = at(None).plan, pruned.spec
+    mlps = sum(spec.widths) * spec.params_per_neuron
+    trained = spec.total_params if train == "all" else mlps
+    head = spec.vocab_size * spec.hidden_size
+    held = 4 * (spec.total_params + 3 * trained + head)
+    assert plan.weights_bytes == held
+    fits = at(plan.total_bytes)
+    assert fits.batch_size == at(None).batch_size
+    short = at(plan.total_bytes - 1)
+    assert short.batch_size < fits.batch_size or short.recompute
+    with pytest.raises(MemoryShortageError, match=r"too small: at least about .* is needed here"):
+        at(held)
