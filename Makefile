@@ -10,7 +10,7 @@ JOBS ?= 2
 demo: install
 	$(BIN)/hfprune demo
 
-# Lint, types and the fast tests: six and a half minutes on 2 idle cores.
+# Lint, types and the fast tests: six minutes on 2 idle cores.
 test: $(VENV)/.dev install lint types
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
 

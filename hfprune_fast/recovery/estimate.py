@@ -80,7 +80,7 @@ def held_bytes(
 
 def text(found: dict[str, Any]) -> str:
     """Return an estimate as people read it, without its time."""
-    what = f"by LoRA of rank {found['lora']}" if found["lora"] else "of all weights"
+    what = f"by LoRA of rank {found['lora']}" if found["lora"] else "of the weights themselves"
     return (
         f"recover, {found['tokens']:,} tokens {what}, {found['trained_params']:,} trained: about "
         f"{human_bytes(found['total_bytes'])} of {human_bytes(found['free_bytes'])}: weights "

@@ -181,12 +181,13 @@ def _cached(
         file = TeacherFile(cache, identity, shape, setup.dtype)
         fill(file, loading.blueprint(dense, **in_dtype), data.data, setup.run, progress)
     setup.processes.as_the_first(0)
-    if not is_teacher(cache):
+    made = TeacherFile(cache, identity, shape, setup.dtype) if is_teacher(cache) else None
+    if made is None or not made.is_whole:
         raise ArgumentError(
-            f"this process has no {cache}, which the first one made: all of them must share the "
-            "folder of out, or of --cache"
+            f"this process has no whole {cache}, which the first one made: all of them must share "
+            "the folder of out, or of --cache"
         )
-    return TeacherFile(cache, identity, shape, setup.dtype)
+    return made
 
 
 def _head_alone(dense: ModelSource, setup: Setup) -> Head:

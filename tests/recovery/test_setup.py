@@ -1,6 +1,8 @@
 """How a recovery runs on this machine: what it trains has room beside its batches."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions, RecoveryOptions, RunOptions
 from hfprune_fast.engine.distributed import Processes
-from hfprune_fast.errors import MemoryShortageError
+from hfprune_fast.errors import ArgumentError, MemoryShortageError
 from hfprune_fast.recovery.data import recovery_data
-from hfprune_fast.recovery.setup import Setup, set_up
+from hfprune_fast.recovery.setup import Setup, open_all, set_up
+from hfprune_fast.recovery.teacher import TeacherFile
 
 
 @pytest.mark.parametrize("train", ["all", "mlp"])
@@ -39,3 +42,24 @@ def test_gradients_and_moments_have_room_in_the_memory_budget(
     assert short.batch_size < fits.batch_size or short.recompute
     with pytest.raises(MemoryShortageError, match=r"too small: at least about .* is needed here"):
         at(held)
+
+
+@pytest.mark.parametrize("there", ["nothing", "a part"])
+def test_a_process_without_the_first_ones_file_is_refused(
+    halves: Callable[[str], Path], text: Path, tmp_path: Path, there: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It would train on the zeros of a file that it made itself."""
+    options = RecoveryOptions(tokens=32 * 24, batch_tokens=32 * 24)
+    dense, pruned = open_source(TINY_MODEL), open_source(halves("custom"))
+    data = recovery_data(text, dense, CalibrationOptions(seq_len=32), options)
+    run = RunOptions(dtype="float32", device="cpu")
+    setup = set_up(pruned, options, run, data, Processes(), 0)
+    monkeypatch.setattr(Processes, "as_the_first", lambda _, value: value)
+    second, cache = replace(setup, processes=Processes(rank=1, count=2)), tmp_path / "states"
+    if there == "a part":
+        identity = {"model": dense.fingerprint, "text": data.data.sha256}
+        TeacherFile(cache, identity, (*data.ids.shape, dense.spec.hidden_size), setup.dtype)
+    with ExitStack() as stack, pytest.raises(ArgumentError, match="all of them must share"):
+        open_all(stack, dense, pruned, data, second, cache, progress=False)
+    assert cache.exists() == (there == "a part")
