@@ -1,72 +1,131 @@
-"""How much closer recovery brings a pruned model: rows of bench/results/recovery/<name>.jsonl.
+"""How close pruning, reconstruction and recovery bring a model to the dense one, at what cost.
 
     python bench/recovery/recovery.py --name demo --model demo --text demo \\
         --held-out hfprune_fast/tiny/heldout.txt --seq-len 256
 
-Prunes a model by the default recipe, and recovers each by KL and by cross entropy, with the same
-tokens. All are measured on the whole of a text that neither saw. Rows come as they are measured, an
-interrupted run goes on where it was, and the table beside them is made of all rows.
+Rows go to bench/results/recovery/<name>.jsonl. A model is pruned by the default recipe, again with
+`--refit reconstruct`, and the first of these is recovered by KL and by cross entropy, with the same
+tokens. All are measured on a text that no step saw; with --tasks N by zero-shot tasks too,
+which are made of that text (`local_tasks.py`). Each step is a command of its own, whose time and
+memory are in its row. Rows come as they are measured, and an interrupted run goes on where it was;
+--work DIR keeps its models, so that an interrupted recovery goes on too. The table and the picture
+are of all rows: python bench/reporting/report.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hfprune_fast as hf
+sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
+from local_tasks import NAMES, write_tasks
+
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.evaluation.checkpoints import compare_checkpoints
+from hfprune_fast.evaluation.harness import evaluate_tasks
 
 RESULTS = Path(__file__).parents[1] / "results" / "recovery"
 ON_CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
-HEADER = """| model | removed | | tokens | KL, nats | perplexity | KL watched | minutes |
-|---|---:|---|---:|---:|---:|---:|---:|"""
+RATIOS, TOKENS = (0.2, 0.5), (100_000, 500_000)
+Way = tuple[str, int]  # pruned, reconstructed, kl or ce, and the tokens trained on
 
 
-def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return KL, perplexities and agreement on the held-out text."""
-    dense = open_source(arguments.model)
-    sampling = CalibrationOptions(None, arguments.seq_len)
-    data = calibrate(arguments.held_out, dense, sampling, evaluation=True)
-    found = asdict(compare_checkpoints(dense, open_source(folder), data, RunOptions(**ON_CPU)))
-    return {"held_out_tokens": found.pop("tokens"), **found}
+@dataclass
+class Job:
+    """A model at one ratio, its texts and the folder that its steps write to."""
+
+    arguments: argparse.Namespace
+    ratio: float
+    work: Path
+
+    def made(self, way: Way) -> tuple[Path, dict[str, Any]]:
+        """Return the folder that a way leads to, made if it is not there, and its facts."""
+        name, tokens = way
+        out = self.work / f"{name}-{tokens}-{self.ratio}"
+        facts = out.with_suffix(".json")
+        if not facts.exists():
+            found = self._recovered(way, out) if tokens else self._pruned(name, out)
+            facts.write_text(json.dumps(found), encoding="utf-8")
+        return out, json.loads(facts.read_text(encoding="utf-8"))
+
+    def _pruned(self, name: str, out: Path) -> dict[str, Any]:
+        given, scores = self.arguments, self.work / "scores.safetensors"
+        text = ["--calibration", given.text, "--samples", given.samples]
+        if not scores.exists():
+            self._run(
+                "score", given.model, "--criterion", "fisher", "--obs", *text, "--out", scores
+            )
+        refit = ["--refit", "reconstruct"] if name == "reconstructed" else []
+        prune = ["prune", given.model, *text, "--scores", scores, "--prune-ratio", self.ratio]
+        return self._run(*prune, *refit, "--out", out, "--force")
+
+    def _recovered(self, way: Way, out: Path) -> dict[str, Any]:
+        given, (loss, tokens) = self.arguments, way
+        pruned, _ = self.made(("pruned", 0))
+        recover = ["recover", given.model, pruned, "--text", given.text, "--out", out]
+        recover += ["--loss", loss, "--tokens", tokens, "--cache", self.work / f"states-{tokens}"]
+        begun = Path(f"{out}.recovery").exists()
+        result = self._run(*recover, "--resume" if begun else "--force")
+        return {
+            **{key: result[key] for key in ("seconds", "peak_bytes", "learning_rate", "lora")},
+            **{key: result[key] for key in ("best_step", "steps")},
+            "kl_at_start": result["kl_before"],
+            "kl_at_checks": [round(kl, 5) for _, kl in result["held_out"]],
+        }
+
+    def _run(self, *command: Any) -> dict[str, Any]:
+        """Run a command of hfprune; return what it printed, its seconds and its memory."""
+        common = ["--seq-len", self.arguments.seq_len, "--json"]
+        common += [part for key, value in ON_CPU.items() for part in (f"--{key}", value)]
+        words = [sys.executable, "-m", "hfprune_fast", *map(str, [*command, *common])]
+        begun = time.perf_counter()
+        process = subprocess.Popen(words, cwd=self.work, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if code := os.waitstatus_to_exitcode(status):
+            raise SystemExit(f"exit code {code} of {' '.join(words)}")
+        seconds = round(time.perf_counter() - begun, 1)
+        return {**json.loads(said), "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+
+    def measured(self, folder: Path) -> dict[str, Any]:
+        """Return KL, perplexities, agreement and the tasks' values on the held-out text."""
+        given = self.arguments
+        dense, other = open_source(given.model), open_source(folder)
+        sampling = CalibrationOptions(given.held_out_samples, given.seq_len)
+        data = calibrate(given.held_out, dense, sampling, evaluation=True)
+        found = asdict(compare_checkpoints(dense, other, data, RunOptions(**ON_CPU)))
+        row = {"held_out_tokens": found.pop("tokens"), **found}
+        if given.tasks:
+            tasks = self.work / "tasks"
+            write_tasks(Path(given.held_out).read_text(encoding="utf-8"), tasks, given.tasks)
+            which: dict[str, Any] = {"tasks": ",".join(NAMES), "include_path": str(tasks)}
+            row["tasks"] = [asdict(t) for t in evaluate_tasks(dense, other, **which, **ON_CPU)]
+        return row
 
 
-def run(
-    arguments: argparse.Namespace, ratio: float, ways: list[tuple[str, int]], out: Path
-) -> None:
-    """Add a row for the pruned model, and one for each way to recover it, that are not there."""
-    there = {(row["ratio"], row["loss"], row["tokens"]) for row in read(out)}
-    remaining = [way for way in ways if (ratio, *way) not in there]
-    if not remaining:
-        return
-    text: dict[str, Any] = {"seq_len": arguments.seq_len, **ON_CPU}
-    with tempfile.TemporaryDirectory() as scratch:
-        pruned, recovered = Path(scratch) / "pruned", Path(scratch) / "recovered"
-        hf.oneshot(
-            arguments.model, arguments.text, pruned, prune_ratio=ratio, samples=arguments.samples,
-            **text,
-        )  # fmt: skip
-        for loss, tokens in remaining:
-            begun, result = time.perf_counter(), dict[str, Any]()
-            if tokens:
-                cache = str(Path(scratch) / f"states-{tokens}")
-                options = {"loss": loss, "tokens": tokens, "cache": cache, "force": True, **text}
-                result = hf.recover(arguments.model, pruned, arguments.text, recovered, **options)
+def run(job: Job, ways: list[Way], out: Path) -> None:
+    """Add a row for each way that has none."""
+    there = {(row["ratio"], row["way"], row["tokens"]) for row in read(out)}
+    for way in ways:
+        if (job.ratio, *way) not in there:
+            folder, facts = job.made(way)
+            told = ("seconds", "peak_bytes", "learning_rate", "lora", "best_step", "steps")
+            told += ("kl_at_start", "kl_at_checks")
             row = {
-                "name": arguments.name, "ratio": ratio, "loss": loss, "tokens": tokens,
-                "seconds": round(time.perf_counter() - begun, 1),
-                **{key: result.get(key) for key in ("learning_rate", "lora", "best_step")},
-                "kl_at_start": result.get("kl_before"),
-                "kl_at_checks": [round(kl, 5) for _, kl in result.get("held_out", [])],
-                **measured(arguments, recovered if tokens else pruned),
+                "name": job.arguments.name, "ratio": job.ratio, "way": way[0], "tokens": way[1],
+                **{key: facts[key] for key in told if key in facts},
+                **job.measured(folder),
             }  # fmt: skip
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -77,40 +136,31 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as Markdown."""
-    names = {"": "pruned", "kl": "by KL", "ce": "by cross entropy"}
-    lines = [HEADER]
-    for row in rows:
-        ppl = f"{row['ppl_pruned']:.2f} (dense {row['ppl_dense']:.2f})"
-        watched = taken = ""
-        if row["tokens"]:
-            watched = f"{row['kl_at_start']:.4f}, {row['kl_at_checks'][-1]:.4f}"
-            taken = f"{row['seconds'] / 60:.1f}"
-        lines.append(
-            f"| {row['name']} | {row['ratio']:.0%} | {names.get(row['loss'], row['loss'])} | "
-            f"{row['tokens']:,} | {row['kl_nats']:.4f} | {ppl} | {watched} | {taken} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("name", "model", "text", "held-out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--samples", type=int, default=64, help="of the calibration")
+    parser.add_argument("--held-out-samples", type=int, help="windows [default: the whole text]")
     parser.add_argument("--ratio", type=float, action="append", help="[default: 0.2 and 0.5]")
-    parser.add_argument("--tokens", type=int, action="append", help="[default: 500000]")
-    parser.add_argument("--loss", action="append", help="[default: kl and ce]")
+    parser.add_argument("--tokens", type=int, action="append", help="[default: 100000 and 500000]")
+    parser.add_argument("--way", action="append", help="[default: pruned, reconstructed, kl, ce]")
+    parser.add_argument("--tasks", type=int, default=0, metavar="N", help="documents of each")
+    parser.add_argument("--work", type=Path, help="keep models here [default: deleted]")
     arguments = parser.parse_args()
+    for name in ("model", "text", "held_out"):  # commands run elsewhere
+        if (path := Path(getattr(arguments, name))).exists():
+            setattr(arguments, name, str(path.resolve()))
+    ways = arguments.way or ["pruned", "reconstructed", "kl", "ce"]
+    each = [(way, 0) for way in ways if way in ("pruned", "reconstructed")]
+    each += [(w, n) for n in arguments.tokens or TOKENS for w in ways if w in ("kl", "ce")]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    losses = arguments.loss or ["kl", "ce"]
-    each = [(loss, n) for n in arguments.tokens or [500_000] for loss in losses]
-    for ratio in arguments.ratio or [0.2, 0.5]:
-        run(arguments, ratio, [("", 0), *each], RESULTS / f"{arguments.name}.jsonl")
-    rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in read(path)]
-    (RESULTS / "recovery.md").write_text(table(rows), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        work = (arguments.work or Path(scratch)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        for ratio in arguments.ratio or RATIOS:
+            run(Job(arguments, ratio, work), each, RESULTS / f"{arguments.name}.jsonl")
 
 
 if __name__ == "__main__":

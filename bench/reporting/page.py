@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fidelity_tables
 import mixture_tables
+import recovery_tables
 import report_text as text
 from pictures import Picture
 from records import Result, Row, key
@@ -87,7 +88,9 @@ def markdown(
             if device not in devices[title] and (device == "cpu" or "compact_rows" not in ops):
                 lines += ["", f"Not measured on a {word} yet."]
     images = {at: f"![{picture.alt}]({link(root, at)})" for at, picture in drawn.items()}
-    fidelity = [images.pop(at, "") for at in [fidelity_tables.picture_path(root)]]
+    fidelity, recovery = (
+        images.pop(tables.picture_path(root), "") for tables in (fidelity_tables, recovery_tables)
+    )
     lines += ["", "## Pictures", "", "\n\n".join(images.values()) or "Nothing was measured yet."]
     lines += [
         "",
@@ -95,10 +98,12 @@ def markdown(
         "",
         *fidelity_tables.section(models, partial(link, root)),
         "",
-        *fidelity,
+        fidelity,
     ]
     if mixture_tables.path(root).exists():
         lines += ["", "Models with experts: [experts](experts.md#what-was-measured)."]
+    if recovery:
+        lines += ["", "## Recovery", "", recovery_tables.HINT, "", recovery]
     return "\n".join(lines).rstrip() + "\n"
 
 

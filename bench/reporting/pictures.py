@@ -2,6 +2,7 @@
 
 <machine>-kernels.svg     the percentage of its floor's speed that each provider of a kernel reaches
 fidelity/fidelity.svg     KL against the parameters removed, a panel a model
+recovery/recovery.svg     KL of each way to a model, a panel a model
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import fidelity_tables
+import recovery_tables
 from fidelity_variants import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant
 from records import Row
 from report_text import FLOORS, hardware, own_provider, provider
@@ -36,6 +38,10 @@ LINES: dict[str, tuple[Variant, str, str]] = {
     "default, uniform widths": (UNIFORM, "#56b4e9", "^"),
     "default": (DEFAULT, "#0072b2", "o"),
 }
+RECOVERY = {
+    "pruned": ("#8c8c8c", "s"), "reconstructed": ("#56b4e9", "^"), "kl": ("#0072b2", "o"),
+    "ce": ("#d55e00", "X"),
+}  # fmt: skip
 STYLE = {
     "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True, "legend.frameon": False,
@@ -50,7 +56,10 @@ class Picture:
 
 
 def planned(
-    root: Path, current: list[Source], models: list[fidelity_tables.Measured]
+    root: Path,
+    current: list[Source],
+    models: list[fidelity_tables.Measured],
+    recovered: dict[str, list[recovery_tables.RecoveryRow]],
 ) -> dict[Path, Picture]:
     """Return what is to be drawn, and where; matplotlib is not needed before it is."""
     found = {}
@@ -69,6 +78,9 @@ def planned(
     if models:
         alt = "KL against the parameters removed, a panel a model"
         found[fidelity_tables.picture_path(root)] = Picture(alt, partial(fidelity, models))
+    if recovered:
+        alt = "KL of pruned, reconstructed and recovered models, a panel a model"
+        found[recovery_tables.picture_path(root)] = Picture(alt, partial(recovery, recovered))
     return found
 
 
@@ -123,4 +135,26 @@ def fidelity(models: list[fidelity_tables.Measured]) -> Any:
         )
         axis.set_xlim(left=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def recovery(models: dict[str, list[recovery_tables.RecoveryRow]]) -> Any:
+    """Draw KL against the tokens trained on, a panel a model, a line a ratio and way."""
+    figure, axes = _figure(1, len(models), size=(9, 3.6))
+    figure.suptitle("KL(dense ‖ pruned), held-out text, nats", size=9)
+    for axis, (name, rows) in zip(axes[0], models.items(), strict=True):
+        for ratio in sorted({row["ratio"] for row in rows}):
+            its = [row for row in rows if row["ratio"] == ratio]
+            start = [(row["tokens"], row["kl_nats"]) for row in its if row["way"] == "pruned"]
+            for way, (color, marker) in RECOVERY.items():
+                found = [(row["tokens"], row["kl_nats"]) for row in its if row["way"] == way]
+                if found:
+                    x, y = zip(*(start + found if way in ("kl", "ce") else found), strict=True)
+                    axis.plot([n / 1e6 for n in x], y, color=color, marker=marker)
+            if start:
+                axis.annotate(f"{ratio:.0%}", start[0], (-4, 4), textcoords="offset points")
+        axis.set(yscale="log", title=name, xlabel="million tokens trained on")
+    names = {way: recovery_tables.WAYS[way] for way in RECOVERY}
+    lines = [axes[0, 0].plot([], [], color=c, marker=m)[0] for c, m in RECOVERY.values()]
+    figure.legend(lines, names.values(), loc="outside lower center", ncols=4)
     return figure

@@ -8,8 +8,8 @@
 
 docs/benchmarks.md and the pictures are of the newest file of each machine and suffix:
 <machine>-<date>.json, <machine>-<date>-large.json; fidelity's of all of
-bench/results/fidelity/*.jsonl. Of models with experts docs/experts.md has the table; its words are
-written by hand. Only the pictures need more than Python.
+bench/results/fidelity/*.jsonl. Of models with experts docs/experts.md has the table, of recovery
+docs/recovery.md; their words are written by hand. Only the pictures need more than Python.
 
 The exit status is 2 when a file is no result, with one line that says why.
 """
@@ -28,6 +28,7 @@ import fidelity_tables
 import mixture_tables
 import page
 import pictures
+import recovery_tables
 import report_text as text
 from page import Source
 from records import ROOT, Result, ResultError, read
@@ -88,12 +89,19 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
     texts |= {model.path.with_suffix(".md"): fidelity_tables.markdown(model) for model in fidelity}
     mixtures = [model for model in fidelity if model.has_experts]
     fidelity = [model for model in fidelity if not model.has_experts]
-    drawn = pictures.planned(root, current, fidelity)
+    recovered = recovery_tables.all_of(root)
+    drawn = pictures.planned(root, current, fidelity, recovered)
     texts[page.path(root)] = page.markdown(root, current, fidelity, drawn)
     experts = mixture_tables.path(root)
     if experts.exists():  # most of it is written by hand
         text = experts.read_text(encoding="utf-8")
         texts[experts] = mixture_tables.page(text, mixtures, partial(page.link, root))
+    recovery = recovery_tables.path(root)
+    if recovery.exists():
+        at = recovery_tables.picture_path(root)
+        image = f"![{drawn[at].alt}]({page.link(root, at)})" if at in drawn else ""
+        text = recovery.read_text(encoding="utf-8")
+        texts[recovery] = recovery_tables.page(text, recovered, image)
     return texts, drawn
 
 
@@ -119,7 +127,7 @@ def disagreements(root: Path) -> Iterator[str]:
             lines = zip_longest(now.splitlines(), want.splitlines(), fillvalue="nothing")
             i, (has, gives) = next((i, two) for i, two in enumerate(lines, 1) if two[0] != two[1])
             yield f"{path.relative_to(root)}: line {i} has {has!r}, the results give {gives!r}"
-    patterns = "*.svg", "fidelity/*.svg", "fidelity/*.md", "*-20[0-9][0-9]-*.md"
+    patterns = "*.svg", "*/*.svg", "fidelity/*.md", "*-20[0-9][0-9]-*.md"
     for path in sorted(p for each in patterns for p in (root / "bench" / "results").glob(each)):
         if path not in texts and path not in drawn:
             yield f"{path.relative_to(root)}: of no result file that counts; delete it"

@@ -16,11 +16,12 @@ def run(dense: str, pruned: str, text_source: str, out: Path, **options: Any) ->
 def text(result: dict[str, Any], dense: str) -> str:
     """Return what `run` did as people read it."""
     before, after = result["kl_before"], result["kl_after"]
+    change = f"{abs(1 - after / before):.1%} {'less' if after < before else 'more'}"
     what = (
-        f"held-out KL {before:.4f} -> {after:.4f} nats ({1 - after / before:.1%} less), best after "
+        f"held-out KL {before:.4f} -> {after:.4f} nats ({change}), best after "
         f"step {result['best_step']} of {result['steps']}, {result['tokens']:,} tokens"
         if result["best_step"]
-        else f"the pruned model as it was, held-out KL {before:.4f} nats: no step lowered it"
+        else f"the pruned model as it was, held-out KL {before:.4f} nats: no step was better"
     )
     return f"{result['out']}: {what}\nnext: {_next(result, dense)}"
 

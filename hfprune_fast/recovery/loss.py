@@ -51,6 +51,19 @@ class RecoveryLoss:
             parts.append(self._cross_entropy(hidden, student, ids))
         return torch.stack(parts).sum()
 
+    def held_out(
+        self, hidden: Tensor, student: Head, teacher_hidden: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return KL and the loss itself, scalars in nats, of what is measured and not trained on.
+
+        Args are those of a call. KL is of logits in fp32.
+        """
+        kl = self.kl(hidden, student, teacher_hidden, fp32_logits=True)
+        if self.kind == "kl":
+            return kl, kl
+        cross_entropy = self._cross_entropy(hidden, student, ids)
+        return kl, cross_entropy if self.kind == "ce" else kl + cross_entropy
+
     def kl(
         self, hidden: Tensor, student: Head, teacher_hidden: Tensor, *, fp32_logits: bool = False
     ) -> Tensor:

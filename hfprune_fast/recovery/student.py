@@ -45,12 +45,12 @@ class Student(nn.Module):
             return {"loss": self._loss(hidden, head, states, ids)}
 
     @torch.no_grad()
-    def kl(self, ids: Tensor, states: Tensor | None = None) -> Tensor:
-        """Return the mean KL from the dense model over windows (B, T), a scalar in nats."""
+    def held_out(self, ids: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the mean KL from the dense model over windows (B, T), and the loss, in nats."""
         states = self._of_teacher(ids, states)
         hidden, head = self._hidden(ids), self._head()
         with _no_autocast(ids):
-            return self._loss.kl(hidden, head, states, fp32_logits=True)
+            return self._loss.held_out(hidden, head, states, ids)
 
     def _of_teacher(self, ids: Tensor, states: Tensor | None) -> Tensor:
         if states is None:

@@ -27,6 +27,7 @@ from hfprune_fast.recovery.student import Student
 _CHECKS = 10  # of the held-out KL in a run, each with a checkpoint
 _WARMUP_PART = 0.05
 _WEIGHTS = "model.safetensors"
+_JUDGED_BY = "eval_loss"  # of Trainer's metrics
 
 Batch = Callable[[Sequence[int]], dict[str, Tensor]]  # of windows, by their numbers
 
@@ -36,7 +37,7 @@ class Outcome:
     """What a training did; KL is on the held-out windows, in nats."""
 
     kl_before: float
-    kl_after: float  # of the best weights; of the start's where no others were better
+    kl_after: float  # of the best weights, by the loss; of the start's where none had a lower one
     steps: int  # done, fewer than planned where it diverged
     best_step: int  # 0 where nothing was better than the start
     losses: list[tuple[int, float]]  # after so many steps, the mean since the last
@@ -74,11 +75,12 @@ class RecoveryTrainer(Trainer):
         self._held_out, self._batch = data.held_out, batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return the KL on the held-out windows, as Trainer's metrics are; stop where it is NaN."""
-        metrics = {"eval_kl": self.held_out_kl()}
-        if metrics["eval_kl"] == math.inf:
+        """Return KL and loss on the held-out windows, as Trainer's metrics are; stop at NaN."""
+        kl, loss = self.held_out()
+        metrics = {"eval_kl": kl, _JUDGED_BY: loss}
+        if loss == math.inf:
             say(
-                f"the held-out KL is NaN or inf after step {self.state.global_step}, and training "
+                f"the held-out loss is NaN or inf after step {self.state.global_step}, and training "
                 "stops there; a smaller --learning-rate may be better"
             )
             self.control.should_training_stop = True
@@ -88,24 +90,28 @@ class RecoveryTrainer(Trainer):
         )
         return metrics
 
-    def held_out_kl(self) -> float:
-        """Return the mean KL on the held-out windows, dealt to the processes; inf for NaN."""
+    def held_out(self) -> tuple[float, float]:
+        """Return the mean KL and loss on the held-out windows, dealt to the processes; inf for NaN.
+
+        They are in nats.
+        """
         student, device = self._student, self.args.device
         numbers = self._held_out[self.args.process_index :: self.args.world_size]
         at_once = self.args.per_device_train_batch_size
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)
         was_training = student.training
         student.eval()
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
             batch = {name: part.to(device) for name, part in self._batch(some).items()}
             with self.accelerator.autocast():
-                kl = student.kl(**batch)
-            sums += torch.tensor([float(kl) * len(some), len(some)], dtype=torch.float64)
+                means = student.held_out(**batch)
+            found = [*(float(mean) * len(some) for mean in means), len(some)]
+            sums += torch.tensor(found, dtype=torch.float64)
         student.train(was_training)
-        total = self.accelerator.reduce(sums.to(device), "sum").tolist()
-        kl_nats = total[0] / total[1]
-        return kl_nats if math.isfinite(kl_nats) else math.inf
+        *totals, windows = self.accelerator.reduce(sums.to(device), "sum").tolist()
+        kl, loss = (t / windows if math.isfinite(t) else math.inf for t in totals)
+        return kl, loss
 
     @property
     def _student(self) -> Student:
@@ -168,10 +174,10 @@ def train(
     """
     trainer = RecoveryTrainer(data, batch, model=student, args=_arguments(data, setup, work))
     trainer.remove_callback(PrinterCallback)
-    kl_before = trainer.held_out_kl()
-    if kl_before == math.inf:
+    kl_before, loss_before = trainer.held_out()
+    if math.inf in (kl_before, loss_before):
         raise NumericsError(
-            "the held-out KL is NaN or inf before any training: one of the models is damaged, or "
+            "the held-out loss is NaN or inf before any training: one of the models is damaged, or "
             "needs --dtype float32"
         )
     notes = {"held-out KL": f"{kl_before:.4f}"}
@@ -182,17 +188,17 @@ def train(
         step_tokens = data.step_windows * data.window_tokens
         trainer.add_callback(_Progress(on_progress, notes, step_tokens))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    state, best = trainer.state, math.inf
-    if state.best_metric is not None and state.best_metric < kl_before:
-        best = float(state.best_metric)
-    is_better = best < math.inf
+    state = trainer.state
+    is_better = state.best_metric is not None and state.best_metric < loss_before
+    best_step = int(state.best_global_step or 0) if is_better else 0
+    held_out = _curve(state.log_history, "eval_kl")
     return Outcome(
         kl_before=kl_before,
-        kl_after=best if is_better else kl_before,
+        kl_after=dict(held_out).get(best_step, kl_before),
         steps=state.global_step,
-        best_step=int(state.best_global_step or 0) if is_better else 0,
+        best_step=best_step,
         losses=_curve(state.log_history, "loss"),
-        held_out=_curve(state.log_history, "eval_kl"),
+        held_out=held_out,
     )
 
 
@@ -225,7 +231,7 @@ def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArgument
         save_steps=steps,
         save_total_limit=1,  # the best beside it
         load_best_model_at_end=True,
-        metric_for_best_model="eval_kl",
+        metric_for_best_model=_JUDGED_BY,
         greater_is_better=False,
         logging_steps=steps,
         logging_nan_inf_filter=False,  # else the mean of what came before would be shown

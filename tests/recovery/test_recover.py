@@ -148,6 +148,22 @@ def test_what_got_worse_is_not_written(
     assert line in capfd.readouterr().err.splitlines()
 
 
+def test_fine_tuning_is_judged_by_cross_entropy(tmp_path: Path, text: Path) -> None:
+    cut = {"criterion": "magnitude", "select": "statistic", "refit": False, "device": "cpu"}
+    hf.oneshot(TINY_MODEL, None, tmp_path / "pruned", prune_ratio=0.02, round_to=1, **cut)
+    tuning = SHORT | {"loss": "ce"}
+    result = hf.recover(TINY_MODEL, tmp_path / "pruned", text, tmp_path / "out", **tuning)
+    assert result["kl_after"] == dict(result["held_out"])[result["best_step"]] > result["kl_before"]
+    windows = token_windows(
+        text, load_tokenizer(TINY_MODEL), seq_len=32, samples=64, vocab_size=4096
+    )
+    pruned, tuned = (
+        load_model(tmp_path / name, dtype="float32", device="cpu") for name in ("pruned", "out")
+    )
+    found = hf.evaluate(pruned, tuned, windows.split(8))
+    assert found.ppl_pruned < found.ppl_dense  # which are of the tuned one, and of that before
+
+
 @pytest.mark.slow
 def test_a_single_step_trains(recover: Recover) -> None:
     result = recover(tokens=256, batch_tokens=10**6)
@@ -175,7 +191,7 @@ def test_a_recovery_that_diverges_stops(recover: Recover, capfd: Any) -> None:
     assert result["held_out"] == []
     assert result["losses"] == []  # none is the mean of those before
     assert (result["steps"], result["tokens"]) == (4, 4 * 64)
-    assert "held-out KL is NaN or inf after step 4, and training stops" in capfd.readouterr().err
+    assert "held-out loss is NaN or inf after step 4, and training stops" in capfd.readouterr().err
     json.dumps(result, allow_nan=False)
 
 
