@@ -5,19 +5,22 @@ whole MLP of one layer is trained, nonlinearity included, after the refit and fr
 h the pruned model's residual stream before the MLP, x the MLP's input there, and y the dense
 model's stream after it, Adam minimises
 
-    Σ_t u_t ‖y_t - h_t - mlp(x_t)‖² / Σ_t u_t        u_t = 1 / mean(y_t²)
+    Σ_t u_t e_tᵀ (C / mean(diag C) + ε I) e_t / Σ_t u_t        e = y - h - mlp(x), u = 1 / mean(y²)
 
-over the calibration's tokens, a step over some thousand of them: u is what the next norm divides
-by, so that a few tokens of huge activations do not count for all. An eighth of the tokens is held
-out, and the weights that are best on it are kept, the refit's own among them.
+over the calibration's tokens, a step over some thousand of them. C, the covariance of the gradient
+of log p at the MLP's output, says how much each direction of the stream matters to the output, as
+the removal costs have it (`scoring.obs`); it is 0 where it is not known, or a norm follows the MLP.
+u is what the next norm divides by, so that a few tokens of huge activations do not count for all.
+An eighth of the tokens is held out, and the weights that are best on it are kept, the refit's own
+among them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,28 +32,31 @@ from hfprune_fast.models.sites import GatedMLP, rows_of
 from hfprune_fast.scoring.moments import token_rows
 
 STEPS = 200
-WEIGHT="ms"
-METRIC="I"
-EPS=0.1
-FISHER=None
-MULT=1.0
 _ROWS = 2048  # tokens of a step
 _RATE = 0.01  # of a matrix's root mean square, which the learning rate is in proportion to
 _BETAS = (0.9, 0.99)
 _CHECKS = 8  # of the held-out error in a training
 _HELD_OUT_PART = 8
 _TOLERANCE = 1e-3
+_PLAIN = 0.1  # ε
 
 Weights = dict[nn.Linear, Tensor]  # of a narrower MLP
 
 
 @dataclass
 class _Rows:
-    """What an MLP reads and shall return, of all tokens, and how much each token counts."""
+    """What an MLP reads and shall add to the stream, and how much each token counts; on the CPU."""
 
-    inputs: list[Tensor] = field(default_factory=list)  # (n, D) each, on the CPU
-    targets: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
+    inputs: Tensor  # (tokens, D)
+    targets: Tensor  # (tokens, D)
+    weights: Tensor  # (tokens, 1)
+    filled: int = 0
+
+    def append(self, *parts: Tensor) -> None:
+        end = self.filled + len(parts[0])
+        for rows, part in zip((self.inputs, self.targets, self.weights), parts, strict=True):
+            rows[self.filled : end] = part
+        self.filled = end
 
 
 class Reconstruction:
@@ -60,14 +66,31 @@ class Reconstruction:
         model: the dense model, with the layer's weights in place.
         kept: the neurons that stay.
         down: (D, K), their refitted down_proj.
+        metric: C, (D, D), or None.
+        tokens: how many will be added.
     """
 
-    def __init__(self, model: ResidentModel, layer: int, kept: Tensor, down: Tensor) -> None:
+    def __init__(
+        self,
+        model: ResidentModel,
+        layer: int,
+        kept: Tensor,
+        down: Tensor,
+        metric: Tensor | None,
+        tokens: int,
+    ) -> None:
         self._model, self._layer = model, layer
         self._mlp = model.parts.own_mlps[layer]
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._weights, self._biases = _narrowed(self._mlp, kept, down)
-        self._rows = _Rows()
+        shape = tokens, len(down)
+        inputs, targets = (torch.empty(shape, dtype=self._dtype) for _ in range(2))
+        self._rows = _Rows(inputs, targets, inputs.new_empty(tokens, 1))
+        self._metric = None
+        if metric is not None and not model.parts.family.norm_behind:
+            wide = metric.to(model.device, self._dtype)
+            self._metric = wide / wide.diagonal().mean()
+            self._metric.diagonal().add_(_PLAIN)
         self._scale: float | None = None
 
     @torch.no_grad()
@@ -84,14 +107,10 @@ class Reconstruction:
         after = dense.to(model.device, self._dtype)
         if self._scale is None:
             self._scale = self._scale_of_output(stream, batch, before_mlp, seen[0])
-        u = after.square().mean(dim=-1, keepdim=True)
-        u = 1 / u if WEIGHT == "ms" else torch.ones_like(u)
-        for rows, tensor in (
-            (self._rows.inputs, seen[0].view(after.shape)),
-            (self._rows.targets, after - before_mlp.to(self._dtype)),
-            (self._rows.weights, u),
-        ):
-            rows.append(token_rows(tensor, batch).to(self._dtype).cpu())
+        missing = after - before_mlp.to(self._dtype)
+        u = 1 / after.square().mean(dim=-1, keepdim=True)
+        tensors = seen[0].view(after.shape), missing, u
+        self._rows.append(*(token_rows(tensor, batch).to(self._dtype) for tensor in tensors))
 
     @property
     def is_known(self) -> bool:
@@ -108,32 +127,22 @@ class Reconstruction:
         """The (K, D) weights of gate and up; of both in one, (2 · K, D)."""
         return [weight for linear, weight in self._weights.items() if linear is not self._mlp.down]
 
-    def train(self) -> None:
+    def train(self, on_step: Callable[[], object]) -> None:
         """Train the weights, rounded to the model's dtype in the end."""
-        inputs, targets, weights = (
-            torch.cat(rows) for rows in (self._rows.inputs, self._rows.targets, self._rows.weights)
-        )
-        self._rows = _Rows()
+        inputs, targets, weights = self._rows.inputs, self._rows.targets, self._rows.weights
+        del self._rows
         device = self._model.device
         trained = {
             linear: nn.Parameter(weight.to(self._dtype)) for linear, weight in self._weights.items()
         }
         held_out = max(1, len(inputs) // _HELD_OUT_PART)
-        known = len(inputs) - held_out
-
-        S = None
-        if METRIC == "C":
-            C = FISHER[self._layer].float()
-            C = C + EPS * C.diagonal().mean() * torch.eye(len(C))
-            ev, U = torch.linalg.eigh(C)
-            S = U * ev.clamp(min=0).sqrt()
+        known = max(1, len(inputs) - held_out)
 
         def error(rows: Tensor | slice) -> Tensor:
             x, y, u = (part[rows].to(device) for part in (inputs, targets, weights))
             missing = y - self._added(x)
-            if S is not None:
-                missing = missing @ S
-            return (missing.square().mean(dim=1, keepdim=True) * u).sum() / u.sum()
+            weighed = missing if self._metric is None else missing @ self._metric
+            return ((missing * weighed).mean(dim=1, keepdim=True) * u).sum() / u.sum()
 
         def held_out_error() -> float:
             with torch.no_grad():
@@ -159,6 +168,7 @@ class Reconstruction:
                     parameter.grad = grad
                 optimizer.step()
                 schedule.step()
+                on_step()
                 if step % (STEPS // _CHECKS) == 0 and (found := held_out_error()) < lowest:
                     best, lowest = _copies(trained), found
         self._weights = {linear: weight.to(self._model.dtype) for linear, weight in best.items()}
@@ -195,19 +205,24 @@ def reconstructed(
     layer: int,
     kept: Tensor,
     down: Tensor,
-    streams: Iterable[tuple[Tensor, Tensor, MicroBatch]],
+    metric: Tensor | None,
+    streams: Sequence[tuple[Tensor, Tensor, MicroBatch]],
+    on_step: Callable[[], object],
 ) -> Reconstruction | None:
     """Return a layer with its MLP trained; None where its output is not added as known here.
 
     Args:
+        kept, down, metric: those of `Reconstruction`.
         streams: of each batch, what `Reconstruction.add` takes.
+        on_step: called after each of `STEPS` steps.
     """
-    trained = Reconstruction(model, layer, kept.to(model.device), down)
+    tokens = sum(batch.tokens for _, _, batch in streams)
+    trained = Reconstruction(model, layer, kept.to(model.device), down, metric, tokens)
     for dense, stream, batch in streams:
         trained.add(dense, stream, batch)
         if not trained.is_known:
             return None
-    trained.train()
+    trained.train(on_step)
     return trained
 
 

@@ -80,8 +80,8 @@ class RecoveryTrainer(Trainer):
         metrics = {"eval_kl": kl, _JUDGED_BY: loss}
         if loss == math.inf:
             say(
-                f"the held-out loss is NaN or inf after step {self.state.global_step}, and training "
-                "stops there; a smaller --learning-rate may be better"
+                f"the held-out loss is NaN or inf after step {self.state.global_step}, and "
+                "training stops there; a smaller --learning-rate may be better"
             )
             self.control.should_training_stop = True
         self.log(metrics)

@@ -25,7 +25,7 @@ from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
-from hfprune_fast.scoring.costs import removal_costs
+from hfprune_fast.scoring.costs import own_outputs, removal_costs
 from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.resume import ResumeFile
 from hfprune_fast.scoring.run import backend_for, score_batches
@@ -121,8 +121,13 @@ class ScoringJob:
 
     def run(
         self, model: ResidentModel, plan: Plan, resume_file: ResumeFile, progress: bool
-    ) -> ImportanceTable:
-        """Score the model, which is entered."""
+    ) -> tuple[ImportanceTable, dict[int, Tensor]]:
+        """Score the model, which is entered.
+
+        Returns:
+            The table, and in the first process, with `obs`, of each layer's own MLP the covariance
+            (D, D) of the gradients at its output.
+        """
         if progress:
             say(f"scoring with {plan}")
         batches = self.data.split(plan.batch_size)
@@ -148,13 +153,14 @@ class ScoringJob:
         total = _sum(total, self.processes)
         if (total.samples, total.tokens) != (self.data.sequences, self.data.tokens):
             raise RuntimeError("the processes scored another number of sequences than there are")
-        table = self._table(total, resume_file.identity)
+        table, of_mlps = self._table(total, resume_file.identity), dict[int, Tensor]()
         if self.processes.rank == 0 and total.output_fisher is not None:
             fisher = total.output_fisher / self.data.tokens
             with token_bar("removal costs", self.data.tokens, progress) as report:
                 costs = removal_costs(model, batches, fisher, report)
             table = replace(table, statistics={**table.statistics, "obs": costs})
-        return table
+            of_mlps = own_outputs(model.parts, fisher)
+        return table, of_mlps
 
     def _table(self, total: ScoreAccumulator, identity: Mapping[str, Any]) -> ImportanceTable:
         copied = ("dtype", "backend", "parity", "batch_size", "samples", "attention")

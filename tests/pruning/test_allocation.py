@@ -26,8 +26,8 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.pruning import allocation, selection
 from hfprune_fast.pruning.allocation import held_out_kl, trial
-from hfprune_fast.pruning.oneshot import refit_stored
 from hfprune_fast.pruning.refit import refit
+from hfprune_fast.pruning.refit_stored import refit_stored
 from hfprune_fast.pruning.selection import WidthBudget
 
 

@@ -21,7 +21,7 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError
 from hfprune_fast.models.spec import ModelSpec, spec_of
 from hfprune_fast.pruning.experts import ExpertBudget
-from hfprune_fast.pruning.oneshot import refit_stored
+from hfprune_fast.pruning.refit_stored import refit_stored
 
 # 6 experts a token, from 2 of 4 groups: each group needs 3.
 GROUPED = ModelSpec(
