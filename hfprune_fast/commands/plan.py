@@ -73,7 +73,7 @@ def run(
         "device": device, "dtype": dtype, "seq_len": seq_len, "sequences": samples,
     }  # fmt: skip
     scoring = planner.plan_run(spec, options, **shape)
-    pruning = planner.plan_run(spec, options, refit=True, **shape)
+    pruning = planner.plan_run(spec, options, refit="linear", **shape)
     in_dtype = dtype if scoring.offload == "cpu" else stored
     flops = planner.pruning_flops(spec, samples * seq_len)
     speed = machine.product_flops_per_second(device, dtype)

@@ -124,7 +124,7 @@ def oneshot(
         if job is not None:
             with after.log.stage("scoring" if given is None else "opening the model"):
                 dense, batches, table, covariances = _open_and_score(
-                    stack, job, given, run, state_of(out), resolved.refits, progress
+                    stack, job, given, run, state_of(out), resolved, progress
                 )
         if table is None or processes.rank > 0:
             return {}
@@ -213,7 +213,7 @@ def _open_and_score(
     given: ImportanceTable | None,
     run: RunOptions,
     state_file: Path,
-    needs_refit: bool,
+    recipe: Recipe,
     progress: bool,
 ) -> tuple[ResidentModel | None, list[MicroBatch], ImportanceTable, dict[int, Tensor]]:
     """Load the weights and score, unless a table is given.
@@ -221,15 +221,15 @@ def _open_and_score(
     The model stays open in `stack`, and is returned if it is needed for a refit. The covariances
     are those of `ScoringJob.run`.
     """
-    if needs_refit:
+    if recipe.refits:
         _warn_of_few_tokens(job)
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
-        plan, resume_file = job.plan(run, state_file if given is None else None, refit=needs_refit)
+        plan, resume_file = job.plan(run, state_file if given is None else None, refit=recipe.refit)
         model = stack.enter_context(open_model(job.subject, plan.offload))
         scored = (given, {}) if given else job.run(model, plan, resume_file, progress)
     batches = job.data.split(plan.batch_size)
-    return (model if needs_refit else None), batches, *scored
+    return (model if recipe.refits else None), batches, *scored
 
 
 def _warn_of_few_tokens(job: ScoringJob) -> None:

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.mlp_hooks import acts_of
+from hfprune_fast.engine.planner import RECONSTRUCTED_AT_ONCE
 from hfprune_fast.models.sites import GatedMLP, rows_of
 from hfprune_fast.scoring.moments import token_rows
 
 STEPS = 200
-_ROWS = 2048  # tokens of a step
 _RATE = 0.01  # of a matrix's root mean square, which the learning rate is in proportion to
 _BETAS = (0.9, 0.99)
 _CHECKS = 8  # of the held-out error in a training
@@ -162,7 +162,7 @@ class Reconstruction:
         with torch.enable_grad(), _replaced(self._mlp, trained, self._biases, self._dtype):
             best, lowest = _copies(trained), held_out_error()
             for step in range(1, STEPS + 1):
-                loss = error(torch.randint(known, (_ROWS,), generator=drawn))
+                loss = error(torch.randint(known, (RECONSTRUCTED_AT_ONCE,), generator=drawn))
                 grads = torch.autograd.grad(loss, list(trained.values()))
                 for parameter, grad in zip(trained.values(), grads, strict=True):
                     parameter.grad = grad

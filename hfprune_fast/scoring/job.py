@@ -66,11 +66,11 @@ class ScoringJob:
         return backend_for(like, self.options.backend, self.options.parity)
 
     def plan(
-        self, run: RunOptions, state_file: str | Path | None, *, refit: bool = False
+        self, run: RunOptions, state_file: str | Path | None, *, refit: str = "none"
     ) -> tuple[Plan, ResumeFile]:
         """Plan the run, as an interrupted one was planned, and prepare the file that saves it.
 
-        With `refit` the same model is refitted afterwards.
+        `refit` is how the same model is refitted afterwards, as `Recipe` has it.
         """
         if self.options.parity and self.spec.experts:
             raise ArgumentError("parity rounds as the paper's code does, which knows no experts")
@@ -86,7 +86,7 @@ class ScoringJob:
                 device=subject.device, dtype=subject.dtype, loaded=self._source is None,
                 seq_len=data.longest, sequences=data.sequences, largest=data.largest,
                 parity=self.options.parity, criteria=max(1, len(self._gradients)),
-                refit=self.obs or refit,
+                refit="linear" if self.obs and refit == "none" else refit,
             )  # fmt: skip
 
         plan = plan_for(run.batch_size or saved.get("batch_size"))

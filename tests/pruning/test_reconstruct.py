@@ -13,14 +13,18 @@ from refit_truth import plain_fit
 from torch import Tensor
 from transformers import PreTrainedModel
 from truth import attention, rms_norm, tiny_model
+from watch import Watch
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.config import RunOptions
 from hfprune_fast.data.batches import MicroBatch, numbered
+from hfprune_fast.engine import planner
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError
+from hfprune_fast.models.spec import spec_of
 from hfprune_fast.pruning import reconstruct
 from hfprune_fast.pruning.refit import Refitted, refit
 
@@ -36,7 +40,8 @@ def short(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
     monkeypatch.setattr(reconstruct, "STEPS", STEPS)
     monkeypatch.setattr("hfprune_fast.pruning.refit.STEPS", STEPS)
     monkeypatch.setattr(reconstruct, "_CHECKS", 4)
-    monkeypatch.setattr(reconstruct, "_ROWS", ROWS)
+    for module in (reconstruct, planner):
+        monkeypatch.setattr(module, "RECONSTRUCTED_AT_ONCE", ROWS)
     monkeypatch.setattr(reconstruct, "_RATE", RATE)
 
 
@@ -265,6 +270,28 @@ def test_too_few_tokens_to_hold_any_out_train_nothing() -> None:
     result = reconstructed(model, batches_of((1,)), keep_of(model))
     gate = model.model.layers[0].mlp.gate_proj.weight
     assert torch.equal(result.rows[0][0], gate[keep_of(model)[0]])
+
+
+def test_its_memory_is_planned() -> None:
+    model = tiny_model("llama", dtype=torch.float32, intermediate_size=320)
+    batches = batches_of((40,) * 32)
+    keep = keep_of(model, (320,) * 3)
+    planned = [
+        planner.plan_run(
+            spec_of(model), RunOptions(), device=torch.device("cpu"), dtype=torch.float32,
+            seq_len=40, sequences=32, refit=how,
+        ).refit_bytes
+        for how in ("none", "linear", "reconstruct")
+    ]  # fmt: skip
+    with ResidentModel(model) as entered:
+        peaks = []
+        for reconstructs in (None, {}):
+            with Watch(*model.parameters()) as watch:
+                refit(entered, batches, [keep], reconstruct=reconstructs)
+            peaks.append(watch.peak)
+    print(planned, peaks)
+    assert 0 == planned[0] < peaks[0] < planned[1]
+    assert planned[1] < peaks[1] < planned[2] < 2 * peaks[1]
 
 
 def test_a_reconstruction_needs_text(tmp_path: Path) -> None:
