@@ -73,7 +73,8 @@ class RecoveryOptions(Options):
         choices=TRAINED,
     )  # fmt: skip
     loss: str = option(
-        "kl", "kl: KL from the dense model; ce: cross entropy of the text; kl+ce: their sum. The weights "
+        "kl",
+        "kl: KL from the dense model; ce: cross entropy of the text; kl+ce: their sum. The weights "
         "whose loss on held-out samples is lowest are kept.",
         choices=RECOVERY_LOSSES,
     )  # fmt: skip
