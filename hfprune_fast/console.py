@@ -140,15 +140,20 @@ def token_bar(
             if bar.disable:
                 return
             peak_bytes = max(peak_bytes, _memory_bytes())
+            note()
+            # Whole tokens, since the bar prints its count unrounded.
+            bar.update(min(round(counted), total_tokens) - bar.n)
+
+        def note() -> None:
             shown = {**(notes or {}), "peak": human_bytes(peak_bytes)}
             if flops_per_token:
                 flops = counted * flops_per_token / (time.perf_counter() - begun)
                 shown["FLOP/s"] = tqdm.format_sizeof(flops)
             bar.set_postfix(shown, refresh=False)
-            # Whole tokens, since the bar prints its count unrounded.
-            bar.update(min(round(counted), total_tokens) - bar.n)
 
         yield on_progress
+        if notes and not bar.disable:  # the last ones come after the last tokens
+            note()
 
 
 def _memory_bytes() -> int:

@@ -17,7 +17,7 @@ from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.recovery.adapters import linears
 from hfprune_fast.recovery.teacher import hidden_bytes
 
-_TRAINED_BYTES = 16  # of a trained number in float32: itself, its gradient, Adam's two moments
+_TRAINED_COPIES = 4  # of a trained number: itself, its gradient, Adam's two moments
 
 
 def estimate(
@@ -39,7 +39,7 @@ def estimate(
         config: of transformers, of the dense model.
         sizes: widths and experts, as `ModelSpec.params_at` takes them.
     """
-    trained, held = held_bytes(config, spec, sizes, options, dtype)
+    trained, held = held_bytes(config, spec, sizes, options, dtype, spec.total_params)
     student = replace(run, offload="none")
     windows = -(-options.tokens // seq_len) + options.held_out
     shape: dict[str, Any] = {"device": device, "dtype": dtype, "seq_len": seq_len}
@@ -64,18 +64,23 @@ def estimate(
 
 def held_bytes(
     config: Any, spec: ModelSpec, sizes: tuple[Any, Any], options: RecoveryOptions,
-    dtype: torch.dtype,
+    dtype: torch.dtype, dense_params: int,
 ) -> tuple[int, dict[str, int]]:  # fmt: skip
     """Return how many numbers are trained, and the bytes in memory as long as a recovery trains.
 
-    They are of the frozen weights, the dense model's head among them, and of the trained ones with
-    their gradients and Adam's moments. The arguments are those of `estimate`.
+    They are of the frozen weights, the dense model's head among them, or all of it where it is
+    resident, and of the trained ones with their gradients and Adam's moments. The arguments are
+    those of `estimate`, and the dense model's parameters.
     """
     trained, params = _trained(config, spec, sizes, options), spec.params_at(*sizes)
-    # Without adapters the student is in float32, with what is frozen in it.
-    student = params * dtype.itemsize if options.lora else (params - trained) * 4
-    head = spec.vocab_size * spec.hidden_size * dtype.itemsize
-    return trained, {"weights_bytes": student + head, "trained_bytes": trained * _TRAINED_BYTES}
+    # Without adapters the student is in float32 at least, with what is frozen in it.
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    student = params * dtype.itemsize if options.lora else (params - trained) * wide
+    of_dense = spec.vocab_size * spec.hidden_size
+    if options.teacher == "resident":
+        of_dense = dense_params
+    frozen = student + of_dense * dtype.itemsize
+    return trained, {"weights_bytes": frozen, "trained_bytes": trained * _TRAINED_COPIES * wide}
 
 
 def text(found: dict[str, Any]) -> str:

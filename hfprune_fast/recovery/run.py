@@ -81,7 +81,7 @@ def recover(
         _say_if_of_another(first, second)
         _check_output(first, second, text, out, options, output)
     data = recovery_data(text, first, sampling, options, processes.count)
-    setup = set_up(second, options, run, data, processes, sampling.seed)
+    setup = set_up(first, second, options, run, data, processes, sampling.seed)
     work = WorkFolder(real(out), _identity(first, second, data, setup))
     if processes.rank == 0:
         work.begin(resume=options.resume)

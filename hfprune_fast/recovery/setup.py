@@ -65,6 +65,7 @@ class Opened:
 
 
 def set_up(
+    dense: ModelSource,
     pruned: ModelSource,
     options: RecoveryOptions,
     run: RunOptions,
@@ -90,7 +91,7 @@ def set_up(
         dtype = torch.bfloat16
     spec = pruned.spec
     config, sizes = pruned.transformers_config, (spec.widths, None)
-    _, held = held_bytes(config, spec, sizes, options, dtype)
+    _, held = held_bytes(config, spec, sizes, options, dtype, dense.spec.total_params)
     plan = plan_run(
         spec,
         replace(run, offload="none"),
@@ -156,11 +157,16 @@ def open_all(
         model, changes = add_lora(model, opened.parts, options, setup.seed)
     else:
         changes = unfreeze(model, opened.parts, options)
-    own = opened.parts.head
-    if not own.weight.requires_grad and _same(own.weight, head.weight):
-        head = Head(own.weight, head.bias, head.logits)  # pruning does not change it
+    own, frozen = opened.parts.head, None
+    if not own.weight.requires_grad:  # cast once, if at all
+        weight, bias = (None if t is None else t.to(setup.dtype) for t in (own.weight, own.bias))
+        assert weight is not None
+        if torch.equal(weight, head.weight):  # pruning does not change it
+            head = Head(weight, head.bias, head.logits)
+        frozen = Head(weight, bias, opened.parts.logits)
     loss = RecoveryLoss(options.loss, head, setup.plan.logits_budget_bytes)
-    return Opened(Student(model, opened.parts, loss, resident), data, changes, file)
+    student = Student(model, opened.parts, loss, frozen, resident)
+    return Opened(student, data, changes, file)
 
 
 def _cached(
@@ -210,10 +216,6 @@ def _recompute(model: Any) -> None:
         enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _same(weight: Tensor, other: Tensor) -> bool:
-    return weight.dtype == other.dtype and torch.equal(weight, other)
 
 
 def _name(dtype: torch.dtype) -> str:

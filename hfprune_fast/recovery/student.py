@@ -22,6 +22,7 @@ class Student(nn.Module):
         model: a causal language model, perhaps with adapters in it.
         parts: of it.
         loss: what it is trained by.
+        head: its head, where that is not trained.
         resident: the dense model, where it runs beside this one.
     """
 
@@ -30,11 +31,12 @@ class Student(nn.Module):
         model: nn.Module,
         parts: ModelParts,
         loss: RecoveryLoss,
+        head: Head | None = None,
         resident: Resident | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self._parts, self._loss, self._resident = parts, loss, resident
+        self._parts, self._loss, self._frozen_head, self._resident = parts, loss, head, resident
 
     def forward(self, ids: Tensor, states: Tensor | None = None) -> dict[str, Tensor]:
         """Return {"loss": scalar} of windows (B, T) and the dense model's states (B, T, D)."""
@@ -65,6 +67,8 @@ class Student(nn.Module):
         return final_hidden(self._parts, ids)
 
     def _head(self) -> Head:
+        if self._frozen_head is not None:
+            return self._frozen_head
         head = self._parts.head
         return Head(head.weight, head.bias, self._parts.logits)
 

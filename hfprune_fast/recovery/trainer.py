@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +189,8 @@ def train(
     with token_bar("recovering", data.tokens, progress, notes=notes) as on_progress:
         step_tokens = data.step_windows * data.window_tokens
         trainer.add_callback(_Progress(on_progress, notes, step_tokens))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with _quiet():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     is_better = state.best_metric is not None and state.best_metric < loss_before
     best_step = int(state.best_global_step or 0) if is_better else 0
@@ -200,6 +203,18 @@ def train(
         losses=_curve(state.log_history, "loss"),
         held_out=held_out,
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from saying amid the bar by what it orders checkpoints."""
+    logger = logging.getLogger("transformers.trainer_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]:

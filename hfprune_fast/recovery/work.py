@@ -13,17 +13,15 @@ from typing import Any
 
 from hfprune_fast.checkpoint.atomic import write_whole
 from hfprune_fast.checkpoint.folder import read_json_object
+from hfprune_fast.checkpoint.resumed import beside, check_left, differing, of_another_run
 from hfprune_fast.console import say
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.errors import (
     CheckpointError,
     HFPruneError,
     MemoryShortageError,
-    OutputError,
     ProcessError,
-    ResumeError,
     is_out_of_memory,
-    shown,
 )
 
 _RUN, _TEACHER = "recovery.json", "teacher.safetensors"
@@ -62,16 +60,8 @@ class WorkFolder:
             write_whole(self.path / _RUN, json.dumps(self._identity).encode())
             return
         found = read_json_object(self.path / _RUN)
-        differing = [
-            f"{key:.40} {shown(found.get(key))}, not {shown(self._identity.get(key))}"
-            for key in dict.fromkeys([*self._identity, *found])
-            if found.get(key) != self._identity.get(key)
-        ]
-        if differing:
-            raise ResumeError(
-                f"{self.path} is of another run: {'; '.join(differing[:4])}; --force discards it "
-                "and starts again"
-            )
+        if differences := differing(found, self._identity):
+            raise of_another_run(self.path, differences)
 
     @contextmanager
     def kept_if_interrupted(self, processes: Processes) -> Iterator[None]:
@@ -101,9 +91,7 @@ class WorkFolder:
 
 def work_of(out: Path) -> Path:
     """Return the folder that a recovery to an output works in."""
-    if not out.name:
-        raise OutputError(f"out {out} is a folder that exists; name one below it")
-    return out.with_name(f"{out.name}.recovery")
+    return beside(out, "recovery")
 
 
 def check_work(out: Path, *, resume: bool, force: bool) -> None:
@@ -112,20 +100,7 @@ def check_work(out: Path, *, resume: bool, force: bool) -> None:
     Raises:
         ResumeError: neither is given, or the folder is no such one.
     """
-    left = work_of(out)
-    if not os.path.lexists(left):
-        return
-    if not _is_ours(left):
-        raise ResumeError(
-            f"{left} is not what an interrupted `hfprune recover` left, or holds other files too; "
-            "move it away, or choose another out"
-        )
-    if not resume and not force:
-        raise ResumeError(
-            f"an interrupted run has left {left}; --resume continues it, --force discards it"
-        )
-    if not resume:
-        _delete(left)
+    check_left(work_of(out), _is_ours, _delete, "recover", resume=resume, force=force)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import write_whole
 from hfprune_fast.checkpoint.ours import STATE, is_ours
+from hfprune_fast.checkpoint.resumed import beside, check_left, differing, of_another_run
 from hfprune_fast.console import say
 from hfprune_fast.errors import OutputError, ResumeError, one_line
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
@@ -118,32 +118,23 @@ class ResumeFile:
         header, tensors = _read(self._file)
         # The identity as it comes back from JSON, in which a tuple is a list.
         expected, found = json.loads(json.dumps(self.identity)), header["identity"]
-        differing = [
-            f"{key:.40} {_short(found.get(key))}, not {_short(expected.get(key))}"
-            for key in dict.fromkeys([*expected, *found])
-            if found.get(key) != expected.get(key)
-        ]
+        differences = differing(found, expected)
         values: dict[str, Any] = {name: header[name] for name in _NUMBERS}
         for name, tensor in tensors.items():
             ours = getattr(like, name)
             if ours is None or (tensor.shape, tensor.dtype) != (ours.shape, ours.dtype):
-                differing.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
+                differences.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
             else:
                 values[name] = tensor.to(ours.device)
         missing = [n for n in _TENSORS if n not in tensors and getattr(like, n) is not None]
-        differing += [f"no {name}" for name in missing]
+        differences += [f"no {name}" for name in missing]
         scored = lengths[: header["samples"]]
         counts = {"samples": len(scored), "tokens": sum(scored)}
-        differing += [
-            f"{k} {_short(header[k])}, not {v}" for k, v in counts.items() if header[k] != v
-        ]
+        differences += differing({name: header[name] for name in counts}, counts)
         if len(values["loss_nats"]) != len(like.loss_nats):
-            differing.append(f"{len(values['loss_nats'])} losses, not {len(like.loss_nats)}")
-        if differing:
-            raise ResumeError(
-                f"{self._file} is of another run: {'; '.join(differing[:8])}; "
-                "--force discards it and starts again"
-            )
+            differences.append(f"{len(values['loss_nats'])} losses, not {len(like.loss_nats)}")
+        if differences:
+            raise of_another_run(self._file, differences)
         self._saved_samples = header["samples"]
         say(f"continuing after {self._saved_samples} sequences, from {self._file}")
         values["loss_nats"] = tuple(values["loss_nats"])
@@ -152,27 +143,12 @@ class ResumeFile:
 
 def state_of(out: Path) -> Path:
     """Return the file that saves the state of scoring for an output."""
-    if not out.name:
-        raise OutputError(f"out {out} is a folder that exists; name one below it, or a file")
-    return out.with_name(f"{out.name}.state")
+    return beside(out, "state")
 
 
 def check_state(out: Path, *, resume: bool, force: bool) -> None:
     """Raise ResumeError over a state of an interrupted run unless `resume`; `force` deletes it."""
-    left = state_of(out)
-    if not os.path.lexists(left):
-        return
-    if not _is_state(left):
-        raise ResumeError(
-            f"{left} is not what an interrupted `hfprune score` left, or is damaged beyond "
-            "recognition; move it away, or choose another out"
-        )
-    if not resume and not force:
-        raise ResumeError(
-            f"an interrupted run has left {left}; --resume continues it, --force discards it"
-        )
-    if not resume:
-        left.unlink()
+    check_left(state_of(out), _is_state, Path.unlink, "score", resume=resume, force=force)
 
 
 def delete_state(out: Path) -> None:
@@ -193,12 +169,6 @@ def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def _is_state(file: Path) -> bool:
     return is_ours(file, STATE)
-
-
-def _short(value: Any) -> str:
-    """Return a value as a message shows it; of a hash, the first digits."""
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:12]}…"
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -101,7 +101,7 @@ def test_what_an_interrupted_run_left_is_resumed_or_discarded_on_request_only(
             recover(**options)
     (tmp_path / "out.recovery" / "mine.txt").write_text("keep me")
     for options in ({"force": True}, {"resume": True}):
-        with pytest.raises(ResumeError, match="holds other files too; move it away"):
+        with pytest.raises(ResumeError, match="holds other files; move it away"):
             recover(**options)
     (tmp_path / "out.recovery" / "mine.txt").unlink()
     recover(force=True)

@@ -17,24 +17,31 @@ from hfprune_fast.recovery.setup import Setup, open_all, set_up
 from hfprune_fast.recovery.teacher import TeacherFile
 
 
-@pytest.mark.parametrize("train", ["all", "mlp"])
+@pytest.mark.parametrize(
+    ("train", "dtype", "teacher"),
+    [("all", "float32", "cached"), ("mlp", "float32", "resident"), ("mlp", "float64", "cached")],
+)
 def test_gradients_and_moments_have_room_in_the_memory_budget(
-    halves: Callable[[str], Path], text: Path, train: str
+    halves: Callable[[str], Path], text: Path, train: str, dtype: str, teacher: str
 ) -> None:
-    options = RecoveryOptions(tokens=32 * 24, batch_tokens=32 * 24, lora=0, train=train)
+    options = RecoveryOptions(
+        tokens=32 * 24, batch_tokens=32 * 24, lora=0, train=train, teacher=teacher
+    )
     dense, pruned = open_source(TINY_MODEL), open_source(halves("custom"))
     data = recovery_data(text, dense, CalibrationOptions(seq_len=32), options)
 
     def at(budget: int | None) -> Setup:
         memory = None if budget is None else str(budget)
-        run = RunOptions(dtype="float32", device="cpu", memory_budget=memory)
-        return set_up(pruned, options, run, data, Processes(), 0)
+        run = RunOptions(dtype=dtype, device="cpu", memory_budget=memory)
+        return set_up(dense, pruned, options, run, data, Processes(), 0)
 
     plan, spec = at(None).plan, pruned.spec
     mlps = sum(spec.widths) * spec.params_per_neuron
     trained = spec.total_params if train == "all" else mlps
-    head = spec.vocab_size * spec.hidden_size
-    held = 4 * (spec.total_params + 3 * trained + head)
+    of_dense = spec.vocab_size * spec.hidden_size
+    if teacher == "resident":
+        of_dense = dense.spec.total_params
+    held = (8 if dtype == "float64" else 4) * (spec.total_params + 3 * trained + of_dense)
     assert plan.weights_bytes == held
     fits = at(plan.total_bytes)
     assert fits.batch_size == at(None).batch_size
@@ -54,7 +61,7 @@ def test_a_process_without_the_first_ones_file_is_refused(
     dense, pruned = open_source(TINY_MODEL), open_source(halves("custom"))
     data = recovery_data(text, dense, CalibrationOptions(seq_len=32), options)
     run = RunOptions(dtype="float32", device="cpu")
-    setup = set_up(pruned, options, run, data, Processes(), 0)
+    setup = set_up(dense, pruned, options, run, data, Processes(), 0)
     monkeypatch.setattr(Processes, "as_the_first", lambda _, value: value)
     second, cache = replace(setup, processes=Processes(rank=1, count=2)), tmp_path / "states"
     if there == "a part":

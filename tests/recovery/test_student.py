@@ -40,13 +40,13 @@ def test_loss_and_teacher_are_outside_of_autocast(
         decoder=decoder, head=SimpleNamespace(weight=weight[0], bias=None), logits=Logits()
     )
     loss = RecoveryLoss("kl", Head(weight[1], None, Logits()))
-    student = Student(decoder, parts, loss, lambda ids: teacher(ids)[0])
+    student = Student(decoder, parts, loss, resident=lambda ids: teacher(ids)[0])
     ids = torch.arange(24).reshape(2, 12)
     states = teacher(ids)[0].detach()
     with torch.autocast("cpu", torch.bfloat16):
         hidden = decoder(ids)[0]
         given = () if resident else (states,)
-        found = student(ids, *given)["loss"], student.kl(ids, *given)
+        found = student(ids, *given)["loss"], *student.held_out(ids, *given)
     assert within == [False, False]
     assert hidden.dtype == torch.bfloat16
     log_p = (states @ weight[1].t()).log_softmax(-1)
