@@ -284,21 +284,3 @@ class MemoryEstimator:
         """Return an eighth of what the weights leave free, None if that reaches the default."""
         eighth = (self.free - weights) // 8
         return None if eighth >= _MAX_LOGITS_BYTES else max(_MIN_LOGITS_BYTES, eighth)
-
-
-def pruning_flops(spec: ModelSpec, tokens: int) -> int:
-    """Return about the FLOPs of the default recipe's matrix products, without attention's.
-
-    Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 3 of the refit and up
-    to 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
-    greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
-    """
-    forward = spec.flops_per_token // 2 * tokens
-    moments = removal = 0
-    for site, width in spec.sites.items():
-        chosen = 1.0 if isinstance(site, int) else spec.experts_per_token / spec.num_experts
-        moments += int(2 * tokens * chosen) * width**2
-        removal += 4 * width**3 + 2 * width**2 * spec.hidden_size
-    if spec.experts:  # one allocation, so none is tried
-        return 6 * forward + 3 * moments + removal
-    return 13 * forward + 5 * moments + removal

@@ -7,7 +7,8 @@ model's stream after it, Adam minimises
 
     Σ_t u_t e_tᵀ (C / mean(diag C) + ε I) e_t / Σ_t u_t        e = y - h - mlp(x), u = 1 / mean(y²)
 
-over the calibration's tokens, a step over some thousand of them. C, the covariance of the gradient
+over the calibration's tokens, a step over at most 2048 of them, and so few of a short text that all
+are seen eight times. C, the covariance of the gradient
 of log p at the MLP's output, says how much each direction of the stream matters to the output, as
 the removal costs have it (`scoring.obs`); it is 0 where it is not known, or a norm follows the MLP.
 u is what the next norm divides by, so that a few tokens of huge activations do not count for all.
@@ -18,8 +19,7 @@ among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.mlp_hooks import acts_of
+from hfprune_fast.engine.mlp_hooks import acts_of, inputs_of, replaced_weights
 from hfprune_fast.engine.planner import RECONSTRUCTED_AT_ONCE
 from hfprune_fast.models.sites import GatedMLP, rows_of
 from hfprune_fast.scoring.moments import token_rows
@@ -37,6 +37,7 @@ _RATE = 0.01  # of a matrix's root mean square, which the learning rate is in pr
 _BETAS = (0.9, 0.99)
 _CHECKS = 8  # of the held-out error in a training
 _HELD_OUT_PART = 8
+_PASSES = 8  # over the tokens, at most
 _TOLERANCE = 1e-3
 _PLAIN = 0.1  # ε
 
@@ -102,7 +103,7 @@ class Reconstruction:
             stream: the pruned model's before it.
         """
         model, stream = self._model, stream.to(self._model.device)
-        with _inputs_of(self._mlp.gate) as seen, acts_of(self._mlp, silent=True):
+        with inputs_of(self._mlp.gate) as seen, acts_of(self._mlp, silent=True):
             before_mlp = model.run(self._layer, stream, batch)
         after = dense.to(model.device, self._dtype)
         if self._scale is None:
@@ -137,6 +138,7 @@ class Reconstruction:
         }
         held_out = max(1, len(inputs) // _HELD_OUT_PART)
         known = max(1, len(inputs) - held_out)
+        at_once = max(1, min(RECONSTRUCTED_AT_ONCE, _PASSES * known // STEPS))
 
         def error(rows: Tensor | slice) -> Tensor:
             x, y, u = (part[rows].to(device) for part in (inputs, targets, weights))
@@ -159,10 +161,10 @@ class Reconstruction:
             optimizer, lambda step: (1 + math.cos(math.pi * step / STEPS)) / 2
         )
         drawn = torch.Generator().manual_seed(self._layer)
-        with torch.enable_grad(), _replaced(self._mlp, trained, self._biases, self._dtype):
+        with torch.enable_grad(), replaced_weights(trained, self._biases, self._dtype):
             best, lowest = _copies(trained), held_out_error()
             for step in range(1, STEPS + 1):
-                loss = error(torch.randint(known, (RECONSTRUCTED_AT_ONCE,), generator=drawn))
+                loss = error(torch.randint(known, (at_once,), generator=drawn))
                 grads = torch.autograd.grad(loss, list(trained.values()))
                 for parameter, grad in zip(trained.values(), grads, strict=True):
                     parameter.grad = grad
@@ -176,7 +178,7 @@ class Reconstruction:
     @torch.no_grad()
     def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer."""
-        with _replaced(self._mlp, self._weights, self._biases, self._model.dtype):
+        with replaced_weights(self._weights, self._biases, self._model.dtype):
             return self._model.run(self._layer, stream.to(self._model.device), batch)
 
     def _added(self, x: Tensor) -> Tensor:
@@ -242,33 +244,3 @@ def _narrowed(mlp: GatedMLP, kept: Tensor, down: Tensor) -> tuple[Weights, dict[
 
 def _copies(weights: Mapping[nn.Linear, Tensor]) -> Weights:
     return {linear: weight.detach().clone() for linear, weight in weights.items()}
-
-
-@contextmanager
-def _inputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the inputs of a linear layer."""
-    seen: list[Tensor] = []
-    with linear.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
-        yield seen
-
-
-@contextmanager
-def _replaced(
-    mlp: GatedMLP,
-    weights: Mapping[nn.Linear, Tensor],
-    biases: Mapping[nn.Linear, Tensor],
-    dtype: torch.dtype,
-) -> Iterator[None]:
-    """Inside, an MLP has other weights and biases; those that are none stay, in `dtype`."""
-    own = {linear: (linear.weight, linear.bias) for linear in weights}
-    try:
-        for linear, weight in weights.items():
-            is_leaf = isinstance(weight, nn.Parameter)
-            linear.weight = weight if is_leaf else nn.Parameter(weight, requires_grad=False)
-            bias = biases.get(linear, linear.bias)
-            if bias is not None:
-                linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-        yield
-    finally:
-        for linear, (weight, bias) in own.items():
-            linear.weight, linear.bias = weight, bias
