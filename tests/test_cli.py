@@ -74,7 +74,7 @@ def test_score_prune_evaluate_in_json(
         "select": "statistic",
         "statistic": "l2",
         "allocation": "uniform",
-        "refit": False,
+        "refit": "none",
     }
     assert record["provenance"]["samples"] == 3
     card = (out / "README.md").read_text()
@@ -417,7 +417,7 @@ def test_the_next_command_after_scoring_works(
     pruned = hfprune(*command[:-1], tmp_path / "out", "--allocation", "global", "--json")
     assert pruned.code == 0, pruned.err
     assert pruned.json()["select"] == "obs"  # of several, the criterion that has removal costs
-    assert json.loads((tmp_path / "out/hfprune.json").read_text())["requested"]["refit"]
+    assert json.loads((tmp_path / "out/hfprune.json").read_text())["requested"]["refit"] == "linear"
     again = hfprune(
         "score", tmp_path / "out", "--calibration", text_file, "--out", tmp_path / "s2",
         "--samples", 4, "--seq-len", 32,

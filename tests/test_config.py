@@ -31,9 +31,9 @@ NO_COSTS = (("entropy",), False)
     [
         ("default", {}, None, True, Recipe()),
         ("default", {}, COSTS, True, Recipe()),
-        ("default", {}, None, False, Recipe(allocation="uniform", refit=False)),
+        ("default", {}, None, False, Recipe(allocation="uniform", refit="none")),
         ("default", {}, NO_COSTS, True, Recipe("entropy", "statistic")),
-        ("default", {}, NO_COSTS, False, Recipe("entropy", "statistic", None, "uniform", False)),
+        ("default", {}, NO_COSTS, False, Recipe("entropy", "statistic", None, "uniform", "none")),
         ("default", {"criterion": "entropy"}, COSTS, True, Recipe("entropy", "statistic")),
         ("default", {"statistic": "l2"}, None, True, Recipe("fisher", "statistic", "l2")),
         ("default", {}, (("fisher", "entropy"), False), True, Recipe("fisher", "statistic")),
@@ -43,23 +43,23 @@ NO_COSTS = (("entropy",), False)
         ("default", {"criterion": "fisher"}, (("entropy", "fisher"), True), True, Recipe()),
         ("default", {"criterion": "fisher"}, NO_COSTS, True, Recipe("fisher", "statistic")),
         ("default", {"criterion": "random"}, None, False,
-         Recipe("random", "statistic", None, "uniform", False)),
+         Recipe("random", "statistic", None, "uniform", "none")),
         ("default", {"select": "statistic"}, None, True, Recipe("fisher", "statistic")),
         ("default", {"select": "statistic",}, COSTS, False,
-         Recipe("fisher", "statistic", None, "uniform", False)),
+         Recipe("fisher", "statistic", None, "uniform", "none")),
         ("default", {"allocation": "uniform"}, None, True, Recipe(allocation="uniform")),
-        ("default", {"refit": False}, None, True, Recipe(allocation="uniform", refit=False)),
+        ("default", {"refit": "none"}, None, True, Recipe(allocation="uniform", refit="none")),
         (
-            "default", {"refit": False, "allocation": "global"}, None, True,
-            Recipe(allocation="global", refit=False),
+            "default", {"refit": "none", "allocation": "global"}, None, True,
+            Recipe(allocation="global", refit="none"),
         ),
         ("paper", {}, None, True, PAPER),
         ("paper", {}, COSTS, True, PAPER),
-        ("paper", {"refit": True}, None, True, Recipe("entropy", "statistic", "l1", "uniform")),
+        ("paper", {"refit": "linear"}, None, True, Recipe("entropy", "statistic", "l1", "uniform")),
         ("paper", {"criterion": None, "allocation": "global"}, None, True,
-         Recipe("entropy", "statistic", "l1", "global", False)),
-        (Recipe(allocation="global"), {"refit": False}, NO_COSTS, False,
-         Recipe(allocation="global", refit=False)),
+         Recipe("entropy", "statistic", "l1", "global", "none")),
+        (Recipe(allocation="global"), {"refit": "none"}, NO_COSTS, False,
+         Recipe(allocation="global", refit="none")),
     ],
 )  # fmt: skip
 def test_what_is_open_follows_the_rest(
@@ -72,7 +72,7 @@ def test_requested_fields_are_never_overridden() -> None:
     for changes in (
         {"criterion": "entropy", "select": "obs"},
         {"statistic": "l2", "select": "obs"},
-        {"allocation": "auto", "refit": False},
+        {"allocation": "auto", "refit": "none"},
         {"allocation": "auto"},
     ):
         with pytest.raises(ArgumentError):
@@ -92,7 +92,7 @@ def test_ranking_is_by_removal_costs_or_by_a_statistic() -> None:
         ({"allocation": "half"}, "allocation must be one of auto, uniform, global"),
         ({"criterion": "entropy"}, "select obs needs criterion fisher, got entropy"),
         ({"statistic": "l1"}, "select obs ranks by no statistic, got l1"),
-        ({"refit": False}, "allocation auto is measured after a refit"),
+        ({"refit": "none"}, "allocation auto is measured after a refit"),
         ({"statistic": "mask"}, "statistic must be one of l1, l2, fisher_mask, act"),
     ],
 )
@@ -133,7 +133,7 @@ def test_options_are_taken_flat_and_a_wrong_name_is_an_error() -> None:
         (OutputOptions, {"layout": "round"}, "layout must be one of auto, custom, native"),
         (OutputOptions, {"force": "no"}, "force must be True or False, got 'no'"),
         (ScoringOptions, {"parity": "false"}, "parity must be True or False, got 'false'"),
-        (Recipe, {"refit": "no"}, "refit must be True or False, got 'no'"),
+        (Recipe, {"refit": "no"}, "refit must be one of linear, reconstruct, none"),
         (ScoringOptions, {"backend": "cuda"}, "backend must be one of torch, triton"),
     ],
 )

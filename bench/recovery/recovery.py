@@ -59,15 +59,10 @@ class Job:
         return out, json.loads(facts.read_text(encoding="utf-8"))
 
     def _pruned(self, name: str, out: Path) -> dict[str, Any]:
-        given, scores = self.arguments, self.work / "scores.safetensors"
-        text = ["--calibration", given.text, "--samples", given.samples]
-        if not scores.exists():
-            self._run(
-                "score", given.model, "--criterion", "fisher", "--obs", *text, "--out", scores
-            )
+        given = self.arguments
+        prune = ["prune", given.model, "--calibration", given.text, "--samples", given.samples]
         refit = ["--refit", "reconstruct"] if name == "reconstructed" else []
-        prune = ["prune", given.model, *text, "--scores", scores, "--prune-ratio", self.ratio]
-        return self._run(*prune, *refit, "--out", out, "--force")
+        return self._run(*prune, "--prune-ratio", self.ratio, *refit, "--out", out, "--force")
 
     def _recovered(self, way: Way, out: Path) -> dict[str, Any]:
         given, (loss, tokens) = self.arguments, way

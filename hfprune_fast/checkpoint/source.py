@@ -155,6 +155,12 @@ class ModelSource:
         (name,) = self.names[f"{DECODER}{self.family.layers}.{layer}.{site.down}.weight"]
         return name
 
+    def rows_of_mlp(self, layer: int) -> list[str]:
+        """Return the names of gate's and up's weights, or the one of both, of a dense layer."""
+        site, path = self.family.site, f"{DECODER}{self.family.layers}.{layer}"
+        leaves = dict.fromkeys((site.gate, site.up))
+        return [self.names[f"{path}.{leaf}.weight"][0] for leaf in leaves]
+
     def expert_down_proj(self, layer: int, expert: int) -> str | tuple[str, int]:
         """Return the name of an expert's down_proj weight, as `replace` of a pruning has it.
 

@@ -163,3 +163,18 @@ def stored_down_projs(
         own = weight.t() if is_turned else weight
         replaced[stored, new] = own.to(source.dtype_of(stored)).contiguous()
     return replaced
+
+
+def stored_rows(
+    source: ModelSource, rows: Mapping[int, list[Tensor]]
+) -> dict[str | tuple[str, int], Tensor]:
+    """Return weights of gate and up as `Writing` replaces them, in the dtypes they are stored in.
+
+    Args:
+        rows: {layer: weights of gate and up, or of both in one}.
+    """
+    replaced: dict[str | tuple[str, int], Tensor] = {}
+    for layer, weights in rows.items():
+        for name, weight in zip(source.rows_of_mlp(layer), weights, strict=True):
+            replaced[name] = weight.to(source.dtype_of(name))
+    return replaced

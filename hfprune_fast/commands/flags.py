@@ -50,11 +50,9 @@ def flags(
     def decorate(command: Command) -> Command:
         for each in reversed(used):
             default = defaults.get(each.name, each.default)
-            names = [f"--{each.name.replace('_', '-')}"]
+            name = f"--{each.name.replace('_', '-')}"
             options: dict[str, Any] = {"default": default, "help": each.metadata["text"]}
-            if types[each.name] is bool and default is None:
-                names = [f"{names[0]}/--no-{each.name}"]
-            elif types[each.name] is bool:
+            if types[each.name] is bool:
                 options["is_flag"] = True
             elif each.metadata["choices"]:
                 options["type"] = click.Choice(each.metadata["choices"])
@@ -66,10 +64,9 @@ def flags(
                 options["metavar"] = each.metadata["metavar"]
             usual = each.metadata.get("usual")  # what stands where a change is not given
             if usual is not None:
-                shown = each.name if usual is True else str(usual)
-                options["help"] += f" [default: {shown}]"
+                options["help"] += f" [default: {usual}]"
             options["show_default"] = not any(default is none for none in (None, False, ()))
-            command = click.option(*names, **options)(command)
+            command = click.option(name, **options)(command)
         return command
 
     return decorate

@@ -31,6 +31,7 @@ from hfprune_fast.models.size_text import suits_text, widths_in
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import neurons_text
+from hfprune_fast.pruning.recipe import pruning_flops
 from hfprune_fast.pruning.selection import budget_of
 from hfprune_fast.recovery import estimate
 
@@ -73,9 +74,9 @@ def run(
         "device": device, "dtype": dtype, "seq_len": seq_len, "sequences": samples,
     }  # fmt: skip
     scoring = planner.plan_run(spec, options, **shape)
-    pruning = planner.plan_run(spec, options, refit=True, **shape)
+    pruning = planner.plan_run(spec, options, refit="linear", **shape)
     in_dtype = dtype if scoring.offload == "cpu" else stored
-    flops = planner.pruning_flops(spec, samples * seq_len)
+    flops = pruning_flops(spec, samples * seq_len)
     speed = machine.product_flops_per_second(device, dtype)
     recovering = {}
     if recover:

@@ -16,6 +16,7 @@ ALLOCATIONS = ("auto", "uniform", "global")
 # What "auto" tries: shares of the way from one width for all layers to one ranking across them.
 ALLOCATIONS_TRIED = {"uniform": 0.0, "halfway": 0.5, "global": 1.0}
 SELECTS = ("obs", "statistic")
+REFITS = ("linear", "reconstruct", "none")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,12 @@ class Recipe(Options):
         "uniform, halfway and global is closest to the dense model on held-out calibration text.",
         choices=ALLOCATIONS,
     )
-    refit: bool = option(True, "Fit down_proj to the dense model by least squares.")
+    refit: str = option(
+        "linear",
+        "linear: fit down_proj to the dense model by least squares; reconstruct: and then train "
+        "each layer's whole MLP to give the dense model's stream; none: leave weights as they are.",
+        choices=REFITS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,10 +126,15 @@ class Recipe(Options):
             )
         if self.select == "obs" and self.statistic is not None:
             raise ArgumentError(f"select obs ranks by no statistic, got {self.statistic}")
-        if self.allocation == "auto" and not self.refit:
+        if self.allocation == "auto" and not self.refits:
             raise ArgumentError(
                 "allocation auto is measured after a refit; choose another or refit"
             )
+
+    @property
+    def refits(self) -> bool:
+        """Whether weights that stay are fitted to the dense model."""
+        return self.refit != "none"
 
     @property
     def ranks_by(self) -> str | None:
@@ -148,5 +159,5 @@ RecipeChanges: Any = _all_optional(Recipe)
 
 PRESETS = {
     "default": Recipe(),
-    "paper": Recipe("entropy", "statistic", "l1", "uniform", refit=False),
+    "paper": Recipe("entropy", "statistic", "l1", "uniform", refit="none"),
 }

@@ -15,7 +15,7 @@ forward and is hooked at the input of down_proj.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,10 +80,8 @@ def in_sequences(tensor: Tensor, sequences: int) -> Tensor:
 @contextmanager
 def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
     """Collect the inputs of down_proj; a silent MLP's output is 0."""
-    seen: list[Tensor] = []
     with ExitStack() as hooks:
-        note = mlp.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        hooks.enter_context(note)
+        seen = hooks.enter_context(inputs_of(mlp.down))
         if silent:
             zero = mlp.module.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
             hooks.enter_context(zero)
@@ -96,6 +94,35 @@ def outputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
     with linear.register_forward_hook(lambda *args: seen.append(args[2])):
         yield seen
+
+
+@contextmanager
+def inputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the inputs of a linear layer."""
+    seen: list[Tensor] = []
+    with linear.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        yield seen
+
+
+@contextmanager
+def replaced_weights(
+    weights: Mapping[nn.Linear, Tensor],
+    biases: Mapping[nn.Linear, Tensor],
+    dtype: torch.dtype,
+) -> Iterator[None]:
+    """Inside, linear layers have other weights, and other biases or their own in `dtype`."""
+    own = {linear: (linear.weight, linear.bias) for linear in weights}
+    try:
+        for linear, weight in weights.items():
+            is_leaf = isinstance(weight, nn.Parameter)
+            linear.weight = weight if is_leaf else nn.Parameter(weight, requires_grad=False)
+            bias = biases.get(linear, linear.bias)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        yield
+    finally:
+        for linear, (weight, bias) in own.items():
+            linear.weight, linear.bias = weight, bias
 
 
 @contextmanager

@@ -38,6 +38,7 @@ _MAX_LOGITS_BYTES, _MIN_LOGITS_BYTES, _MIN_LOGITS_ROWS = 256 << 20, 16 << 20, 51
 # Allocators retain some freed memory, and reuse less of it where sizes vary (measured, CPU).
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
+RECONSTRUCTED_AT_ONCE = 2048  # tokens of a step of a reconstruction
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
 
 
@@ -92,7 +93,7 @@ def plan_run(
     loaded: bool = False,
     parity: bool = False,
     criteria: int = 1,
-    refit: bool = False,
+    refit: str = "none",
     resident_bytes: int | None = None,
 ) -> Plan:
     """Return the first plan that fits: stored, recomputed, streamed; large batches before small.
@@ -105,7 +106,8 @@ def plan_run(
         largest: the batches are given, and this is the largest of them; it is halved to fit.
         loaded: the weights are in memory already and stay where they are.
         parity, criteria: one sequence at a time; how many criteria share the forward.
-        refit: removal costs or a refit follow, with the weights still in memory.
+        refit: "linear" where removal costs or a refit follow, with the weights still in memory;
+            "reconstruct" where the refit trains as well.
         resident_bytes: of the weights and what is as long in memory; None is the weights in dtype.
 
     Raises:
@@ -150,7 +152,7 @@ class MemoryEstimator:
     free: int
     loaded: bool
     criteria: int
-    refit: bool
+    refit: str
     resident_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -168,7 +170,7 @@ class MemoryEstimator:
         neurons = math.prod(table_shape(spec.sites))
         self.tables = 2 * (4 * self.criteria + 1) * neurons * 8
         self.refit_bytes = 0
-        if self.refit:
+        if self.refit != "none":
             # The covariances of the gradients at the MLPs' outputs, twice, and one on the device.
             outputs = sum(map(bool, spec.widths)) + sum(map(bool, spec.experts))
             covariances = 2 * outputs if self.device.type == "cpu" else 1
@@ -179,8 +181,15 @@ class MemoryEstimator:
             widest, count = max(own, each), spec.num_experts
             self.refit_bytes = 4 * widest**2 * 8 + widest * self.hidden * 8
             self.refit_bytes += count * (each**2 + each * self.hidden) * 8
-            if self.device.type == "cpu":
-                self.refit_bytes += 2 * self.seq_len * self.sequences * self.hidden * self.s
+            tokens = self.seq_len * self.sequences
+            trains = self.refit == "reconstruct"
+            if self.device.type == "cpu":  # streams; what an MLP reads and shall add
+                self.refit_bytes += 2 * tokens * self.hidden * (self.s + trains * self.w)
+            if trains:
+                # Weights, the best of them, their gradients and Adam's moments; a step's rows.
+                self.refit_bytes += 5 * 3 * own * self.hidden * self.w
+                rows = min(RECONSTRUCTED_AT_ONCE, tokens)
+                self.refit_bytes += rows * (6 * own + 5 * self.hidden) * self.w
 
     def plans(self, max_batch_size: int, exact: bool, offload: str) -> Iterator[Plan]:
         """Yield every plan that the options allow, the best first."""
@@ -275,21 +284,3 @@ class MemoryEstimator:
         """Return an eighth of what the weights leave free, None if that reaches the default."""
         eighth = (self.free - weights) // 8
         return None if eighth >= _MAX_LOGITS_BYTES else max(_MIN_LOGITS_BYTES, eighth)
-
-
-def pruning_flops(spec: ModelSpec, tokens: int) -> int:
-    """Return about the FLOPs of the default recipe's matrix products, without attention's.
-
-    Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 3 of the refit and up
-    to 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
-    greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
-    """
-    forward = spec.flops_per_token // 2 * tokens
-    moments = removal = 0
-    for site, width in spec.sites.items():
-        chosen = 1.0 if isinstance(site, int) else spec.experts_per_token / spec.num_experts
-        moments += int(2 * tokens * chosen) * width**2
-        removal += 4 * width**3 + 2 * width**2 * spec.hidden_size
-    if spec.experts:  # one allocation, so none is tried
-        return 6 * forward + 3 * moments + removal
-    return 13 * forward + 5 * moments + removal

@@ -90,7 +90,9 @@ def _recipe_rows(
     allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
     allocation += " between uniform and global" if allocation == "halfway" else ""
     rows = [("ranked by", ranked), ("allocation", shown(allocation))]
-    if requested["refit"]:
+    if requested["refit"] == "reconstruct":
+        rows.append(("kept neurons", "trained, a layer at a time, to give the dense stream"))
+    elif requested["refit"] not in ("none", False):  # True in records of earlier versions
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
 

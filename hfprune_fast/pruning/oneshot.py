@@ -17,7 +17,6 @@ from hfprune_fast.checkpoint import atomic, native
 from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import check_not_read, files_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.checkpoint.written import stored_down_projs
 from hfprune_fast.config import (
     DATA_FREE,
     Budget,
@@ -29,7 +28,7 @@ from hfprune_fast.config import (
     RunOptions,
     ScoringOptions,
 )
-from hfprune_fast.console import say, to_path, token_bar
+from hfprune_fast.console import say, to_path
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.distributed import Processes, joined, launched
 from hfprune_fast.engine.layerwise import ResidentModel, own_modes
@@ -41,7 +40,7 @@ from hfprune_fast.pruning.after import AfterPruning, say_what_could_be_closer
 from hfprune_fast.pruning.experts import ExpertBudget
 from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_checkpoint
 from hfprune_fast.pruning.recipe import checked_recipe, for_experts
-from hfprune_fast.pruning.refit import refit
+from hfprune_fast.pruning.refit_stored import refit_stored
 from hfprune_fast.pruning.selection import Keep, WidthBudget, budget_of
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
 from hfprune_fast.scoring.data_free import data_free_table
@@ -115,16 +114,17 @@ def oneshot(
         return {}
     after = AfterPruning.of(source, out, calibration, sampling, run, output, reported, processes)
     job = None
-    if given is None or resolved.refit:
+    if given is None or resolved.refits:
         criteria = () if resolved.criterion in DATA_FREE else (resolved.criterion,)
         obs = resolved.select == "obs"
         job = open_job(source, calibration, criteria, obs, sampling, run, scoring, processes)
     table, batches, dense = given, list[MicroBatch](), None
+    covariances: dict[int, Tensor] = {}
     with ExitStack() as stack:
         if job is not None:
             with after.log.stage("scoring" if given is None else "opening the model"):
-                dense, batches, table = _open_and_score(
-                    stack, job, given, run, state_of(out), resolved.refit, progress
+                dense, batches, table, covariances = _open_and_score(
+                    stack, job, given, run, state_of(out), resolved, progress
                 )
         if table is None or processes.rank > 0:
             return {}
@@ -133,13 +133,14 @@ def oneshot(
         with after.log.stage("choosing the neurons"):
             keep, chosen = _chosen(table, dense, batches, widths, resolved, progress)
         with after.log.stage("refitting"):
-            replace = refit_stored(dense, batches, source, keep, progress) if dense else None
+            metrics = covariances if resolved.refit == "reconstruct" else None
+            replace = refit_stored(dense, batches, source, keep, metrics, progress) if dense else {}
         record = {"requested": _requested(resolved, budget, widths, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
         with after.log.stage("writing"):
             written: dict[str, Any] = {"record": record, "progress": progress, **asdict(output)}
             achieved = prune_checkpoint(source, out, keep, replace=replace, **written)
-    del dense, batches, replace, job  # memory for the models that are measured
+    del dense, batches, covariances, replace, job  # memory for the models that are measured
     delete_state(out)
     say_what_could_be_closer(achieved, widths, recipe, calibration)
     chosen |= {"verified": output.verify, **after.finish(table, progress)}
@@ -212,21 +213,23 @@ def _open_and_score(
     given: ImportanceTable | None,
     run: RunOptions,
     state_file: Path,
-    needs_refit: bool,
+    recipe: Recipe,
     progress: bool,
-) -> tuple[ResidentModel | None, list[MicroBatch], ImportanceTable]:
+) -> tuple[ResidentModel | None, list[MicroBatch], ImportanceTable, dict[int, Tensor]]:
     """Load the weights and score, unless a table is given.
 
-    The model stays open in `stack`, and is returned if it is needed for a refit.
+    The model stays open in `stack`, and is returned if it is needed for a refit. The covariances
+    are those of `ScoringJob.run`.
     """
-    if needs_refit:
+    if recipe.refits:
         _warn_of_few_tokens(job)
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
-        plan, resume_file = job.plan(run, state_file if given is None else None, refit=needs_refit)
+        plan, resume_file = job.plan(run, state_file if given is None else None, refit=recipe.refit)
         model = stack.enter_context(open_model(job.subject, plan.offload))
-        table = given or job.run(model, plan, resume_file, progress)
-    return (model if needs_refit else None), job.data.split(plan.batch_size), table
+        scored = (given, {}) if given else job.run(model, plan, resume_file, progress)
+    batches = job.data.split(plan.batch_size)
+    return (model if recipe.refits else None), batches, *scored
 
 
 def _warn_of_few_tokens(job: ScoringJob) -> None:
@@ -258,22 +261,3 @@ def check_output(
         say(leftover)
     if native.UNUSED_REASON is not None:
         say(f"weights are moved by {native.description()}")
-
-
-def refit_stored(
-    model: ResidentModel,
-    batches: list[MicroBatch],
-    source: ModelSource,
-    keep: Keep,
-    progress: bool = False,
-) -> dict[str | tuple[str, int], Tensor]:
-    """Return refitted down projections as `prune_checkpoint` replaces them."""
-    tokens = sum(batch.tokens for batch in batches)
-    with token_bar("refitting", tokens, progress) as on_progress:
-        (result,), _ = refit(model, batches, [keep], on_progress=on_progress)
-    if result.unfitted:
-        say(
-            f"{result.unfitted} experts are not refitted: fewer than {TOKENS_A_NEURON} tokens for "
-            "each kept neuron chose them; more --samples would reach them"
-        )
-    return stored_down_projs(source, result.weights, keep)

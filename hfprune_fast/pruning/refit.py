@@ -27,9 +27,10 @@ pruned model a tensor of all tokens by hidden_size, on the host if the model is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ from hfprune_fast.models.kept import kept_experts
 from hfprune_fast.models.plain import plain_model
 from hfprune_fast.models.sites import SiteKey, check_keep
 from hfprune_fast.models.spec import spec_of
+from hfprune_fast.pruning.reconstruct import STEPS, Reconstruction, reconstructed
 from hfprune_fast.pruning.refit_experts import PrunedExperts
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
@@ -69,6 +71,10 @@ class Refitted:
     weights: dict[SiteKey, Tensor]
     hidden: list[Tensor]  # of each held-out batch: (B, T, D), on the CPU
     unfitted: int = 0  # experts that too few tokens chose, so that they stay as they are
+    # {layer: weights of gate and up, or of both in one}, of layers that were reconstructed, on the
+    # CPU, as (width, D) or (2 · width, D).
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    untrained: int = 0  # layers that could not be reconstructed
 
 
 @torch.no_grad()
@@ -78,6 +84,7 @@ def refit(
     keeps: Sequence[Keep],
     *,
     held_out: int = 0,
+    reconstruct: Mapping[int, Tensor] | None = None,
     on_progress: OnProgress = no_progress,
 ) -> tuple[list[Refitted], list[Tensor]]:
     """Refit down_proj of several pruned models of one dense model.
@@ -86,6 +93,8 @@ def refit(
         model: the dense model, entered.
         batches: the calibration; the last `held_out` are run but not fitted to.
         keeps: {layer: kept neurons} of each pruned model.
+        reconstruct: train gate, up and down of each layer after its refit, see `reconstruct`;
+            {layer: C}, of the layers of which it is known. None trains nothing.
         on_progress: called with the tokens processed, a layer at a time.
 
     Returns:
@@ -96,8 +105,10 @@ def refit(
     """
     fitted = len(batches) - held_out
     fitted_tokens = sum(batch.tokens for batch in batches[:fitted])
-    # The dense model runs through a layer once, a pruned one twice.
-    steps = model.head_unit * (1 + 2 * len(keeps))
+    # The dense model runs through a layer once, a pruned one twice, or what takes as long.
+    of_pruned = 2 if reconstruct is None else 4
+    steps = model.head_unit * (1 + of_pruned * len(keeps))
+    training = 2 * fitted_tokens / steps
     dense = [model.begin(batch).cpu() for batch in batches]
     streams = [list(dense) for _ in keeps]
     results = [Refitted({}, []) for _ in keeps]
@@ -112,7 +123,7 @@ def refit(
                 dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
             outputs[i] = seen[0].cpu() if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
-            pruned: _PrunedLayer | PrunedExperts
+            pruned: _PrunedLayer | PrunedExperts | Reconstruction
             if model.parts.experts[layer] is None:
                 pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
             else:
@@ -122,10 +133,22 @@ def refit(
             weights = pruned.solve(fitted_tokens)
             result.weights |= {site: weight.cpu() for site, weight in weights.items()}
             result.unfitted += pruned.unfitted
+            if reconstruct is not None:
+                trained = None
+                if alone:
+                    its = list(zip(dense, stream, batches[:fitted], strict=False))
+                    args = model, layer, keep[layer], weights[layer], reconstruct.get(layer), its
+                    trained = reconstructed(*args, partial(on_progress, training / STEPS))
+                if trained is None:
+                    result.untrained += 1
+                    on_progress(training)
+                else:
+                    pruned, result.weights[layer] = trained, trained.down.cpu()
+                    result.rows[layer] = [weight.cpu() for weight in trained.rows]
             for i, batch in each_batch(batches, on_progress, steps):
                 stream[i] = pruned.run(stream[i], batch).cpu()
-                if i >= fitted:  # these run through the pruned layer once, the others twice
-                    on_progress(batch.tokens / steps)
+                if i >= fitted:  # these run through the pruned layer once
+                    on_progress((of_pruned - 1) * batch.tokens / steps)
 
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):

@@ -20,7 +20,7 @@ from hfprune_fast.engine.layerwise import (
 )
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
 from hfprune_fast.engine.routing import Rows
-from hfprune_fast.models.sites import SiteKey, site_slices, table_shape
+from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
 from hfprune_fast.scoring.obs import greedy_removal_costs
 
@@ -77,6 +77,17 @@ def removal_costs(
 
     for_each_layer(model, visit, then=0)
     return costs
+
+
+def own_outputs(parts: ModelParts, output_fisher: Tensor) -> dict[int, Tensor]:
+    """Return {layer: (D, D)} of layers' own MLPs, of what `removal_costs` takes."""
+    metrics, found = iter(output_fisher), dict[int, Tensor]()
+    for layer, (mlp, experts) in enumerate(zip(parts.mlps, parts.experts, strict=True)):
+        if mlp is not None:
+            found[layer] = next(metrics)
+        if experts is not None:
+            next(metrics)
+    return found
 
 
 class _Grams:

@@ -25,7 +25,7 @@ from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
-from hfprune_fast.scoring.costs import removal_costs
+from hfprune_fast.scoring.costs import own_outputs, removal_costs
 from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.resume import ResumeFile
 from hfprune_fast.scoring.run import backend_for, score_batches
@@ -66,11 +66,11 @@ class ScoringJob:
         return backend_for(like, self.options.backend, self.options.parity)
 
     def plan(
-        self, run: RunOptions, state_file: str | Path | None, *, refit: bool = False
+        self, run: RunOptions, state_file: str | Path | None, *, refit: str = "none"
     ) -> tuple[Plan, ResumeFile]:
         """Plan the run, as an interrupted one was planned, and prepare the file that saves it.
 
-        With `refit` the same model is refitted afterwards.
+        `refit` is how the same model is refitted afterwards, as `Recipe` has it.
         """
         if self.options.parity and self.spec.experts:
             raise ArgumentError("parity rounds as the paper's code does, which knows no experts")
@@ -86,7 +86,7 @@ class ScoringJob:
                 device=subject.device, dtype=subject.dtype, loaded=self._source is None,
                 seq_len=data.longest, sequences=data.sequences, largest=data.largest,
                 parity=self.options.parity, criteria=max(1, len(self._gradients)),
-                refit=self.obs or refit,
+                refit="linear" if self.obs and refit == "none" else refit,
             )  # fmt: skip
 
         plan = plan_for(run.batch_size or saved.get("batch_size"))
@@ -121,8 +121,13 @@ class ScoringJob:
 
     def run(
         self, model: ResidentModel, plan: Plan, resume_file: ResumeFile, progress: bool
-    ) -> ImportanceTable:
-        """Score the model, which is entered."""
+    ) -> tuple[ImportanceTable, dict[int, Tensor]]:
+        """Score the model, which is entered.
+
+        Returns:
+            The table, and in the first process, with `obs`, of each layer's own MLP the covariance
+            (D, D) of the gradients at its output.
+        """
         if progress:
             say(f"scoring with {plan}")
         batches = self.data.split(plan.batch_size)
@@ -148,13 +153,14 @@ class ScoringJob:
         total = _sum(total, self.processes)
         if (total.samples, total.tokens) != (self.data.sequences, self.data.tokens):
             raise RuntimeError("the processes scored another number of sequences than there are")
-        table = self._table(total, resume_file.identity)
+        table, of_mlps = self._table(total, resume_file.identity), dict[int, Tensor]()
         if self.processes.rank == 0 and total.output_fisher is not None:
             fisher = total.output_fisher / self.data.tokens
             with token_bar("removal costs", self.data.tokens, progress) as report:
                 costs = removal_costs(model, batches, fisher, report)
             table = replace(table, statistics={**table.statistics, "obs": costs})
-        return table
+            of_mlps = own_outputs(model.parts, fisher)
+        return table, of_mlps
 
     def _table(self, total: ScoreAccumulator, identity: Mapping[str, Any]) -> ImportanceTable:
         copied = ("dtype", "backend", "parity", "batch_size", "samples", "attention")

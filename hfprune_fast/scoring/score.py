@@ -91,7 +91,7 @@ def score(
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file)
         with open_model(job.subject, plan.offload) as model:
-            return job.run(model, plan, resume_file, progress)
+            return job.run(model, plan, resume_file, progress)[0]
 
 
 def open_job(

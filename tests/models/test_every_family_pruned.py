@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 import torch
 from family_case import F, FamilyCase, assert_same, largest_error, perplexity
+from family_configs import V
 from family_models import sequences
 from family_truth import Float64, own_logits
 from safetensors.torch import load_file
 
 import hfprune_fast as hf
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.checkpoint.written import stored_down_projs, stored_rows
+from hfprune_fast.data.batches import as_batches, token_data
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.models.plain import plain_model
 from hfprune_fast.pruning.export import export
+from hfprune_fast.pruning.refit import refit
 
 LOGITS = 1e-12
 
@@ -101,3 +108,32 @@ def test_evaluation_is_of_the_models_own_logits(case: FamilyCase) -> None:
     for name, value in expected.items():
         error = abs(getattr(fidelity, name) - float(value)) / float(value)
         case.note("evaluation", error, 1e-9)
+
+
+def test_a_reconstruction_is_of_the_layer_as_the_family_runs_it(
+    case: FamilyCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written has the streams that it was trained by, and all layers are understood."""
+    for name in ("hfprune_fast.pruning.reconstruct", "hfprune_fast.pruning.refit"):
+        monkeypatch.setattr(f"{name}.STEPS", 8)
+    monkeypatch.setattr("hfprune_fast.pruning.reconstruct._RATE", 3e-4)
+    batches = token_data(
+        as_batches(torch.stack(sequences((48,) * 32, seed=4)).split(16)), V
+    ).batches
+    keep = case.keep([32] * len(case.downs))
+    with Float64(), ResidentModel(plain_model(case.model, "refit")) as entered:
+        (result,), _ = refit(entered, batches, [keep], held_out=1, reconstruct={})
+        expected = entered.head()(result.hidden[0])
+    assert result.untrained == 0
+    source, dense = open_source(case.folder), load_file(case.folder / "model.safetensors")
+    moved = [
+        not (dense[source.rows_of_mlp(layer)[0]] == rows[0][0]).all(dim=1).any()
+        for layer, rows in result.rows.items()
+    ]
+    assert any(moved)
+    replace = stored_down_projs(source, result.weights, keep) | stored_rows(source, result.rows)
+    hf.prune_checkpoint(case.folder, tmp_path / "out", keep, replace=replace)
+    model = case.load(tmp_path / "out")
+    with Float64(), torch.no_grad():
+        got = torch.stack([own_logits(model, ids) for ids in batches[-1].ids])
+    case.note("reconstructed", largest_error(got, expected), LOGITS)

@@ -69,7 +69,7 @@ def test_a_pruned_one_is_of_its_form_and_the_masked_model(
     "options",
     [
         {"prune_ratio": 0.6, "experts": 6, "allocation": "uniform"},
-        {"prune_ratio": 0.6, "criterion": "magnitude", "select": "statistic", "refit": False},
+        {"prune_ratio": 0.6, "criterion": "magnitude", "select": "statistic", "refit": "none"},
     ],
     ids=["refitted", "magnitude"],
 )

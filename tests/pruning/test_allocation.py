@@ -26,8 +26,8 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.pruning import allocation, selection
 from hfprune_fast.pruning.allocation import held_out_kl, trial
-from hfprune_fast.pruning.oneshot import refit_stored
 from hfprune_fast.pruning.refit import refit
+from hfprune_fast.pruning.refit_stored import refit_stored
 from hfprune_fast.pruning.selection import WidthBudget
 
 
@@ -180,7 +180,7 @@ def test_the_default_recipe_on_the_command_line(
     once = hfprune("prune", llama_dir, *running, *budget, "--out", tmp_path / "once", "--verify")
     assert once.code == 0, once.err
     result = once.json()
-    assert (result["criterion"], result["select"], result["refit"]) == ("fisher", "obs", True)
+    assert (result["criterion"], result["select"], result["refit"]) == ("fisher", "obs", "linear")
     assert result["allocation"] in (0.0, 0.5, 1.0)
     record = json.loads((tmp_path / "once" / "hfprune.json").read_text())
     assert record["chosen"]["allocations_kl_nats"].keys() == {"0.0", "0.5", "1.0"}
@@ -237,7 +237,7 @@ def test_baselines_need_no_text(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--refit"], "--refit needs --calibration"),
+        (["--refit", "linear"], "refit linear needs --calibration"),
         (["--criterion", "fisher"], "by entropy, not by fisher; score again"),
         (["--criterion", "random"], "criterion random takes no --scores"),
         (["--protect", "0,x"], "protect must be layers such as 0,1,31, got '0,x'"),

@@ -162,7 +162,8 @@ def test_prune_drops_and_narrows_and_refits(
         kl[refit] = hf.evaluate(model, loaded, [ids[:16]]).kl_nats
     assert kl[True] < 0.9 * kl[False]
     done = hfprune("prune", "dense", "--scores", "scores.safetensors", "--expert-ratio", 0.25,
-                   "--prune-ratio", 0.3, "--no-refit", "--out", "by-command", "--json")  # fmt: skip
+                   "--prune-ratio", 0.3, "--refit", "none", "--out", "by-command",
+                   "--json")  # fmt: skip
     assert done.code == 0, done.err
     assert done.json()["experts"] == 3
     by_command = AutoModelForCausalLM.from_pretrained("by-command")

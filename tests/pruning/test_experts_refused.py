@@ -21,7 +21,7 @@ from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, CheckpointError, NumericsError
 from hfprune_fast.models.spec import ModelSpec, spec_of
 from hfprune_fast.pruning.experts import ExpertBudget
-from hfprune_fast.pruning.oneshot import refit_stored
+from hfprune_fast.pruning.refit_stored import refit_stored
 
 # 6 experts a token, from 2 of 4 groups: each group needs 3.
 GROUPED = ModelSpec(
@@ -108,7 +108,7 @@ def test_a_report_takes_the_scores_that_experts_were_pruned_with(
     for seed, name in enumerate(("dense", "other")):
         tiny_mixture("qwen3_moe", seed=seed).save_pretrained(name)
         hf.score(name, ids).save(f"{name}.safetensors")
-    budget = ["--expert-ratio", 0.25, "--prune-ratio", 0.3, "--no-refit"]
+    budget = ["--expert-ratio", 0.25, "--prune-ratio", 0.3, "--refit", "none"]
     done = hfprune("prune", "dense", "--scores", "dense.safetensors", *budget, "--out", "pruned")
     assert done.code == 0, done.err
     for name, code in (("dense", 0), ("other", 2)):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from refit_truth import plain_fit
 from torch import Tensor
 from transformers import PreTrainedModel
 from truth import attention, rms_norm, tiny_model
@@ -20,7 +21,6 @@ from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.scoring import obs
 from hfprune_fast.scoring.costs import removal_costs
-from hfprune_fast.scoring.obs import REFIT_RIDGE
 
 LENGTHS = (40, 23, 40, 31)
 # transformers' norms and rotary tables are fp32 in a float64 model as well.
@@ -80,12 +80,7 @@ def plain_refit(
         acts = [act_of(h)[:, keep[layer]] for h in pruned]
         rows = torch.cat(acts)
         wanted = torch.cat([x - h - bias for x, h in zip(dense, pruned, strict=True)])
-        pull = (REFIT_RIDGE * rows.square().mean(0).mean() * len(rows)).sqrt()
-        kept = down[:, keep[layer]]
-        fitted = torch.linalg.lstsq(
-            torch.cat([rows, pull * torch.eye(rows.shape[1], dtype=torch.float64)]),
-            torch.cat([wanted, pull * kept.t()]),
-        ).solution.t()
+        fitted = plain_fit(rows, wanted, down[:, keep[layer]])
         pruned = [h + a @ fitted.t() + bias for h, a in zip(pruned, acts, strict=True)]
         found.append(fitted)
     return found

@@ -223,17 +223,17 @@ def test_bad_requests(requested: dict[str, Any], message: str) -> None:
 
 def test_the_plan_knows_what_is_scored_by(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    planned: list[tuple[int, bool]] = []
+    planned: list[tuple[int, str]] = []
     plan_run = job.plan_run
 
-    def note(*args: Any, criteria: int, refit: bool, **options: Any) -> planner.Plan:
+    def note(*args: Any, criteria: int, refit: str, **options: Any) -> planner.Plan:
         planned.append((criteria, refit))
         return plan_run(*args, criteria=criteria, refit=refit, **options)
 
     monkeypatch.setattr(job, "plan_run", note)
     hf.score(model, ids_of(model), criterion=["activation", "entropy", "fisher"], obs=True)
     hf.score(model, ids_of(model), criterion="activation")
-    assert planned == [(2, True), (1, False)]
+    assert planned == [(2, "linear"), (1, "none")]
 
 
 def test_a_table_ranks_by_the_criterions_statistic_and_names_what_it_lacks() -> None:
