@@ -146,7 +146,7 @@ def recovery(models: dict[str, list[recovery_tables.RecoveryRow]]) -> Any:
         for ratio in sorted({row["ratio"] for row in rows}):
             its = [row for row in rows if row["ratio"] == ratio]
             start = [(row["tokens"], row["kl_nats"]) for row in its if row["way"] == "pruned"]
-            for way, (color, marker) in RECOVERY.items():
+            for way, (color, marker) in reversed(RECOVERY.items()):  # pruned above the lines
                 found = [(row["tokens"], row["kl_nats"]) for row in its if row["way"] == way]
                 if found:
                     x, y = zip(*(start + found if way in ("kl", "ce") else found), strict=True)
@@ -154,6 +154,8 @@ def recovery(models: dict[str, list[recovery_tables.RecoveryRow]]) -> Any:
             if start:
                 axis.annotate(f"{ratio:.0%}", start[0], (-4, 4), textcoords="offset points")
         axis.set(yscale="log", title=name, xlabel="million tokens trained on")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     names = {way: recovery_tables.WAYS[way] for way in RECOVERY}
     lines = [axes[0, 0].plot([], [], color=c, marker=m)[0] for c, m in RECOVERY.values()]
     figure.legend(lines, names.values(), loc="outside lower center", ncols=4)

@@ -15,7 +15,7 @@ WAYS = {
     "kl": "recovered by KL",
     "ce": "recovered by cross entropy",
 }
-_HEADING = "## What was measured\n\n"
+_HEADING = "## What was measured\n"
 HINT = "[All numbers, and zero-shot tasks](recovery.md#what-was-measured)."
 _COLUMNS = ["removed", "", "KL, nats", "perplexity", "top-1", "time", "memory"]
 
@@ -53,7 +53,7 @@ def page(text: str, models: dict[str, list[RecoveryRow]], picture: str) -> str:
     """Return docs/recovery.md with the tables under their heading."""
     before, heading, rest = text.partition(_HEADING)
     lines = [line for name, rows in models.items() for line in [*section(name, rows), ""]]
-    return before + heading + "\n".join([*lines, picture, ""]) + rest[rest.index("\n## ") :]
+    return before + heading + "\n".join(["", *lines, picture, ""]) + rest[rest.index("\n## ") :]
 
 
 def section(name: str, rows: list[RecoveryRow]) -> list[str]:
@@ -68,7 +68,8 @@ def section(name: str, rows: list[RecoveryRow]) -> list[str]:
             [
                 f"{row['ratio']:.0%}", way(row), number(row["kl_nats"]),
                 f"{row['ppl_pruned']:.2f}", f"{row['top1_agreement']:.1%}",
-                duration(1e3 * row["seconds"]), size(row.get("peak_bytes")),
+                duration(row["seconds"] * 1e3) if "seconds" in row else "",
+                size(row.get("peak_bytes")),
             ]
         )  # fmt: skip
     with_tasks = [row for row in rows if row.get("tasks")]
