@@ -149,7 +149,7 @@ def test_what_got_worse_is_not_written(
 
 
 def test_fine_tuning_is_judged_by_cross_entropy(tmp_path: Path, text: Path) -> None:
-    cut = {"criterion": "magnitude", "select": "statistic", "refit": False, "device": "cpu"}
+    cut = {"criterion": "magnitude", "select": "statistic", "refit": "none", "device": "cpu"}
     hf.oneshot(TINY_MODEL, None, tmp_path / "pruned", prune_ratio=0.02, round_to=1, **cut)
     tuning = SHORT | {"loss": "ce"}
     result = hf.recover(TINY_MODEL, tmp_path / "pruned", text, tmp_path / "out", **tuning)
