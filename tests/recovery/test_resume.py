@@ -38,7 +38,7 @@ def stop_at(patch: pytest.MonkeyPatch, cls: Any, method: str, call: int) -> None
     ("where", "call"),
     [
         pytest.param((Student, "forward"), 8, id="training"),
-        pytest.param((Student, "kl"), 3, id="checking", marks=pytest.mark.slow),
+        pytest.param((Student, "held_out"), 3, id="checking", marks=pytest.mark.slow),
         pytest.param((teacher.TeacherFile, "append"), 3, id="teacher", marks=pytest.mark.slow),
     ],
 )
