@@ -71,9 +71,11 @@ class Job:
         recover += ["--loss", loss, "--tokens", tokens, "--cache", self.work / f"states-{tokens}"]
         begun = Path(f"{out}.recovery").exists()
         result = self._run(*recover, "--resume" if begun else "--force")
+        # Time and memory of a run that was continued would be those of its last part.
+        measured = () if begun else ("seconds", "peak_bytes")
+        told = (*measured, "learning_rate", "lora", "best_step", "steps")
         return {
-            **{key: result[key] for key in ("seconds", "peak_bytes", "learning_rate", "lora")},
-            **{key: result[key] for key in ("best_step", "steps")},
+            **{key: result[key] for key in told},
             "kl_at_start": result["kl_before"],
             "kl_at_checks": [round(kl, 5) for _, kl in result["held_out"]],
         }

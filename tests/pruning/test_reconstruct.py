@@ -9,10 +9,10 @@ import pytest
 import torch
 from family_models import sequences
 from family_truth import Float64
-from refit_truth import plain_fit
+from refit_truth import GATE_UP_DOWN, PlainModel, keep_of, plain_fit
 from torch import Tensor
 from transformers import PreTrainedModel
-from truth import attention, rms_norm, tiny_model
+from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
@@ -30,7 +30,6 @@ from hfprune_fast.pruning.refit import Refitted, refit
 
 STEPS, ROWS, RATE = 12, 128, 0.001
 FLOAT64 = 1e-11  # Adam divides by the size of what it is given, and so enlarges what is small
-WIDTHS = (50, 20, 77)
 
 
 @pytest.fixture
@@ -52,15 +51,6 @@ def batches_of(lengths: tuple[int, ...] = (40, 23, 60) * 4) -> list[MicroBatch]:
     return numbered(MicroBatch(ids[None], (len(ids),)) for ids in sequences(lengths))
 
 
-def keep_of(model: PreTrainedModel, widths: tuple[int, ...] = WIDTHS) -> dict[int, Tensor]:
-    drawn = torch.Generator().manual_seed(4)
-    dense = model.config.intermediate_size
-    return {
-        layer: torch.randperm(dense, generator=drawn)[:width].sort().values
-        for layer, width in enumerate(widths)
-    }
-
-
 def reconstructed(
     model: PreTrainedModel,
     batches: list[MicroBatch],
@@ -71,31 +61,6 @@ def reconstructed(
     with ResidentModel(model) as entered:
         (result,), _ = refit(entered, batches, [keep], reconstruct=metrics or {}, **options)
     return result
-
-
-class PlainModel:
-    """A float64 model of which only what is read off its state_dict is known."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.config = model.config
-        self.weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-
-    def before_mlp(self, hidden: Tensor, layer: int) -> Tensor:
-        name = f"model.layers.{layer}.input_layernorm.weight"
-        normed = rms_norm(hidden, self.weights[name], self.config.rms_norm_eps)
-        return hidden + attention(self.weights, self.config, layer, normed)
-
-    def mlp_input(self, hidden: Tensor, layer: int) -> Tensor:
-        name = f"model.layers.{layer}.post_attention_layernorm.weight"
-        return rms_norm(hidden, self.weights[name], self.config.rms_norm_eps)
-
-    def mlp(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        name = f"model.layers.{layer}.mlp"
-        gate, up, down = (self.weights[f"{name}.{leaf}_proj.weight"] for leaf in GATE_UP_DOWN)
-        return gate, up, down
-
-
-GATE_UP_DOWN = ("gate", "up", "down")
 
 
 def act(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:

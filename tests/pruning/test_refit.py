@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from refit_truth import plain_fit
+from refit_truth import keep_of, plain_fit
 from torch import Tensor
 from transformers import PreTrainedModel
 from truth import attention, rms_norm, tiny_model
@@ -36,15 +36,6 @@ def batches_of(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS) -> li
         MicroBatch(ids[i : i + 2, : max(lengths[i : i + 2])], lengths[i : i + 2])
         for i in range(0, len(ids), 2)
     )
-
-
-def keep_of(model: PreTrainedModel, widths: tuple[int, ...] = (50, 20, 77)) -> dict[int, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    dense = model.config.intermediate_size
-    return {
-        layer: torch.randperm(dense, generator=generator)[:width].sort().values
-        for layer, width in enumerate(widths)
-    }
 
 
 def plain_refit(
