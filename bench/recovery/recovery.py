@@ -6,10 +6,11 @@
 Rows go to bench/results/recovery/<name>.jsonl. A model is pruned by the default recipe, again with
 `--refit reconstruct`, and the first of these is recovered by KL and by cross entropy, with the same
 tokens. All are measured on a text that no step saw; with --tasks N by zero-shot tasks too,
-which are made of that text (`local_tasks.py`). Each step is a command of its own, whose time and
-memory are in its row. Rows come as they are measured, and an interrupted run goes on where it was;
---work DIR keeps its models, so that an interrupted recovery goes on too. The table and the picture
-are of all rows: python bench/reporting/report.py.
+which are made of that text (`local_tasks.py`). Each step is a command of its own in one thread,
+whose processor time and memory are in its row, so that other work on the machine counts little.
+Rows come as they are measured, and an interrupted run goes on where it was; --work DIR keeps its
+models, so that an interrupted recovery goes on too. The table and the picture are of all rows:
+python bench/reporting/report.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Job:
         begun = Path(f"{out}.recovery").exists()
         result = self._run(*recover, "--resume" if begun else "--force")
         # Time and memory of a run that was continued would be those of its last part.
-        measured = () if begun else ("seconds", "peak_bytes")
+        measured = () if begun else ("cpu_seconds", "peak_bytes")
         told = (*measured, "learning_rate", "lora", "best_step", "steps")
         return {
             **{key: result[key] for key in told},
@@ -81,19 +81,19 @@ class Job:
         }
 
     def _run(self, *command: Any) -> dict[str, Any]:
-        """Run a command of hfprune; return what it printed, its seconds and its memory."""
+        """Run a command of hfprune; return what it printed, its processor time and its memory."""
         common = ["--seq-len", self.arguments.seq_len, "--json"]
         common += [part for key, value in ON_CPU.items() for part in (f"--{key}", value)]
         words = [sys.executable, "-m", "hfprune_fast", *map(str, [*command, *common])]
-        begun = time.perf_counter()
-        process = subprocess.Popen(words, cwd=self.work, stdout=subprocess.PIPE)
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, cwd=self.work, stdout=subprocess.PIPE, env=alone)
         assert process.stdout is not None
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         if code := os.waitstatus_to_exitcode(status):
             raise SystemExit(f"exit code {code} of {' '.join(words)}")
-        seconds = round(time.perf_counter() - begun, 1)
-        return {**json.loads(said), "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+        cpu_seconds, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+        return {**json.loads(said), "cpu_seconds": round(cpu_seconds, 1), "peak_bytes": peak_bytes}
 
     def measured(self, folder: Path) -> dict[str, Any]:
         """Return KL, perplexities, agreement and the tasks' values on the held-out text."""
@@ -117,7 +117,7 @@ def run(job: Job, ways: list[Way], out: Path) -> None:
     for way in ways:
         if (job.ratio, *way) not in there:
             folder, facts = job.made(way)
-            told = ("seconds", "peak_bytes", "learning_rate", "lora", "best_step", "steps")
+            told = ("cpu_seconds", "peak_bytes", "learning_rate", "lora", "best_step", "steps")
             told += ("kl_at_start", "kl_at_checks")
             row = {
                 "name": job.arguments.name, "ratio": job.ratio, "way": way[0], "tokens": way[1],

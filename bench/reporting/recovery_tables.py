@@ -17,7 +17,7 @@ WAYS = {
 }
 _HEADING = "## What was measured\n"
 HINT = "[All numbers, and zero-shot tasks](recovery.md#what-was-measured)."
-_COLUMNS = ["removed", "", "KL, nats", "perplexity", "top-1", "time", "memory"]
+_COLUMNS = ["removed", "", "KL, nats", "perplexity", "top-1", "CPU time", "memory"]
 
 RecoveryRow = dict[str, Any]
 
@@ -68,7 +68,7 @@ def section(name: str, rows: list[RecoveryRow]) -> list[str]:
             [
                 f"{row['ratio']:.0%}", way(row), number(row["kl_nats"]),
                 f"{row['ppl_pruned']:.2f}", f"{row['top1_agreement']:.1%}",
-                duration(row["seconds"] * 1e3) if "seconds" in row else "",
+                duration(row["cpu_seconds"] * 1e3) if "cpu_seconds" in row else "",
                 size(row.get("peak_bytes")),
             ]
         )  # fmt: skip

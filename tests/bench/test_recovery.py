@@ -27,7 +27,7 @@ def test_the_page_has_every_row_and_an_edit_is_found(
 ) -> None:
     task = {"task": "own", "metric": "acc", "dense": 0.5, "dense_stderr": 0.03, "pruned": 0.4,
             "pruned_stderr": 0.03, "difference": -0.1, "difference_stderr": 0.02}  # fmt: skip
-    row = {"ratio": 0.2, "way": "kl", "tokens": 100_000, "seconds": 90.0, "peak_bytes": 2.5e9,
+    row = {"ratio": 0.2, "way": "kl", "tokens": 100_000, "cpu_seconds": 90.0, "peak_bytes": 2.5e9,
            "kl_nats": 0.0213, "held_out_tokens": 4096, "ppl_dense": 10.0, "ppl_pruned": 10.25,
            "top1_agreement": 0.912, "tasks": [task]}  # fmt: skip
     pruned = row | {"way": "pruned", "tokens": 0, "tasks": [task | {"difference": -0.2}]}
