@@ -52,7 +52,7 @@ class Job:
         """Return the folder that a way leads to, made if it is not there, and its facts."""
         name, tokens = way
         out = self.work / f"{name}-{tokens}-{self.ratio}"
-        facts = out.with_suffix(".json")
+        facts = Path(f"{out}.json")
         if not facts.exists():
             found = self._recovered(way, out) if tokens else self._pruned(name, out)
             facts.write_text(json.dumps(found), encoding="utf-8")
