@@ -27,8 +27,9 @@ from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.models.sites import table_shape
 from hfprune_fast.models.spec import ModelSpec
 
-# What a micro-batch should hold to keep the device's matrix unit busy.
-_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
+# What a micro-batch should hold to keep the device's matrix unit busy. Layers narrower than 4096
+# take up to four times as many on a GPU: their products end before the next ones are launched.
+_TOKENS_AT_ONCE, _WIDE = {"cpu": 1024, "cuda": 4096}, 4096
 # What a pass must hold for the work to hide the transfers of a large model's weights to a GPU.
 _HIDING_TOKENS = 16384
 # At most, since only whole passes are saved for a run that is resumed.
@@ -121,7 +122,10 @@ def plan_run(
     estimator = MemoryEstimator(
         spec, device, dtype, seq_len, sequences, free, loaded, criteria, refit, resident_bytes
     )
-    at_once = max(1, min(_TOKENS_AT_ONCE.get(device.type, 4096) // seq_len, sequences))
+    tokens_at_once = _TOKENS_AT_ONCE.get(device.type, 4096)
+    if device.type != "cpu":
+        tokens_at_once *= min(max(1, _WIDE // spec.hidden_size), 4)
+    at_once = max(1, min(tokens_at_once // seq_len, sequences))
     max_batch_size = 1 if parity else run.batch_size or largest or at_once
     exact = run.batch_size is not None
     plans = list(estimator.plans(max_batch_size, exact=exact, offload=run.offload))

@@ -63,6 +63,17 @@ def test_a_large_device_keeps_weights_resident_and_stores() -> None:
     assert chosen.logits_budget_bytes is None
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "tokens"),
+    [(8192, 4096), (4096, 4096), (2048, 8192), (1024, 16384), (576, 16384)],
+)
+def test_a_narrow_model_takes_more_tokens_at_once_on_a_gpu(hidden_size: int, tokens: int) -> None:
+    narrow = dataclasses.replace(LLAMA_8B, hidden_size=hidden_size)
+    assert plan(narrow, "640GiB").batch_size * 1024 == tokens
+    on_cpu = plan(narrow, "640GiB", device=torch.device("cpu"))
+    assert on_cpu.batch_size * 1024 == 1024
+
+
 def test_less_memory_takes_fewer_at_once_then_recomputes_then_streams() -> None:
     chosen = [plan(LLAMA_8B, f"{gib}GiB") for gib in (40, 26, 22, 17, 12, 6)]
     ways = [(p.offload == "none", p.recompute, p.batch_size) for p in chosen]
