@@ -18,7 +18,7 @@ from records import Result, Row, key
 # The first two of these that were measured stand for all shapes of an operation.
 MODELS = ("Llama-3.1-8B", "Llama-2-7B", "Qwen2.5-7B", "Qwen3-0.6B")
 SECTIONS = {
-    "Whole models": ("score", "score_beside_another", "whole_job"),
+    "Whole models": ("score", "score_beside_another", "whole_job", "default_recipe"),
     "Kernels": (
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
         "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "removal_costs",
