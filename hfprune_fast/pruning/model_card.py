@@ -156,9 +156,12 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def training_text(recovery: Mapping[str, Any] | None) -> str:
-    """Say whether a pruned model was trained afterwards, and by what."""
+def training_text(record: Mapping[str, Any]) -> str:
+    """Say whether a pruned model was trained afterwards as a whole, and by what."""
+    recovery = record.get("recovery")
     if recovery is None:
+        if record.get("requested", {}).get("refit") == "reconstruct":
+            return "No training of the whole model followed."
         return "No training followed."
     if not int(recovery["best_step"]):
         return "Training it brought nothing, so its weights are what they were before."
@@ -221,7 +224,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
 # {escaped(base_model.split("/")[-1])}, pruned
 
 MLP neurons were cut out with {by}. {changed}
-{training_text(record.get("recovery"))}
+{training_text(record)}
 
 | | |
 |---|---|

@@ -223,6 +223,11 @@ def _open_and_score(
     """
     if recipe.refits:
         _warn_of_few_tokens(job)
+    if recipe.allocation == "auto" and job.data.sequences < 2:
+        raise ArgumentError(
+            "allocation auto holds a calibration sample out, got 1 in all; give more --samples, or "
+            "--allocation uniform"
+        )
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file if given is None else None, refit=recipe.refit)

@@ -87,7 +87,9 @@ def set_up(
     dtype = loading.dtype_to_run_in(run.dtype, pruned.stored_dtype, device)
     if dtype == torch.float16:
         if run.dtype == "float16":
-            raise ArgumentError("recover trains in bfloat16 or float32, got dtype float16")
+            raise ArgumentError(
+                "recover does not train in float16; choose --dtype bfloat16 or float32"
+            )
         dtype = torch.bfloat16
     spec = pruned.spec
     config, sizes = pruned.transformers_config, (spec.widths, None)
@@ -181,7 +183,7 @@ def _cached(
 
     The model itself is gone then.
     """
-    identity = {"model": dense.fingerprint, "text": data.data.sha256}
+    identity = {"model": dense.fingerprint, "windows": data.data.sha256}
     shape = (*data.ids.shape, dense.spec.hidden_size)
     if setup.processes.rank == 0:
         file = TeacherFile(cache, identity, shape, setup.dtype)

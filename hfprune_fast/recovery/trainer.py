@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hfprune_fast.console import say, token_bar
-from hfprune_fast.errors import NumericsError
+from hfprune_fast.errors import NumericsError, OutputError, one_line
 from hfprune_fast.recovery.data import RecoveryData
 from hfprune_fast.recovery.setup import Setup
 from hfprune_fast.recovery.student import Student
@@ -127,6 +127,15 @@ class RecoveryTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: p.cpu().contiguous() for n, p in self._trained().items()}, folder / _WEIGHTS)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (SafetensorError, RuntimeError) as error:  # which a full disk is to these writers
+            raise OutputError(
+                f"no checkpoint can be written to {self.args.output_dir} ({one_line(error)}); "
+                "make room there"
+            ) from None
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(checkpoint) / _WEIGHTS)

@@ -85,6 +85,24 @@ def test_a_trial_has_something_to_hold_out() -> None:
         trial(batches_of(1, 1))
 
 
+def test_what_a_trial_needs_is_said_before_the_scoring(
+    llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfprune_fast.pruning.oneshot.open_model", None)
+    with pytest.raises(ArgumentError, match="got 1 in all; give more --samples, or --allocation"):
+        hf.oneshot(llama_dir, text_file, tmp_path / "out", prune_ratio=0.5, samples=1, seq_len=16)
+
+
+def test_windows_of_one_token_can_be_compared(
+    llama_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """They have no perplexity, which a choice of the allocation does not need."""
+    made = hf.oneshot(
+        llama_dir, text_file, tmp_path / "out", prune_ratio=0.5, samples=16, seq_len=1, device="cpu"
+    )
+    assert all(nats > 0 for nats in made["allocations_kl_nats"].values())
+
+
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_a_checkpoint_is_refitted_as_it_is_stored(
     offload: str, save_checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
