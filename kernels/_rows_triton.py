@@ -2,8 +2,8 @@
 
 The criteria and their equations are in `_criterion.py`. One pass over a row keeps (max, s, u): when
 the maximum rises by δ, with α = exp(-δ), u ← α (u - δ s) and s ← α s. A second pass makes the
-gradient. For a sample, s is kept per step of BLOCK_V logits, so that between the passes only the
-step in which the running sum crosses t s is read again.
+gradient. For a sample, the sums per lane show in which lane the running sum crosses t s: between
+the passes the logits of that lane alone are read again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_fast.kernels._criterion import Criterion
+from hfprune_fast.kernels._criterion import LANE_WIDTH, LANES, Criterion
 from hfprune_fast.kernels._dispatch import configuration
 from hfprune_fast.kernels._philox import uniform_fp32
 from hfprune_fast.kernels._triton import cdiv, jit, tl
@@ -52,10 +52,9 @@ def _tanh(x):
 
 @jit
 def _add_to_sums(
-    z, start, m, s, u, s_r, CRITERION: tl.constexpr, TEMPERATURE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    z, m, s, u, s_r, CRITERION: tl.constexpr, TEMPERATURE: tl.constexpr
 ):  # fmt: skip
-    """Add logits z to (m, s, u): partial sums per column of z; for fisher, s per step.
+    """Add logits z to (m, s, u): partial sums per column of z.
 
     For self_distillation u is Σ d exp(d / TEMPERATURE), and s_r Σ exp(d / TEMPERATURE).
     """
@@ -74,8 +73,6 @@ def _add_to_sums(
         r = tl.exp(d / TEMPERATURE)
         u = alpha_r * (u + delta * s_r) + tl.where(r == 0, 0.0, d * r)
         s_r = alpha_r * s_r + r
-    if CRITERION == "fisher":
-        e = tl.where(tl.arange(0, s.shape[0]) == start // BLOCK_V, tl.sum(e, axis=0), 0.0)
     s = alpha * s + e
     return m_new, s, u, s_r
 
@@ -83,26 +80,31 @@ def _add_to_sums(
 @jit
 def _sample(
     z_ptr, V, base, s, target,
-    SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, BLOCK_V: tl.constexpr, STEPS: tl.constexpr,
+    SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    LANES: tl.constexpr, LANE_WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Return (y, z_y) for the smallest y with e_0 + … + e_y > target; s holds each step's sum.
+    """Return (y, z_y) of the first y, lane by lane, at which Σ e > target; s: the sums per column.
 
     If rounding moves the crossing past the last entry, y is the last entry with e_y > 0.
     """
-    step = tl.arange(0, STEPS)
-    up_to = tl.sum(tl.where(step[None, :] <= step[:, None], s[None, :], 0.0), axis=1)
-    crossing = tl.min(tl.where((up_to > target) & (s > 0), step, STEPS), axis=0)
-    crossing = tl.minimum(crossing, tl.max(tl.where(s > 0, step, 0), axis=0))
-    target -= tl.sum(tl.where(step < crossing, s, 0.0), axis=0)
-    offs = tl.arange(0, BLOCK_V)
-    z = _load_logits(z_ptr, crossing * BLOCK_V + offs, V, SOFTCAP, LOGIT_SCALE, True)
+    s = tl.reshape(s, [s.shape[0] // (LANES * LANE_WIDTH), LANES, LANE_WIDTH])
+    s = tl.sum(tl.sum(s, axis=2), axis=0)
+    lanes = tl.arange(0, LANES)
+    lane = tl.min(tl.where((tl.cumsum(s, axis=0) > target) & (s > 0), lanes, LANES), axis=0)
+    lane = tl.minimum(lane, tl.max(tl.where(s > 0, lanes, 0), axis=0))
+    target -= tl.sum(tl.where(lanes < lane, s, 0.0), axis=0)
+    size: tl.constexpr = STEPS * LANE_WIDTH
+    nth = tl.arange(0, size)
+    offs = nth // LANE_WIDTH * (LANES * LANE_WIDTH) + lane * LANE_WIDTH + nth % LANE_WIDTH
+    z = _load_logits(z_ptr, offs, V, SOFTCAP, LOGIT_SCALE, True)
     e = tl.exp(z - base)
-    # One reduction over a rank, as two would spill registers: entries that reach the target rank
-    # by position; those that do not come after all of them, the last one first.
-    rank = tl.where(tl.cumsum(e, axis=0) > target, offs, 2 * BLOCK_V - offs)
-    rank = tl.min(tl.where(e > 0, rank, 2 * BLOCK_V), axis=0)
-    offs_y = tl.where(rank < BLOCK_V, rank, 2 * BLOCK_V - rank)
-    return crossing * BLOCK_V + offs_y, tl.max(tl.where(offs == offs_y, z, float("-inf")), axis=0)
+    # Entries that reach the target rank by position; those that do not come after all of them, the
+    # last one first.
+    rank = tl.where(tl.cumsum(e, axis=0) > target, nth, 2 * size - nth)
+    rank = tl.min(tl.where(e > 0, rank, 2 * size), axis=0)
+    nth_y = tl.where(rank < size, rank, 2 * size - rank)
+    y = nth_y // LANE_WIDTH * (LANES * LANE_WIDTH) + lane * LANE_WIDTH + nth_y % LANE_WIDTH
+    return y, tl.max(tl.where(nth == nth_y, z, float("-inf")), axis=0)
 
 
 @jit
@@ -138,7 +140,8 @@ def _rows_kernel(
     z_ptr, grad_ptr, row_scale_ptr, key_ptr, value_ptr, stride_zt, stride_gt, V, seed,
     CRITERION: tl.constexpr, ALPHA: tl.constexpr, TEMPERATURE: tl.constexpr,
     SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
-    WRITE_GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, LANE_WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    WRITE_GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: its value and, with WRITE_GRAD, row_scale times its gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -157,15 +160,15 @@ def _rows_kernel(
         z_y = _load_logits(z_ptr, y, V, SOFTCAP, LOGIT_SCALE, False)
 
     m = -float("inf")
-    s = tl.zeros([STEPS if CRITERION == "fisher" else BLOCK_V], tl.float32)
+    s = tl.zeros([BLOCK_V], tl.float32)
     u = tl.zeros([BLOCK_V], tl.float32)
     s_r = tl.zeros([BLOCK_V], tl.float32)
     for start in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
         z = _load_logits(z_ptr, start + offs_v, V, SOFTCAP, LOGIT_SCALE, False)
-        m, s, u, s_r = _add_to_sums(z, start, m, s, u, s_r, CRITERION, TEMPERATURE, BLOCK_V)
+        m, s, u, s_r = _add_to_sums(z, m, s, u, s_r, CRITERION, TEMPERATURE)
     if whole < V:
         z = _load_logits(z_ptr, whole + offs_v, V, SOFTCAP, LOGIT_SCALE, True)
-        m, s, u, s_r = _add_to_sums(z, whole, m, s, u, s_r, CRITERION, TEMPERATURE, BLOCK_V)
+        m, s, u, s_r = _add_to_sums(z, m, s, u, s_r, CRITERION, TEMPERATURE)
     all_masked = m == float("-inf")
     base = tl.where(all_masked, 0.0, m)
     s_sum = tl.where(all_masked, 1.0, tl.sum(s, axis=0))
@@ -176,7 +179,9 @@ def _rows_kernel(
     else:
         if CRITERION == "fisher":
             target = uniform_fp32(tl.load(key_ptr + row), seed) * s_sum
-            y, z_y = _sample(z_ptr, V, base, s, target, SOFTCAP, LOGIT_SCALE, BLOCK_V, STEPS)
+            y, z_y = _sample(
+                z_ptr, V, base, s, target, SOFTCAP, LOGIT_SCALE, LANES, LANE_WIDTH, STEPS
+            )  # fmt: skip
             unlabelled = all_masked
         else:
             s_sum = tl.where(wrong, float("nan"), s_sum)
@@ -221,7 +226,7 @@ def rows_triton(
     """Launch the kernel, one program a row; values are fp32."""
     values = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     config = configuration(_CONFIGS, logits.device)
-    steps = cdiv(logits.shape[1], config["BLOCK_V"])
+    steps = cdiv(logits.shape[1], LANES * LANE_WIDTH)
     sampled = criterion.name == "fisher"
     _rows_kernel[(logits.shape[0],)](
         logits,
@@ -238,6 +243,8 @@ def rows_triton(
         TEMPERATURE=criterion.temperature,
         SOFTCAP=softcap,
         LOGIT_SCALE=logit_scale,
+        LANES=LANES,
+        LANE_WIDTH=LANE_WIDTH,
         WRITE_GRAD=grad is not None,
         STEPS=1 << (steps - 1).bit_length() if sampled else 1,
         **config,

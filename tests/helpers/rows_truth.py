@@ -22,8 +22,6 @@ class Rows:
     value_bound: Tensor  # (T,) on the error of the value
     grad_bound: Tensor  # (T, V) on that of the gradient, before it is rounded to be stored
     underflow: float  # comes to that whatever the gradient is multiplied by
-    cdf: Tensor  # (T, V) Σ_{k <= i} p_k
-    cdf_bound: Tensor  # (T, 1)
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,6 @@ def _rows(
     return Rows(
         value, logit_scale * made.slope * dz, bound,
         logit_scale * (1.1 * grad_bound + made.underflow), made.underflow,
-        made.p.cumsum(dim=1), 2.2 * made.share,
     )  # fmt: skip
 
 
@@ -214,6 +211,27 @@ def assert_rows(
     bound = scale.double().abs()[:, None] * truth.grad_bound + truth.underflow
     bound = bound + stored(exact.abs() + bound, grad.dtype, backend) + flushed
     assert ((grad - exact).abs() <= share * bound).all()
+
+
+def in_lanes(vocab: int) -> Tensor:
+    """The entries in the order of the draw: 8 neighbours of every 4096, then the next 8 of each."""
+    groups = (start for first in range(0, 4096, 8) for start in range(first, vocab, 4096))
+    return torch.tensor([i for start in groups for i in range(start, min(start + 8, vocab))])
+
+
+def assert_drawn(y: Tensor, logits: Tensor, number: Tensor, **transform: Any) -> None:
+    """The distribution in the order of the draw rises past the row's number at y.
+
+    Rounding may move either edge: p_y and the sums up to it by their shares, which are relative,
+    and the target by that of s.
+    """
+    made, order = softmax_truth(logits, **transform), in_lanes(logits.shape[1]).to(logits.device)
+    up_to = made.p[:, order].cumsum(dim=1)
+    nth = (order == y[:, None]).int().argmax(dim=1, keepdim=True)
+    p_y, edge, u = made.p.gather(1, y[:, None]), up_to.gather(1, nth), number.double()[:, None]
+    assert (p_y > 0).all()
+    assert (edge - p_y <= u + 2.2 * made.share).all()
+    assert (u <= edge + 2.2 * made.share).all()
 
 
 def assert_head(
