@@ -1,0 +1,324 @@
+// A value for each row of logits, and its gradient; compiled once per instruction set.
+//
+// A first pass over the tiles of a row keeps the running maximum m and, in each lane of a vector,
+// s = sum exp(z - m) and the other sums of its criterion; where the maximum rises, the sums are
+// rescaled. A second one, backwards as what was read last is still in the cache, makes the
+// gradient.
+
+#include "tile.h"
+
+namespace hfprune::HFPRUNE_ISA {
+namespace {
+
+// fisher's order of summation: logit i is in lane i / kGroup % kLanes. The lanes follow one
+// another, and in a lane its logits.
+constexpr std::size_t kGroup = 8, kLanes = 512, kPeriod = kGroup * kLanes;
+
+struct Sums {
+  float base = kMasked;           // the maximum, 0 where all is masked
+  float s = 0, u = 0, s_r = 0;    // at least 1 where anything is not masked
+  bool masked = false;
+};
+
+float exp_of(float x) { return exp(all(x))[0]; }
+
+// exp(delta) and delta itself as it may be multiplied: exp is 0 far above the bound.
+float rise(float from, float to) {
+  if (from == kMasked) return 0;
+  const float delta = from - to;
+  return delta < -200 ? -200 : delta;
+}
+
+template <typename AddTile, typename Rescale>
+float each_tile(const RowPass& pass, const void* row, Tile& tile, const Rescale& rescale,
+                const AddTile& add) {
+  float m = kMasked;
+  for (std::size_t first = 0; first < pass.columns; first += kTile) {
+    const float maximum =
+        load_tile(row, pass.logits.type, first, pass.columns, pass.transform, tile);
+    if (maximum > m) {
+      rescale(rise(m, maximum));
+      m = maximum;
+    }
+    add(m == kMasked ? 0 : m, first);
+  }
+  return m;
+}
+
+Sums entropy_sums(const RowPass& pass, const void* row, Tile& tile) {
+  Floats s{}, u{};
+  Sums sums;
+  sums.base = each_tile(
+      pass, row, tile,
+      [&](float delta) {
+        const float alpha = exp_of(delta);
+        u = alpha * (u + delta * s);
+        s = alpha * s;
+      },
+      [&](float base, std::size_t) {
+        Floats tile_s{}, tile_u{};
+        for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
+          const Floats d = larger(all(kLeast), tile.at(i) - base);
+          const Floats e = exp_in_range(d);
+          tile_s += e;
+          tile_u += d * e;
+        }
+        s += tile_s;
+        u += tile_u;
+      });
+  sums.s = sum_of(s);
+  sums.u = sum_of(u);
+  return sums;
+}
+
+Sums label_sums(const RowPass& pass, const void* row, Tile& tile) {
+  Floats s{};
+  Sums sums;
+  sums.base = each_tile(
+      pass, row, tile, [&](float delta) { s = exp_of(delta) * s; },
+      [&](float base, std::size_t) {
+        Floats tile_s{};
+        for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
+          tile_s += exp(tile.at(i) - base);
+        }
+        s += tile_s;
+      });
+  sums.s = sum_of(s);
+  return sums;
+}
+
+// s_r and u are of exp(d / temperature) and d / temperature.
+Sums distillation_sums(const RowPass& pass, const void* row, Tile& tile) {
+  Floats s{}, s_r{}, u{};
+  const float sharpness = 1 / pass.temperature;
+  Sums sums;
+  sums.base = each_tile(
+      pass, row, tile,
+      [&](float delta) {
+        const float of_r = delta * sharpness < -200 ? -200 : delta * sharpness;
+        s = exp_of(delta) * s;
+        u = exp_of(of_r) * (u + of_r * s_r);
+        s_r = exp_of(of_r) * s_r;
+      },
+      [&](float base, std::size_t) {
+        Floats tile_s{}, tile_r{}, tile_u{};
+        for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
+          const Floats d = tile.at(i) - base;
+          const Floats scaled = larger(all(kLeast), d * sharpness);
+          const Floats r = exp_in_range(scaled);
+          tile_s += exp(d);
+          tile_r += r;
+          tile_u += scaled * r;
+        }
+        s += tile_s;
+        s_r += tile_r;
+        u += tile_u;
+      });
+  sums.s = sum_of(s);
+  sums.s_r = sum_of(s_r);
+  sums.u = sum_of(u);
+  return sums;
+}
+
+// The transformed logit at one place of a row.
+float logit_at(const RowPass& pass, const void* row, std::size_t column) {
+  Tile one;
+  load_tile(row, pass.logits.type, column, column + 1, pass.transform, one);
+  return one.z[0];
+}
+
+// A row's label: where the gradient of its term is, and whether it counts.
+struct Label {
+  std::size_t y = 0;
+  bool counts = true, wrong = false;
+};
+
+Label label_of(const RowPass& pass, std::size_t index) {
+  const std::int64_t y = pass.label[index];
+  if (y == -100) return {0, false, false};  // torch's ignore_index
+  const bool wrong = y < 0 || static_cast<std::size_t>(y) >= pass.columns;
+  return {wrong ? 0 : static_cast<std::size_t>(y), true, wrong};
+}
+
+class Row {
+ public:
+  Row(const RowPass& pass, std::size_t index, Tile& tile)
+      : pass_(pass), tile_(tile), index_(index),
+        row_(element(static_cast<const void*>(pass.logits.data),
+                     static_cast<std::ptrdiff_t>(index) * pass.logits.stride, pass.logits.type)) {}
+
+  void run() {
+    if (pass_.criterion == Criterion::entropy) {
+      run_entropy();
+    } else {
+      run_labelled();
+    }
+  }
+
+ private:
+  void run_entropy() {
+    Sums sums = finished(entropy_sums(pass_, row_, tile_));
+    const float centre = sums.u / sums.s;
+    pass_.values[index_] = __builtin_logf(sums.s) - centre;
+    if (pass_.grad.data == nullptr) return;
+    if (pass_.row_scale[index_] == 0) return write_zeros();
+    const float factor = -pass_.transform.scale * pass_.row_scale[index_] / sums.s;
+    each_tile_back([&](std::size_t, Floats z) {
+      const Floats d = larger(all(kLeast), z - sums.base);
+      return exp_in_range(d) * factor * (d - centre);
+    });
+  }
+
+  void run_labelled() {
+    const bool distils = pass_.criterion == Criterion::self_distillation;
+    Label label;
+    Sums sums;
+    float z_y = 0;
+    if (pass_.criterion == Criterion::fisher) {
+      sums = draw(label, z_y);
+    } else {
+      label = label_of(pass_, index_);
+      z_y = logit_at(pass_, row_, label.y);
+      sums = finished(distils ? distillation_sums(pass_, row_, tile_)
+                              : label_sums(pass_, row_, tile_));
+      if (label.wrong) sums.s = __builtin_nanf("");
+    }
+    const float alpha = distils ? pass_.alpha : 0;
+    float value = __builtin_logf(sums.s) - (z_y - sums.base);
+    if (distils) {
+      const float divergence =
+          __builtin_logf(sums.s / sums.s_r) + (1 - pass_.temperature) * (sums.u / sums.s_r);
+      value = (1 - alpha) * value + alpha * divergence;
+    }
+    pass_.values[index_] = label.counts ? value : 0;
+    if (pass_.grad.data == nullptr) return;
+    if (pass_.row_scale[index_] == 0 || !label.counts) return write_zeros();
+    write_labelled(sums, label.y, z_y, alpha);
+  }
+
+  void write_labelled(const Sums& sums, std::size_t y, float z_y, float alpha) {
+    const float factor = pass_.transform.scale * pass_.row_scale[index_] / sums.s;
+    const float r_share = alpha == 0 ? 0 : alpha * sums.s / sums.s_r;
+    const float sharpness = 1 / pass_.temperature;
+    if (alpha == 0) {
+      each_tile_back([&](std::size_t, Floats z) { return exp(z - sums.base) * factor; });
+    } else {
+      each_tile_back([&](std::size_t, Floats z) {
+        const Floats d = z - sums.base;
+        return (exp(d) - r_share * exp(d * sharpness)) * factor;
+      });
+    }
+    // The entry of the label again, from a tile of one.
+    tile_.z[0] = z_y;
+    tile_.count = 1;
+    for (std::size_t i = 1; i < kWidth; ++i) tile_.z[i] = kMasked;
+    const float label_share = (1 - alpha) * sums.s;
+    store_gradient(tile_, pass_.transform.softcap, pass_.grad, grad_row(), y,
+                   [&](std::size_t, Floats z) {
+                     const Floats d = z - sums.base;
+                     const Floats e = exp(d) - r_share * exp(d * sharpness);
+                     return (e - label_share) * factor;
+                   });
+  }
+
+  template <typename Gradient>
+  void each_tile_back(const Gradient& gradient) {
+    const std::size_t tiles = (pass_.columns + kTile - 1) / kTile;
+    for (std::size_t t = tiles; t-- > 0;) {
+      // The last one is still there.
+      if (t + 1 < tiles || pass_.criterion == Criterion::fisher) {
+        load_tile(row_, pass_.logits.type, t * kTile, pass_.columns, pass_.transform, tile_);
+      }
+      store_gradient(tile_, pass_.transform.softcap, pass_.grad, grad_row(), t * kTile, gradient);
+    }
+  }
+
+  Sums draw(Label& label, float& z_y);
+
+  // A row of -inf has base 0 and s 1; NaN stays.
+  static Sums finished(Sums sums) {
+    sums.masked = sums.base == kMasked && sums.s == 0;
+    if (sums.base == kMasked) sums.base = 0;
+    if (sums.masked) sums.s = sums.s_r = 1;
+    return sums;
+  }
+
+  void* grad_row() const {
+    return element(pass_.grad.data, static_cast<std::ptrdiff_t>(index_) * pass_.grad.stride,
+                   pass_.grad.type);
+  }
+  void write_zeros() { store_zeros(pass_.grad, grad_row(), pass_.columns); }
+
+  const RowPass& pass_;
+  Tile& tile_;
+  std::size_t index_;
+  const void* row_;
+};
+
+Sums Row::draw(Label& label, float& z_y) {
+  // The sum of each place in a period; kGroup of them are a lane.
+  alignas(64) float places[kPeriod] = {};
+  const auto place = [&](std::size_t i) { return reinterpret_cast<Float32*>(places + i); };
+  Sums sums;
+  sums.base = each_tile(
+      pass_, row_, tile_,
+      [&](float delta) {
+        const float alpha = exp_of(delta);
+        for (std::size_t i = 0; i < kPeriod; i += kWidth) store(place(i), alpha * load(place(i)));
+      },
+      [&](float base, std::size_t first) {
+        const std::size_t start = first % kPeriod;
+        for (std::size_t i = 0; i < tile_.vectors_end(); i += kWidth) {
+          store(place(start + i), load(place(start + i)) + exp(tile_.at(i) - base));
+        }
+      });
+  float lanes[kLanes];
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    lanes[lane] = 0;
+    for (std::size_t i = 0; i < kGroup; ++i) lanes[lane] += places[lane * kGroup + i];
+    sums.s += lanes[lane];
+  }
+  sums = finished(sums);
+  label.counts = !sums.masked;
+  if (sums.masked) return sums;
+
+  const float target = pass_.uniform[index_] * sums.s;
+  float before = 0;
+  std::size_t crossing = kLanes, last = 0;
+  for (std::size_t lane = 0; lane < kLanes && crossing == kLanes; ++lane) {
+    if (lanes[lane] > 0) last = lane;
+    if (lanes[lane] > 0 && before + lanes[lane] > target) {
+      crossing = lane;
+    } else {
+      before += lanes[lane];
+    }
+  }
+  if (crossing == kLanes) {  // rounding, or NaN
+    crossing = last;
+    before = __builtin_inff();
+  }
+  bool found = false;
+  float sum = 0;
+  for (std::size_t group = crossing * kGroup; group < pass_.columns && !found; group += kPeriod) {
+    const std::size_t end = group + kGroup < pass_.columns ? group + kGroup : pass_.columns;
+    load_tile(row_, pass_.logits.type, group, end, pass_.transform, tile_);
+    for (std::size_t i = 0; i < end - group && !found; ++i) {
+      const float e = exp_of(tile_.z[i] - sums.base);
+      if (e == 0) continue;
+      label.y = group + i;  // the last one possible, where rounding hides the crossing
+      z_y = tile_.z[i];
+      sum += e;
+      found = before < target && before + sum > target;
+    }
+  }
+  return sums;
+}
+
+}  // namespace
+
+void row_pass(const RowPass& pass, std::size_t first, std::size_t end) {
+  Tile tile;
+  for (std::size_t index = first; index < end; ++index) Row(pass, index, tile).run();
+}
+
+}  // namespace hfprune::HFPRUNE_ISA
