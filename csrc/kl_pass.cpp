@@ -2,7 +2,7 @@
 // instruction set.
 //
 // A first pass keeps the running maximum m and, in each lane of a vector, s = sum exp(z - m) of both
-// rows; a second one, backwards, makes the value and the gradient.
+// rows, in units of 2^24; a second one, backwards, makes the value and the gradient.
 
 #include "tile.h"
 
@@ -14,19 +14,21 @@ class Normaliser {
  public:
   void add(const Tile& tile, float maximum) {
     if (maximum > m_) {
-      s_ = exp(all(m_ - maximum))[0] * s_;
+      s_ = exp(all(m_ - maximum)) * s_;
       m_ = maximum;
     }
     const float base = m_ == kMasked ? 0 : m_;
     Floats sum{};
-    for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) sum += exp(tile.at(i) - base);
+    for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
+      sum += exp_scaled(bounded(tile.at(i) - base));
+    }
     s_ += sum;
   }
 
   // NaN is not masked.
   bool masked() const { return m_ == kMasked && sum_of(s_) == 0; }
   float base() const { return m_ == kMasked ? 0 : m_; }
-  float sum() const { return masked() ? 1 : sum_of(s_); }
+  float sum() const { return masked() ? 1 : sum_of(s_) * kExpUnit; }
 
  private:
   float m_ = kMasked;
@@ -65,16 +67,19 @@ class Pair {
       load_z(t * kTile, z_tile);
       load_y(t * kTile, y_tile);
       Floats tile_value{};
-      const auto gradient = [&](std::size_t i, Floats z) {
-        const Floats z_d = z - z_base, y_d = y_tile.at(i) - y_base;
+      const float* y = y_tile.z;
+      const auto gradient = [=, &tile_value](std::size_t i, Floats z) {
+        const Floats z_d = z - z_base;
+        const Floats y_d = load(reinterpret_cast<const Float32*>(y + i)) - y_base;
         const Floats p = exp(y_d) * y_inverse;
         const Floats difference = exp(z_d) * z_inverse - p;
         const Floats log_ratio = (y_d - z_d) + log_ratio_of_sums;
         // An entry of p = 0 adds nothing, also where -inf - -inf makes its ratio NaN.
-        tile_value += (p == 0.0f ? Floats{} : p * log_ratio) + difference;
+        tile_value += (p == 0.0f ? difference : fma(p, log_ratio, difference));
         return no_gradient ? Floats{} : difference * factor;
       };
-      store_gradient(z_tile, pass_.transform.softcap, pass_.grad, grad_row_, t * kTile, gradient);
+      store_gradient(z_tile, pass_.transform.softcap, pass_.grad, grad_row_, t * kTile, false,
+                     gradient);
       value += tile_value;
     }
     pass_.values[index_] = no_teacher ? 0 : sum_of(value);

@@ -1,9 +1,9 @@
 // A value for each row of logits, and its gradient; compiled once per instruction set.
 //
 // A first pass over the tiles of a row keeps the running maximum m and, in each lane of a vector,
-// s = sum exp(z - m) and the other sums of its criterion; where the maximum rises, the sums are
-// rescaled. A second one, backwards as what was read last is still in the cache, makes the
-// gradient.
+// s = sum exp(z - m) and the other sums of its criterion, in units of 2^24; where the maximum rises,
+// the sums are rescaled. A second one, backwards as what was read last is still in the cache, makes
+// the gradient.
 
 #include "tile.h"
 
@@ -15,19 +15,25 @@ namespace {
 constexpr std::size_t kGroup = 8, kLanes = 512, kPeriod = kGroup * kLanes;
 
 struct Sums {
-  float base = kMasked;           // the maximum, 0 where all is masked
-  float s = 0, u = 0, s_r = 0;    // at least 1 where anything is not masked
+  float base = kMasked;         // the maximum, 0 where all is masked
+  float s = 0, u = 0, s_r = 0;  // s and s_r at least 1
   bool masked = false;
 };
 
+// By how much the maximum rises, at most kRise: exp of minus that is 0.
+constexpr float kRise = 200;
+
 float exp_of(float x) { return exp(all(x))[0]; }
 
-// exp(delta) and delta itself as it may be multiplied: exp is 0 far above the bound.
-float rise(float from, float to) {
-  if (from == kMasked) return 0;
-  const float delta = from - to;
-  return delta < -200 ? -200 : delta;
-}
+struct Rescaling {
+  float delta, factor;  // m - m', exp(delta)
+
+  Rescaling(float from, float to, float sharpness = 1) {
+    const float exact = (from - to) * sharpness;
+    delta = from == kMasked ? 0 : exact < -kRise ? -kRise : exact;
+    factor = from == kMasked ? 0 : exp_of(delta);  // of sums of nothing
+  }
+};
 
 template <typename AddTile, typename Rescale>
 float each_tile(const RowPass& pass, const void* row, Tile& tile, const Rescale& rescale,
@@ -37,7 +43,7 @@ float each_tile(const RowPass& pass, const void* row, Tile& tile, const Rescale&
     const float maximum =
         load_tile(row, pass.logits.type, first, pass.columns, pass.transform, tile);
     if (maximum > m) {
-      rescale(rise(m, maximum));
+      rescale(m, maximum);
       m = maximum;
     }
     add(m == kMasked ? 0 : m, first);
@@ -50,18 +56,18 @@ Sums entropy_sums(const RowPass& pass, const void* row, Tile& tile) {
   Sums sums;
   sums.base = each_tile(
       pass, row, tile,
-      [&](float delta) {
-        const float alpha = exp_of(delta);
-        u = alpha * (u + delta * s);
-        s = alpha * s;
+      [&](float from, float to) {
+        const Rescaling alpha(from, to);
+        u = alpha.factor * (u + alpha.delta * s);
+        s = alpha.factor * s;
       },
       [&](float base, std::size_t) {
         Floats tile_s{}, tile_u{};
         for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
-          const Floats d = larger(all(kLeast), tile.at(i) - base);
-          const Floats e = exp_in_range(d);
+          const Floats d = bounded(tile.at(i) - base);
+          const Floats e = exp_scaled(d);
           tile_s += e;
-          tile_u += d * e;
+          tile_u = fma(d, e, tile_u);
         }
         s += tile_s;
         u += tile_u;
@@ -75,11 +81,11 @@ Sums label_sums(const RowPass& pass, const void* row, Tile& tile) {
   Floats s{};
   Sums sums;
   sums.base = each_tile(
-      pass, row, tile, [&](float delta) { s = exp_of(delta) * s; },
+      pass, row, tile, [&](float from, float to) { s = Rescaling(from, to).factor * s; },
       [&](float base, std::size_t) {
         Floats tile_s{};
         for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
-          tile_s += exp(tile.at(i) - base);
+          tile_s += exp_scaled(bounded(tile.at(i) - base));
         }
         s += tile_s;
       });
@@ -94,21 +100,21 @@ Sums distillation_sums(const RowPass& pass, const void* row, Tile& tile) {
   Sums sums;
   sums.base = each_tile(
       pass, row, tile,
-      [&](float delta) {
-        const float of_r = delta * sharpness < -200 ? -200 : delta * sharpness;
-        s = exp_of(delta) * s;
-        u = exp_of(of_r) * (u + of_r * s_r);
-        s_r = exp_of(of_r) * s_r;
+      [&](float from, float to) {
+        const Rescaling alpha(from, to, sharpness);
+        s = Rescaling(from, to).factor * s;
+        u = alpha.factor * (u + alpha.delta * s_r);
+        s_r = alpha.factor * s_r;
       },
       [&](float base, std::size_t) {
         Floats tile_s{}, tile_r{}, tile_u{};
         for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
           const Floats d = tile.at(i) - base;
-          const Floats scaled = larger(all(kLeast), d * sharpness);
-          const Floats r = exp_in_range(scaled);
-          tile_s += exp(d);
+          const Floats scaled = bounded(d * sharpness);
+          const Floats r = exp_scaled(scaled);
+          tile_s += exp_scaled(bounded(d));
           tile_r += r;
-          tile_u += scaled * r;
+          tile_u = fma(scaled, r, tile_u);
         }
         s += tile_s;
         s_r += tile_r;
@@ -163,9 +169,11 @@ class Row {
     if (pass_.grad.data == nullptr) return;
     if (pass_.row_scale[index_] == 0) return write_zeros();
     const float factor = -pass_.transform.scale * pass_.row_scale[index_] / sums.s;
-    each_tile_back([&](std::size_t, Floats z) {
-      const Floats d = larger(all(kLeast), z - sums.base);
-      return exp_in_range(d) * factor * (d - centre);
+    const float base = sums.base;
+    const bool finite = __builtin_isfinite(factor) && __builtin_isfinite(centre);
+    each_tile_back(finite, [=](std::size_t, Floats z) {
+      const Floats d = bounded(z - base);
+      return exp_scaled(d) * factor * fma(d, kExpUnit, -centre * kExpUnit);
     });
   }
 
@@ -199,12 +207,13 @@ class Row {
   void write_labelled(const Sums& sums, std::size_t y, float z_y, float alpha) {
     const float factor = pass_.transform.scale * pass_.row_scale[index_] / sums.s;
     const float r_share = alpha == 0 ? 0 : alpha * sums.s / sums.s_r;
-    const float sharpness = 1 / pass_.temperature;
+    const float sharpness = 1 / pass_.temperature, base = sums.base;
+    const bool finite = __builtin_isfinite(factor) && __builtin_isfinite(r_share);
     if (alpha == 0) {
-      each_tile_back([&](std::size_t, Floats z) { return exp(z - sums.base) * factor; });
+      each_tile_back(finite, [=](std::size_t, Floats z) { return exp(z - base) * factor; });
     } else {
-      each_tile_back([&](std::size_t, Floats z) {
-        const Floats d = z - sums.base;
+      each_tile_back(finite, [=](std::size_t, Floats z) {
+        const Floats d = z - base;
         return (exp(d) - r_share * exp(d * sharpness)) * factor;
       });
     }
@@ -213,33 +222,36 @@ class Row {
     tile_.count = 1;
     for (std::size_t i = 1; i < kWidth; ++i) tile_.z[i] = kMasked;
     const float label_share = (1 - alpha) * sums.s;
-    store_gradient(tile_, pass_.transform.softcap, pass_.grad, grad_row(), y,
-                   [&](std::size_t, Floats z) {
-                     const Floats d = z - sums.base;
+    store_gradient(tile_, pass_.transform.softcap, pass_.grad, grad_row(), y, false,
+                   [=](std::size_t, Floats z) {
+                     const Floats d = z - base;
                      const Floats e = exp(d) - r_share * exp(d * sharpness);
                      return (e - label_share) * factor;
                    });
   }
 
   template <typename Gradient>
-  void each_tile_back(const Gradient& gradient) {
+  void each_tile_back(bool finite, const Gradient& gradient) {
     const std::size_t tiles = (pass_.columns + kTile - 1) / kTile;
     for (std::size_t t = tiles; t-- > 0;) {
       // The last one is still there.
       if (t + 1 < tiles || pass_.criterion == Criterion::fisher) {
         load_tile(row_, pass_.logits.type, t * kTile, pass_.columns, pass_.transform, tile_);
       }
-      store_gradient(tile_, pass_.transform.softcap, pass_.grad, grad_row(), t * kTile, gradient);
+      store_gradient(tile_, pass_.transform.softcap, pass_.grad, grad_row(), t * kTile, finite,
+                     gradient);
     }
   }
 
   Sums draw(Label& label, float& z_y);
 
-  // A row of -inf has base 0 and s 1; NaN stays.
+  // Takes the unit out; a row of -inf has base 0 and s 1; NaN stays.
   static Sums finished(Sums sums) {
     sums.masked = sums.base == kMasked && sums.s == 0;
     if (sums.base == kMasked) sums.base = 0;
-    if (sums.masked) sums.s = sums.s_r = 1;
+    sums.s = sums.masked ? 1 : sums.s * kExpUnit;
+    sums.s_r = sums.masked ? 1 : sums.s_r * kExpUnit;
+    sums.u *= kExpUnit;
     return sums;
   }
 
@@ -262,14 +274,15 @@ Sums Row::draw(Label& label, float& z_y) {
   Sums sums;
   sums.base = each_tile(
       pass_, row_, tile_,
-      [&](float delta) {
-        const float alpha = exp_of(delta);
+      [&](float from, float to) {
+        const float alpha = Rescaling(from, to).factor;
         for (std::size_t i = 0; i < kPeriod; i += kWidth) store(place(i), alpha * load(place(i)));
       },
       [&](float base, std::size_t first) {
         const std::size_t start = first % kPeriod;
         for (std::size_t i = 0; i < tile_.vectors_end(); i += kWidth) {
-          store(place(start + i), load(place(start + i)) + exp(tile_.at(i) - base));
+          const Floats e = exp_scaled(bounded(tile_.at(i) - base));
+          store(place(start + i), load(place(start + i)) + e);
         }
       });
   float lanes[kLanes];
@@ -278,11 +291,10 @@ Sums Row::draw(Label& label, float& z_y) {
     for (std::size_t i = 0; i < kGroup; ++i) lanes[lane] += places[lane * kGroup + i];
     sums.s += lanes[lane];
   }
+  const float target = pass_.uniform[index_] * sums.s;  // in units of 2^24, as the lanes are
   sums = finished(sums);
   label.counts = !sums.masked;
   if (sums.masked) return sums;
-
-  const float target = pass_.uniform[index_] * sums.s;
   float before = 0;
   std::size_t crossing = kLanes, last = 0;
   for (std::size_t lane = 0; lane < kLanes && crossing == kLanes; ++lane) {
@@ -303,7 +315,7 @@ Sums Row::draw(Label& label, float& z_y) {
     const std::size_t end = group + kGroup < pass_.columns ? group + kGroup : pass_.columns;
     load_tile(row_, pass_.logits.type, group, end, pass_.transform, tile_);
     for (std::size_t i = 0; i < end - group && !found; ++i) {
-      const float e = exp_of(tile_.z[i] - sums.base);
+      const float e = exp_scaled(bounded(all(tile_.z[i] - sums.base)))[0];
       if (e == 0) continue;
       label.y = group + i;  // the last one possible, where rounding hides the crossing
       z_y = tile_.z[i];

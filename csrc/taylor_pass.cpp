@@ -61,9 +61,9 @@ inline void add_token(const Pointers<T>& p, std::size_t at, std::size_t count, T
   }
   const Floats x = g * a;
   sums.l1 += magnitude(x);
-  sums.l2 += x * x;
+  sums.l2 = fma(x, x, sums.l2);
   sums.x += x;
-  sums.act += a * a;
+  sums.act = fma(a, a, sums.act);
 }
 
 inline void add_to(float* sums, Floats terms) {

@@ -19,29 +19,34 @@ struct Tile {
 };
 
 // Copies logits to a tile in fp32 and returns their maximum, kMasked at least; NaN may be left out.
-template <typename T>
+template <bool scaled, typename T>
 float load_plain(const T* from, std::size_t count, float scale, Tile& tile) {
+  const auto transformed = [scale](Floats z) { return scaled ? z * scale : z; };
   tile.count = count;
   Floats first = all(kMasked), second = first;
   std::size_t i = 0;
   for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
-    const Floats a = load(from + i) * scale, b = load(from + i + kWidth) * scale;
+    const Floats a = transformed(load(from + i)), b = transformed(load(from + i + kWidth));
     tile.put(i, a);
     tile.put(i + kWidth, b);
     first = larger(a, first);
     second = larger(b, second);
   }
-  for (; i + kWidth <= count; i += kWidth) {
-    const Floats a = load(from + i) * scale;
-    tile.put(i, a);
-    first = larger(a, first);
-  }
-  if (i < count) {
-    const Floats a = load_part(from + i, count - i, kMasked) * scale;
+  for (; i < count; i += kWidth) {
+    const std::size_t left = count - i;
+    const Floats a =
+        transformed(left < kWidth ? load_part(from + i, left, kMasked) : load(from + i));
     tile.put(i, a);
     first = larger(a, first);
   }
   return maximum_of(larger(first, second));
+}
+
+template <typename T>
+float load_scaled(const void* from, std::size_t count, float scale, Tile& tile) {
+  const T* items = static_cast<const T*>(from);
+  return scale == 1 ? load_plain<false>(items, count, scale, tile)
+                    : load_plain<true>(items, count, scale, tile);
 }
 
 inline float cap(Tile& tile, float softcap) {
@@ -70,44 +75,62 @@ inline float load_tile(const void* row, Type type, std::size_t first, std::size_
   const void* from = element(row, static_cast<std::ptrdiff_t>(first), type);
   float maximum = 0;
   if (type == Type::float32) {
-    maximum = load_plain(static_cast<const Float32*>(from), count, transform.scale, tile);
+    maximum = load_scaled<Float32>(from, count, transform.scale, tile);
   } else if (type == Type::bfloat16) {
-    maximum = load_plain(static_cast<const BFloat16*>(from), count, transform.scale, tile);
+    maximum = load_scaled<BFloat16>(from, count, transform.scale, tile);
   } else {
-    maximum = load_plain(static_cast<const Float16*>(from), count, transform.scale, tile);
+    maximum = load_scaled<Float16>(from, count, transform.scale, tile);
   }
   return transform.softcap == 0 ? maximum : cap(tile, transform.softcap);
 }
 
-// Writes the result of gradient(z) for each transformed logit z of a tile, times the slope of the
-// transform but for its scale; a masked logit has none.
-template <typename G, typename Gradient>
-void store_gradient(const Tile& tile, float softcap, G* to, const Gradient& gradient) {
+// What a gradient by transformed logits is multiplied by to be one by logits, but for the scale;
+// guarded, a masked logit has none, also where the gradient is infinite or NaN.
+template <bool guarded>
+inline Floats through_transform(Floats gradient, Floats z, float inverse_softcap) {
+  if (!guarded) return gradient;
+  const Floats share = z * inverse_softcap;
+  return z == kMasked ? Floats{} : gradient * (1.0f - share * share);
+}
+
+// Writes gradient(i, z) of each transformed logit z of a tile. The function is a copy, so that what
+// it holds can stay in registers.
+template <bool guarded, typename G, typename Gradient>
+void store_each(const Tile& tile, float softcap, G* to, Gradient gradient) {
   const float inverse = softcap == 0 ? 0 : 1 / softcap;
-  for (std::size_t i = 0; i < tile.vectors_end(); i += kWidth) {
+  const std::size_t count = tile.count;
+  std::size_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
     const Floats z = tile.at(i);
-    const Floats share = z * inverse;
-    Floats result = gradient(i, z);
-    if (softcap != 0) result = result * (1.0f - share * share);
-    result = z == kMasked ? Floats{} : result;
-    if (i + kWidth <= tile.count) {
-      store(to + i, result);
-    } else {
-      store_part(to + i, result, tile.count - i);
-    }
+    store(to + i, through_transform<guarded>(gradient(i, z), z, inverse));
+  }
+  if (i < count) {
+    const Floats z = tile.at(i);
+    store_part(to + i, through_transform<guarded>(gradient(i, z), z, inverse), count - i);
   }
 }
 
+template <bool guarded, typename Gradient>
+void store_typed(const Tile& tile, float softcap, const Rows& grad, void* to,
+                 const Gradient& gradient) {
+  if (grad.type == Type::float32) {
+    store_each<guarded>(tile, softcap, static_cast<Float32*>(to), gradient);
+  } else if (grad.type == Type::bfloat16) {
+    store_each<guarded>(tile, softcap, static_cast<BFloat16*>(to), gradient);
+  } else {
+    store_each<guarded>(tile, softcap, static_cast<Float16*>(to), gradient);
+  }
+}
+
+// Of the tile that starts at `first` of a row. `finite`: gradient is 0 at a masked logit itself.
 template <typename Gradient>
 void store_gradient(const Tile& tile, float softcap, const Rows& grad, void* row, std::size_t first,
-                    const Gradient& gradient) {
+                    bool finite, const Gradient& gradient) {
   void* to = element(row, static_cast<std::ptrdiff_t>(first), grad.type);
-  if (grad.type == Type::float32) {
-    store_gradient(tile, softcap, static_cast<Float32*>(to), gradient);
-  } else if (grad.type == Type::bfloat16) {
-    store_gradient(tile, softcap, static_cast<BFloat16*>(to), gradient);
+  if (finite && softcap == 0) {
+    store_typed<false>(tile, softcap, grad, to, gradient);
   } else {
-    store_gradient(tile, softcap, static_cast<Float16*>(to), gradient);
+    store_typed<true>(tile, softcap, grad, to, gradient);
   }
 }
 
