@@ -48,45 +48,76 @@ struct Part {
   static void write(T* to, Floats x, std::size_t count) { store_part(to, x, count); }
 };
 
-template <Activation activation, typename Access, typename T>
-inline void add_token(const Pointers<T>& p, std::size_t at, std::size_t count, Terms& sums) {
-  const Floats g = Access::read(p.grad + at, count);
-  Floats a = Access::read(p.gate + at, count);
-  if constexpr (activation != Activation::none) {
-    const Floats up = Access::read(p.up + at, count);
-    const ValueAndSlope f = value_and_slope<activation>(a);
-    Access::write(p.d_gate + at, f.slope * g * up, count);
-    Access::write(p.d_up + at, f.value * g, count);
-    a = f.value * up;
+// act_fn(gate) and its slope of some tokens, of a part of a strip.
+struct Activated {
+  static constexpr std::size_t columns = 256;
+  alignas(64) float value[kTogether][columns], slope[kTogether][columns];
+};
+
+inline Float32* vector_at(float* values) { return reinterpret_cast<Float32*>(values); }
+
+// The vectors of a tensor's row: each(at, access, count of numbers).
+template <typename T, typename Each>
+inline void each_vector(std::size_t begin, std::size_t end, Each each) {
+  std::size_t at = begin;
+  for (; at + kWidth <= end; at += kWidth) each(at, Whole<T>{}, kWidth);
+  if (at < end) each(at, Part<T>{}, end - at);
+}
+
+template <Activation activation, std::size_t together, typename T>
+inline void activate(const Pointers<T>* tokens, std::size_t begin, std::size_t end,
+                     Activated& activated) {
+  for (std::size_t k = 0; k < together; ++k) {
+    each_vector<T>(begin, end, [&, k](std::size_t at, auto access, std::size_t count) {
+      const auto f = value_and_slope<activation>(access.read(tokens[k].gate + at, count));
+      store(vector_at(activated.value[k] + at - begin), f.value);
+      store(vector_at(activated.slope[k] + at - begin), f.slope);
+    });
   }
-  const Floats x = g * a;
-  sums.l1 += magnitude(x);
-  sums.l2 = fma(x, x, sums.l2);
-  sums.x += x;
-  sums.act = fma(a, a, sums.act);
 }
 
 inline void add_to(float* sums, Floats terms) {
-  Float32* at = reinterpret_cast<Float32*>(sums);
-  store(at, load(at) + terms);
+  store(vector_at(sums), load(vector_at(sums)) + terms);
 }
 
-// Adds up to kTogether tokens to the sums of a strip.
+// Adds tokens to the sums of a strip. The activation has a loop of its own: in one with the rest, so
+// long a chain of instructions a vector would leave the CPU waiting.
 template <Activation activation, std::size_t together, typename T>
 void add_tokens(const Pointers<T>* tokens, std::size_t width, StripSums<float>& sums) {
-  const auto add = [&](std::size_t at, auto access, std::size_t count) {
-    Terms terms;
-    for (std::size_t k = 0; k < together; ++k) {
-      add_token<activation, decltype(access)>(tokens[k], at, count, terms);
-    }
-    add_to(sums.l1 + at, terms.l1);
-    add_to(sums.l2 + at, terms.l2);
-    add_to(sums.x + at, terms.x);
-    add_to(sums.act + at, terms.act);
-  };
-  std::size_t at = 0;
-  for (; at + kWidth <= width; at += kWidth) add(at, Whole<T>{}, kWidth);
-  if (at < width) add(at, Part<T>{}, width - at);
+  constexpr bool gated = activation != Activation::none;
+  Activated activated;
+  for (std::size_t begin = 0; begin < width; begin += Activated::columns) {
+    const std::size_t end =
+        width - begin < Activated::columns ? width : begin + Activated::columns;
+    if constexpr (gated) activate<activation, together>(tokens, begin, end, activated);
+    each_vector<T>(begin, end, [&](std::size_t at, auto access, std::size_t count) {
+      Terms terms;
+      for (std::size_t k = 0; k < together; ++k) {
+        const Pointers<T>& p = tokens[k];
+        const Floats g = access.read(p.grad + at, count);
+        Floats a{};
+        if constexpr (gated) {
+          const Floats up = access.read(p.up + at, count);
+          const Floats value = load(vector_at(activated.value[k] + at - begin));
+          const Floats slope = load(vector_at(activated.slope[k] + at - begin));
+          access.write(p.d_gate + at, slope * g * up, count);
+          access.write(p.d_up + at, value * g, count);
+          a = value * up;
+        } else {
+          a = access.read(p.gate + at, count);
+        }
+        const Floats x = g * a;
+        terms.l1 += magnitude(x);
+        terms.l2 = fma(x, x, terms.l2);
+        terms.x += x;
+        terms.act = fma(a, a, terms.act);
+      }
+      add_to(sums.l1 + at, terms.l1);
+      add_to(sums.l2 + at, terms.l2);
+      add_to(sums.x + at, terms.x);
+      add_to(sums.act + at, terms.act);
+    });
+  }
 }
 
 template <Activation activation, typename T>

@@ -93,25 +93,24 @@ inline Floats through_transform(Floats gradient, Floats z, float inverse_softcap
   return z == kMasked ? Floats{} : gradient * (1.0f - share * share);
 }
 
-// Writes gradient(i, z) of each transformed logit z of a tile. The function is a copy, so that what
-// it holds can stay in registers.
+// Replaces each transformed logit z of a tile by gradient(i, z), and writes the tile to a row. Two
+// loops: in one, so long a chain of instructions a vector would leave the CPU waiting. The function
+// is a copy, so that what it holds can stay in registers.
 template <bool guarded, typename G, typename Gradient>
-void store_each(const Tile& tile, float softcap, G* to, Gradient gradient) {
+void store_each(Tile& tile, float softcap, G* to, Gradient gradient) {
   const float inverse = softcap == 0 ? 0 : 1 / softcap;
-  const std::size_t count = tile.count;
+  const std::size_t count = tile.count, end = tile.vectors_end();
+  for (std::size_t i = 0; i < end; i += kWidth) {
+    const Floats z = tile.at(i);
+    tile.put(i, through_transform<guarded>(gradient(i, z), z, inverse));
+  }
   std::size_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    const Floats z = tile.at(i);
-    store(to + i, through_transform<guarded>(gradient(i, z), z, inverse));
-  }
-  if (i < count) {
-    const Floats z = tile.at(i);
-    store_part(to + i, through_transform<guarded>(gradient(i, z), z, inverse), count - i);
-  }
+  for (; i + kWidth <= count; i += kWidth) store(to + i, tile.at(i));
+  if (i < count) store_part(to + i, tile.at(i), count - i);
 }
 
 template <bool guarded, typename Gradient>
-void store_typed(const Tile& tile, float softcap, const Rows& grad, void* to,
+void store_typed(Tile& tile, float softcap, const Rows& grad, void* to,
                  const Gradient& gradient) {
   if (grad.type == Type::float32) {
     store_each<guarded>(tile, softcap, static_cast<Float32*>(to), gradient);
@@ -122,9 +121,9 @@ void store_typed(const Tile& tile, float softcap, const Rows& grad, void* to,
   }
 }
 
-// Of the tile that starts at `first` of a row. `finite`: gradient is 0 at a masked logit itself.
+// Of the tile that starts at `first` of a row, which is used up. `finite`: gradient is 0 at a masked logit itself.
 template <typename Gradient>
-void store_gradient(const Tile& tile, float softcap, const Rows& grad, void* row, std::size_t first,
+void store_gradient(Tile& tile, float softcap, const Rows& grad, void* row, std::size_t first,
                     bool finite, const Gradient& gradient) {
   void* to = element(row, static_cast<std::ptrdiff_t>(first), grad.type);
   if (finite && softcap == 0) {

@@ -210,12 +210,10 @@ inline Floats exp_scaled(Floats x) {
   const Floats n = shifted - shift;
   const Floats r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));  // ln 2 in two parts
   // The polynomial of least relative error for |r| <= ln 2 / 2 (2e-9).
-  Floats y = fma(r, 0.0013843607f, 0.0083741955f);
-  y = fma(y, r, 0.041668005f);
-  y = fma(y, r, 0.1666643f);
-  y = fma(y, r, 0.49999994f);
-  y = fma(y, r, 1.0f);
-  y = fma(y, r, 1.0f);
+  const Floats square = r * r;
+  Floats y = fma(square, 0.0013843607f, fma(r, 0.0083741955f, 0.041668005f));
+  y = fma(square, y, fma(r, 0.1666643f, 0.49999994f));
+  y = fma(square, y, r) + 1.0f;
   return y * floats_of(bits_of(shifted) << 23);
 }
 
