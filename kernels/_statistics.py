@@ -87,7 +87,8 @@ def taylor_sums(
     _check(grad, act, token_mask, grad_scale)
     if parity and (backend in ("triton", "cpp") or token_mask is not None or grad_scale != 1):
         raise ValueError(
-            "parity=True is plain torch over whole sequences: no other backend, token_mask or grad_scale"
+            "parity=True is plain torch over whole sequences: no other backend, token_mask or "
+            "grad_scale"
         )
     # Parity is torch whatever the environment says.
     statistics = choose(IMPLEMENTATIONS, "torch" if parity and backend is None else backend, grad)
