@@ -31,11 +31,9 @@ Value named(const std::string& name, std::initializer_list<std::pair<const char*
 }
 
 Type type_of(const std::string& name) {
-  return named<Type>(name,
-                     {{"float32", Type::float32},
-                      {"bfloat16", Type::bfloat16},
-                      {"float16", Type::float16}},
-                     "dtype");
+  return named<Type>(
+      name, {{"float32", Type::float32}, {"bfloat16", Type::bfloat16}, {"float16", Type::float16}},
+      "dtype");
 }
 
 Rows rows_of(const RowsArgument& argument) {
@@ -100,9 +98,9 @@ void kl_pass(const RowsArgument& logits, const RowsArgument& teacher, std::size_
 
 void taylor_pass(const std::string& dtype, std::size_t sequences, std::size_t tokens,
                  std::size_t width, const std::string& activation, const TokensArgument& grad,
-                 const TokensArgument& gate, const TokensArgument& up,
-                 const TokensArgument& d_gate, const TokensArgument& d_up, std::uintptr_t is_token,
-                 std::uintptr_t sums, unsigned threads, const std::string& instructions) {
+                 const TokensArgument& gate, const TokensArgument& up, const TokensArgument& d_gate,
+                 const TokensArgument& d_up, std::uintptr_t is_token, std::uintptr_t sums,
+                 unsigned threads, const std::string& instructions) {
   TaylorPass pass;
   pass.sequences = sequences;
   pass.tokens = tokens;

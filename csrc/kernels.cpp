@@ -32,8 +32,7 @@ constexpr Instructions kInstructions[] = {
      },
      avx2::row_pass, avx2::kl_pass, avx2::taylor_pass},
 #endif
-    {"portable", [] { return true; }, portable::row_pass, portable::kl_pass,
-     portable::taylor_pass},
+    {"portable", [] { return true; }, portable::row_pass, portable::kl_pass, portable::taylor_pass},
 };
 
 const Instructions& named(const char* name) {
@@ -51,11 +50,10 @@ void check_data(const void* data, std::size_t alignment, const char* what) {
 }
 
 // |first| counts + |second| further items lie within half of the address space.
-void check_extent(std::ptrdiff_t stride, std::size_t count, std::size_t further,
-                  std::size_t item, const char* what) {
+void check_extent(std::ptrdiff_t stride, std::size_t count, std::size_t further, std::size_t item,
+                  const char* what) {
   std::size_t extent = 0;
-  if (stride < 0 ||
-      __builtin_mul_overflow(static_cast<std::size_t>(stride), count - 1, &extent) ||
+  if (stride < 0 || __builtin_mul_overflow(static_cast<std::size_t>(stride), count - 1, &extent) ||
       __builtin_add_overflow(extent, further, &extent) ||
       __builtin_mul_overflow(extent, item, &extent) || extent > PTRDIFF_MAX) {
     throw std::invalid_argument(std::string(what) + " has a stride or a size out of range");

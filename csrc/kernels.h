@@ -81,11 +81,11 @@ void run(const TaylorPass& pass, unsigned threads, const char* instructions);
 const char* const* kernel_instructions();
 
 // What each instruction set implements: rows [first, end), and neurons [first, end).
-#define HFPRUNE_KERNELS(ISA)                                                       \
-  namespace ISA {                                                                  \
-  void row_pass(const RowPass& pass, std::size_t first, std::size_t end);          \
-  void kl_pass(const KlPass& pass, std::size_t first, std::size_t end);            \
-  void taylor_pass(const TaylorPass& pass, std::size_t first, std::size_t end);    \
+#define HFPRUNE_KERNELS(ISA)                                                    \
+  namespace ISA {                                                               \
+  void row_pass(const RowPass& pass, std::size_t first, std::size_t end);       \
+  void kl_pass(const KlPass& pass, std::size_t first, std::size_t end);         \
+  void taylor_pass(const TaylorPass& pass, std::size_t first, std::size_t end); \
   }
 HFPRUNE_KERNELS(portable)
 HFPRUNE_KERNELS(avx2)

@@ -1,8 +1,8 @@
 // The KL divergence of each row of logits from a teacher's, and its gradient; compiled once per
 // instruction set.
 //
-// A first pass keeps the running maximum m and, in each lane of a vector, s = sum exp(z - m) of both
-// rows, in units of 2^24; a second one, backwards, makes the value and the gradient.
+// A first pass keeps the running maximum m and, in each lane of a vector, s = sum exp(z - m) of
+// both rows, in units of 2^24; a second one, backwards, makes the value and the gradient.
 
 #include "tile.h"
 
@@ -43,7 +43,9 @@ const void* row_of(const Rows& rows, std::size_t index) {
 class Pair {
  public:
   Pair(const KlPass& pass, std::size_t index)
-      : pass_(pass), index_(index), z_row_(row_of(pass.logits, index)),
+      : pass_(pass),
+        index_(index),
+        z_row_(row_of(pass.logits, index)),
         y_row_(row_of(pass.teacher, index)),
         grad_row_(element(pass.grad.data, static_cast<std::ptrdiff_t>(index) * pass.grad.stride,
                           pass.grad.type)) {}

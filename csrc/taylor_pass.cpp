@@ -80,15 +80,14 @@ inline void add_to(float* sums, Floats terms) {
   store(vector_at(sums), load(vector_at(sums)) + terms);
 }
 
-// Adds tokens to the sums of a strip. The activation has a loop of its own: in one with the rest, so
-// long a chain of instructions a vector would leave the CPU waiting.
+// Adds tokens to the sums of a strip. The activation has a loop of its own: in one with the rest,
+// so long a chain of instructions a vector would leave the CPU waiting.
 template <Activation activation, std::size_t together, typename T>
 void add_tokens(const Pointers<T>* tokens, std::size_t width, StripSums<float>& sums) {
   constexpr bool gated = activation != Activation::none;
   Activated activated;
   for (std::size_t begin = 0; begin < width; begin += Activated::columns) {
-    const std::size_t end =
-        width - begin < Activated::columns ? width : begin + Activated::columns;
+    const std::size_t end = width - begin < Activated::columns ? width : begin + Activated::columns;
     if constexpr (gated) activate<activation, together>(tokens, begin, end, activated);
     each_vector<T>(begin, end, [&](std::size_t at, auto access, std::size_t count) {
       Terms terms;

@@ -110,8 +110,7 @@ void store_each(Tile& tile, float softcap, G* to, Gradient gradient) {
 }
 
 template <bool guarded, typename Gradient>
-void store_typed(Tile& tile, float softcap, const Rows& grad, void* to,
-                 const Gradient& gradient) {
+void store_typed(Tile& tile, float softcap, const Rows& grad, void* to, const Gradient& gradient) {
   if (grad.type == Type::float32) {
     store_each<guarded>(tile, softcap, static_cast<Float32*>(to), gradient);
   } else if (grad.type == Type::bfloat16) {
@@ -121,7 +120,8 @@ void store_typed(Tile& tile, float softcap, const Rows& grad, void* to,
   }
 }
 
-// Of the tile that starts at `first` of a row, which is used up. `finite`: gradient is 0 at a masked logit itself.
+// Of the tile that starts at `first` of a row, which is used up. `finite`: gradient is 0 at a
+// masked logit itself.
 template <typename Gradient>
 void store_gradient(Tile& tile, float softcap, const Rows& grad, void* row, std::size_t first,
                     bool finite, const Gradient& gradient) {

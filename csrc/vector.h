@@ -43,13 +43,11 @@ inline Floats floats_of(Words bits) { return reinterpret_cast<Floats>(bits); }
 // a b + c, rounded once where the instructions can.
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a),
-                                                  reinterpret_cast<__m512>(b),
-                                                  reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__FMA__)
-  return reinterpret_cast<Floats>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a),
-                                                  reinterpret_cast<__m256>(b),
-                                                  reinterpret_cast<__m256>(c)));
+  return reinterpret_cast<Floats>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #elif defined(__aarch64__)
   return reinterpret_cast<Floats>(vfmaq_f32(reinterpret_cast<float32x4_t>(c),
                                             reinterpret_cast<float32x4_t>(a),
@@ -114,9 +112,7 @@ inline Halves narrow(Words words) {
 #endif
 }
 
-inline Floats load(const BFloat16* from) {
-  return floats_of(widen(load_bits<Halves>(from)) << 16);
-}
+inline Floats load(const BFloat16* from) { return floats_of(widen(load_bits<Halves>(from)) << 16); }
 
 inline Floats load(const Float16* from) {
 #if defined(__AVX512F__)
