@@ -159,26 +159,31 @@ Sums Row::draw(Label& label, float& z_y) {
   // The sum of each place in a period; kGroup of them are a lane.
   alignas(64) float places[kPeriod] = {};
   const auto place = [&](std::size_t i) { return reinterpret_cast<Float32*>(places + i); };
+  Floats s{};  // as of a given label, whose values and gradients are then the same
   Sums sums;
   sums.base = each_tile(
       pass_, row_, tile_,
       [&](float from, float to) {
         const float alpha = Rescaling(from, to).factor;
+        s = alpha * s;
         for (std::size_t i = 0; i < kPeriod; i += kWidth) store(place(i), alpha * load(place(i)));
       },
       [&](float base, std::size_t first) {
         const std::size_t start = first % kPeriod;
+        Floats tile_s{};
         for (std::size_t i = 0; i < tile_.vectors_end(); i += kWidth) {
           const Floats e = exp_scaled(bounded(tile_.at(i) - base));
           store(place(start + i), load(place(start + i)) + e);
+          tile_s += e;
         }
+        s += tile_s;
       });
   float lanes[kLanes];
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
     lanes[lane] = 0;
     for (std::size_t i = 0; i < kGroup; ++i) lanes[lane] += places[lane * kGroup + i];
-    sums.s += lanes[lane];
   }
+  sums.s = sum_of(s);
   const float target = pass_.uniform[index_] * sums.s;  // in units of 2^24, as the lanes are
   sums = finished(sums);
   label.counts = !sums.masked;
@@ -193,10 +198,8 @@ Sums Row::draw(Label& label, float& z_y) {
       before += lanes[lane];
     }
   }
-  if (crossing == kLanes) {  // rounding, or NaN
-    crossing = last;
-    before = __builtin_inff();
-  }
+  const bool hidden = crossing == kLanes;  // by rounding, or NaN
+  if (hidden) crossing = last;
   bool found = false;
   float sum = 0;
   for (std::size_t group = crossing * kGroup; group < pass_.columns && !found; group += kPeriod) {
@@ -205,10 +208,10 @@ Sums Row::draw(Label& label, float& z_y) {
     for (std::size_t i = 0; i < end - group && !found; ++i) {
       const float e = exp_scaled(bounded(all(tile_.z[i] - sums.base)))[0];
       if (e == 0) continue;
-      label.y = group + i;  // the last one possible, where rounding hides the crossing
+      label.y = group + i;  // the last one possible, where the crossing is hidden
       z_y = tile_.z[i];
       sum += e;
-      found = before < target && before + sum > target;
+      found = !hidden && before + sum > target;
     }
   }
   return sums;
