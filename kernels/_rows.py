@@ -1,6 +1,7 @@
 """The pass over rows of logits that every criterion shares: a value a row, and its gradient.
 
-The criteria and their equations are in `_criterion.py`, the kernel in `_rows_triton.py`.
+The criteria and their equations are in `_criterion.py`, the kernels in `_rows_triton.py` and
+`csrc/row_pass.cpp`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._cpp import rows_cpp
 from hfprune_fast.kernels._criterion import ENTROPY, IGNORED_LABEL, LANE_WIDTH, LANES, Criterion
 from hfprune_fast.kernels._dispatch import choose, device_guard
 from hfprune_fast.kernels._philox import uniform
@@ -119,7 +121,7 @@ def _clamp_labels(labels: Tensor, s: Tensor, vocab: int) -> tuple[Tensor, Tensor
     return y, labelled, s.masked_fill((y != labels) & labelled, torch.nan)
 
 
-IMPLEMENTATIONS = {"triton": rows_triton, "torch": rows_torch}
+IMPLEMENTATIONS = {"triton": rows_triton, "cpp": rows_cpp, "torch": rows_torch}
 
 
 def rows_loss_and_grad(

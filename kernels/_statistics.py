@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hfprune_fast.kernels._activations import Gated, check_activation, eager_gated, value_and_slope
 from hfprune_fast.kernels._arguments import check_devices, check_grad_scale
+from hfprune_fast.kernels._cpp import statistics_cpp
 from hfprune_fast.kernels._dispatch import choose, device_guard
 from hfprune_fast.kernels._statistics_triton import statistics_triton
 
@@ -64,7 +65,7 @@ def _statistics_parity(grad: Tensor, act: Tensor | Gated) -> Tensor:
     return total
 
 
-IMPLEMENTATIONS = {"triton": statistics_triton, "torch": statistics_torch}
+IMPLEMENTATIONS = {"triton": statistics_triton, "cpp": statistics_cpp, "torch": statistics_torch}
 
 
 def taylor_sums(
@@ -84,9 +85,10 @@ def taylor_sums(
         ValueError: arguments that do not belong together, or a backend that cannot run.
     """
     _check(grad, act, token_mask, grad_scale)
-    if parity and (backend == "triton" or token_mask is not None or grad_scale != 1):
+    if parity and (backend in ("triton", "cpp") or token_mask is not None or grad_scale != 1):
         raise ValueError(
-            "parity=True is plain torch over whole sequences: no triton, token_mask or grad_scale"
+            "parity=True is plain torch over whole sequences: no other backend, token_mask or "
+            "grad_scale"
         )
     # Parity is torch whatever the environment says.
     statistics = choose(IMPLEMENTATIONS, "torch" if parity and backend is None else backend, grad)

@@ -27,7 +27,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 SEQUENCES, B, S = 4, 2, 50
 CHUNK_ROWS = 16
 # A CPU's fp32 products of the head are another library's; Triton's interpreter is slow.
-TRIED = [("torch", FP32), ("torch", BF16), ("triton", BF16)]
+TRIED = [("torch", FP32), ("torch", BF16), ("cpp", BF16), ("triton", BF16)]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 every_way = pytest.mark.parametrize("way", ["stored", "recomputed", "disk", "cpu"])
