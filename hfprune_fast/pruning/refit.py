@@ -53,7 +53,13 @@ from hfprune_fast.models.spec import spec_of
 from hfprune_fast.pruning.reconstruct import STEPS, Reconstruction, reconstructed
 from hfprune_fast.pruning.refit_experts import PrunedExperts
 from hfprune_fast.pruning.selection import Keep
-from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
+from hfprune_fast.scoring.moments import (
+    add_gram,
+    check_moments,
+    mirror,
+    moments_dtype,
+    token_rows,
+)
 from hfprune_fast.scoring.obs import least_squares
 
 if TYPE_CHECKING:
@@ -226,7 +232,7 @@ class _PrunedLayer:
             target = target - self._mlp.down.bias
         target = token_rows(target, batch)
         weighted = act if weights is None else act * token_rows(weights, batch)
-        self._gram += weighted.t() @ act
+        add_gram(self._gram, act, weighted)
         self._cross += target.t() @ weighted
 
     def _behind(self, output: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +260,7 @@ class _PrunedLayer:
     def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
         """Return the refitted (D, width) weight, rounded to the model's dtype."""
         check_moments(self._gram, self._layer)
-        gram, cross = self._gram.div_(tokens), self._cross.div_(tokens)
+        gram, cross = mirror(self._gram).div_(tokens), self._cross.div_(tokens)
         del self._gram, self._cross
         fitted = least_squares(gram, cross, self._dense_weight)
         self._weight = fitted.to(self._model.dtype)

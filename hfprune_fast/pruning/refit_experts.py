@@ -29,7 +29,7 @@ from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences, outputs_of, pru
 from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
-from hfprune_fast.scoring.moments import check_moments, moments_dtype
+from hfprune_fast.scoring.moments import add_gram, check_moments, mirror, moments_dtype
 from hfprune_fast.scoring.obs import least_squares
 
 
@@ -54,7 +54,7 @@ class _Moments:
         """Add rows of act (n, F) and of what down_proj shall return, (n, D), with weights (n,)."""
         own = act[:, self.kept].to(target.dtype)
         weighted = own * weights[:, None]
-        self.gram += weighted.t() @ own
+        add_gram(self.gram, own, weighted)
         self.cross += target.t() @ weighted
         self.rows += len(act)
 
@@ -137,7 +137,8 @@ class PrunedExperts:
                 self._weights[site] = moments.weight
                 continue
             check_moments(moments.gram, self._layer)
-            gram, cross = moments.gram.div_(moments.rows), moments.cross.div_(moments.rows)
+            gram = mirror(moments.gram).div_(moments.rows)
+            cross = moments.cross.div_(moments.rows)
             weight = least_squares(gram, cross, moments.weight)
             self._weights[site] = fitted[site] = weight.to(self._model.dtype)
         return fitted
