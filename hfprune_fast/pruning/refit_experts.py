@@ -82,12 +82,13 @@ class PrunedExperts:
         self._with_error = not model.parts.family.norm_behind
         self.unfitted = 0  # experts
 
-    def add_moments(
-        self, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
-    ) -> None:
-        """Add a batch's moments.
+    def add(
+        self, i: int, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
+    ) -> Tensor:
+        """Add a batch's moments, and return what `finish` takes: the stream as it is.
 
         Args:
+            i: the batch's number.
             dense: the dense model's residual stream after the layer.
             output: not used here; a norm behind a layer's own MLP needs it.
             stream: the pruned model's residual stream before the layer.
@@ -126,6 +127,7 @@ class PrunedExperts:
             target = target if bias is None else target - bias
             seen = own > 0  # not padding
             self._moments[self._layer].add(act[seen], target[seen], own[seen].square())
+        return stream
 
     def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
         """Return the refitted (D, K) weights in the model's dtype, without those of few rows."""
@@ -142,6 +144,13 @@ class PrunedExperts:
             weight = least_squares(gram, cross, moments.weight)
             self._weights[site] = fitted[site] = weight.to(self._model.dtype)
         return fitted
+
+    def train(self, *_: object) -> None:
+        """Return None: experts are refitted alone."""
+
+    def finish(self, i: int, stream: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the pruned stream after the layer, of a batch that has been added."""
+        return self.run(stream, batch)
 
     def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer, with the refitted weights."""
