@@ -187,8 +187,12 @@ class MemoryEstimator:
             self.refit_bytes += count * (each**2 + each * self.hidden) * 8
             tokens = self.seq_len * self.sequences
             trains = self.refit == "reconstruct"
-            if self.device.type == "cpu":  # streams; what an MLP reads and shall add
-                self.refit_bytes += 2 * tokens * self.hidden * (self.s + trains * self.w)
+            # The narrowed MLP.
+            self.refit_bytes += 3 * own * self.hidden * self.s
+            if self.device.type == "cpu":
+                # Streams; acts, or in their place what an MLP reads and shall add.
+                read = 2 * self.hidden * self.w if trains else 0
+                self.refit_bytes += tokens * (2 * self.hidden * self.s + max(own * self.s, read))
             if trains:
                 # Weights, the best of them, their gradients and Adam's moments; a step's rows.
                 self.refit_bytes += 5 * 3 * own * self.hidden * self.w

@@ -21,7 +21,13 @@ from hfprune_fast.engine.layerwise import (
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
 from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_shape
-from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
+from hfprune_fast.scoring.moments import (
+    add_gram,
+    check_moments,
+    mirror,
+    moments_dtype,
+    token_rows,
+)
 from hfprune_fast.scoring.obs import greedy_removal_costs
 
 # With fewer routed tokens for each neuron, second moments say more of the text than of the expert.
@@ -68,7 +74,7 @@ def removal_costs(
         own, of_experts = (
             None if part is None else on_device(next(metrics, None)) for part in (mlp, experts)
         )
-        for site, gram in grams.of_sites.items():
+        for site, gram in grams.total().items():
             check_moments(gram, layer)
             metric = own if isinstance(site, int) else of_experts
             costs.view(-1)[slices[site]] = greedy_removal_costs(
@@ -100,11 +106,10 @@ class _Grams:
         self._sums: dict[SiteKey, Tensor] = {}
         self._rows: Counter[SiteKey] = Counter()
 
-    @property
-    def of_sites(self) -> dict[SiteKey, Tensor]:
-        """The moments, without those of experts with few rows."""
+    def total(self) -> dict[SiteKey, Tensor]:
+        """Return the moments, without those of experts with few rows."""
         return {
-            site: gram
+            site: mirror(gram)
             for site, gram in self._sums.items()
             if isinstance(site, int) or self._rows[site] >= TOKENS_A_NEURON * len(gram)
         }
@@ -146,5 +151,5 @@ class _Grams:
         if site not in self._sums:
             width = wide.shape[1]
             self._sums[site] = wide.new_zeros(width, width, dtype=torch.float64)
-        self._sums[site] += wide.t() @ wide
+        add_gram(self._sums[site], wide)
         self._rows[site] += len(wide)

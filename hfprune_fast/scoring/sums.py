@@ -156,10 +156,10 @@ class PassSums:
         """Return empty covariances of a layer's outputs, by whether they are of its experts."""
         if self._output_fisher is None:
             return {}
-        device = self._statistics.device
-        return {of: OutputCovariance(dtype, device) for at, of in self._outputs if at == layer}
+        of_each = self._output_fisher.shape[-1], dtype, self._statistics.device
+        return {of: OutputCovariance(*of_each) for at, of in self._outputs if at == layer}
 
     def add_covariances(self, layer: int, covariances: dict[bool, OutputCovariance]) -> None:
         for of_experts, covariance in covariances.items():
             output = self._outputs[layer, of_experts]
-            self._of_output(output).add_(covariance.total.cpu())
+            self._of_output(output).add_(covariance.total().cpu())
