@@ -90,8 +90,10 @@ def _recipe_rows(
     allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
     allocation += " between uniform and global" if allocation == "halfway" else ""
     rows = [("ranked by", ranked), ("allocation", shown(allocation))]
-    if requested["refit"] == "reconstruct":
-        rows.append(("kept neurons", "trained, a layer at a time, to give the dense stream"))
+    trained = chosen.get("reconstructed_layers")  # not in records of earlier versions
+    if requested["refit"] == "reconstruct" and trained != 0:
+        count = "" if trained is None else f" in {int(trained)} layers"
+        rows.append(("kept neurons", f"trained{count}, one at a time, to give the dense stream"))
     elif requested["refit"] not in ("none", False):  # True in records of earlier versions
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows

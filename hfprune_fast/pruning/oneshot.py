@@ -133,8 +133,10 @@ def oneshot(
         with after.log.stage("choosing the neurons"):
             keep, chosen = _chosen(table, dense, batches, widths, resolved, progress)
         with after.log.stage("refitting"):
-            metrics = covariances if resolved.refit == "reconstruct" else None
-            replace = refit_stored(dense, batches, source, keep, metrics, progress) if dense else {}
+            metrics, replace = covariances if resolved.refit == "reconstruct" else None, {}
+            if dense is not None:
+                replace, facts = refit_stored(dense, batches, source, keep, metrics, progress)
+                chosen |= facts
         record = {"requested": _requested(resolved, budget, widths, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
         with after.log.stage("writing"):

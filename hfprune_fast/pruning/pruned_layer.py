@@ -139,12 +139,15 @@ class PrunedLayer:
 
         Returns:
             down_proj's (D, K), and gate's and up's (K, D) or both in one (2 · K, D); None without
-            rows.
+            rows, or if no step was better than the refit.
         """
         if self._rows is None:
             return None
         training = Training(self._model, self._layer, self._rows, metric)
-        self._weights = training.train(self._weights, self._biases, on_step)
+        trained = training.train(self._weights, self._biases, on_step)
+        if trained is None:
+            return None
+        self._weights = trained
         down = self._weights[self._mlp.down]
         return down, [each for each in self._weights.values() if each is not down]
 

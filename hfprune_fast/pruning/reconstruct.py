@@ -112,14 +112,15 @@ class Training:
         weights: Mapping[nn.Linear, Tensor],
         biases: Mapping[nn.Linear, Tensor],
         on_step: OnStep,
-    ) -> Weights:
-        """Return the trained weights, rounded to the model's dtype.
+    ) -> Weights | None:
+        """Return the trained weights, rounded to the model's dtype; None if no step was better.
 
         Args:
             weights, biases: those to begin with.
         """
         trained = {
-            linear: nn.Parameter(weight.to(self._dtype)) for linear, weight in weights.items()
+            linear: nn.Parameter(weight.to(self._dtype, copy=True))
+            for linear, weight in weights.items()
         }
         at_once = max(1, min(RECONSTRUCTED_AT_ONCE, _PASSES * self._known // STEPS))
         optimizer = torch.optim.Adam(
@@ -134,7 +135,7 @@ class Training:
         )
         drawn = torch.Generator().manual_seed(self._layer)
         with torch.enable_grad(), replaced_weights(trained, biases, self._dtype):
-            best, lowest = _copies(trained), self._held_out_error()
+            best, lowest = None, self._held_out_error()
             for step in range(1, STEPS + 1):
                 loss = self._error(torch.randint(self._known, (at_once,), generator=drawn))
                 grads = torch.autograd.grad(loss, list(trained.values()))
@@ -146,6 +147,8 @@ class Training:
                 is_checked = step % (STEPS // _CHECKS) == 0
                 if is_checked and (found := self._held_out_error()) < lowest:
                     best, lowest = _copies(trained), found
+        if best is None:
+            return None
         return {linear: weight.to(self._model.dtype) for linear, weight in best.items()}
 
     def _error(self, rows: Tensor | slice) -> Tensor:

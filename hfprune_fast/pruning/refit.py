@@ -72,6 +72,7 @@ class Refitted:
     # CPU, as (width, D) or (2 · width, D).
     rows: dict[int, list[Tensor]] = field(default_factory=dict)
     untrained: int = 0  # layers that could not be reconstructed
+    unimproved: int = 0  # layers of which no step of a reconstruction was better than the refit
 
 
 @torch.no_grad()
@@ -124,9 +125,9 @@ def refit(
             outputs[i] = seen[0].cpu() if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
             pruned: PrunedLayer | PrunedExperts
+            trains = reconstruct is not None and is_known
+            rows = TrainingRows.of(model, fitted_tokens) if trains else None
             if alone:
-                trains = reconstruct is not None and is_known
-                rows = TrainingRows.of(model, fitted_tokens) if trains else None
                 args = model, layer, keep[layer]
                 pruned = PrunedLayer(*args, keeps_acts=keeps_acts, rows=rows)
             else:
@@ -139,9 +140,11 @@ def refit(
             if reconstruct is not None:
                 on_step = partial(on_progress, training / STEPS)
                 trained = pruned.train(reconstruct.get(layer), on_step)
-                if trained is None:
+                if rows is None:
                     result.untrained += 1
                     on_progress(training)
+                elif trained is None:
+                    result.unimproved += 1
                 else:
                     result.weights[layer] = trained[0].cpu()
                     result.rows[layer] = [weight.cpu() for weight in trained[1]]

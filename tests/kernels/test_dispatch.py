@@ -78,7 +78,9 @@ def test_default_on_a_gpu() -> None:
 def test_what_is_no_backend_or_not_installed_is_refused(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"^backend must be one of torch, triton, cpp, got 'cuda'$"):
+    with pytest.raises(
+        ValueError, match=r"^backend must be one of torch, triton, cpp, got 'cuda'$"
+    ):
         OPERATIONS[operation](backend="cuda")
     monkeypatch.setattr(_dispatch, "CPP_INSTRUCTIONS", ())
     monkeypatch.setattr(_dispatch, "CPP_UNUSED_REASON", "not built")

@@ -147,7 +147,7 @@ def test_the_closest_is_so_by_the_kl_of_checkpoints_that_are_written(
         keep = hf.select(table, prune_ratio=0.5, statistic="obs", allocation=float(allocated))
         with ResidentModel(dense) as entered:
             # Of 20 sequences in fives the last five are held out.
-            replace = refit_stored(entered, batches[:3], source, keep)
+            replace, _ = refit_stored(entered, batches[:3], source, keep)
         out = tmp_path / allocated
         hf.prune_checkpoint(source, out, keep, replace=replace)
         fidelity = hf.evaluate(dense, load_model(out, device="cpu"), [batches[3].ids])
