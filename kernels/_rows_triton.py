@@ -20,12 +20,13 @@ from hfprune_fast.kernels._triton import cdiv, jit, tl
 
 # One row a program, and a lane a thread: 16 bytes of the row a step, one step loaded ahead. Of long
 # rows one program fills a multiprocessor, as maxnreg keeps ptxas from saving registers for a second
-# one: the rows in flight (132 x 256 KB of bf16 on an H100) stay in L2. Of short ones several share.
+# one: the rows in flight (132 x 256 KB of bf16 on an H100) stay in L2. Of short ones several share,
+# and of fp32 with a narrower gradient, which takes more registers than 1024 threads have.
 _CONFIGS = {
     "sm": {"LANES": 1024, "num_warps": 32, "maxnreg": 64},
     "gfx": {"LANES": 512, "num_warps": 8},
 }
-_SHORT_CONFIGS = {
+_SHARED_CONFIGS = {
     "sm": {"LANES": 512, "num_warps": 16},
     "gfx": {"LANES": 512, "num_warps": 8},
 }
@@ -259,9 +260,9 @@ def rows_triton(
     """Launch the kernel, one program a row; values are fp32."""
     values = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     vocab, size = logits.shape[1], logits.element_size()
-    short = size == 2 and size * vocab <= _SHORT_BYTES
-    config = configuration(_SHORT_CONFIGS if short else _CONFIGS, logits.device)
     width = 16 // min(size, size if grad is None else grad.element_size())
+    shared = width == 8 and (size == 4 or size * vocab <= _SHORT_BYTES)
+    config = configuration(_SHARED_CONFIGS if shared else _CONFIGS, logits.device)
     # The lanes of a draw, or several of its lanes' parts, are in a step.
     config["LANES"] = max(config["LANES"], LANES * LANE_WIDTH // width)
     sampled = criterion.name == "fisher"
