@@ -17,6 +17,7 @@ from watch import Watch
 
 import hfprune_fast as hf
 from hfprune_fast.engine import planner
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.evaluation import fidelity
 from hfprune_fast.scoring import job
 
@@ -66,7 +67,7 @@ def score(
     """The whole job in one of its ways, with logits of a few rows at a time."""
     plan_run = job.plan_run
 
-    def plan(*args: object, **kwargs: object) -> planner.Plan:
+    def plan(*args: object, **kwargs: object) -> Plan:
         chosen = plan_run(*args, **kwargs)  # type: ignore[arg-type]
         budget = CHUNK_ROWS * V * model.dtype.itemsize
         return replace(chosen, recompute=way != "stored", logits_budget_bytes=budget)

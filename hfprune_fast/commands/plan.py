@@ -24,7 +24,7 @@ from hfprune_fast.config import (
 )
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
-from hfprune_fast.engine.planner import Plan
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.size_text import suits_text, widths_in

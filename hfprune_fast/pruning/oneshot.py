@@ -233,7 +233,8 @@ def _open_and_score(
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file if given is None else None, refit=recipe.refit)
-        model = stack.enter_context(open_model(job.subject, plan.offload))
+        opened = open_model(job.subject, plan.offload, streams_on_device=plan.streams_on_device)
+        model = stack.enter_context(opened)
         scored = (given, {}) if given else job.run(model, plan, resume_file, progress)
     batches = job.data.split(plan.batch_size)
     return (model if recipe.refits else None), batches, *scored

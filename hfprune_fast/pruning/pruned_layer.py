@@ -21,6 +21,7 @@ from hfprune_fast.pruning.reconstruct import OnStep, Training, TrainingRows, Wei
 from hfprune_fast.scoring.moments import (
     add_gram,
     check_moments,
+    has_exact_products,
     mirror,
     moments_dtype,
     token_rows,
@@ -87,9 +88,13 @@ class PrunedLayer:
             target, weights = self._behind(output.to(model.device), missing)
         if self._mlp.down.bias is not None:
             target = target - self._mlp.down.bias
-        act, target = token_rows(acts[0], batch).to(dtype), token_rows(target, batch)
+        rows, target = token_rows(acts[0], batch), token_rows(target, batch)
+        act = rows.to(dtype)
         weighted = act if weights is None else act * token_rows(weights, batch)
-        add_gram(self._gram, act, weighted)
+        if has_exact_products(rows) and weights is None:
+            add_gram(self._gram, rows)
+        else:
+            add_gram(self._gram, act, weighted)
         self._cross += target.t() @ weighted
         if self._rows is not None:
             self._rows.append(inputs[0], missing, after, batch)

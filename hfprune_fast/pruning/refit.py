@@ -107,7 +107,7 @@ def refit(
     of_pruned = 2 if reconstruct is None else 4
     steps = model.head_unit * (1 + of_pruned * len(keeps))
     training = 2 * fitted_tokens / steps
-    dense = [model.begin(batch).cpu() for batch in batches]
+    dense = [model.kept(model.begin(batch)) for batch in batches]
     streams = [list(dense) for _ in keeps]
     results = [Refitted({}, []) for _ in keeps]
 
@@ -121,8 +121,8 @@ def refit(
         for i, batch in each_batch(batches, on_progress, steps):
             with ExitStack() as hooks:
                 seen = hooks.enter_context(outputs_of(mlp.down)) if mlp is not None else []
-                dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
-            outputs[i] = seen[0].cpu() if seen else None
+                dense[i] = model.kept(model.run(layer, dense[i].to(model.device), batch))
+            outputs[i] = model.kept(seen[0]) if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
             pruned: PrunedLayer | PrunedExperts
             trains = reconstruct is not None and is_known
@@ -133,7 +133,7 @@ def refit(
             else:
                 pruned = PrunedExperts(model, layer, keep)
             for i, batch in each_batch(batches[:fitted], on_progress, steps):
-                stream[i] = pruned.add(i, dense[i], outputs[i], stream[i], batch).cpu()
+                stream[i] = model.kept(pruned.add(i, dense[i], outputs[i], stream[i], batch))
             weights = pruned.solve(fitted_tokens)
             result.weights |= {site: weight.cpu() for site, weight in weights.items()}
             result.unfitted += pruned.unfitted
@@ -150,9 +150,9 @@ def refit(
                     result.rows[layer] = [weight.cpu() for weight in trained[1]]
             for i, batch in each_batch(batches, on_progress, steps):
                 if i < fitted:
-                    stream[i] = pruned.finish(i, stream[i], batch).cpu()
+                    stream[i] = model.kept(pruned.finish(i, stream[i], batch))
                     continue
-                stream[i] = pruned.run(stream[i], batch).cpu()
+                stream[i] = model.kept(pruned.run(stream[i], batch))
                 on_progress((of_pruned - 1) * batch.tokens / steps)
 
     for_each_layer(model, visit, then=model.head_unit)

@@ -17,7 +17,8 @@ from hfprune_fast.config import RecoveryOptions, RunOptions
 from hfprune_fast.console import say
 from hfprune_fast.engine.distributed import Processes, own_device
 from hfprune_fast.engine.layerwise import Head, ResidentModel
-from hfprune_fast.engine.planner import Plan, plan_run
+from hfprune_fast.engine.plan import Plan
+from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.weights import CheckpointTensors
 from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line_errors
 from hfprune_fast.models.sites import parts_of

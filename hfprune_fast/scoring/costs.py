@@ -24,6 +24,7 @@ from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_sh
 from hfprune_fast.scoring.moments import (
     add_gram,
     check_moments,
+    has_exact_products,
     mirror,
     moments_dtype,
     token_rows,
@@ -57,7 +58,7 @@ def removal_costs(
         NumericsError: the activations of a layer hold NaN or inf.
     """
     tokens = sum(batch.tokens for batch in batches)
-    hidden = [model.begin(batch).cpu() for batch in batches]
+    hidden = [model.kept(model.begin(batch)) for batch in batches]
     parts = model.parts
     slices, costs = site_slices(parts.widths), torch.zeros(table_shape(parts.widths)).double()
     metrics = iter(output_fisher if output_fisher is not None else ())
@@ -69,7 +70,7 @@ def removal_costs(
         grams = _Grams(model, layer)
         for i, batch in each_batch(batches, on_progress, len(parts.layers)):
             with grams.added(batch):
-                hidden[i] = model.run(layer, hidden[i].to(model.device), batch).cpu()
+                hidden[i] = model.kept(model.run(layer, hidden[i].to(model.device), batch))
         mlp, experts = parts.mlps[layer], parts.experts[layer]
         own, of_experts = (
             None if part is None else on_device(next(metrics, None)) for part in (mlp, experts)
@@ -145,7 +146,7 @@ class _Grams:
         return self._experts.output(rows.expert, act)
 
     def _add(self, site: SiteKey, act: Tensor, weights: Tensor | None = None) -> None:
-        wide = act.to(self._dtype)
+        wide = act if has_exact_products(act) and weights is None else act.to(self._dtype)
         if weights is not None:
             wide = wide * weights[:, None].to(self._dtype)
         if site not in self._sums:

@@ -46,7 +46,13 @@ def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumu
     return ScoreAccumulator(
         torch.zeros(*criteria, *shape, dtype=dtype, device=device),
         torch.zeros(shape, **wide),
-        torch.zeros(outputs, hidden, hidden, dtype=torch.float32)
+        torch.zeros(
+            outputs,
+            hidden,
+            hidden,
+            dtype=torch.float32,
+            device=device if model.streams_on_device else "cpu",
+        )
         if options.output_fisher
         else None,
         torch.zeros(3 + len(options.criteria), experts, **wide) if experts else None,
@@ -162,4 +168,5 @@ class PassSums:
     def add_covariances(self, layer: int, covariances: dict[bool, OutputCovariance]) -> None:
         for of_experts, covariance in covariances.items():
             output = self._outputs[layer, of_experts]
-            self._of_output(output).add_(covariance.total().cpu())
+            sums = self._of_output(output)
+            sums.add_(covariance.total().to(sums.device))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune_fast.scoring.moments import add_gram, mirror
+from hfprune_fast.scoring.moments import add_gram, has_exact_products, mirror, product
 
 ROWS, EPS = 19, torch.finfo(torch.float32).eps
 
@@ -34,3 +35,12 @@ def test_little_more_than_half_of_the_products_are_made(width: int, part: float)
     with FlopCounterMode(display=False) as flops:
         add_gram(gram, rows)
     assert flops.get_total_flops() == pytest.approx(part * 2 * ROWS * width**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_multiplies_halves_as_they_are_and_adds_in_fp32(dtype: torch.dtype) -> None:
+    with FakeTensorMode():  # which needs no GPU
+        rows = torch.empty(ROWS, 256, dtype=dtype, device="cuda")
+        assert has_exact_products(rows)
+        assert product(rows, rows).dtype == torch.float32
+    assert not has_exact_products(torch.empty(ROWS, 256, dtype=dtype))
