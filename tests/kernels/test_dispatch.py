@@ -78,7 +78,9 @@ def test_default_on_a_gpu() -> None:
 def test_what_is_no_backend_or_not_installed_is_refused(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"^backend must be one of torch, triton, cpp, got 'cuda'$"):
+    with pytest.raises(
+        ValueError, match=r"^backend must be one of torch, triton, cpp, got 'cuda'$"
+    ):
         OPERATIONS[operation](backend="cuda")
     monkeypatch.setattr(_dispatch, "CPP_INSTRUCTIONS", ())
     monkeypatch.setattr(_dispatch, "CPP_UNUSED_REASON", "not built")
@@ -105,7 +107,7 @@ def test_default_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cpp
 def test_cpp_is_refused_on_another_device() -> None:
-    with pytest.raises(ValueError, match="^backend is cpp, but it needs a CPU, got .* on meta"):
+    with pytest.raises(ValueError, match=r"^backend is cpp, but it needs a CPU, got .* on meta"):
         resolve_backend("cpp", ROWS.to("meta"))
 
 
