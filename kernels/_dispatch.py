@@ -1,7 +1,7 @@
 """The one place that chooses which implementation of an operation runs.
 
-"triton" is our kernels for a GPU, "cpp" those for a CPU, "torch" plain operations on any device. The
-choice is the `backend=` of the call, else HFPRUNE_BACKEND for a whole run, else for float32,
+"triton" is our kernels for a GPU, "cpp" those for a CPU, "torch" plain operations on any device.
+The choice is the `backend=` of the call, else HFPRUNE_BACKEND for a whole run, else for float32,
 bfloat16 and float16 triton on a GPU and, where the C++ extension is in use, cpp on a CPU; torch for
 all else. The implementation chosen runs or raises; nothing falls back.
 """

@@ -116,8 +116,8 @@ def softmax_entropy(
             -inf is a masked vocabulary entry: it adds exactly 0, also under a softcap.
         softcap: z ← softcap · tanh(z / softcap), after the scale; None for no cap.
         logit_scale: z ← logit_scale · z, positive.
-        backend: "triton", "cpp" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU, cpp on
-            a CPU and torch elsewhere and for fp64.
+        backend: "triton", "cpp" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU, cpp
+            on a CPU and torch elsewhere and for fp64.
 
     Returns:
         H: (T,) in nats; fp32, or fp64 for fp64 logits.

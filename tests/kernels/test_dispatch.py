@@ -107,7 +107,7 @@ def test_default_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cpp
 def test_cpp_is_refused_on_another_device() -> None:
-    with pytest.raises(ValueError, match="^backend is cpp, but it needs a CPU, got .* on meta"):
+    with pytest.raises(ValueError, match=r"^backend is cpp, but it needs a CPU, got .* on meta"):
         resolve_backend("cpp", ROWS.to("meta"))
 
 
