@@ -16,7 +16,6 @@ from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
-from hfprune_fast.engine import planner
 from hfprune_fast.engine.plan import Plan
 from hfprune_fast.evaluation import fidelity
 from hfprune_fast.scoring import job

@@ -22,7 +22,7 @@ to grow to correct the stream. (Fitting V a to y alone has 10 to 18 % more KL on
 and Gemma 2 of bench/results/NOTES.md.) Where the output is scaled too, g has the scale in it.
 
 The second moments of one layer are in memory at a time, and the streams: for the dense and each
-pruned model a tensor of all tokens by hidden_size, on the host if the model is on a GPU.
+pruned model a tensor of all tokens by hidden_size, on the host if a GPU has no room for them.
 """
 
 from __future__ import annotations
