@@ -133,7 +133,8 @@ def oneshot(
         with after.log.stage("choosing the neurons"):
             keep, chosen = _chosen(table, dense, batches, widths, resolved, progress)
         with after.log.stage("refitting"):
-            metrics, replace = covariances if resolved.refit == "reconstruct" else None, {}
+            metrics = covariances if resolved.refit == "reconstruct" else None
+            replace: dict[str | tuple[str, int], Tensor] = {}
             if dense is not None:
                 replace, facts = refit_stored(dense, batches, source, keep, metrics, progress)
                 chosen |= facts
