@@ -26,7 +26,7 @@ class CMakeBuild(build_ext):
             print(
                 f"\n{'!' * 78}\nhfprune_fast: the C++ extension could not be built ({error}).\n"
                 "Plain torch will score on a CPU and move weights, which is slower. To have the\n"
-                "extension, install a C++17 compiler and install again; `hfprune doctor` says\n"
+                "extension, install a C++17 compiler and install again; `hfprune doctor` tells\n"
                 f"which is in use.\n{'!' * 78}\n",
                 file=sys.stderr,
             )
