@@ -128,15 +128,6 @@ class RecoveryTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: p.cpu().contiguous() for n, p in self._trained().items()}, folder / _WEIGHTS)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (SafetensorError, RuntimeError) as error:  # which a full disk is to these writers
-            raise OutputError(
-                f"no checkpoint can be written to {self.args.output_dir} ({one_line(error)}); "
-                "make room there"
-            ) from None
-
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(checkpoint) / _WEIGHTS)
         with torch.no_grad():
@@ -198,7 +189,7 @@ def train(
     with token_bar("recovering", data.tokens, progress, notes=notes) as on_progress:
         step_tokens = data.step_windows * data.window_tokens
         trainer.add_callback(_Progress(on_progress, notes, step_tokens))
-        with _quiet():
+        with _quiet(), _written_to(work):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     is_better = state.best_metric is not None and state.best_metric < loss_before
@@ -224,6 +215,21 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _written_to(work: Path) -> Iterator[None]:
+    """Name the folder where a checkpoint cannot be written, as on a full disk."""
+    try:
+        yield
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # safetensors', and torch's writer of zip files
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        told = f"no checkpoint can be written to {work} ({one_line(error)}); make room there"
+        raise OutputError(told) from None
 
 
 def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
