@@ -95,9 +95,13 @@ def architecture(device: torch.device) -> str:
 
 
 def configuration(table: Mapping[str, dict[str, int]], device: torch.device) -> dict[str, int]:
-    """Return a launch configuration: the architecture's own, else NVIDIA's (sm) or AMD's (gfx)."""
+    """Return a launch configuration: the architecture's own, else NVIDIA's (sm) or AMD's (gfx).
+
+    Products and sums are fused, which not every version of triton does by default.
+    """
     name = architecture(device)
-    return table.get(name) or table["gfx" if name.startswith("gfx") else "sm"]
+    own = table.get(name) or table["gfx" if name.startswith("gfx") else "sm"]
+    return {**own, "enable_fp_fusion": True}
 
 
 @functools.cache

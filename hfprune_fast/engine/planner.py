@@ -34,7 +34,7 @@ _HIDING_TOKENS = 16384
 # At most, since only whole passes are saved for a run that is resumed.
 _MAX_PASS_TOKENS = {"cpu": 16384, "cuda": 65536}
 # As in `kernels.linear_entropy`; the minimum is for a small memory budget.
-_MAX_LOGITS_BYTES, _MIN_LOGITS_BYTES, _MIN_LOGITS_ROWS = 256 << 20, 16 << 20, 512
+_MAX_LOGITS_BYTES, _MIN_LOGITS_BYTES, _MIN_LOGITS_ROWS = 384 << 20, 16 << 20, 512
 # Allocators retain some freed memory, and reuse less of it where sizes vary (measured, CPU).
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries

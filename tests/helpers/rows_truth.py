@@ -57,12 +57,13 @@ def softmax_truth(
     log_p = torch.log_softmax(z, dim=-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     # How far rounding moves z_i - max, with what may be read as such a move. The scale: u L; the
     # difference, at most 2 L: 2 u L; the steps by which a running maximum rises, 2 L in all: 2 u L.
-    # A GPU's exp first multiplies by log2 e: 2 u L. exp is right to 3 ulp = 6 u; each block of 8192
-    # logits rescales the sums before it by another exp and two products. softcap · tanh(x) is off
+    # A GPU's exp first multiplies by log2 e: 2 u L. exp is right to 3 ulp = 6 u; each block of 4096
+    # logits rescales the sums before it by another exp and two products, and so does the merge of
+    # a row's lanes. softcap · tanh(x) is off
     # by 22 u of itself: where it is worst, x = 1/4, e = exp(-2x) = 0.61 is off by 8 u, 1 - e by
     # 14 u, 1 + e by 4 u, and x, the quotient and the product by one or two.
     largest = z.masked_fill(z == -torch.inf, 0).abs().amax(dim=1)
-    blocks = -(-vocab // 8192)
+    blocks = -(-vocab // 4096) + 1
     move = eps * (4 * largest + (11 * largest if softcap else 0) + 3 + 4 * blocks)
     # Sums of V terms, in any order: λ √V u, λ = 4 for all practical purposes (Higham, Mary 2019).
     sums = 2 * eps * vocab**0.5

@@ -217,6 +217,33 @@ def test_inputs_may_be_one_tensor() -> None:
         gated_taylor(grad, gate, gate, out=(grad, grad))
 
 
+@pytest.mark.parametrize("parity", [False, True])
+def test_outputs_that_share_a_part_of_an_input_are_refused(parity: bool) -> None:
+    grad, gate, up, free = (random(2, 3, 4, seed=i) for i in range(4))
+    memory, fused = torch.zeros(100), torch.zeros(2, 3, 12)
+    row_on, wider = memory[4:28].view(2, 3, 4), memory[:60].view(2, 3, 10)[..., 2:6]
+    left, middle, right = fused[..., :4], fused[..., 2:6], fused[..., 8:]
+    options: dict[str, Any] = {"parity": parity}
+    for source, target in (
+        (memory[:24].view(2, 3, 4), row_on), (row_on, memory[:24].view(2, 3, 4)),
+        (row_on, wider), (left, middle),
+    ):  # fmt: skip
+        for out in ((target, free), (free, target)):
+            for inputs in ((source, gate, up), (grad, source, up), (grad, gate, source)):
+                with pytest.raises(ValueError, match="itself or lie apart from it"):
+                    gated_taylor(*inputs, out=out, **options)
+    with pytest.raises(ValueError, match="the same tensor"):
+        gated_taylor(grad, gate, up, out=(left, middle), **options)
+    # Columns of one tensor that lie apart, and one that is shared element by element.
+    for inputs, out in (
+        ((grad, left, right), (left, right)), ((grad, left, up), (left, right)),
+        ((grad, gate, up), (up, gate)), ((right, gate, up), (left, free)),
+    ):  # fmt: skip
+        expected = gated_taylor(*(t.clone() for t in inputs), **options)
+        got = gated_taylor(*inputs, out=out, **options)
+        assert all(map(torch.equal, (*got[0], *got[1:]), (*expected[0], *expected[1:])))
+
+
 def test_large_gradients_of_closed_gates_do_not_overflow(backend: str) -> None:
     grad, gate, up = (torch.full((1, 1, 1), x) for x in (1e30, -80.0, 1e30))
     _, d_gate, _ = gated_taylor(grad, gate, up, backend=backend)

@@ -71,6 +71,28 @@ def test_self_distillation_equals_float64(
     assert (grad[2] == 0).all()
 
 
+def test_a_flat_teacher_weighs_logits_far_below_the_maximum(backend: str) -> None:
+    # Ascending, so that the maximum of every lane rises by hundreds at each step.
+    logits = torch.linspace(-3000, 0, 20_000).repeat(2, 1)
+    labels = torch.tensor([19_999, 7])
+    values, grad = value_and_grad(logits, distilled(labels, 0.5, 1000.0), backend)
+    truth = self_distillation_truth(logits, labels, 0.5, 1000.0)
+    assert_rows(values, grad, truth, backend)
+
+
+@pytest.mark.parametrize("name", ["entropy", "cross_entropy", "fisher", "self_distillation"])
+def test_the_lowest_number_masks_as_minus_infinity(backend: str, name: str) -> None:
+    """Some mask by it, also every logit of a lane: 8 in 4096."""
+    masked, lowest = normal(2, 9000), torch.finfo(torch.float32).min
+    masked[:, torch.arange(9000) // 8 % 512 > 100] = -INF
+    keys = None if name == "entropy" else torch.tensor([5, 8200])
+    criterion = Criterion(name, keys, alpha=0.4, temperature=0.5)
+    expected = value_and_grad(masked, criterion, backend)
+    got = value_and_grad(masked.masked_fill(masked == -INF, lowest), criterion, backend)
+    assert got[0].isfinite().all()
+    assert all(map(torch.equal, got, expected))
+
+
 def test_self_distillation_is_cross_entropy_less_a_sharper_softmax(backend: str) -> None:
     logits, labels = normal(3, 9000), torch.tensor([5, 8999, 0])
     plain = value_and_grad(logits, Criterion("cross_entropy", labels), backend)
