@@ -207,12 +207,12 @@ void check_tokens(const char* instructions, Type type, std::size_t width, unsign
 void check_kernels() {
   for (const char* const* name = hfprune::kernel_instructions(); *name != nullptr; ++name) {
     for (const Type type : {Type::float32, Type::bfloat16, Type::float16}) {
-      for (const unsigned threads : {1u, 3u}) {
-        for (const std::size_t size : {1, 3, 8, 17, 33, 300, 2049, 4103}) {
-          check_rows(*name, type, size, threads);
-          check_tokens(*name, type, size, threads);
-        }
+      for (const std::size_t size : {1, 3, 8, 17, 33, 300, 2049, 4103}) {
+        check_rows(*name, type, size, 1);
+        check_tokens(*name, type, size, 1);
       }
+      check_rows(*name, type, 4103, 3);
+      check_tokens(*name, type, 2049, 3);
     }
     const auto null_logits = [&] {
       hfprune::RowPass pass;
