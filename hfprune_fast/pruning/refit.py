@@ -21,8 +21,10 @@ proportion to its terms. The second term keeps V a at y where a gain is so small
 to grow to correct the stream. (Fitting V a to y alone has 10 to 18 % more KL on the small OLMo 2
 and Gemma 2 of bench/results/NOTES.md.) Where the output is scaled too, g has the scale in it.
 
-The second moments of one layer are in memory at a time, and the streams: for the dense and each
-pruned model a tensor of all tokens by hidden_size, on the host if a GPU has no room for them.
+A pruned layer runs once a batch (`pruned_layer`), except on a GPU, and where it has experts. The
+second moments of one layer are in memory at a time, on a CPU its kept neurons' acts of all tokens,
+and the streams: for the dense and each pruned model a tensor of all tokens by hidden_size, on the
+host if a GPU has no room for them.
 """
 
 from __future__ import annotations
