@@ -25,9 +25,9 @@ class CMakeBuild(build_ext):
                 raise
             print(
                 f"\n{'!' * 78}\nhfprune_fast: the C++ extension could not be built ({error}).\n"
-                "Weights will be moved by plain torch, which is slower. To have the extension,\n"
-                "install a C++17 compiler and install again; `hfprune doctor` tells which is in "
-                f"use.\n{'!' * 78}\n",
+                "Plain torch will score on a CPU and move weights, which is slower. To have the\n"
+                "extension, install a C++17 compiler and install again; `hfprune doctor` tells\n"
+                f"which is in use.\n{'!' * 78}\n",
                 file=sys.stderr,
             )
 

@@ -5,6 +5,7 @@
 #include <optional>
 #include <system_error>
 
+#include "bindings_kernels.h"
 #include "compact.h"
 #include "write.h"
 
@@ -95,7 +96,7 @@ bool write_buffer(int file, std::uint64_t offset, const py::object& source, std:
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compaction of weights in memory and on their way to a file, in C++.";
+  module.doc() = "Kernels on a CPU; compaction of weights in memory and on their way to a file.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
@@ -104,6 +105,7 @@ PYBIND11_MODULE(_C, module) {
       PyErr_SetFromErrno(PyExc_OSError);
     }
   });
+  bind_kernels(module);
   module.def("instructions", &instructions);
   module.def("compact", &compact_buffer, py::arg("source"), py::arg("out"), py::kw_only(),
              py::arg("rows"), py::arg("columns"), py::arg("item_bytes"), py::arg("axis"),

@@ -3,6 +3,7 @@
 They depend on nothing else in the package: any pruning pipeline can call them.
 """
 
+from hfprune_fast.kernels._cpp import CPP_INSTRUCTIONS, CPP_UNUSED_REASON
 from hfprune_fast.kernels._dispatch import BACKENDS, resolve_backend
 from hfprune_fast.kernels._triton import TRITON_VERSION
 from hfprune_fast.kernels.entropy import (
@@ -29,6 +30,8 @@ from hfprune_fast.kernels.taylor import (
 
 __all__ = [
     "BACKENDS",
+    "CPP_INSTRUCTIONS",
+    "CPP_UNUSED_REASON",
     "TRITON_VERSION",
     "TaylorStatistics",
     "gated_taylor",

@@ -4,8 +4,11 @@ For a row z of V logits, with p = softmax(z), d_i = z_i - max(z), e = exp(d), s 
 
     entropy        H = -Σ_i p_i log p_i = log s - u/s      dH/dz_i = -p_i (d_i - u/s)
     cross_entropy  -log p_y = log s - d_y                  its gradient p_i - [i = y]
-    fisher         the same for a label y drawn from p: the smallest y with e_0 + … + e_y > t s,
-                   where t is the uniform number of the row's id (`_philox.py`)
+    fisher         the same for a label y drawn from p: the first y, lane by lane, for which the
+                   sum of e up to and including e_y is above t s, where t is the uniform number of
+                   the row's id (`_philox.py`). Entry i is in lane (i // 8) mod 512; lanes come in
+                   ascending order, and so do the entries of each. A kernel sums by lanes, so it
+                   finds y from 512 sums and the logits of one lane
     self_distillation  (1-α) · cross_entropy + α · KL(r ‖ p) with r = softmax(z / τ), the teacher,
                    held fixed; its gradient p_i - (1-α) [i = y] - α r_i. With s', u' the sums of
                    exp(d / τ) and d exp(d / τ), KL(r ‖ p) = log s - log s' + (1/τ - 1) u'/s'
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 IGNORED_LABEL = -100  # torch's ignore_index
+LANES, LANE_WIDTH = 512, 8  # of a row, as fisher draws
 
 
 @dataclass(frozen=True)

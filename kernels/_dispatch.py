@@ -1,8 +1,9 @@
 """The one place that chooses which implementation of an operation runs.
 
-"triton" is our kernels, "torch" plain operations on any device. The choice is the `backend=` of the
-call, else HFPRUNE_BACKEND for a whole run, else triton for float32, bfloat16 and float16 on a GPU
-and torch for all else. The implementation chosen runs or raises; nothing falls back.
+"triton" is our kernels for a GPU, "cpp" those for a CPU, "torch" plain operations on any device.
+The choice is the `backend=` of the call, else HFPRUNE_BACKEND for a whole run, else for float32,
+bfloat16 and float16 triton on a GPU and, where the C++ extension is in use, cpp on a CPU; torch for
+all else. The implementation chosen runs or raises; nothing falls back.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._cpp import CPP_INSTRUCTIONS, CPP_UNUSED_REASON
 from hfprune_fast.kernels._triton import INTERPRETED, TRITON_VERSION
 
-BACKENDS = ("torch", "triton")
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("torch", "triton", "cpp")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Implementation = TypeVar("_Implementation")
 
 
@@ -38,30 +40,41 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
     """Return the name of the backend for an operation on tensor.
 
     Raises:
-        ValueError: an unknown name, or triton where it cannot run, with the reason.
+        ValueError: an unknown name, or triton or cpp where it cannot run, with the reason.
     """
     source = "backend" if backend else "HFPRUNE_BACKEND"
     backend = backend or os.environ.get("HFPRUNE_BACKEND") or None
     if backend is None:
-        supported = tensor.is_cuda and tensor.dtype in _TRITON_DTYPES
-        backend, source = ("triton" if supported else "torch"), "the default for a GPU tensor"
+        backend, source = _default(tensor), "the default for a GPU tensor"
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton":
-        _check_triton(source, tensor)
+    if backend != "torch":
+        _check_kernels(backend, source, tensor)
     return backend
 
 
-def _check_triton(source: str, tensor: Tensor) -> None:
-    if TRITON_VERSION is None:
+def _default(tensor: Tensor) -> str:
+    if tensor.dtype not in _KERNEL_DTYPES:
+        return "torch"
+    if tensor.is_cuda:
+        return "triton"
+    return "cpp" if CPP_INSTRUCTIONS and tensor.device.type == "cpu" else "torch"
+
+
+def _check_kernels(backend: str, source: str, tensor: Tensor) -> None:
+    if backend == "triton" and TRITON_VERSION is None:
         reason = "triton is not installed"
-    elif tensor.dtype not in _TRITON_DTYPES:
+    elif backend == "cpp" and not CPP_INSTRUCTIONS:
+        reason = f"the C++ extension is not in use ({CPP_UNUSED_REASON})"
+    elif tensor.dtype not in _KERNEL_DTYPES:
         reason = f"the kernels take float32, bfloat16 and float16, got {tensor.dtype}"
-    elif not (tensor.is_cuda or INTERPRETED):
+    elif backend == "cpp" and tensor.device.type != "cpu":
+        reason = f"it needs a CPU, got a tensor on {tensor.device}"
+    elif backend == "triton" and not (tensor.is_cuda or INTERPRETED):
         reason = f"it needs a GPU (or TRITON_INTERPRET=1), got a tensor on {tensor.device}"
     else:
         return
-    raise ValueError(f"{source} is triton, but {reason}; backend='torch' runs everywhere")
+    raise ValueError(f"{source} is {backend}, but {reason}; backend='torch' runs everywhere")
 
 
 @contextmanager
@@ -82,9 +95,13 @@ def architecture(device: torch.device) -> str:
 
 
 def configuration(table: Mapping[str, dict[str, int]], device: torch.device) -> dict[str, int]:
-    """Return a launch configuration: the architecture's own, else NVIDIA's (sm) or AMD's (gfx)."""
+    """Return a launch configuration: the architecture's own, else NVIDIA's (sm) or AMD's (gfx).
+
+    Products and sums are fused, which not every version of triton does by default.
+    """
     name = architecture(device)
-    return table.get(name) or table["gfx" if name.startswith("gfx") else "sm"]
+    own = table.get(name) or table["gfx" if name.startswith("gfx") else "sm"]
+    return {**own, "enable_fp_fusion": True}
 
 
 @functools.cache

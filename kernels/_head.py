@@ -8,6 +8,7 @@ cuBLAS, or oneDNN on a CPU, makes them; the (T, V) logits never exist as a whole
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from torch import Tensor
 from hfprune_fast.kernels._triton import cdiv
 
 # The default budget, raised to what _MIN_ROWS rows need: fewer make the products inefficient.
-_BUDGET_BYTES = 256 << 20
+_BUDGET_BYTES = 384 << 20
 _MIN_ROWS = 512
 _ROWS_MULTIPLE = 128
+# Columns of a product's tile of 128 rows, as cuBLAS has them for large ones.
+_TILE_COLUMNS = 256
 # The buffer's rows start at a multiple of this many logits, whatever V, for 16-byte loads.
 _ROW_ALIGNMENT = 16
 # Of d_logits that are upcast at a time for the gradient of the weight, on a CPU.
@@ -146,6 +149,12 @@ def products_of(
         tile = max(1, min(len(heads[0].weight), budget_bytes // 4 // (width * 4)))
         budget_bytes -= tile * width * 4
     rows = _chunk_rows(len(heads[0].hidden), row_bytes, budget_bytes)
+    hidden = heads[0].hidden
+    if hidden.is_cuda and torch.version.hip is None and rows > _ROWS_MULTIPLE:
+        rows = wave_rows(
+            len(hidden), budget_bytes // max(1, row_bytes), _shapes(heads),
+            torch.cuda.get_device_properties(hidden.device).multi_processor_count,
+        )  # fmt: skip
     products = []
     for head, upcast in zip(heads, widened, strict=True):
         onednn = None if backend == "triton" else onednn_linear(head.hidden, head.weight)
@@ -164,6 +173,47 @@ def _chunk_rows(tokens: int, row_bytes: int, budget_bytes: int) -> int:
     unit = _ROWS_MULTIPLE if max_rows >= _ROWS_MULTIPLE else 1
     chunks = max(1, cdiv(tokens, max_rows // unit * unit))
     return min(tokens, cdiv(cdiv(tokens, chunks), unit) * unit)
+
+
+def _shapes(heads: Sequence[Head]) -> tuple[tuple[int, int], ...]:
+    """Return (columns, summed entries) of each product of a chunk."""
+    forward = tuple((len(head.weight), head.hidden.shape[1]) for head in heads)
+    return (*forward, (heads[0].hidden.shape[1], len(heads[0].weight)))
+
+
+@functools.lru_cache(maxsize=256)
+def wave_rows(
+    tokens: int, max_rows: int, products: tuple[tuple[int, int], ...], multiprocessors: int
+) -> int:
+    """Return the rows of a chunk for which the products of all chunks take the fewest waves.
+
+    A product of (rows, k) and (k, n) has a tile for each 128 rows and 256 of its n columns; a wave
+    is a tile on each multiprocessor, and takes time in proportion to k. The time of all is least
+    where the tiles of a product with few columns sit just under a whole number of waves.
+
+    Args:
+        tokens: rows in all.
+        max_rows: that fit into the budget, at least 128; the result is a multiple of 128 within it,
+            or tokens if they are fewer.
+        products: (n, k) of each.
+        multiprocessors: of the GPU.
+    """
+
+    def waves(units: int) -> int:
+        return sum(
+            cdiv(units * cdiv(columns, _TILE_COLUMNS), multiprocessors) * depth
+            for columns, depth in products
+        )
+
+    units = cdiv(tokens, _ROWS_MULTIPLE)
+    best, least = 1, waves(1) * units
+    # Of equals the larger one: fewer launches.
+    for chunk in range(2, min(max_rows // _ROWS_MULTIPLE, units) + 1):
+        full, rest = divmod(units, chunk)
+        time = full * waves(chunk) + (waves(rest) if rest else 0)
+        if time <= least:
+            best, least = chunk, time
+    return min(tokens, best * _ROWS_MULTIPLE)
 
 
 def _slices(length: int, size: int) -> list[slice]:

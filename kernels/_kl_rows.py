@@ -1,6 +1,7 @@
 """The pass over two rows of logits: the KL divergence of one from the other, and its gradient.
 
-The equations are in `linear_kl.py`, the kernel in `_kl_rows_triton.py`.
+The equations are in `linear_kl.py`, the kernels in `_kl_rows_triton.py` and
+`csrc/kl_pass.cpp`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._cpp import kl_rows_cpp
 from hfprune_fast.kernels._dispatch import choose, device_guard
 from hfprune_fast.kernels._kl_rows_triton import kl_rows_triton
 from hfprune_fast.kernels._rows import BLOCK_ELEMENTS, transformed
@@ -53,7 +55,7 @@ def _softmax(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
     return d, e.div_(s), s, masked
 
 
-IMPLEMENTATIONS = {"triton": kl_rows_triton, "torch": kl_rows_torch}
+IMPLEMENTATIONS = {"triton": kl_rows_triton, "cpp": kl_rows_cpp, "torch": kl_rows_torch}
 
 
 def kl_rows_and_grad(

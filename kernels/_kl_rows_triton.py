@@ -11,112 +11,132 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.kernels._dispatch import configuration
-from hfprune_fast.kernels._rows_triton import _load_logits
+from hfprune_fast.kernels._lanes_triton import exponent_factor, raised, transformed
 from hfprune_fast.kernels._triton import jit, tl
 
-# One pair of rows a program, and a lane a thread: 16 bytes of each row a step, STAGES - 1 steps
-# loaded ahead. As in `_rows_triton.py` one program fills a multiprocessor of NVIDIA's.
+# One pair of rows a program, and a lane a thread: 16 bytes of each row a step, one step loaded
+# ahead. As in `_rows_triton.py` one program fills a multiprocessor of NVIDIA's.
 _CONFIGS = {
-    "sm": {"LANES": 1024, "STAGES": 3, "num_warps": 32},
-    "gfx": {"LANES": 512, "STAGES": 2, "num_warps": 8},
+    "sm": {"LANES": 1024, "num_warps": 32, "maxnreg": 64},
+    "gfx": {"LANES": 512, "num_warps": 8},
 }
 
 
 @jit
-def _add_to_lanes(z, m, s):
-    """Add logits z (LANES, WIDTH) to each lane's maximum m and sum s of exp(z - m)."""
-    m_new = tl.maximum(m, tl.max(z, axis=1))
-    # -inf - -inf would be NaN: no finite logit yet, and every exp is 0.
-    base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    s = s * tl.exp(m - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
-    return m_new, s
+def _add_to_lanes(
+    z, m, base, s, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, FACTOR: tl.constexpr
+):
+    """Add logits z (LANES, WIDTH), as loaded, to each lane's maximum, base and sum of 2^d."""
+    z = transformed(z, SOFTCAP, LOGIT_SCALE)
+    m, base, delta, d = raised(z, m, base, FACTOR, -200.0)
+    return m, base, s * tl.exp2(delta) + tl.sum(tl.exp2(d), axis=1)
 
 
 @jit
-def _merge_lanes(m, s):
-    """Return the row's (base, s, whether it is -inf throughout); base is 0 and s 1 if it is."""
-    m_row = tl.max(m, axis=0)
-    masked = m_row == float("-inf")
-    base = tl.where(masked, 0.0, m_row)
-    return base, tl.where(masked, 1.0, tl.sum(s * tl.exp(m - base), axis=0)), masked
+def _merge_lanes(m, base, s):
+    """Return the row's log2 Σ exp z, 0 where it is -inf throughout, and whether it is."""
+    row_base = tl.max(base, axis=0)
+    s = tl.sum(s * tl.exp2(base - row_base), axis=0)
+    masked = (tl.max(m, axis=0) == float("-inf")) & (s == 0)
+    # A row of finite logits below -2e38 has no exponents in fp32: NaN.
+    lse = tl.where(s == 0, float("nan"), row_base + tl.log2(s))
+    return tl.where(masked, 0.0, lse), masked
 
 
 @jit
 def _kl_and_grad(
-    z_ptr, y_ptr, grad_ptr, offs_v, V, z_base, y_base, z_s, y_s, factor, value,
-    SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr, TEACHER_LOGIT_SCALE: tl.constexpr, MASKED: tl.constexpr,
+    z, y, z_lse, y_lse, factor, kl, rest, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    FACTOR: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr, TEACHER_LOGIT_SCALE: tl.constexpr,
+    TEACHER_FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Return value (LANES,) plus a step's terms; write factor · (q - p), 0 where z is -inf."""
-    y = _load_logits(y_ptr, offs_v, V, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, MASKED)
-    z = _load_logits(z_ptr, offs_v, V, SOFTCAP, LOGIT_SCALE, MASKED)
-    y_d, z_d = y - y_base, z - z_base
-    p = tl.exp(y_d) / y_s
-    grad = tl.exp(z_d) / z_s - p
-    log_ratio = tl.where(p == 0, 0.0, (y_d - z_d) + tl.log(z_s / y_s))
-    value += tl.sum(p * log_ratio + grad, axis=1)
-    factors = tl.where(z == float("-inf"), 0.0, factor)
-    grad *= factors
+    """Return each lane's kl + Σ p log2(p / q) and rest + Σ q - p, and factor · (q - p).
+
+    The last is 0 where z is -inf. z and y: logits as loaded.
+    """
+    y = transformed(y, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE)
+    z = transformed(z, SOFTCAP, LOGIT_SCALE)
+    log_p, log_q = y * TEACHER_FACTOR - y_lse, z * FACTOR - z_lse
+    p = tl.exp2(log_p)
+    grad = tl.exp2(log_q) - p
+    kl += tl.sum(p * tl.where(p == 0, 0.0, log_p - log_q), axis=1)
+    rest += tl.sum(grad, axis=1)
+    grad = tl.where(z == float("-inf"), 0.0, grad * factor)
     if SOFTCAP is not None:
-        grad *= 1 - (z / SOFTCAP) * (z / SOFTCAP)
-    grad = tl.where(factors == 0, 0.0, grad).to(grad_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(grad_ptr + offs_v, grad, mask=offs_v < V)
-    else:
-        tl.store(grad_ptr + offs_v, grad)
-    return value
+        grad *= 1 - tl.maximum(z, -1.0) * tl.maximum(z, -1.0)
+    # Where a row holds NaN and its factor is 0.
+    return kl, rest, tl.where(factor == 0, 0.0, grad)
 
 
 @jit
 def _kl_rows_kernel(
     z_ptr, y_ptr, grad_ptr, row_scale_ptr, value_ptr, stride_zt, stride_yt, stride_gt, V,
-    SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, FACTOR: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr, TEACHER_LOGIT_SCALE: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    TEACHER_FACTOR: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program a row t: KL(softmax(y_t) ‖ softmax(z_t)), and row_scale_t times its gradient."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_zt
     y_ptr += row * stride_yt
     grad_ptr += row * stride_gt
-    step: tl.constexpr = LANES * WIDTH
+    STEP: tl.constexpr = LANES * WIDTH
     offs_v = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     # Whole steps need no mask: it would split 16-byte loads where V is odd.
-    whole = V // step * step
+    whole = V // STEP * STEP
+    in_tail = whole + offs_v < V
+    z_tail = tl.load(z_ptr + whole + offs_v, mask=in_tail, other=float("-inf"))
+    y_tail = tl.load(y_ptr + whole + offs_v, mask=in_tail, other=float("-inf"))
 
     z_m = tl.full([LANES], float("-inf"), tl.float32)
     y_m = tl.full([LANES], float("-inf"), tl.float32)
-    z_sums = tl.zeros([LANES], tl.float32)
-    y_sums = tl.zeros([LANES], tl.float32)
-    for start in tl.range(0, whole, step, num_stages=STAGES):
-        z = _load_logits(z_ptr, start + offs_v, V, SOFTCAP, LOGIT_SCALE, False)
-        y = _load_logits(y_ptr, start + offs_v, V, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, False)
-        z_m, z_sums = _add_to_lanes(z, z_m, z_sums)
-        y_m, y_sums = _add_to_lanes(y, y_m, y_sums)
-    if whole < V:
-        z = _load_logits(z_ptr, whole + offs_v, V, SOFTCAP, LOGIT_SCALE, True)
-        y = _load_logits(y_ptr, whole + offs_v, V, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, True)
-        z_m, z_sums = _add_to_lanes(z, z_m, z_sums)
-        y_m, y_sums = _add_to_lanes(y, y_m, y_sums)
-    z_base, z_s, _ = _merge_lanes(z_m, z_sums)
-    y_base, y_s, no_teacher = _merge_lanes(y_m, y_sums)
+    z_base = tl.full([LANES], -3e38, tl.float32)
+    y_base = tl.full([LANES], -3e38, tl.float32)
+    z_s = tl.zeros([LANES], tl.float32)
+    y_s = tl.zeros([LANES], tl.float32)
+    z, y = z_tail.to(tl.float32), y_tail.to(tl.float32)
+    for start in range(0, whole, STEP):
+        z_ahead = tl.load(z_ptr + start + offs_v)
+        y_ahead = tl.load(y_ptr + start + offs_v)
+        z_m, z_base, z_s = _add_to_lanes(z, z_m, z_base, z_s, SOFTCAP, LOGIT_SCALE, FACTOR)
+        y_m, y_base, y_s = _add_to_lanes(
+            y, y_m, y_base, y_s, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, TEACHER_FACTOR
+        )
+        z, y = z_ahead.to(tl.float32), y_ahead.to(tl.float32)
+    z_m, z_base, z_s = _add_to_lanes(z, z_m, z_base, z_s, SOFTCAP, LOGIT_SCALE, FACTOR)
+    y_m, y_base, y_s = _add_to_lanes(
+        y, y_m, y_base, y_s, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, TEACHER_FACTOR
+    )
+    z_lse, _ = _merge_lanes(z_m, z_base, z_s)
+    y_lse, no_teacher = _merge_lanes(y_m, y_base, y_s)
 
     row_scale = tl.load(row_scale_ptr + row)
-    # 0, and not NaN, where row_scale is 0 and a row holds NaN.
     factor = tl.where((row_scale == 0) | no_teacher, 0.0, LOGIT_SCALE * row_scale)
-    value = tl.zeros([LANES], tl.float32)
+    kl = tl.zeros([LANES], tl.float32)
+    rest = tl.zeros([LANES], tl.float32)
     # Backwards: what was read last is still in the cache.
-    if whole < V:
-        value = _kl_and_grad(
-            z_ptr, y_ptr, grad_ptr, whole + offs_v, V, z_base, y_base, z_s, y_s, factor, value,
-            SOFTCAP, LOGIT_SCALE, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, True,
+    start = whole - STEP
+    z = tl.load(z_ptr + start + offs_v, mask=start >= 0)
+    y = tl.load(y_ptr + start + offs_v, mask=start >= 0)
+    # A select, through which LLVM moves no conversion into the loop.
+    z = tl.where(start >= 0, z.to(tl.float32), 0.0)
+    y = tl.where(start >= 0, y.to(tl.float32), 0.0)
+    kl, rest, grad = _kl_and_grad(
+        z_tail, y_tail, z_lse, y_lse, factor, kl, rest, SOFTCAP, LOGIT_SCALE, FACTOR,
+        TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, TEACHER_FACTOR,
+    )  # fmt: skip
+    tl.store(grad_ptr + whole + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=in_tail)
+    for offset in range(0, whole, STEP):
+        start = whole - STEP - offset
+        z_ahead = tl.load(z_ptr + start - STEP + offs_v, mask=start > 0)
+        y_ahead = tl.load(y_ptr + start - STEP + offs_v, mask=start > 0)
+        kl, rest, grad = _kl_and_grad(
+            z, y, z_lse, y_lse, factor, kl, rest, SOFTCAP, LOGIT_SCALE, FACTOR,
+            TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, TEACHER_FACTOR,
         )  # fmt: skip
-    for offset in tl.range(0, whole, step, num_stages=STAGES):
-        value = _kl_and_grad(
-            z_ptr, y_ptr, grad_ptr, whole - step - offset + offs_v, V, z_base, y_base, z_s, y_s,
-            factor, value, SOFTCAP, LOGIT_SCALE, TEACHER_SOFTCAP, TEACHER_LOGIT_SCALE, False,
-        )  # fmt: skip
-    tl.store(value_ptr + row, tl.where(no_teacher, 0.0, tl.sum(value, axis=0)))
+        tl.store(grad_ptr + start + offs_v, grad.to(grad_ptr.dtype.element_ty))
+        z, y = z_ahead.to(tl.float32), y_ahead.to(tl.float32)
+    value = 0.6931471805599453 * tl.sum(kl, axis=0) + tl.sum(rest, axis=0)  # ln 2
+    tl.store(value_ptr + row, tl.where(no_teacher, 0.0, value))
 
 
 def kl_rows_triton(
@@ -139,9 +159,11 @@ def kl_rows_triton(
         logits.shape[1],
         SOFTCAP=softcap,
         LOGIT_SCALE=logit_scale,
+        FACTOR=exponent_factor(softcap, logit_scale),
         TEACHER_SOFTCAP=teacher_softcap,
         TEACHER_LOGIT_SCALE=teacher_logit_scale,
-        WIDTH=16 // min(logits.element_size(), teacher_logits.element_size(), grad.element_size()),
+        TEACHER_FACTOR=exponent_factor(teacher_softcap, teacher_logit_scale),
+        WIDTH=16 // grad.element_size(),  # wider stores would be split between threads
         **configuration(_CONFIGS, logits.device),
     )
     return values

@@ -1,6 +1,7 @@
 """The pass over rows of logits that every criterion shares: a value a row, and its gradient.
 
-The criteria and their equations are in `_criterion.py`, the kernel in `_rows_triton.py`.
+The criteria and their equations are in `_criterion.py`, the kernels in `_rows_triton.py` and
+`csrc/row_pass.cpp`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hfprune_fast.kernels._criterion import ENTROPY, IGNORED_LABEL, Criterion
+from hfprune_fast.kernels._cpp import rows_cpp
+from hfprune_fast.kernels._criterion import ENTROPY, IGNORED_LABEL, LANE_WIDTH, LANES, Criterion
 from hfprune_fast.kernels._dispatch import choose, device_guard
 from hfprune_fast.kernels._philox import uniform
 from hfprune_fast.kernels._rows_triton import rows_triton
@@ -29,6 +31,8 @@ def rows_torch(
     keys = criterion.keys
     if keys is not None and criterion.name == "fisher":
         keys = uniform(keys, criterion.seed, dtype)
+        entries = torch.arange(logits.shape[1], device=logits.device)
+        by_lane = entries[(entries // LANE_WIDTH % LANES).argsort(stable=True)]
     rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, logits.shape[0], rows):
         block = slice(start, start + rows)
@@ -47,7 +51,7 @@ def rows_torch(
             values[block] = (s.log() - u_over_s).squeeze(1)
         else:
             if criterion.name == "fisher":
-                y, labelled = _sample(e, keys[block, None] * s)
+                y, labelled = _sample(e, keys[block, None] * s, by_lane)
             else:
                 y, labelled, s = _clamp_labels(keys[block, None], s, e.shape[1])
             d_y, label_share = d.gather(1, y), 1.0
@@ -89,14 +93,15 @@ def transformed(
     return tanh.mul_(softcap).masked_fill_(z == -torch.inf, -torch.inf), slope
 
 
-def _sample(e: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _sample(e: Tensor, target: Tensor, by_lane: Tensor) -> tuple[Tensor, Tensor]:
     """Return (T, 1) samples as the kernel draws them, and whether the row has an entry to draw."""
+    e = e[:, by_lane]
     possible = e != 0  # true for NaN, so that the row shows it
     reached = (e.cumsum(dim=1) > target).logical_and_(possible)
-    y = reached.view(torch.uint8).argmax(dim=1, keepdim=True)  # the first of the largest
+    nth = reached.view(torch.uint8).argmax(dim=1, keepdim=True)  # the first of the largest
     last = e.shape[1] - 1 - possible.flip(1).view(torch.uint8).argmax(dim=1, keepdim=True)
-    y = torch.where(reached.any(dim=1, keepdim=True), y, last)
-    return y, possible.any(dim=1, keepdim=True)
+    nth = torch.where(reached.any(dim=1, keepdim=True), nth, last)
+    return by_lane[nth], possible.any(dim=1, keepdim=True)
 
 
 def _distil(d: Tensor, e: Tensor, s: Tensor, criterion: Criterion) -> Tensor:
@@ -116,7 +121,7 @@ def _clamp_labels(labels: Tensor, s: Tensor, vocab: int) -> tuple[Tensor, Tensor
     return y, labelled, s.masked_fill((y != labels) & labelled, torch.nan)
 
 
-IMPLEMENTATIONS = {"triton": rows_triton, "torch": rows_torch}
+IMPLEMENTATIONS = {"triton": rows_triton, "cpp": rows_cpp, "torch": rows_torch}
 
 
 def rows_loss_and_grad(

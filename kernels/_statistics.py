@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hfprune_fast.kernels._activations import Gated, check_activation, eager_gated, value_and_slope
 from hfprune_fast.kernels._arguments import check_devices, check_grad_scale
+from hfprune_fast.kernels._cpp import statistics_cpp
 from hfprune_fast.kernels._dispatch import choose, device_guard
 from hfprune_fast.kernels._statistics_triton import statistics_triton
 
@@ -64,7 +65,7 @@ def _statistics_parity(grad: Tensor, act: Tensor | Gated) -> Tensor:
     return total
 
 
-IMPLEMENTATIONS = {"triton": statistics_triton, "torch": statistics_torch}
+IMPLEMENTATIONS = {"triton": statistics_triton, "cpp": statistics_cpp, "torch": statistics_torch}
 
 
 def taylor_sums(
@@ -84,9 +85,10 @@ def taylor_sums(
         ValueError: arguments that do not belong together, or a backend that cannot run.
     """
     _check(grad, act, token_mask, grad_scale)
-    if parity and (backend == "triton" or token_mask is not None or grad_scale != 1):
+    if parity and (backend in ("triton", "cpp") or token_mask is not None or grad_scale != 1):
         raise ValueError(
-            "parity=True is plain torch over whole sequences: no triton, token_mask or grad_scale"
+            "parity=True is plain torch over whole sequences: no other backend, token_mask or "
+            "grad_scale"
         )
     # Parity is torch whatever the environment says.
     statistics = choose(IMPLEMENTATIONS, "torch" if parity and backend is None else backend, grad)
@@ -128,8 +130,8 @@ def _check(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None, grad_sc
                 "d_gate and d_up (gate and up with overwrite=True, else out) must have unit "
                 f"stride along F and one stride over B and S, got {tensor.stride()}"
             )
-    if isinstance(act, Gated) and act.d_gate.data_ptr() == act.d_up.data_ptr() != 0:
-        raise ValueError("the gradients at gate and up would be written to the same tensor")
+    if isinstance(act, Gated):
+        _check_memory(grad, act)
     if token_mask is not None and (
         token_mask.shape != grad.shape[:2] or token_mask.dtype != torch.bool
     ):
@@ -139,6 +141,39 @@ def _check(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None, grad_sc
         )
     check_devices(grad, token_mask=token_mask)
     check_grad_scale(grad_scale)
+
+
+def _check_memory(grad: Tensor, act: Gated) -> None:
+    """Raise ValueError if a gradient would be written over what is still to be read or kept."""
+    if act.d_gate.data_ptr() == act.d_up.data_ptr() != 0 or _crosses(act.d_gate, act.d_up):
+        raise ValueError("the gradients at gate and up would be written to the same tensor")
+    for output, tensor in (("d_gate", act.d_gate), ("d_up", act.d_up)):
+        for name, source in (("grad", grad), ("gate", act.gate), ("up", act.up)):
+            if _crosses(tensor, source):
+                raise ValueError(
+                    f"{output} must be {name} itself or lie apart from it, got a part of its memory"
+                )
+
+
+def _crosses(one: Tensor, other: Tensor) -> bool:
+    """Return whether an element of one is in the memory of another element of the other."""
+    starts = one.data_ptr(), other.data_ptr()
+    same = starts[0] == starts[1] and one.stride() == other.stride()
+    if one.numel() == 0 or 0 in starts or same:  # 0: without memory
+        return False
+    size = one.element_size()
+    ends = [
+        start
+        + size * (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)))
+        for start, t in zip(starts, (one, other), strict=True)
+    ]
+    if ends[0] <= starts[1] or ends[1] <= starts[0]:
+        return False
+    # Rows of one stride, as the halves of a fused tensor: apart if their columns are.
+    (batch, seq_len, width), stride = one.shape, one.stride(0 if one.shape[1] == 1 else 1)
+    rows = one.stride() == other.stride() and _is_rows(one) and batch * seq_len > 1
+    shift, odd_bytes = divmod(starts[1] - starts[0], size)
+    return not rows or odd_bytes != 0 or not width <= shift % stride <= stride - width
 
 
 def _is_rows(tensor: Tensor) -> bool:

@@ -25,7 +25,8 @@ _CONFIGS = {
     "sm": {"BLOCK_T": 8, "BLOCK_F": 128, "STAGES": 3, "num_warps": 4, "maxnreg": 128},
     "gfx": {"BLOCK_T": 16, "BLOCK_F": 128, "STAGES": 2, "num_warps": 4},
 }
-_SUM_CONFIG = {"BLOCK_C": 32, "BLOCK_F": 32, "num_warps": 4}
+# 8 chunks: those of a sequence of 1024 tokens, so that no lane of it is masked.
+_SUM_CONFIG = {"BLOCK_C": 8, "BLOCK_F": 64, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @jit
@@ -92,26 +93,28 @@ def _add_partials_kernel(
     offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < F
     offs_c = tl.arange(0, BLOCK_C)
-    l1 = tl.zeros([BLOCK_F], tl.float64)
-    l2 = tl.zeros([BLOCK_F], tl.float64)
+    # Sums of every BLOCK_C-th chunk, reduced at the end; that of x at the end of each sequence.
+    l1 = tl.zeros([BLOCK_C, BLOCK_F], tl.float64)
+    l2 = tl.zeros([BLOCK_C, BLOCK_F], tl.float64)
+    act_sum = tl.zeros([BLOCK_C, BLOCK_F], tl.float64)
     mask_sum = tl.zeros([BLOCK_F], tl.float64)
-    act_sum = tl.zeros([BLOCK_F], tl.float64)
     for b in range(B):
-        x_sum = tl.zeros([BLOCK_F], tl.float64)
+        x_sum = tl.zeros([BLOCK_C, BLOCK_F], tl.float64)
         for start in range(0, chunks, BLOCK_C):
             c = start + offs_c
             mask = (c < chunks)[:, None] & mask_f[None, :]
             row = (b * chunks + c).to(tl.int64)[:, None]  # [BLOCK_C, 1]
             p = partial_ptr + row * 4 * F + offs_f[None, :]
-            l1 += tl.sum(tl.load(p, mask=mask, other=0.0).to(tl.float64), axis=0)
-            l2 += tl.sum(tl.load(p + F, mask=mask, other=0.0).to(tl.float64), axis=0)
-            x_sum += tl.sum(tl.load(p + 2 * F, mask=mask, other=0.0).to(tl.float64), axis=0)
-            act_sum += tl.sum(tl.load(p + 3 * F, mask=mask, other=0.0).to(tl.float64), axis=0)
-        mask_sum += x_sum * x_sum
-    tl.store(out_ptr + offs_f, l1, mask=mask_f)
-    tl.store(out_ptr + F + offs_f, l2, mask=mask_f)
+            l1 += tl.load(p, mask=mask, other=0.0).to(tl.float64)
+            l2 += tl.load(p + F, mask=mask, other=0.0).to(tl.float64)
+            x_sum += tl.load(p + 2 * F, mask=mask, other=0.0).to(tl.float64)
+            act_sum += tl.load(p + 3 * F, mask=mask, other=0.0).to(tl.float64)
+        in_sequence = tl.sum(x_sum, axis=0)
+        mask_sum += in_sequence * in_sequence
+    tl.store(out_ptr + offs_f, tl.sum(l1, axis=0), mask=mask_f)
+    tl.store(out_ptr + F + offs_f, tl.sum(l2, axis=0), mask=mask_f)
     tl.store(out_ptr + 2 * F + offs_f, mask_sum, mask=mask_f)
-    tl.store(out_ptr + 3 * F + offs_f, act_sum, mask=mask_f)
+    tl.store(out_ptr + 3 * F + offs_f, tl.sum(act_sum, axis=0), mask=mask_f)
 
 
 def statistics_triton(grad: Tensor, act: Tensor | Gated, token_mask: Tensor | None) -> Tensor:

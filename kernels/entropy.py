@@ -12,7 +12,7 @@ z ← softcap · tanh(logit_scale · z / softcap); the gradient is then with res
 before the transform.
 
 The reference is below; the pass over the rows is shared with other criteria (`_rows.py`,
-`_rows_triton.py`).
+`_rows_triton.py`, `csrc/row_pass.cpp`).
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def softmax_entropy(
             -inf is a masked vocabulary entry: it adds exactly 0, also under a softcap.
         softcap: z ← softcap · tanh(z / softcap), after the scale; None for no cap.
         logit_scale: z ← logit_scale · z, positive.
-        backend: "triton" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU and torch
-            elsewhere and for fp64.
+        backend: "triton", "cpp" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU, cpp
+            on a CPU and torch elsewhere and for fp64.
 
     Returns:
         H: (T,) in nats; fp32, or fp64 for fp64 logits.

@@ -85,8 +85,8 @@ def gated_taylor(
         gate, up: (B, S, F), same dtype as grad; separate tensors, or the halves of a fused one.
         activation: "silu", "gelu" or "gelu_tanh".
         overwrite: write the gradients over gate and up.
-        out: (d_gate, d_up) to write to, if gate and up are still needed. New tensors if neither is
-            given.
+        out: (d_gate, d_up) to write to, if gate and up are still needed: each is one of the inputs
+            itself or lies apart from them. New tensors if neither is given.
         token_mask: (B, S) bool, False at padding, which is neither counted nor read; its gradients
             are 0.
         parity, grad_scale, backend: as in `taylor_statistics`; the gradients keep the scale.

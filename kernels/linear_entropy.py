@@ -65,9 +65,9 @@ def linear_entropy(
             underflow). fp16's dz is finite while |row_weight| · logit_scale · max(grad_scale, 4096)
             is below 16384; d_hidden must fit as well.
         logits_budget_bytes: limit of the logits buffer and the other temporaries of a chunk of at
-            least one row. By default 256 MiB, or 512 rows if that is more.
-        backend: "triton" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU and torch
-            elsewhere and for fp64.
+            least one row. By default 384 MiB, or 512 rows if that is more.
+        backend: "triton", "cpp" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU, cpp
+            on a CPU and torch elsewhere and for fp64.
 
     Returns:
         loss: scalar in nats, fp32 (fp64 for fp64 input); summed in fp64.

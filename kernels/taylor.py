@@ -7,8 +7,8 @@ With a the input of down_proj and g = dloss/da, both (B, S, F), and x = g · a, 
     fisher_mask = Σ_b (Σ_t x_btj)²       squared derivative by a mask on the neuron (Fisher)
     act         = Σ_bt a_btj²
 
-The kernels are in `_statistics_triton.py`; they serve `gated_taylor.py` too, where a comes from
-gate and up.
+The kernels are in `_statistics_triton.py` and `csrc/taylor_pass.cpp`; they serve `gated_taylor.py`
+too, where a comes from gate and up.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def taylor_statistics(
             input, as the reference implementation does, and return that dtype. Plain torch, without
             token_mask or grad_scale.
         grad_scale: power of two that grad carries (for fp16); taken out of the sums, exactly.
-        backend: "triton" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU and torch
-            elsewhere and for fp64. Parity always runs on torch.
+        backend: "triton", "cpp" or "torch"; by default HFPRUNE_BACKEND, else triton on a GPU, cpp
+            on a CPU and torch elsewhere and for fp64. Parity always runs on torch.
 
     Returns:
         TaylorStatistics of (F,) tensors on the device of act, fp64 (parity: the input's dtype).
@@ -90,9 +90,10 @@ def taylor_statistics(
     Raises:
         ValueError: arguments that do not belong together, or a backend that cannot run.
 
-    torch: fp64 throughout. triton: products and sums over 128 tokens in fp32, so terms below 1e-38
-    vanish, and fp64 beyond; 4.25 bytes an element of traffic in bf16, 0.25 of them partial sums
-    (more where sequences are shorter than 128 tokens: 32 bytes a neuron and sequence).
+    torch: fp64 throughout. triton and cpp: products and sums over 128 and 64 tokens in fp32, so
+    terms below 1e-38 vanish, and fp64 beyond. Traffic: 4 bytes an element in bf16; on a GPU also
+    0.25 of partial sums (more where sequences are shorter than 128 tokens: 32 bytes a neuron and
+    sequence).
     """
     total = _taylor_statistics(grad, act, token_mask, parity, grad_scale, backend)
     return TaylorStatistics(*total.unbind())

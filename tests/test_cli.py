@@ -20,7 +20,9 @@ import hfprune_fast as hf
 from hfprune_fast import cli
 from hfprune_fast.checkpoint import native
 from hfprune_fast.checkpoint.folder import TINY_MODEL
+from hfprune_fast.commands import doctor
 from hfprune_fast.errors import CheckpointError
+from hfprune_fast.kernels import CPP_INSTRUCTIONS, _dispatch
 
 Hfprune = Callable[..., Any]
 
@@ -454,9 +456,17 @@ def test_doctor_says_what_will_be_used(
     assert found["moving_weights"] == native.description()
     assert found["torch"] == torch.__version__
     assert found["disk_free_bytes"] > 0
+    if not torch.cuda.is_available() and CPP_INSTRUCTIONS:
+        assert found["scoring_kernels"].lower() == f"cpp ({CPP_INSTRUCTIONS[0]})"
     assert (found["device"] == "cuda") == bool(found["gpus"]) == torch.cuda.is_available()
     monkeypatch.setattr(native, "_C", None)
     monkeypatch.setattr(native, "UNUSED_REASON", "no compiler")
+    for module in (doctor, _dispatch):
+        monkeypatch.setattr(module, "CPP_INSTRUCTIONS", ())
+        monkeypatch.setattr(module, "CPP_UNUSED_REASON", "no compiler")
+    if not torch.cuda.is_available():
+        slower = "torch, slower: the C++ extension is not in use (no compiler)"
+        assert hfprune("doctor", "--json").json()["scoring_kernels"] == slower
     monkeypatch.setenv("HFPRUNE_BACKEND", "nonsense")
     run = hfprune("doctor")
     assert run.code == 0

@@ -16,7 +16,7 @@ from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
-from hfprune_fast.engine import planner
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.evaluation import fidelity
 from hfprune_fast.scoring import job
 
@@ -27,7 +27,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 SEQUENCES, B, S = 4, 2, 50
 CHUNK_ROWS = 16
 # A CPU's fp32 products of the head are another library's; Triton's interpreter is slow.
-TRIED = [("torch", FP32), ("torch", BF16), ("triton", BF16)]
+TRIED = [("torch", FP32), ("torch", BF16), ("cpp", BF16), ("triton", BF16)]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 every_way = pytest.mark.parametrize("way", ["stored", "recomputed", "disk", "cpu"])
@@ -66,7 +66,7 @@ def score(
     """The whole job in one of its ways, with logits of a few rows at a time."""
     plan_run = job.plan_run
 
-    def plan(*args: object, **kwargs: object) -> planner.Plan:
+    def plan(*args: object, **kwargs: object) -> Plan:
         chosen = plan_run(*args, **kwargs)  # type: ignore[arg-type]
         budget = CHUNK_ROWS * V * model.dtype.itemsize
         return replace(chosen, recompute=way != "stored", logits_budget_bytes=budget)

@@ -106,7 +106,7 @@ def test_an_unknown_backend_in_the_environment(
 ) -> None:
     monkeypatch.setenv("HFPRUNE_BACKEND", "\x1b[2J")
     run = hfprune("score", "demo", "--calibration", "demo", "--out", tmp_path / "s")
-    assert_one_line(run, r"HFPRUNE_BACKEND must be one of torch, triton, got '\\x1b\[2J'")
+    assert_one_line(run, r"HFPRUNE_BACKEND must be one of torch, triton, cpp, got '\\x1b\[2J'")
 
 
 class PanicException(BaseException):

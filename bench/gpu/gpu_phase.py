@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hfprune_fast.data.batches import micro_batch
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.planner import Plan
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.scoring import run
 from hfprune_fast.scoring.sums import PassOptions
 

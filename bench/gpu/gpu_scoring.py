@@ -23,7 +23,8 @@ from torch import Tensor
 
 from hfprune_fast.config import RunOptions
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.planner import MemoryEstimator, Plan, plan_run
+from hfprune_fast.engine.plan import Plan
+from hfprune_fast.engine.planner import MemoryEstimator, plan_run
 from hfprune_fast.models.spec import spec_of
 
 SHAPE = Shape(4096, 14336, 32, 32, 8, 128_256) if GPU else Shape(64, 160, 3, 4, 2, 500)

@@ -29,7 +29,8 @@ from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.config import RunOptions
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.machine import available_bytes
-from hfprune_fast.engine.planner import Plan, plan_run
+from hfprune_fast.engine.plan import Plan
+from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.streaming import open_model
 
 SHAPE = Shape(8192, 28672, 80, 64, 8, 128_256) if GPU else Shape(64, 160, 6, 4, 2, 500)

@@ -18,6 +18,7 @@ from records import Row, row
 from shapes import DTYPES, Spec
 from torch import Tensor
 
+from hfprune_fast.kernels import CPP_INSTRUCTIONS
 from hfprune_fast.kernels._triton import INTERPRETED
 
 Results = dict[str, Tensor]
@@ -153,6 +154,12 @@ def needs_triton(*, interpreted: bool = True) -> None:
         raise AbsentError("needs a GPU")
 
 
+def needs_cpp() -> None:
+    """Raise AbsentError where the C++ kernels do not run."""
+    if GPU or not CPP_INSTRUCTIONS:
+        raise AbsentError("needs a CPU" if GPU else "the C++ extension is not in use")
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.reset()  # or it would give up on compiling after some shapes
     return torch.compile(function, dynamic=False)
@@ -166,6 +173,8 @@ def ours(function: Callable[[Any, str], Results], backend: str) -> Provider:
     def make(case: Any) -> Callable[[], Results]:
         if backend == "triton":
             needs_triton()
+        if backend == "cpp":
+            needs_cpp()
         return lambda: function(case, backend)
 
     return Provider(make)
@@ -177,6 +186,7 @@ def providers(
     """Return the usual providers: own(case, backend), and others by `case.run(function)`."""
     return {
         "ours, torch": ours(own, "torch"),
+        "ours, cpp": ours(own, "cpp"),
         "ours, triton": ours(own, "triton"),
         **({"HFPrune's arithmetic": by(lambda case: case.run(reference))} if reference else {}),
         "eager": by(lambda case: case.run(eager)),

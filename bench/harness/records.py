@@ -10,7 +10,7 @@ A row is one provider of one operation at one shape:
     op, dtype  softmax_entropy, linear_entropy, gated_taylor, score, ...; "float32", "bfloat16"
     model      whose shape it is: "Llama-3.1-8B", or "" for a shape of no known model
     sizes      {"T": 256, "D": 4096, "V": 32000}; of models their params too
-    provider   "ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile", ...
+    provider   "ours, torch", "ours, cpp", "ours, triton", "HFPrune's arithmetic", "eager", ...
     computes   "entropy", "KL", ..., or "cross entropy" for the peers that compute nothing else
 
 and either `skipped` or `failed`, a reason in a line, or all of these that apply:

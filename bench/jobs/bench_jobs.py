@@ -4,6 +4,7 @@
     HFPRUNE_LARGE=1 .venv/bin/pytest bench/jobs/bench_jobs.py -k from_disk
 
 Providers work in processes of their own and in turn, so that a ratio compares neighbours in time.
+`score_beside_another` is `score` while another process keeps a core busy.
 The second command writes a checkpoint of 5 GB (HFPRUNE_LARGE_BYTES) and scores it resident and
 streamed, with its files in the page cache. The floor of scoring is the job's products at the rate
 that a large one had in the same round.
@@ -18,7 +19,10 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -138,9 +142,23 @@ def in_turn(
     return rows
 
 
+@contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """Keep one core busy with another process."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("op", ["score", "score_beside_another"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_score(dtype: str, scale: str, report: Callable[..., None], tmp_path: Path) -> None:
+def test_score(
+    dtype: str, op: str, scale: str, report: Callable[..., None], tmp_path: Path
+) -> None:
     shape, seq_len = TINY if scale == "tiny" else SHAPE, SEQ_LEN[scale]
     files = {name: tmp_path / f"{i}.safetensors" for i, name in enumerate(PROVIDERS)}
     common = {"shape": shape, "dtype": dtype, "seq_len": seq_len}
@@ -149,7 +167,8 @@ def test_score(dtype: str, scale: str, report: Callable[..., None], tmp_path: Pa
         scores = [load_file(file)["l1"] for file in files.values()]
         errors = checked_scores("ours", *scores, shape, SAMPLES, seq_len, dtype)
         tokens = SAMPLES * seq_len
-        rows = in_turn(workers, ROUNDS[scale], shape, tokens, op="score", dtype=dtype, **errors)
+        with nullcontext() if op == "score" else busy_neighbour():
+            rows = in_turn(workers, ROUNDS[scale], shape, tokens, op=op, dtype=dtype, **errors)
     list(map(report, rows))
 
 

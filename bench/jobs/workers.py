@@ -39,6 +39,17 @@ def started(job: str, arguments: dict[str, Any]) -> Iterator[dict[str, Run]]:
         yield workers
 
 
+def apart(job: str, **arguments: Any) -> Any:
+    """Return what `job(**arguments)` returns in a process of its own; `job` is as in `started`."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_called, job, arguments).result()
+
+
+def _called(job: str, arguments: dict[str, Any]) -> Any:
+    torch.set_num_threads(2)
+    return resolve_name(job)(**arguments)
+
+
 def _prepare(job: str, arguments: dict[str, Any]) -> None:
     global _job
     torch.set_num_threads(2)

@@ -128,7 +128,9 @@ class RowFisher(RowGrad):
     dtypes, small = ("bfloat16",), ()
 
 
-RowFisher.PROVIDERS = {f"ours, {name}": ours(RowGrad.own, name) for name in ("torch", "triton")}
+RowFisher.PROVIDERS = {
+    f"ours, {name}": ours(RowGrad.own, name) for name in ("torch", "cpp", "triton")
+}
 Rows.PROVIDERS = providers(Rows.own, eager_entropy, entropy_of)
 RowGrad.PROVIDERS = providers(RowGrad.own, eager_entropy, entropy_of) | {
     "ours, by autograd": by(lambda case: case.run(softmax_entropy))

@@ -18,7 +18,7 @@ from records import Result, Row, key
 # The first two of these that were measured stand for all shapes of an operation.
 MODELS = ("Llama-3.1-8B", "Llama-2-7B", "Qwen2.5-7B", "Qwen3-0.6B")
 SECTIONS = {
-    "Whole models": ("score", "whole_job"),
+    "Whole models": ("score", "score_beside_another", "whole_job", "default_recipe"),
     "Kernels": (
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
         "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "removal_costs",
@@ -39,9 +39,10 @@ torch in the same dtype and what the result's own dtype explains. A time is a me
 how many times that of ours. The floor is the least that any implementation must do, timed beside
 it in the same rounds. Memory is what was taken beside the inputs or, of whole models, beside the
 weights that were there before; mapped is what of the checkpoint's files was in memory at a time;
-kept alike is the share of the kept neurons that both keep. Those marked (cross entropy) compute the
-cross entropy of given labels, not the entropy, on the same shapes. What was skipped has its reason
-in the files of all rows."""
+`score_beside_another` runs while another process keeps one core busy; kept alike is the share of
+the kept neurons that both keep. Those marked (cross entropy) compute the cross entropy of given
+labels, not the entropy, on the same shapes. What was skipped has its reason in the files of all
+rows."""
 
 
 @dataclass

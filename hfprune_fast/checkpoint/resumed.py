@@ -13,7 +13,7 @@ from hfprune_fast.errors import OutputError, ResumeError, printable
 def beside(out: Path, suffix: str) -> Path:
     """Return where a run to an output keeps what it is resumed from."""
     if not out.name:
-        raise OutputError(f"out {out} is a folder that exists; name one below it, or a file")
+        raise OutputError(f"out {out} is a folder that exists; name one below it")
     return out.with_name(f"{out.name}.{suffix}")
 
 

@@ -17,7 +17,7 @@ from hfprune_fast.checkpoint.layouts import native_families
 from hfprune_fast.console import human_bytes
 from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.errors import one_line
-from hfprune_fast.kernels import TRITON_VERSION
+from hfprune_fast.kernels import CPP_INSTRUCTIONS, CPP_UNUSED_REASON, TRITON_VERSION
 from hfprune_fast.scoring.run import backend_for
 
 
@@ -29,10 +29,6 @@ def run() -> dict[str, Any]:
         name = torch.cuda.get_device_name(index)
         gpus.append(f"{name}, {human_bytes(free_bytes)} free of {human_bytes(total_bytes)}")
     device = "cuda" if gpus else "cpu"
-    try:
-        kernels = backend_for(torch.empty(0, device=device), None, False)
-    except ValueError as error:  # HFPRUNE_BACKEND names a backend that cannot run here
-        kernels = one_line(error)
     return {
         "hfprune_fast": __version__,
         "python": platform.python_version(),
@@ -43,7 +39,7 @@ def run() -> dict[str, Any]:
         "lm_eval": _version("lm_eval"),
         "gpus": gpus,
         "device": device,
-        "scoring_kernels": kernels,
+        "scoring_kernels": _scoring_kernels(device),
         "moving_weights": native.description(),
         "layout_native": _native_layout(),
         "threads": torch.get_num_threads(),
@@ -58,6 +54,18 @@ def text(result: dict[str, Any]) -> str:
     names = {key: key.removesuffix("_bytes").replace("_", " ") for key in result}
     width = max(map(len, names.values()))
     return "\n".join(f"{names[key]:{width}}  {_show(value)}" for key, value in result.items())
+
+
+def _scoring_kernels(device: str) -> str:
+    try:
+        backend = backend_for(torch.empty(0, device=device), None, False)
+    except ValueError as error:  # HFPRUNE_BACKEND names a backend that cannot run here
+        return one_line(error)
+    if backend == "cpp":
+        return f"cpp ({CPP_INSTRUCTIONS[0].replace('avx', 'AVX')})"
+    if device == "cpu" and not CPP_INSTRUCTIONS:
+        return f"{backend}, slower: the C++ extension is not in use ({CPP_UNUSED_REASON})"
+    return backend
 
 
 def _native_layout() -> str:

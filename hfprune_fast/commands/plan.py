@@ -24,7 +24,7 @@ from hfprune_fast.config import (
 )
 from hfprune_fast.console import display_name, human_bytes, human_seconds, text_table
 from hfprune_fast.engine import machine, planner
-from hfprune_fast.engine.planner import Plan
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.declared import family_of
 from hfprune_fast.models.size_text import suits_text, widths_in
@@ -76,7 +76,7 @@ def run(
     scoring = planner.plan_run(spec, options, **shape)
     pruning = planner.plan_run(spec, options, refit="linear", **shape)
     in_dtype = dtype if scoring.offload == "cpu" else stored
-    flops = pruning_flops(spec, samples * seq_len)
+    flops = pruning_flops(spec, samples * seq_len, device)
     speed = machine.product_flops_per_second(device, dtype)
     recovering = {}
     if recover:

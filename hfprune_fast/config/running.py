@@ -80,7 +80,7 @@ class ScoringOptions(Options):
 
     backend: str | None = option(
         None,
-        "Kernels to score with. [default: HFPRUNE_BACKEND, else triton on a GPU, else torch]",
+        "Kernels to score with. [default: HFPRUNE_BACKEND, else triton on a GPU and cpp on a CPU]",
         choices=BACKENDS,
     )
     parity: bool = option(False, "Round products and sums as the paper's code does.")

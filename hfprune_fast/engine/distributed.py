@@ -40,22 +40,25 @@ class Processes:
             return number
         on = "cuda" if dist.get_backend() == "nccl" else "cpu"
         theirs = torch.tensor(number, device=on)
-        with _others_alive():
+        with others_alive():
             dist.broadcast(theirs, 0)
         return int(theirs)
 
     def add(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all processes, in every process."""
         if self.count > 1:
-            with _others_alive():
+            with others_alive():
                 dist.all_reduce(tensor)
 
 
 @contextmanager
-def _others_alive() -> Iterator[None]:
+def others_alive() -> Iterator[None]:
+    """Turn what torch raises where another process is gone into a ProcessError."""
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # nccl's, gloo's
+            raise
         raise ProcessError(
             "another process of this run ended before its part was done, nothing is written; its "
             f"own message or torchrun's says why ({one_line(error)})"

@@ -82,12 +82,15 @@ class ResidentModel:
 
     Use as a context manager: inside, the model is in evaluation mode and its parameters are frozen;
     both are restored on exit. `head_unit` numbers the weights of the final norm and the head.
+    `streams_on_device`: see `engine.plan.Plan`.
 
     Raises:
         ArgumentError: the model is spread over several devices.
         NumericsError: a parameter, which is named, holds NaN or inf.
         UnsupportedModelError: the model has no known gated MLP.
     """
+
+    streams_on_device = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -107,6 +110,16 @@ class ResidentModel:
     @property
     def head_unit(self) -> int:
         return len(self.parts.layers)
+
+    def kept(self, stream: Tensor) -> Tensor:
+        """Return what is kept of a residual stream until the next layer runs.
+
+        It stays on the device, or goes to pinned host memory, without waiting for either.
+        """
+        if self.streams_on_device or not stream.is_cuda:
+            return stream
+        pinned = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=True)
+        return pinned.copy_(stream, non_blocking=True)
 
     def _check(self) -> None:
         devices = {str(parameter.device) for parameter in self.model.parameters()}

@@ -16,7 +16,7 @@ forward and is hooked at the input of down_proj.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,15 +77,25 @@ def in_sequences(tensor: Tensor, sequences: int) -> Tensor:
     return tensor if tensor.dim() == 3 else tensor.reshape(sequences, -1, tensor.shape[-1])
 
 
+def acts_of(mlp: GatedMLP) -> AbstractContextManager[list[Tensor]]:
+    """Collect the inputs of down_proj."""
+    return inputs_of(mlp.down)
+
+
 @contextmanager
-def acts_of(mlp: GatedMLP, silent: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the inputs of down_proj; a silent MLP's output is 0."""
-    with ExitStack() as hooks:
-        seen = hooks.enter_context(inputs_of(mlp.down))
-        if silent:
-            zero = mlp.module.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
-            hooks.enter_context(zero)
+def silent_mlp(mlp: GatedMLP) -> Iterator[list[Tensor]]:
+    """Collect the inputs of down_proj, which does not run: the MLP's output is 0."""
+    seen: list[Tensor] = []
+
+    def forward(act: Tensor) -> Tensor:
+        seen.append(act)
+        return act.new_zeros(*act.shape[:-1], len(mlp.down.weight))
+
+    mlp.down.forward = forward  # type: ignore[assignment]
+    try:
         yield seen
+    finally:
+        del mlp.down.forward
 
 
 @contextmanager

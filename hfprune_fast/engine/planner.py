@@ -15,70 +15,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hfprune_fast.config import RunOptions
 from hfprune_fast.console import human_bytes, parse_bytes
 from hfprune_fast.engine.machine import available_bytes
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.errors import ArgumentError, MemoryShortageError
 from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.models.sites import table_shape
 from hfprune_fast.models.spec import ModelSpec
 
-# What a micro-batch should hold to keep the device's matrix unit busy.
-_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
+# What a micro-batch should hold to keep the device's matrix unit busy. Layers narrower than 4096
+# take up to four times as many on a GPU: their products end before the next ones are launched.
+_TOKENS_AT_ONCE, _WIDE = {"cpu": 1024, "cuda": 4096}, 4096
 # What a pass must hold for the work to hide the transfers of a large model's weights to a GPU.
 _HIDING_TOKENS = 16384
 # At most, since only whole passes are saved for a run that is resumed.
 _MAX_PASS_TOKENS = {"cpu": 16384, "cuda": 65536}
 # As in `kernels.linear_entropy`; the minimum is for a small memory budget.
-_MAX_LOGITS_BYTES, _MIN_LOGITS_BYTES, _MIN_LOGITS_ROWS = 256 << 20, 16 << 20, 512
+_MAX_LOGITS_BYTES, _MIN_LOGITS_BYTES, _MIN_LOGITS_ROWS = 384 << 20, 16 << 20, 512
 # Allocators retain some freed memory, and reuse less of it where sizes vary (measured, CPU).
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
 RECONSTRUCTED_AT_ONCE = 2048  # tokens of a step of a reconstruction
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How scoring will run, and an estimate of its peak memory."""
-
-    offload: str  # "none" (resident), "cpu" or "disk"
-    recompute: bool
-    batch_size: int
-    pass_tokens: int  # of a streamed pass; 0 where every micro-batch is a pass
-    inputs_on_host: bool
-    logits_budget_bytes: int | None
-    weights_bytes: int
-    activations_bytes: int  # with the logits and, if they are on the device, the layers' inputs
-    tables_bytes: int
-    refit_bytes: int  # of removal costs and refit, one after the other, when scoring is through
-    free_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        passing = max(self.activations_bytes, self.refit_bytes)
-        return self.weights_bytes + passing + self.tables_bytes
-
-    def __str__(self) -> str:
-        where = {
-            "none": "weights resident",
-            "cpu": "weights streamed from host memory",
-            "disk": "weights streamed from the checkpoint",
-        }[self.offload]
-        a_pass = f", passes of {self.pass_tokens} tokens" if self.pass_tokens else ""
-        return (
-            f"{where}, layers {'recomputed' if self.recompute else 'stored'}, "
-            f"{self.batch_size} sequence{'s'[: self.batch_size != 1]} at once{a_pass}; about "
-            f"{human_bytes(self.total_bytes)} of {human_bytes(self.free_bytes)}: "
-            f"weights {human_bytes(self.weights_bytes)}, "
-            f"tables {human_bytes(self.tables_bytes)}, "
-            f"activations {human_bytes(self.activations_bytes)}"
-            + (f", later {human_bytes(self.refit_bytes)} to refit" if self.refit_bytes else "")
-        )
 
 
 def plan_run(
@@ -121,7 +84,10 @@ def plan_run(
     estimator = MemoryEstimator(
         spec, device, dtype, seq_len, sequences, free, loaded, criteria, refit, resident_bytes
     )
-    at_once = max(1, min(_TOKENS_AT_ONCE.get(device.type, 4096) // seq_len, sequences))
+    tokens_at_once = _TOKENS_AT_ONCE.get(device.type, 4096)
+    if device.type != "cpu":
+        tokens_at_once *= min(max(1, _WIDE // spec.hidden_size), 4)
+    at_once = max(1, min(tokens_at_once // seq_len, sequences))
     max_batch_size = 1 if parity else run.batch_size or largest or at_once
     exact = run.batch_size is not None
     plans = list(estimator.plans(max_batch_size, exact=exact, offload=run.offload))
@@ -134,7 +100,7 @@ def plan_run(
             f"memory budget {budget} is too small: at least {needed} is "
             "needed here; give more, or a smaller --seq-len"
         )
-    return chosen
+    return estimator.with_streams(chosen)
 
 
 @dataclass
@@ -173,8 +139,9 @@ class MemoryEstimator:
         if self.refit != "none":
             # The covariances of the gradients at the MLPs' outputs, twice, and one on the device.
             outputs = sum(map(bool, spec.widths)) + sum(map(bool, spec.experts))
-            covariances = 2 * outputs if self.device.type == "cpu" else 1
-            self.tables += covariances * self.hidden**2 * 4
+            self.covariances = 2 * outputs * self.hidden**2 * 4
+            on_cpu = self.device.type == "cpu"
+            self.tables += self.covariances if on_cpu else self.hidden**2 * 4
             # Second moments, of all experts of a layer, and what `obs` makes of them, in fp64; the
             # dense and pruned streams.
             own, each = spec.intermediate_size, spec.expert_width
@@ -183,8 +150,13 @@ class MemoryEstimator:
             self.refit_bytes += count * (each**2 + each * self.hidden) * 8
             tokens = self.seq_len * self.sequences
             trains = self.refit == "reconstruct"
-            if self.device.type == "cpu":  # streams; what an MLP reads and shall add
-                self.refit_bytes += 2 * tokens * self.hidden * (self.s + trains * self.w)
+            # The narrowed MLP.
+            self.refit_bytes += 3 * own * self.hidden * self.s
+            self.streams = 2 * tokens * self.hidden * self.s
+            if on_cpu:
+                # Streams; acts, or in their place what an MLP reads and shall add.
+                read = 2 * self.hidden * self.w if trains else 0
+                self.refit_bytes += self.streams + tokens * max(own * self.s, read)
             if trains:
                 # Weights, the best of them, their gradients and Adam's moments; a step's rows.
                 self.refit_bytes += 5 * 3 * own * self.hidden * self.w
@@ -203,6 +175,18 @@ class MemoryEstimator:
         if offload != "none" and (self.weights or offload != "auto"):
             for batch_size in sizes:
                 yield self._streamed(batch_size, offload)
+
+    def with_streams(self, plan: Plan) -> Plan:
+        """Return a GPU's plan with streams and covariances there too, if they fit."""
+        if self.device.type == "cpu" or self.refit == "none":
+            return plan
+        there = replace(
+            plan,
+            tables_bytes=plan.tables_bytes + self.covariances,
+            refit_bytes=plan.refit_bytes + self.streams,
+            streams_on_device=True,
+        )
+        return there if there.total_bytes <= self.free else plan
 
     def _streamed(self, batch_size: int, offload: str) -> Plan:
         """Return the plan of the largest pass whose layers' inputs fit."""

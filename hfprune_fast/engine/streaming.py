@@ -30,13 +30,18 @@ from hfprune_fast.engine.weights import (
 )
 
 
-def open_model(subject: Blueprint | ResidentModel, offload: str) -> ResidentModel:
-    """Return a blueprint's model, resident ("none") or streamed; return a loaded one unchanged."""
+def open_model(
+    subject: Blueprint | ResidentModel, offload: str, *, streams_on_device: bool = False
+) -> ResidentModel:
+    """Return a blueprint's model, resident ("none") or streamed; return a loaded one as it is."""
     if isinstance(subject, ResidentModel):
-        return subject
-    if offload == "none":
-        return ResidentModel(build(subject))
-    return StreamedModel(subject, offload)
+        model = subject
+    else:
+        model = (
+            ResidentModel(build(subject)) if offload == "none" else StreamedModel(subject, offload)
+        )
+    model.streams_on_device = streams_on_device
+    return model
 
 
 class StreamedModel(ResidentModel):

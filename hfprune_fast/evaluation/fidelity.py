@@ -113,11 +113,16 @@ def compare(
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
     return Fidelity(
         kl_nats=kl_sum / positions,
-        ppl_dense=math.exp(min(ce_dense / predicted, _MAX_CROSS_ENTROPY_NATS)),
-        ppl_pruned=math.exp(min(ce_pruned / predicted, _MAX_CROSS_ENTROPY_NATS)),
+        ppl_dense=_perplexity(ce_dense, predicted),
+        ppl_pruned=_perplexity(ce_pruned, predicted),
         top1_agreement=agreements / positions,
         tokens=positions,
     )
+
+
+def _perplexity(cross_entropy: float, tokens: int) -> float:
+    """Return the perplexity of tokens with that sum of cross entropy; NaN of none."""
+    return math.exp(min(cross_entropy / tokens, _MAX_CROSS_ENTROPY_NATS)) if tokens else math.nan
 
 
 def _rows(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,6 +122,12 @@ class ModelParts:
         path = self.family.output_scale
         return float(attrgetter(path)(self.layers[layer])) if path else 1.0
 
+    def added(self, layer: int, output: Tensor) -> Tensor:
+        """Return what is added to the residual stream, of what the MLP's down_proj returns."""
+        if self.family.norm_behind:
+            output = self.layers[layer].get_submodule(self.family.norm_behind)(output)
+        return output * self.output_scale(layer)
+
 
 def parts_of(model: PreTrainedModel) -> ModelParts:
     """Find the decoder, the gated MLPs and the head of a loaded causal language model."""

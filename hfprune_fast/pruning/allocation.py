@@ -16,7 +16,8 @@ from hfprune_fast.evaluation.fidelity import compare
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 
-_TRIAL_SEQUENCES = 64  # at most; a quarter is held out
+# Half of the calibration's sequences, at least and at most so many; a quarter of them is held out.
+_MIN_TRIAL_SEQUENCES, _MAX_TRIAL_SEQUENCES = 16, 64
 
 
 def choose(
@@ -55,9 +56,11 @@ def choose(
 
 def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Return the first sequences of a calibration, in two micro-batches or more."""
+    half = sum(len(batch.ids) for batch in batches) // 2
+    needed = min(max(half, _MIN_TRIAL_SEQUENCES), _MAX_TRIAL_SEQUENCES)
     first: list[MicroBatch] = []
     for batch in batches:
-        if sum(len(b.ids) for b in first) >= _TRIAL_SEQUENCES:
+        if sum(len(b.ids) for b in first) >= needed:
             break
         first.append(batch)
     if len(first) == 1:

@@ -90,8 +90,10 @@ def _recipe_rows(
     allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
     allocation += " between uniform and global" if allocation == "halfway" else ""
     rows = [("ranked by", ranked), ("allocation", shown(allocation))]
-    if requested["refit"] == "reconstruct":
-        rows.append(("kept neurons", "trained, a layer at a time, to give the dense stream"))
+    trained = chosen.get("reconstructed_layers")  # not in records of earlier versions
+    if requested["refit"] == "reconstruct" and trained != 0:
+        count = "" if trained is None else f" in {int(trained)} layers"
+        rows.append(("kept neurons", f"trained{count}, one at a time, to give the dense stream"))
     elif requested["refit"] not in ("none", False):  # True in records of earlier versions
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
@@ -156,9 +158,12 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def training_text(recovery: Mapping[str, Any] | None) -> str:
-    """Say whether a pruned model was trained afterwards, and by what."""
+def training_text(record: Mapping[str, Any]) -> str:
+    """Say whether a pruned model was trained afterwards as a whole, and by what."""
+    recovery = record.get("recovery")
     if recovery is None:
+        if record.get("requested", {}).get("refit") == "reconstruct":
+            return "No training of the whole model followed."
         return "No training followed."
     if not int(recovery["best_step"]):
         return "Training it brought nothing, so its weights are what they were before."
@@ -221,7 +226,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
 # {escaped(base_model.split("/")[-1])}, pruned
 
 MLP neurons were cut out with {by}. {changed}
-{training_text(record.get("recovery"))}
+{training_text(record)}
 
 | | |
 |---|---|

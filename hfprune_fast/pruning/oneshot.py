@@ -134,7 +134,10 @@ def oneshot(
             keep, chosen = _chosen(table, dense, batches, widths, resolved, progress)
         with after.log.stage("refitting"):
             metrics = covariances if resolved.refit == "reconstruct" else None
-            replace = refit_stored(dense, batches, source, keep, metrics, progress) if dense else {}
+            replace: dict[str | tuple[str, int], Tensor] = {}
+            if dense is not None:
+                replace, facts = refit_stored(dense, batches, source, keep, metrics, progress)
+                chosen |= facts
         record = {"requested": _requested(resolved, budget, widths, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
         with after.log.stage("writing"):
@@ -223,10 +226,16 @@ def _open_and_score(
     """
     if recipe.refits:
         _warn_of_few_tokens(job)
+    if recipe.allocation == "auto" and job.data.sequences < 2:
+        raise ArgumentError(
+            "allocation auto holds a calibration sample out, got 1 in all; give more --samples, or "
+            "--allocation uniform"
+        )
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file if given is None else None, refit=recipe.refit)
-        model = stack.enter_context(open_model(job.subject, plan.offload))
+        opened = open_model(job.subject, plan.offload, streams_on_device=plan.streams_on_device)
+        model = stack.enter_context(opened)
         scored = (given, {}) if given else job.run(model, plan, resume_file, progress)
     batches = job.data.split(plan.batch_size)
     return (model if recipe.refits else None), batches, *scored

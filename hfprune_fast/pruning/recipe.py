@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hfprune_fast.config import DATA_FREE, PRESETS, Budget, Recipe, ScoringOptions
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.errors import ArgumentError, shown
@@ -98,19 +100,23 @@ def for_experts(recipe: Recipe, budget: Budget) -> Recipe:
     return replace(recipe, allocation="uniform")
 
 
-def pruning_flops(spec: ModelSpec, tokens: int) -> int:
+def pruning_flops(spec: ModelSpec, tokens: int, device: torch.device) -> int:
     """Return about the FLOPs of the default recipe's matrix products, without attention's.
 
-    Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 3 of the refit and up
-    to 7 of the allocation. Of each layer, second moments 2 · tokens · F² each time, and the
-    greedy removal: 3 updates of 2 · n² for every n from F to 1, an inverse and two products.
+    Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 2 of the refit (dense
+    and pruned), and 4 over half of the tokens of the allocation, dense and three pruned ones. A
+    pruned layer runs twice on a GPU, and where it has experts. Second moments, of which half is
+    multiplied, are 2 · tokens · F² / 2 of each layer each time, and the greedy removal 3 updates of
+    2 · n² for every n from F to 1, an inverse and two products.
     """
     forward = spec.flops_per_token // 2 * tokens
     moments = removal = 0
     for site, width in spec.sites.items():
         chosen = 1.0 if isinstance(site, int) else spec.experts_per_token / spec.num_experts
-        moments += int(2 * tokens * chosen) * width**2
+        moments += int(tokens * chosen) * width**2
         removal += 4 * width**3 + 2 * width**2 * spec.hidden_size
     if spec.experts:  # one allocation, so none is tried
-        return 6 * forward + 3 * moments + removal
-    return 13 * forward + 5 * moments + removal
+        return 6 * forward + 2 * moments + removal
+    of_pruned = 1 if device.type == "cpu" else 2
+    refitting = 1 + of_pruned + (1 + 3 * of_pruned) / 2
+    return int((3 + refitting) * forward + 3.5 * moments) + removal

@@ -19,18 +19,18 @@ among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.mlp_hooks import acts_of, inputs_of, replaced_weights
+from hfprune_fast.engine.mlp_hooks import outputs_of, replaced_weights
 from hfprune_fast.engine.planner import RECONSTRUCTED_AT_ONCE
-from hfprune_fast.models.sites import GatedMLP, rows_of
-from hfprune_fast.scoring.moments import token_rows
+from hfprune_fast.models.sites import GatedMLP
+from hfprune_fast.scoring.moments import moments_dtype, token_rows
 
 STEPS = 200
 _RATE = 0.01  # of a matrix's root mean square, which the learning rate is in proportion to
@@ -38,118 +38,91 @@ _BETAS = (0.9, 0.99)
 _CHECKS = 8  # of the held-out error in a training
 _HELD_OUT_PART = 8
 _PASSES = 8  # over the tokens, at most
-_TOLERANCE = 1e-3
 _PLAIN = 0.1  # ε
 
 Weights = dict[nn.Linear, Tensor]  # of a narrower MLP
+OnStep = Callable[[], object]  # called after each of `STEPS` steps
 
 
 @dataclass
-class _Rows:
+class TrainingRows:
     """What an MLP reads and shall add to the stream, and how much each token counts; on the CPU."""
 
     inputs: Tensor  # (tokens, D)
     targets: Tensor  # (tokens, D)
     weights: Tensor  # (tokens, 1)
-    filled: int = 0
+    ends: list[int] = field(default_factory=lambda: [0])  # of the batches, after a first 0
 
-    def append(self, *parts: Tensor) -> None:
-        end = self.filled + len(parts[0])
+    @classmethod
+    def of(cls, model: ResidentModel, tokens: int) -> TrainingRows:
+        """Make room for so many tokens."""
+        shape = tokens, model.parts.head.weight.shape[1]
+        inputs, targets = (torch.empty(shape, dtype=moments_dtype(model)) for _ in range(2))
+        return cls(inputs, targets, inputs.new_empty(tokens, 1))
+
+    def append(self, inputs: Tensor, missing: Tensor, after: Tensor, batch: MicroBatch) -> None:
+        """Add a batch's tokens.
+
+        Args:
+            inputs: what gate reads in the pruned model.
+            missing: what the layer shall add to the stream, (B, T, D).
+            after: the dense model's residual stream after the layer, (B, T, D).
+        """
+        u = 1 / after.square().mean(dim=-1, keepdim=True)
+        parts = inputs.view(after.shape), missing, u
+        begin, end = self.ends[-1], self.ends[-1] + batch.tokens
         for rows, part in zip((self.inputs, self.targets, self.weights), parts, strict=True):
-            rows[self.filled : end] = part
-        self.filled = end
+            rows[begin:end] = token_rows(part, batch)
+        self.ends.append(end)
+
+    def inputs_of(self, i: int, batch: MicroBatch) -> Tensor:
+        """Return what the MLP reads of a batch, (B, T, D), 0 at padding."""
+        rows = self.inputs[self.ends[i] : self.ends[i + 1]]
+        if batch.token_mask is None:
+            return rows.view(*batch.ids.shape, -1)
+        inputs = rows.new_zeros(*batch.ids.shape, rows.shape[1])
+        inputs[batch.token_mask] = rows
+        return inputs
 
 
-class Reconstruction:
-    """A layer of a pruned model whose MLP is trained.
+class Training:
+    """The training of a narrowed MLP.
 
     Args:
         model: the dense model, with the layer's weights in place.
-        kept: the neurons that stay.
-        down: (D, K), their refitted down_proj.
         metric: C, (D, D), or None.
-        tokens: how many will be added.
     """
 
     def __init__(
-        self,
-        model: ResidentModel,
-        layer: int,
-        kept: Tensor,
-        down: Tensor,
-        metric: Tensor | None,
-        tokens: int,
+        self, model: ResidentModel, layer: int, rows: TrainingRows, metric: Tensor | None
     ) -> None:
-        self._model, self._layer = model, layer
+        self._model, self._layer, self._rows = model, layer, rows
         self._mlp = model.parts.own_mlps[layer]
-        self._dtype = torch.promote_types(model.dtype, torch.float32)
-        self._weights, self._biases = _narrowed(self._mlp, kept, down)
-        shape = tokens, len(down)
-        inputs, targets = (torch.empty(shape, dtype=self._dtype) for _ in range(2))
-        self._rows = _Rows(inputs, targets, inputs.new_empty(tokens, 1))
+        self._dtype = moments_dtype(model)
+        tokens = len(rows.inputs)
+        self._known = max(1, tokens - max(1, tokens // _HELD_OUT_PART))
         self._metric = None
         if metric is not None and not model.parts.family.norm_behind:
             wide = metric.to(model.device, self._dtype)
             self._metric = wide / wide.diagonal().mean()
             self._metric.diagonal().add_(_PLAIN)
-        self._scale: float | None = None
 
-    @torch.no_grad()
-    def add(self, dense: Tensor, stream: Tensor, batch: MicroBatch) -> None:
-        """Add a batch's tokens.
+    def train(
+        self,
+        weights: Mapping[nn.Linear, Tensor],
+        biases: Mapping[nn.Linear, Tensor],
+        on_step: OnStep,
+    ) -> Weights | None:
+        """Return the trained weights, rounded to the model's dtype; None if no step was better.
 
         Args:
-            dense: the dense model's residual stream after the layer, (B, T, D).
-            stream: the pruned model's before it.
+            weights, biases: those to begin with.
         """
-        model, stream = self._model, stream.to(self._model.device)
-        with inputs_of(self._mlp.gate) as seen, acts_of(self._mlp, silent=True):
-            before_mlp = model.run(self._layer, stream, batch)
-        after = dense.to(model.device, self._dtype)
-        if self._scale is None:
-            self._scale = self._scale_of_output(stream, batch, before_mlp, seen[0])
-        missing = after - before_mlp.to(self._dtype)
-        u = 1 / after.square().mean(dim=-1, keepdim=True)
-        tensors = seen[0].view(after.shape), missing, u
-        self._rows.append(*(token_rows(tensor, batch).to(self._dtype) for tensor in tensors))
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the layer adds its MLP's output to the stream as it is understood here."""
-        return bool(self._scale)
-
-    @property
-    def down(self) -> Tensor:
-        """The (D, K) weight of down_proj."""
-        return self._weights[self._mlp.down]
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """The (K, D) weights of gate and up; of both in one, (2 · K, D)."""
-        return [weight for linear, weight in self._weights.items() if linear is not self._mlp.down]
-
-    def train(self, on_step: Callable[[], object]) -> None:
-        """Train the weights, rounded to the model's dtype in the end."""
-        inputs, targets, weights = self._rows.inputs, self._rows.targets, self._rows.weights
-        del self._rows
-        device = self._model.device
         trained = {
-            linear: nn.Parameter(weight.to(self._dtype)) for linear, weight in self._weights.items()
+            linear: nn.Parameter(weight.to(self._dtype, copy=True))
+            for linear, weight in weights.items()
         }
-        held_out = max(1, len(inputs) // _HELD_OUT_PART)
-        known = max(1, len(inputs) - held_out)
-        at_once = max(1, min(RECONSTRUCTED_AT_ONCE, _PASSES * known // STEPS))
-
-        def error(rows: Tensor | slice) -> Tensor:
-            x, y, u = (part[rows].to(device) for part in (inputs, targets, weights))
-            missing = y - self._added(x)
-            weighed = missing if self._metric is None else missing @ self._metric
-            return ((missing * weighed).mean(dim=1, keepdim=True) * u).sum() / u.sum()
-
-        def held_out_error() -> float:
-            with torch.no_grad():
-                return float(error(slice(known, None)))
-
+        at_once = max(1, min(RECONSTRUCTED_AT_ONCE, _PASSES * self._known // STEPS))
         optimizer = torch.optim.Adam(
             [
                 {"params": [each], "lr": _RATE * float(each.detach().square().mean().sqrt())}
@@ -161,85 +134,41 @@ class Reconstruction:
             optimizer, lambda step: (1 + math.cos(math.pi * step / STEPS)) / 2
         )
         drawn = torch.Generator().manual_seed(self._layer)
-        with torch.enable_grad(), replaced_weights(trained, self._biases, self._dtype):
-            best, lowest = _copies(trained), held_out_error()
+        with torch.enable_grad(), replaced_weights(trained, biases, self._dtype):
+            best, lowest = None, self._held_out_error()
             for step in range(1, STEPS + 1):
-                loss = error(torch.randint(known, (at_once,), generator=drawn))
+                loss = self._error(torch.randint(self._known, (at_once,), generator=drawn))
                 grads = torch.autograd.grad(loss, list(trained.values()))
                 for parameter, grad in zip(trained.values(), grads, strict=True):
                     parameter.grad = grad
                 optimizer.step()
                 schedule.step()
                 on_step()
-                if step % (STEPS // _CHECKS) == 0 and (found := held_out_error()) < lowest:
+                is_checked = step % (STEPS // _CHECKS) == 0
+                if is_checked and (found := self._held_out_error()) < lowest:
                     best, lowest = _copies(trained), found
-        self._weights = {linear: weight.to(self._model.dtype) for linear, weight in best.items()}
+        if best is None:
+            return None
+        return {linear: weight.to(self._model.dtype) for linear, weight in best.items()}
+
+    def _error(self, rows: Tensor | slice) -> Tensor:
+        of_all = self._rows.inputs, self._rows.targets, self._rows.weights
+        x, y, u = (part[rows].to(self._model.device) for part in of_all)
+        output = mlp_output(self._mlp, x[None])
+        missing = y - self._model.parts.added(self._layer, output)[0]
+        weighed = missing if self._metric is None else missing @ self._metric
+        return ((missing * weighed).mean(dim=1, keepdim=True) * u).sum() / u.sum()
 
     @torch.no_grad()
-    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the pruned stream after the layer."""
-        with replaced_weights(self._weights, self._biases, self._model.dtype):
-            return self._model.run(self._layer, stream.to(self._model.device), batch)
-
-    def _added(self, x: Tensor) -> Tensor:
-        """Return what the MLP adds to the stream, (n, D), but for `_scale_of_output`."""
-        parts = self._model.parts
-        output: Tensor = self._mlp.module(x[None])[0]
-        if parts.family.norm_behind:
-            norm = parts.layers[self._layer].get_submodule(parts.family.norm_behind)
-            output = norm(output[None])[0]
-        return output if self._scale is None else output * self._scale
-
-    def _scale_of_output(
-        self, stream: Tensor, batch: MicroBatch, before_mlp: Tensor, x: Tensor
-    ) -> float:
-        """Return what the output is multiplied by when it is added; 0 where that is not all."""
-        after = self._model.run(self._layer, stream, batch)
-        added = (after.to(self._dtype) - before_mlp.to(self._dtype)).flatten(0, 1)
-        output = self._added(x.reshape(-1, x.shape[-1])).to(self._dtype)
-        scale = float((added * output).sum() / output.square().sum())
-        allowed = _TOLERANCE * added.norm() + torch.finfo(after.dtype).eps * after.norm()
-        return scale if bool((added - scale * output).norm() <= allowed) else 0.0
+    def _held_out_error(self) -> float:
+        return float(self._error(slice(self._known, None)))
 
 
-def reconstructed(
-    model: ResidentModel,
-    layer: int,
-    kept: Tensor,
-    down: Tensor,
-    metric: Tensor | None,
-    streams: Sequence[tuple[Tensor, Tensor, MicroBatch]],
-    on_step: Callable[[], object],
-) -> Reconstruction | None:
-    """Return a layer with its MLP trained; None where its output is not added as known here.
-
-    Args:
-        kept, down, metric: those of `Reconstruction`.
-        streams: of each batch, what `Reconstruction.add` takes.
-        on_step: called after each of `STEPS` steps.
-    """
-    tokens = sum(batch.tokens for _, _, batch in streams)
-    trained = Reconstruction(model, layer, kept.to(model.device), down, metric, tokens)
-    for dense, stream, batch in streams:
-        trained.add(dense, stream, batch)
-        if not trained.is_known:
-            return None
-    trained.train(on_step)
-    return trained
-
-
-def _narrowed(mlp: GatedMLP, kept: Tensor, down: Tensor) -> tuple[Weights, dict[nn.Linear, Tensor]]:
-    """Return the weights of a pruned MLP, and the biases that are cut."""
-    weights, biases = dict[nn.Linear, Tensor](), dict[nn.Linear, Tensor]()
-    for linear, axis, times in mlp.linears:
-        if linear is mlp.down:
-            weights[linear] = down
-            continue
-        rows = rows_of(kept.cpu(), mlp.width, times).to(linear.weight.device)
-        weights[linear] = linear.weight.detach().index_select(axis, rows)
-        if linear.bias is not None:
-            biases[linear] = linear.bias.detach()[rows]
-    return weights, biases
+def mlp_output(mlp: GatedMLP, x: Tensor) -> Tensor:
+    """Return what down_proj returns for the MLP's input."""
+    with outputs_of(mlp.down) as outputs:
+        mlp.module(x)
+    return outputs[0]
 
 
 def _copies(weights: Mapping[nn.Linear, Tensor]) -> Weights:

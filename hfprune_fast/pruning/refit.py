@@ -21,8 +21,10 @@ proportion to its terms. The second term keeps V a at y where a gain is so small
 to grow to correct the stream. (Fitting V a to y alone has 10 to 18 % more KL on the small OLMo 2
 and Gemma 2 of bench/results/NOTES.md.) Where the output is scaled too, g has the scale in it.
 
-The second moments of one layer are in memory at a time, and the streams: for the dense and each
-pruned model a tensor of all tokens by hidden_size, on the host if the model is on a GPU.
+A pruned layer runs once a batch (`pruned_layer`), except on a GPU, and where it has experts. The
+second moments of one layer are in memory at a time, on a CPU its kept neurons' acts of all tokens,
+and the streams: for the dense and each pruned model a tensor of all tokens by hidden_size, on the
+host if a GPU has no room for them.
 """
 
 from __future__ import annotations
@@ -45,21 +47,18 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
     own_modes,
 )
-from hfprune_fast.engine.mlp_hooks import acts_of, outputs_of, pruned_down_proj
+from hfprune_fast.engine.mlp_hooks import outputs_of
 from hfprune_fast.models.kept import kept_experts
 from hfprune_fast.models.plain import plain_model
 from hfprune_fast.models.sites import SiteKey, check_keep
 from hfprune_fast.models.spec import spec_of
-from hfprune_fast.pruning.reconstruct import STEPS, Reconstruction, reconstructed
+from hfprune_fast.pruning.pruned_layer import PrunedLayer, adds_its_mlp
+from hfprune_fast.pruning.reconstruct import STEPS, TrainingRows
 from hfprune_fast.pruning.refit_experts import PrunedExperts
 from hfprune_fast.pruning.selection import Keep
-from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
-from hfprune_fast.scoring.obs import least_squares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PULL = 0.01  # μ
 
 
 @dataclass
@@ -75,6 +74,7 @@ class Refitted:
     # CPU, as (width, D) or (2 · width, D).
     rows: dict[int, list[Tensor]] = field(default_factory=dict)
     untrained: int = 0  # layers that could not be reconstructed
+    unimproved: int = 0  # layers of which no step of a reconstruction was better than the refit
 
 
 @torch.no_grad()
@@ -109,46 +109,53 @@ def refit(
     of_pruned = 2 if reconstruct is None else 4
     steps = model.head_unit * (1 + of_pruned * len(keeps))
     training = 2 * fitted_tokens / steps
-    dense = [model.begin(batch).cpu() for batch in batches]
+    dense = [model.kept(model.begin(batch)) for batch in batches]
     streams = [list(dense) for _ in keeps]
     results = [Refitted({}, []) for _ in keeps]
 
     def visit(layer: int) -> None:
         outputs: list[Tensor | None] = [None] * len(batches)  # of the dense MLP, for a norm
         alone = model.parts.experts[layer] is None
+        is_known = alone and adds_its_mlp(model, layer, dense[0], batches[0])
+        # To copy acts from a GPU and back takes longer than to make them again.
+        keeps_acts = is_known and model.device.type == "cpu"
         mlp = model.parts.mlps[layer] if model.parts.family.norm_behind and alone else None
         for i, batch in each_batch(batches, on_progress, steps):
             with ExitStack() as hooks:
                 seen = hooks.enter_context(outputs_of(mlp.down)) if mlp is not None else []
-                dense[i] = model.run(layer, dense[i].to(model.device), batch).cpu()
-            outputs[i] = seen[0].cpu() if seen else None
+                dense[i] = model.kept(model.run(layer, dense[i].to(model.device), batch))
+            outputs[i] = model.kept(seen[0]) if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
-            pruned: _PrunedLayer | PrunedExperts | Reconstruction
-            if model.parts.experts[layer] is None:
-                pruned = _PrunedLayer(model, layer, keep[layer].to(model.device))
+            pruned: PrunedLayer | PrunedExperts
+            trains = reconstruct is not None and is_known
+            rows = TrainingRows.of(model, fitted_tokens) if trains else None
+            if alone:
+                args = model, layer, keep[layer]
+                pruned = PrunedLayer(*args, keeps_acts=keeps_acts, rows=rows)
             else:
                 pruned = PrunedExperts(model, layer, keep)
             for i, batch in each_batch(batches[:fitted], on_progress, steps):
-                pruned.add_moments(dense[i], outputs[i], stream[i], batch)
+                stream[i] = model.kept(pruned.add(i, dense[i], outputs[i], stream[i], batch))
             weights = pruned.solve(fitted_tokens)
             result.weights |= {site: weight.cpu() for site, weight in weights.items()}
             result.unfitted += pruned.unfitted
             if reconstruct is not None:
-                trained = None
-                if alone:
-                    its = list(zip(dense, stream, batches[:fitted], strict=False))
-                    args = model, layer, keep[layer], weights[layer], reconstruct.get(layer), its
-                    trained = reconstructed(*args, partial(on_progress, training / STEPS))
-                if trained is None:
+                on_step = partial(on_progress, training / STEPS)
+                trained = pruned.train(reconstruct.get(layer), on_step)
+                if rows is None:
                     result.untrained += 1
                     on_progress(training)
+                elif trained is None:
+                    result.unimproved += 1
                 else:
-                    pruned, result.weights[layer] = trained, trained.down.cpu()
-                    result.rows[layer] = [weight.cpu() for weight in trained.rows]
+                    result.weights[layer] = trained[0].cpu()
+                    result.rows[layer] = [weight.cpu() for weight in trained[1]]
             for i, batch in each_batch(batches, on_progress, steps):
-                stream[i] = pruned.run(stream[i], batch).cpu()
-                if i >= fitted:  # these run through the pruned layer once
-                    on_progress((of_pruned - 1) * batch.tokens / steps)
+                if i < fitted:
+                    stream[i] = model.kept(pruned.finish(i, stream[i], batch))
+                    continue
+                stream[i] = model.kept(pruned.run(stream[i], batch))
+                on_progress((of_pruned - 1) * batch.tokens / steps)
 
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):
@@ -188,79 +195,3 @@ def refit_down_proj(
         kept_experts(keep, spec_of(dense.model), dense.parts.family)
         (result,), _ = refit(dense, items, [keep])
     return result.weights
-
-
-class _PrunedLayer:
-    """A layer of a pruned model: the dense model's, except for its down_proj."""
-
-    unfitted = 0  # experts
-
-    def __init__(self, model: ResidentModel, layer: int, kept: Tensor) -> None:
-        self._model, self._layer, self._kept = model, layer, kept
-        self._mlp = model.parts.own_mlps[layer]
-        self._dense_weight = self._mlp.down.weight[:, kept]
-        width = len(kept)
-        self._gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-        self._cross = self._gram.new_zeros(self._dense_weight.shape)
-
-    def add_moments(
-        self, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
-    ) -> None:
-        """Add a batch's moments of act, and of what down_proj shall return.
-
-        Args:
-            dense: the dense model's residual stream after the layer.
-            output: what the dense model's down_proj returns, where a norm follows; else None.
-            stream: the pruned model's residual stream before the layer.
-        """
-        model, dtype = self._model, moments_dtype(self._model)
-        with acts_of(self._mlp, silent=True) as acts:
-            before_mlp = model.run(self._layer, stream.to(model.device), batch)
-        missing = dense.to(model.device, dtype) - before_mlp.to(dtype)
-        act = token_rows(acts[0][..., self._kept], batch).to(dtype)
-        if output is None:
-            target, weights = missing / model.parts.output_scale(self._layer), None
-        else:
-            target, weights = self._behind(output.to(model.device), missing)
-        if self._mlp.down.bias is not None:
-            target = target - self._mlp.down.bias
-        target = token_rows(target, batch)
-        weighted = act if weights is None else act * token_rows(weights, batch)
-        self._gram += weighted.t() @ act
-        self._cross += target.t() @ weighted
-
-    def _behind(self, output: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what down_proj shall return in front of a norm (B, T, D), and weights (B, T, 1).
-
-        Args:
-            output: y, what the dense model's returns.
-            missing: x - h, what the layer shall add to the stream.
-        """
-        parts = self._model.parts
-        norm = parts.layers[self._layer].get_submodule(parts.family.norm_behind)
-        # Of equal numbers, so large that the norm's epsilon does not count.
-        gains = norm(torch.full_like(output[:1, :1], 1e3)).to(missing.dtype)
-        normed, wide = norm(output).to(missing.dtype), output.to(missing.dtype)
-        scale = parts.output_scale(self._layer)
-        gains, normed = gains * scale, normed * scale
-        share = gains * wide
-        length = share.square().sum(-1, keepdim=True)
-        rms = length / (normed * share).sum(-1, keepdim=True)  # normed = share / rms
-        pull = _PULL * gains.square().mean()
-        target = (gains * rms * missing + pull * wide) / (gains.square() + pull)
-        counts = length > 0  # a token for which the MLP says nothing has no direction to follow
-        return target.where(counts, 0), (1 / rms).square().where(counts, 0)
-
-    def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
-        """Return the refitted (D, width) weight, rounded to the model's dtype."""
-        check_moments(self._gram, self._layer)
-        gram, cross = self._gram.div_(tokens), self._cross.div_(tokens)
-        del self._gram, self._cross
-        fitted = least_squares(gram, cross, self._dense_weight)
-        self._weight = fitted.to(self._model.dtype)
-        return {self._layer: self._weight}
-
-    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the pruned stream after the layer, with the refitted weight."""
-        with pruned_down_proj(self._mlp, self._kept, self._weight):
-            return self._model.run(self._layer, stream.to(self._model.device), batch)

@@ -29,7 +29,7 @@ from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences, outputs_of, pru
 from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
-from hfprune_fast.scoring.moments import check_moments, moments_dtype
+from hfprune_fast.scoring.moments import add_gram, check_moments, mirror, moments_dtype
 from hfprune_fast.scoring.obs import least_squares
 
 
@@ -54,7 +54,7 @@ class _Moments:
         """Add rows of act (n, F) and of what down_proj shall return, (n, D), with weights (n,)."""
         own = act[:, self.kept].to(target.dtype)
         weighted = own * weights[:, None]
-        self.gram += weighted.t() @ own
+        add_gram(self.gram, own, weighted)
         self.cross += target.t() @ weighted
         self.rows += len(act)
 
@@ -82,12 +82,13 @@ class PrunedExperts:
         self._with_error = not model.parts.family.norm_behind
         self.unfitted = 0  # experts
 
-    def add_moments(
-        self, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
-    ) -> None:
-        """Add a batch's moments.
+    def add(
+        self, i: int, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
+    ) -> Tensor:
+        """Add a batch's moments, and return what `finish` takes: the stream as it is.
 
         Args:
+            i: the batch's number.
             dense: the dense model's residual stream after the layer.
             output: not used here; a norm behind a layer's own MLP needs it.
             stream: the pruned model's residual stream before the layer.
@@ -126,6 +127,7 @@ class PrunedExperts:
             target = target if bias is None else target - bias
             seen = own > 0  # not padding
             self._moments[self._layer].add(act[seen], target[seen], own[seen].square())
+        return stream
 
     def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
         """Return the refitted (D, K) weights in the model's dtype, without those of few rows."""
@@ -137,10 +139,18 @@ class PrunedExperts:
                 self._weights[site] = moments.weight
                 continue
             check_moments(moments.gram, self._layer)
-            gram, cross = moments.gram.div_(moments.rows), moments.cross.div_(moments.rows)
+            gram = mirror(moments.gram).div_(moments.rows)
+            cross = moments.cross.div_(moments.rows)
             weight = least_squares(gram, cross, moments.weight)
             self._weights[site] = fitted[site] = weight.to(self._model.dtype)
         return fitted
+
+    def train(self, *_: object) -> None:
+        """Return None: experts are refitted alone."""
+
+    def finish(self, i: int, stream: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the pruned stream after the layer, of a batch that has been added."""
+        return self.run(stream, batch)
 
     def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer, with the refitted weights."""

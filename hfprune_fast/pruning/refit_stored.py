@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hfprune_fast.checkpoint.source import ModelSource
@@ -21,14 +23,18 @@ def refit_stored(
     keep: Keep,
     reconstruct: dict[int, Tensor] | None = None,
     progress: bool = False,
-) -> dict[str | tuple[str, int], Tensor]:
-    """Return refitted weights as `prune_checkpoint` replaces them; the args are `refit`'s."""
+) -> tuple[dict[str | tuple[str, int], Tensor], dict[str, Any]]:
+    """Return refitted weights as `prune_checkpoint` replaces them, and what is recorded of it.
+
+    The arguments are those of `refit`.
+    """
     tokens = sum(batch.tokens for batch in batches)
     name = "refitting" if reconstruct is None else "reconstructing"
-    if reconstruct == {}:
+    layers, with_experts = len(model.parts.layers), len(model.parts.with_experts)
+    if reconstruct == {} and with_experts < layers:
         say(
-            "reconstructing by plain squared error; a run that scores by fisher itself, and "
-            "selects by obs, knows how much each direction of the stream matters"
+            "reconstructing by plain squared error; a run that scores by fisher itself and selects "
+            "by obs comes closer, as it knows how much each direction of the stream matters"
         )
     with token_bar(name, tokens, progress) as on_progress:
         (result,), _ = refit(
@@ -36,12 +42,18 @@ def refit_stored(
         )
     if result.untrained:
         say(
-            f"{result.untrained} layers are refitted by least squares alone: they have experts, or "
-            "add their MLP's output in a way that is not known here"
+            f"refitted by least squares alone, of {layers} layers: {result.untrained}, with "
+            "experts or an MLP whose output is added in a way that is not known here"
+        )
+    if result.unimproved:
+        say(
+            f"refitted by least squares alone, of {layers} layers: {result.unimproved}, of which "
+            "no step was better on the tokens held out; more --samples may help"
         )
     if result.unfitted:
         say(
             f"{result.unfitted} experts are not refitted: fewer than {TOKENS_A_NEURON} tokens for "
             "each kept neuron chose them; more --samples would reach them"
         )
-    return {**stored_down_projs(source, result.weights, keep), **stored_rows(source, result.rows)}
+    replace = stored_down_projs(source, result.weights, keep) | stored_rows(source, result.rows)
+    return replace, {} if reconstruct is None else {"reconstructed_layers": len(result.rows)}

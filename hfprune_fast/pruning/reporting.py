@@ -119,7 +119,7 @@ def _would_choose(
 def _training(record: Mapping[str, Any]) -> str:
     """Say whether training followed, as HTML."""
     with one_line_errors(DAMAGED):
-        return escape(training_text(record.get("recovery")))
+        return escape(training_text(record))
 
 
 def _about(record: Mapping[str, Any]) -> list[tuple[str, str]]:

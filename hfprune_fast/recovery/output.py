@@ -81,7 +81,7 @@ tags: [lora, hfprune]
 
 # Adapters for {name}
 
-They are for {name}, a pruned model. {training_text(record["recovery"])} Load them onto
+They are for {name}, a pruned model. {training_text(record)} Load them onto
 it with `peft.PeftModel.from_pretrained`.
 
 | | |

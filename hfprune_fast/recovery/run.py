@@ -15,7 +15,7 @@ from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, OutputOptions, RecoveryOptions, RunOptions
 from hfprune_fast.console import say, to_path
-from hfprune_fast.engine.distributed import joined, launched
+from hfprune_fast.engine.distributed import joined, launched, others_alive
 from hfprune_fast.engine.layerwise import own_modes
 from hfprune_fast.errors import ArgumentError, CheckpointError, shown
 from hfprune_fast.evaluation.fidelity import check_vocabularies
@@ -90,7 +90,8 @@ def recover(
 
     with joined(setup.device, processes), work.kept_if_interrupted(processes), ExitStack() as stack:
         opened = open_all(stack, first, second, data, setup, cache, progress)
-        outcome = train(opened.student, data, opened.batch, setup, work.path, progress)
+        with others_alive():
+            outcome = train(opened.student, data, opened.batch, setup, work.path, progress)
         if processes.rank > 0:
             return {}
         if not outcome.best_step:
@@ -182,9 +183,9 @@ def _check_output(
 ) -> None:
     """Refuse an output before any work."""
     read = [dense.folder, pruned.folder, *files_of(Path(text))]
-    written = [out, work_of(out), *([Path(options.cache)] if options.cache else [])]
-    check_not_read(written, read)
+    check_not_read([out, work_of(out)], read)
     if options.cache:
+        check_not_read([Path(options.cache)], read, "cache")
         check_cache(Path(options.cache), [out, work_of(out)])
     size = sum(shard.path.stat().st_size for shard in pruned.shards.values())
     needed = 0 if options.adapter else size

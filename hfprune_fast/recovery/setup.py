@@ -17,7 +17,8 @@ from hfprune_fast.config import RecoveryOptions, RunOptions
 from hfprune_fast.console import say
 from hfprune_fast.engine.distributed import Processes, own_device
 from hfprune_fast.engine.layerwise import Head, ResidentModel
-from hfprune_fast.engine.planner import Plan, plan_run
+from hfprune_fast.engine.plan import Plan
+from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.weights import CheckpointTensors
 from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line_errors
 from hfprune_fast.models.sites import parts_of
@@ -87,7 +88,9 @@ def set_up(
     dtype = loading.dtype_to_run_in(run.dtype, pruned.stored_dtype, device)
     if dtype == torch.float16:
         if run.dtype == "float16":
-            raise ArgumentError("recover trains in bfloat16 or float32, got dtype float16")
+            raise ArgumentError(
+                "recover does not train in float16; choose --dtype bfloat16 or float32"
+            )
         dtype = torch.bfloat16
     spec = pruned.spec
     config, sizes = pruned.transformers_config, (spec.widths, None)
@@ -181,7 +184,7 @@ def _cached(
 
     The model itself is gone then.
     """
-    identity = {"model": dense.fingerprint, "text": data.data.sha256}
+    identity = {"model": dense.fingerprint, "windows": data.data.sha256}
     shape = (*data.ids.shape, dense.spec.hidden_size)
     if setup.processes.rank == 0:
         file = TeacherFile(cache, identity, shape, setup.dtype)

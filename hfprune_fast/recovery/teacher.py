@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfprune_fast.checkpoint.atomic import check_writable, whole_file
 from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.loading import Blueprint
 from hfprune_fast.checkpoint.ours import is_ours
+from hfprune_fast.checkpoint.resumed import differing
 from hfprune_fast.config import RunOptions
 from hfprune_fast.console import token_bar
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.streaming import open_model
-from hfprune_fast.errors import ArgumentError, ResumeError, one_line, shown
+from hfprune_fast.errors import ArgumentError, ResumeError, one_line
 
 TEACHER = "hfprune_teacher"  # the metadata key of such files
 _DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -157,6 +159,15 @@ def is_teacher(path: Path) -> bool:
     return is_ours(path, TEACHER)
 
 
+def is_begun(path: Path) -> bool:
+    """Return whether a file of a teacher's states holds any."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(file.get_tensor("done")[0]) > 0
+    except (OSError, SafetensorError):
+        return False
+
+
 def _make(
     path: Path, identity: Mapping[str, Any], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> int:
@@ -171,7 +182,7 @@ def _make(
         separators=(",", ":"),
     ).encode()
     header += b" " * (-len(header) % 8)
-    check_writable(path, nbytes, "cache")
+    check_writable(path, nbytes, "the hidden states' file")
     with whole_file(path, lambda _: False) as partial, partial.open("xb") as file:
         # A page of a mapped file that the disk has no room for would end the process.
         if hasattr(os, "posix_fallocate"):
@@ -195,17 +206,16 @@ def _check(
                 raise ValueError(f"a header of {size} bytes")
             header = json.loads(file.read(size))
         found = json.loads(header["__metadata__"][TEACHER])
-        found |= {"dtype": header["hidden"]["dtype"], "shape": tuple(header["hidden"]["shape"])}
+        found |= {name: header["hidden"][name] for name in ("dtype", "shape")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResumeError(
             f"{path} is damaged ({one_line(error)}); delete it, and the dense model runs again"
         ) from None
-    expected = {**identity, "dtype": _DTYPES[dtype], "shape": shape}
-    for key in expected:
-        if found.get(key) != expected[key]:
-            raise ResumeError(
-                f"{path} holds hidden states of another run: its {key} is "
-                f"{shown(found.get(key))}, not {shown(expected[key])}; delete it, or name another "
-                "file"
-            )
+    expected = {**identity, "dtype": _DTYPES[dtype], "shape": list(shape)}
+    if differences := differing(found, expected):
+        raise ResumeError(
+            f"{path} holds hidden states of another run: {'; '.join(differences)}; windows depend "
+            "on the text, --tokens, --seq-len, --seed, --held-out and --batch-tokens; delete it, "
+            "or name another file"
+        )
     return 8 + size

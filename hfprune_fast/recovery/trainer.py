@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hfprune_fast.console import say, token_bar
-from hfprune_fast.errors import NumericsError
+from hfprune_fast.errors import NumericsError, OutputError, one_line
 from hfprune_fast.recovery.data import RecoveryData
 from hfprune_fast.recovery.setup import Setup
 from hfprune_fast.recovery.student import Student
@@ -189,7 +189,7 @@ def train(
     with token_bar("recovering", data.tokens, progress, notes=notes) as on_progress:
         step_tokens = data.step_windows * data.window_tokens
         trainer.add_callback(_Progress(on_progress, notes, step_tokens))
-        with _quiet():
+        with _quiet(), _written_to(work):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     is_better = state.best_metric is not None and state.best_metric < loss_before
@@ -215,6 +215,21 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _written_to(work: Path) -> Iterator[None]:
+    """Name the folder where a checkpoint cannot be written, as on a full disk."""
+    try:
+        yield
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # safetensors', and torch's writer of zip files
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        told = f"no checkpoint can be written to {work} ({one_line(error)}); make room there"
+        raise OutputError(told) from None
 
 
 def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]:

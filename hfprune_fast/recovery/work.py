@@ -20,9 +20,11 @@ from hfprune_fast.errors import (
     CheckpointError,
     HFPruneError,
     MemoryShortageError,
+    OutputError,
     ProcessError,
     is_out_of_memory,
 )
+from hfprune_fast.recovery.teacher import is_begun
 
 _RUN, _TEACHER = "recovery.json", "teacher.safetensors"
 _OURS = re.compile(r"recovery\.json|teacher\.safetensors|checkpoint-\d+|\..+\.partial-\w+")
@@ -72,7 +74,8 @@ class WorkFolder:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, _INTERRUPTIONS) or is_out_of_memory(error):
+            interrupted = isinstance(error, _INTERRUPTIONS) or is_out_of_memory(error)
+            if interrupted or (isinstance(error, OutputError) and self._has_work()):
                 say(
                     f"what was done so far is in {self.path}; the same command with --resume "
                     "continues from there"
@@ -82,7 +85,7 @@ class WorkFolder:
             raise
 
     def _has_work(self) -> bool:
-        return self.teacher.exists() or any(self.path.glob("checkpoint-*"))
+        return is_begun(self.teacher) or any(self.path.glob("checkpoint-*"))
 
     def delete(self) -> None:
         """Delete the folder of a run that is complete."""

@@ -25,7 +25,8 @@ class ScoreAccumulator:
     # model's dtype. Without any criterion C is 1 and only act is added up.
     statistics: Tensor
     down_norm: Tensor  # (table) fp64: 2-norm of each neuron's down_proj column; 0 before any pass
-    # (G, D, D) fp32, on the CPU: Σ g gᵀ at the outputs of each layer's own MLP and of its experts.
+    # (G, D, D) fp32: Σ g gᵀ at the outputs of each layer's own MLP and of its experts; on the CPU,
+    # or on the device (`engine.plan.Plan.streams_on_device`).
     output_fisher: Tensor | None = None
     # (3 + C, E) fp64: of each expert Σ w·‖y‖, tokens, Σ w, and its Taylor term of each criterion.
     experts: Tensor | None = None

@@ -21,7 +21,14 @@ from hfprune_fast.engine.layerwise import (
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
 from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_shape
-from hfprune_fast.scoring.moments import check_moments, moments_dtype, token_rows
+from hfprune_fast.scoring.moments import (
+    add_gram,
+    check_moments,
+    has_exact_products,
+    mirror,
+    moments_dtype,
+    token_rows,
+)
 from hfprune_fast.scoring.obs import greedy_removal_costs
 
 # With fewer routed tokens for each neuron, second moments say more of the text than of the expert.
@@ -51,7 +58,7 @@ def removal_costs(
         NumericsError: the activations of a layer hold NaN or inf.
     """
     tokens = sum(batch.tokens for batch in batches)
-    hidden = [model.begin(batch).cpu() for batch in batches]
+    hidden = [model.kept(model.begin(batch)) for batch in batches]
     parts = model.parts
     slices, costs = site_slices(parts.widths), torch.zeros(table_shape(parts.widths)).double()
     metrics = iter(output_fisher if output_fisher is not None else ())
@@ -63,12 +70,12 @@ def removal_costs(
         grams = _Grams(model, layer)
         for i, batch in each_batch(batches, on_progress, len(parts.layers)):
             with grams.added(batch):
-                hidden[i] = model.run(layer, hidden[i].to(model.device), batch).cpu()
+                hidden[i] = model.kept(model.run(layer, hidden[i].to(model.device), batch))
         mlp, experts = parts.mlps[layer], parts.experts[layer]
         own, of_experts = (
             None if part is None else on_device(next(metrics, None)) for part in (mlp, experts)
         )
-        for site, gram in grams.of_sites.items():
+        for site, gram in grams.total().items():
             check_moments(gram, layer)
             metric = own if isinstance(site, int) else of_experts
             costs.view(-1)[slices[site]] = greedy_removal_costs(
@@ -100,11 +107,10 @@ class _Grams:
         self._sums: dict[SiteKey, Tensor] = {}
         self._rows: Counter[SiteKey] = Counter()
 
-    @property
-    def of_sites(self) -> dict[SiteKey, Tensor]:
-        """The moments, without those of experts with few rows."""
+    def total(self) -> dict[SiteKey, Tensor]:
+        """Return the moments, without those of experts with few rows."""
         return {
-            site: gram
+            site: mirror(gram)
             for site, gram in self._sums.items()
             if isinstance(site, int) or self._rows[site] >= TOKENS_A_NEURON * len(gram)
         }
@@ -140,11 +146,11 @@ class _Grams:
         return self._experts.output(rows.expert, act)
 
     def _add(self, site: SiteKey, act: Tensor, weights: Tensor | None = None) -> None:
-        wide = act.to(self._dtype)
+        wide = act if has_exact_products(act) and weights is None else act.to(self._dtype)
         if weights is not None:
             wide = wide * weights[:, None].to(self._dtype)
         if site not in self._sums:
             width = wide.shape[1]
             self._sums[site] = wide.new_zeros(width, width, dtype=torch.float64)
-        self._sums[site] += wide.t() @ wide
+        add_gram(self._sums[site], wide)
         self._rows[site] += len(wide)

@@ -20,7 +20,8 @@ from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.planner import Plan, plan_run
+from hfprune_fast.engine.plan import Plan
+from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
 from hfprune_fast.models.spec import ModelSpec
@@ -155,7 +156,7 @@ class ScoringJob:
             raise RuntimeError("the processes scored another number of sequences than there are")
         table, of_mlps = self._table(total, resume_file.identity), dict[int, Tensor]()
         if self.processes.rank == 0 and total.output_fisher is not None:
-            fisher = total.output_fisher / self.data.tokens
+            fisher = total.output_fisher.div_(self.data.tokens)
             with token_bar("removal costs", self.data.tokens, progress) as report:
                 costs = removal_costs(model, batches, fisher, report)
             table = replace(table, statistics={**table.statistics, "obs": costs})
@@ -233,7 +234,7 @@ def _sum(total: ScoreAccumulator, processes: Processes) -> ScoreAccumulator:
     pieces = flat.split([part.numel() for part in parts])
     statistics, norms, counted, *experts = map(Tensor.view_as, pieces, parts)
     if total.output_fisher is not None:
-        for output in total.output_fisher:  # which is on the CPU
+        for output in total.output_fisher:  # which may be on the CPU
             on_device = output.to(norms.device)
             processes.add(on_device)
             output.copy_(on_device)

@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import NumericsError
+
+# A product of a matrix with itself is symmetric: its blocks below the diagonal are not made. They
+# are as few as leaves the products large, which a GPU needs more than half of the terms.
+_MIN_BLOCK, _MAX_BLOCKS = 128, 8
+
+
+def add_gram(gram: Tensor, rows: Tensor, weighted: Tensor | None = None) -> None:
+    """Add rowsᵀ rows to the blocks of `gram` (F, F) on and above its diagonal.
+
+    Args:
+        rows: (n, F).
+        weighted: the same rows, each times its weight; None weighs all alike.
+
+    After the last rows, `mirror` fills the blocks below.
+    """
+    left = rows if weighted is None else weighted
+    for begin, end in _blocks(len(gram)):
+        gram[begin:end, begin:] += product(left[:, begin:end], rows[:, begin:])
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return leftᵀ right, (F, G), of rows (n, F) and (n, G): in their dtype, or in fp32."""
+    if has_exact_products(left) and left.dtype == right.dtype:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.t() @ right
+
+
+def has_exact_products(rows: Tensor) -> bool:
+    """Return whether a matrix unit multiplies such rows exactly and adds up in fp32.
+
+    In fp32 an NVIDIA GPU, which has no unit for it, would take ten times as long.
+    """
+    halves = rows.dtype in (torch.bfloat16, torch.float16)
+    return halves and rows.is_cuda and torch.version.hip is None
+
+
+def mirror(gram: Tensor) -> Tensor:
+    """Copy the blocks above the diagonal to those below, in place, and return the matrix."""
+    for begin, end in _blocks(len(gram)):
+        gram[end:, begin:end] = gram[begin:end, end:].t()
+    return gram
+
+
+def _blocks(width: int) -> Iterator[tuple[int, int]]:
+    size = max(_MIN_BLOCK, -(-width // _MAX_BLOCKS))
+    for begin in range(0, width, size):
+        yield begin, min(begin + size, width)
 
 
 class OutputCovariance:
@@ -16,16 +65,19 @@ class OutputCovariance:
     There, and not at the layer's output, since a norm or a scale may follow.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         wide = torch.promote_types(dtype, torch.float32)
-        self.total = torch.zeros((), dtype=wide, device=device)
+        self._sum = torch.zeros(hidden_size, hidden_size, dtype=wide, device=device)
 
     def add(self, batch: MicroBatch, scale: float, grad: Tensor) -> None:
         """Add a micro-batch's gradients, times its length: the loss of a sequence is a mean."""
-        wide = grad.to(self.total.dtype).reshape(*batch.ids.shape, -1)
+        wide = grad.to(self._sum.dtype).reshape(*batch.ids.shape, -1)
         lengths = torch.tensor(batch.lengths, dtype=wide.dtype, device=wide.device)
-        rows = (wide * (lengths / scale)[:, None, None]).flatten(0, 1)
-        self.total = self.total + rows.t() @ rows
+        add_gram(self._sum, (wide * (lengths / scale)[:, None, None]).flatten(0, 1))
+
+    def total(self) -> Tensor:
+        """Return the sum, to which nothing is added any more."""
+        return mirror(self._sum)
 
 
 def column_norms(weight: Tensor) -> Tensor:

@@ -94,8 +94,10 @@ def backend_for(tensor: Tensor, backend: str | None, parity: bool) -> str:
         chosen = resolve_backend(backend or ("torch" if parity else None), tensor)
     except ValueError as error:
         raise ArgumentError(str(error)) from None
-    if parity and chosen == "triton":
-        raise ArgumentError("parity rounds as plain torch does; backend must be torch, got triton")
+    if parity and chosen != "torch":
+        raise ArgumentError(
+            f"parity rounds as plain torch does; backend must be torch, got {chosen}"
+        )
     return chosen
 
 

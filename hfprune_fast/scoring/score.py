@@ -90,7 +90,9 @@ def score(
         job = ScoringJob(loaded, spec, data, criteria, obs, scoring, calibration.seed, processes)
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file)
-        with open_model(job.subject, plan.offload) as model:
+        with open_model(
+            job.subject, plan.offload, streams_on_device=plan.streams_on_device
+        ) as model:
             return job.run(model, plan, resume_file, progress)[0]
 
 

@@ -46,7 +46,13 @@ def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumu
     return ScoreAccumulator(
         torch.zeros(*criteria, *shape, dtype=dtype, device=device),
         torch.zeros(shape, **wide),
-        torch.zeros(outputs, hidden, hidden, dtype=torch.float32)
+        torch.zeros(
+            outputs,
+            hidden,
+            hidden,
+            dtype=torch.float32,
+            device=device if model.streams_on_device else "cpu",
+        )
         if options.output_fisher
         else None,
         torch.zeros(3 + len(options.criteria), experts, **wide) if experts else None,
@@ -156,10 +162,11 @@ class PassSums:
         """Return empty covariances of a layer's outputs, by whether they are of its experts."""
         if self._output_fisher is None:
             return {}
-        device = self._statistics.device
-        return {of: OutputCovariance(dtype, device) for at, of in self._outputs if at == layer}
+        of_each = self._output_fisher.shape[-1], dtype, self._statistics.device
+        return {of: OutputCovariance(*of_each) for at, of in self._outputs if at == layer}
 
     def add_covariances(self, layer: int, covariances: dict[bool, OutputCovariance]) -> None:
         for of_experts, covariance in covariances.items():
             output = self._outputs[layer, of_experts]
-            self._of_output(output).add_(covariance.total.cpu())
+            sums = self._of_output(output)
+            sums.add_(covariance.total().to(sums.device))

@@ -69,7 +69,7 @@ def assert_refused(run: Any, message: str) -> None:
         (["--teacher", "resident", "--cache", "c"], "cache is for teacher cached; a resident one"),
         (["--learning-rate", -1], "learning_rate must be in .0, 1e.30., got -1.0"),
         (["--loss", "mse"], "'mse' is not one of 'kl', 'ce', 'kl\\+ce'"),
-        (["--dtype", "float16"], "recover trains in bfloat16 or float32, got dtype float16"),
+        (["--dtype", "float16"], "recover does not train in float16; choose --dtype bfloat16"),
         (["--seq-len", 2048], "seq_len must be at most"),
         (["--loss", "ce", "--seq-len", 1], "loss ce needs samples of 2 tokens or more, got 1"),
         (["--learning-rate", "inf"], "learning_rate must be in .0, 1e.30., got inf"),
@@ -79,7 +79,7 @@ def assert_refused(run: Any, message: str) -> None:
         (["--cache", "out/states"], "cache out/states is or is inside .*out, which the run writes"),
         (["--cache", "out.recovery/x"], "cache out.recovery/x is or is inside .*out.recovery"),
         (["--out", "pruned"], "out pruned is, is inside or is above pruned"),
-        (["--cache", "model/x"], "out model/x is, is inside or is above model"),
+        (["--cache", "model/x"], "cache model/x is, is inside or is above model"),
         (["--memory-budget", "1KB"], "memory budget 1KB is too small"),
     ],
 )

@@ -198,6 +198,7 @@ int main(int argc, char** argv) {
   if (!kThreadSanitizer) check_shapes();  // they are too small for a second thread
   check_large();
   check_write(std::string(argv[1]) + "/written");
+  check_kernels();
   std::printf("%zu cases agree (%s)\n", cases, hfprune::instructions());
   return 0;
 }

@@ -148,3 +148,4 @@ inline Bytes taken(const Bytes& source, const std::vector<std::size_t>& offsets)
 }
 
 void check_write(const std::string& path);
+void check_kernels();

@@ -16,7 +16,8 @@ import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.config import RunOptions
 from hfprune_fast.engine.machine import available_bytes
-from hfprune_fast.engine.planner import Plan, plan_run
+from hfprune_fast.engine.plan import Plan
+from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.errors import ArgumentError, MemoryShortageError
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import take_options
@@ -63,6 +64,17 @@ def test_a_large_device_keeps_weights_resident_and_stores() -> None:
     assert chosen.logits_budget_bytes is None
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "tokens"),
+    [(8192, 4096), (4096, 4096), (2048, 8192), (1024, 16384), (576, 16384)],
+)
+def test_a_narrow_model_takes_more_tokens_at_once_on_a_gpu(hidden_size: int, tokens: int) -> None:
+    narrow = dataclasses.replace(LLAMA_8B, hidden_size=hidden_size)
+    assert plan(narrow, "640GiB").batch_size * 1024 == tokens
+    on_cpu = plan(narrow, "640GiB", device=torch.device("cpu"))
+    assert on_cpu.batch_size * 1024 == 1024
+
+
 def test_less_memory_takes_fewer_at_once_then_recomputes_then_streams() -> None:
     chosen = [plan(LLAMA_8B, f"{gib}GiB") for gib in (40, 26, 22, 17, 12, 6)]
     ways = [(p.offload == "none", p.recompute, p.batch_size) for p in chosen]
@@ -74,6 +86,19 @@ def test_less_memory_takes_fewer_at_once_then_recomputes_then_streams() -> None:
     assert [way[0] for way in ways] == sorted((way[0] for way in ways), reverse=True)
     for budget, p in zip((40, 26, 22, 17, 12, 6), chosen, strict=True):
         assert p.total_bytes <= budget * GIB == p.free_bytes
+
+
+def test_streams_and_covariances_stay_on_a_gpu_that_has_room() -> None:
+    """Of 128 sequences of 1024 tokens: 2 GiB of streams, and 4 GiB of covariances, twice 32."""
+    roomy, tight = (plan(LLAMA_8B, f"{gib}GiB", refit="linear") for gib in (80, 24))
+    assert (roomy.streams_on_device, tight.streams_on_device) == (True, False)
+    assert roomy.total_bytes <= 80 * GIB
+    nothing = plan(LLAMA_8B, "80GiB")
+    streams, covariances = 2 * 128 * 1024 * 4096 * 2, 2 * 32 * 4096**2 * 4
+    assert roomy.tables_bytes - tight.tables_bytes == covariances
+    assert roomy.refit_bytes - tight.refit_bytes == streams
+    assert not nothing.streams_on_device
+    assert not plan(LLAMA_8B, "80GiB", refit="linear", device=torch.device("cpu")).streams_on_device
 
 
 def test_70b_streams_on_a_24_gb_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_linear_kl_memory(measured: Callable[[str], None]) -> None:
         _, d_hidden = linear_kl(hidden, weight, teacher, weight)
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before
-    rest = extra - d_hidden.nbytes - max(256 << 20, 512 * 4 * 128_256)
+    rest = extra - d_hidden.nbytes - max(384 << 20, 512 * 4 * 128_256)
     measured(f"linear_kl: {rest / 2**20:+.1f} MiB on its promise")
     # A workspace of cuBLAS that is taken anew in each call, and 64 bytes a token.
     assert rest <= (64 << 20) + 64 * 8192

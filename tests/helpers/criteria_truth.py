@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from rows_truth import in_lanes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,8 +39,9 @@ def drawn_token(logits: Tensor, ids: Tensor, number: int) -> Tensor:
 def drawn(logits: Tensor, number: int) -> Tensor:
     """The token at each position whose share of the distribution the row's number falls into."""
     rows = (number << 24) + torch.arange(len(logits))
-    above = logits.softmax(-1).cumsum(-1) > uniform(rows, SEED, torch.float64)[:, None]
-    return above.int().argmax(-1)
+    order = in_lanes(logits.shape[1])
+    above = logits.softmax(-1)[:, order].cumsum(-1) > uniform(rows, SEED, torch.float64)[:, None]
+    return order[above.int().argmax(-1)]
 
 
 def self_distilled(logits: Tensor, ids: Tensor, number: int) -> Tensor:

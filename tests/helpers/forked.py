@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from hfprune_fast.cli import main
 from hfprune_fast.engine import planner
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.scoring import job
 from hfprune_fast.scoring.passes import Pass
 from hfprune_fast.scoring.resume import ResumeFile
@@ -151,7 +152,7 @@ def _kill_between(events: int, pass_tokens: int) -> None:
         ResumeFile.on_commit = on_commit  # type: ignore[method-assign]
         sys.setprofile(kill)
 
-    def short_passes(*args: Any, **options: Any) -> planner.Plan:
+    def short_passes(*args: Any, **options: Any) -> Plan:
         return replace(plan(*args, **options), pass_tokens=pass_tokens)
 
     ResumeFile.on_commit = first_commit  # type: ignore[method-assign]

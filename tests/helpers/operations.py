@@ -189,9 +189,12 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], list[tuple[dict[str,
         ({"token_mask": torch.ones(2, 3)}, r"token_mask must be \(2, 3\) bool, got .*float32"),
         ({"token_mask": _MASK.T}, r"token_mask must be \(2, 3\) bool"),
         ({"grad_scale": 0.0}, "grad_scale must be a power of two in .*, got 0.0"),
-        ({"parity": True, "grad_scale": 2.0}, "no triton, token_mask or grad_scale"),
-        ({"parity": True, "token_mask": _MASK}, "no triton, token_mask or grad_scale"),
-        ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
+        ({"parity": True, "grad_scale": 2.0}, "no other backend, token_mask"),
+        ({"parity": True, "token_mask": _MASK}, "no other backend, token_mask"),
+        *(
+            ({"parity": True, "backend": name}, "parity=True is plain torch")
+            for name in ("triton", "cpp")
+        ),
         ({"parity": True, "backend": "cuda"}, "backend must be one of torch, triton"),
     ]),
     (gated_taylor, dict.fromkeys(("grad", "gate"), _THREE) | {"up": torch.zeros(2, 3, 4)}, [
@@ -200,7 +203,10 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], list[tuple[dict[str,
         ({"out": (torch.zeros(2, 3, 4), torch.zeros(3, 4))}, "d_up must be"),
         ({"out": (_THREE, _THREE), "overwrite": True}, "exclude each other"),
         ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
-        ({"parity": True, "backend": "triton"}, "parity=True is plain torch"),
+        *(
+            ({"parity": True, "backend": name}, "parity=True is plain torch")
+            for name in ("triton", "cpp")
+        ),
         ({"up": _THREE, "overwrite": True}, "the same tensor"),
         ({"out": (_THREE, _THREE)}, "the same tensor"),
         ({"gate": torch.zeros(4).expand(2, 3, 4), "overwrite": True}, "one stride over B and S"),

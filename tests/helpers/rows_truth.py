@@ -22,8 +22,6 @@ class Rows:
     value_bound: Tensor  # (T,) on the error of the value
     grad_bound: Tensor  # (T, V) on that of the gradient, before it is rounded to be stored
     underflow: float  # comes to that whatever the gradient is multiplied by
-    cdf: Tensor  # (T, V) Σ_{k <= i} p_k
-    cdf_bound: Tensor  # (T, 1)
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,13 @@ def softmax_truth(
     log_p = torch.log_softmax(z, dim=-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     # How far rounding moves z_i - max, with what may be read as such a move. The scale: u L; the
     # difference, at most 2 L: 2 u L; the steps by which a running maximum rises, 2 L in all: 2 u L.
-    # A GPU's exp first multiplies by log2 e: 2 u L. exp is right to 3 ulp = 6 u; each block of 8192
-    # logits rescales the sums before it by another exp and two products. softcap · tanh(x) is off
+    # A GPU's exp first multiplies by log2 e: 2 u L. exp is right to 3 ulp = 6 u; each block of 4096
+    # logits rescales the sums before it by another exp and two products, and so does the merge of
+    # a row's lanes. softcap · tanh(x) is off
     # by 22 u of itself: where it is worst, x = 1/4, e = exp(-2x) = 0.61 is off by 8 u, 1 - e by
     # 14 u, 1 + e by 4 u, and x, the quotient and the product by one or two.
     largest = z.masked_fill(z == -torch.inf, 0).abs().amax(dim=1)
-    blocks = -(-vocab // 8192)
+    blocks = -(-vocab // 4096) + 1
     move = eps * (4 * largest + (11 * largest if softcap else 0) + 3 + 4 * blocks)
     # Sums of V terms, in any order: λ √V u, λ = 4 for all practical purposes (Higham, Mary 2019).
     sums = 2 * eps * vocab**0.5
@@ -181,7 +180,6 @@ def _rows(
     return Rows(
         value, logit_scale * made.slope * dz, bound,
         logit_scale * (1.1 * grad_bound + made.underflow), made.underflow,
-        made.p.cumsum(dim=1), 2.2 * made.share,
     )  # fmt: skip
 
 
@@ -214,6 +212,27 @@ def assert_rows(
     bound = scale.double().abs()[:, None] * truth.grad_bound + truth.underflow
     bound = bound + stored(exact.abs() + bound, grad.dtype, backend) + flushed
     assert ((grad - exact).abs() <= share * bound).all()
+
+
+def in_lanes(vocab: int) -> Tensor:
+    """The entries in the order of the draw: 8 neighbours of every 4096, then the next 8 of each."""
+    groups = (start for first in range(0, 4096, 8) for start in range(first, vocab, 4096))
+    return torch.tensor([i for start in groups for i in range(start, min(start + 8, vocab))])
+
+
+def assert_drawn(y: Tensor, logits: Tensor, number: Tensor, **transform: Any) -> None:
+    """The distribution in the order of the draw rises past the row's number at y.
+
+    Rounding may move either edge: p_y and the sums up to it by their shares, which are relative,
+    and the target by that of s.
+    """
+    made, order = softmax_truth(logits, **transform), in_lanes(logits.shape[1]).to(logits.device)
+    up_to = made.p[:, order].cumsum(dim=1)
+    nth = (order == y[:, None]).int().argmax(dim=1, keepdim=True)
+    p_y, edge, u = made.p.gather(1, y[:, None]), up_to.gather(1, nth), number.double()[:, None]
+    assert (p_y > 0).all()
+    assert (edge - p_y <= u + 2.2 * made.share).all()
+    assert (u <= edge + 2.2 * made.share).all()
 
 
 def assert_head(

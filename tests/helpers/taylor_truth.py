@@ -47,10 +47,12 @@ def statistics_bound(grad: Tensor, act: Tensor, backend: str) -> Tensor:
     """(4, F): how far rounding may move the statistics of grad and act, both (B, S, F)."""
     a = act.double().abs()
     x = grad.double().abs() * a
-    # torch: all in fp64. triton: squares in fp32, and sums over 128 tokens: tiles of 4 to 32 tokens
-    # one after the other, and then the tokens of a tile, make 38 sums at most.
-    u, tiny = (2.0**-24, 2.0**-126) if backend == "triton" else (2.0**-53, 0.0)
-    rounding = u * (40 if backend == "triton" else x.shape[0] * x.shape[1])
+    # torch: all in fp64. The others: squares in fp32, and some sums. triton, over 128 tokens: tiles
+    # of 4 to 32 tokens one after the other, and then the tokens of a tile, 38 sums at most. cpp,
+    # over 64 tokens: 4 at a time, and these 16 and up to 3 that are left one after the other.
+    u, tiny = (2.0**-53, 0.0) if backend == "torch" else (2.0**-24, 2.0**-126)
+    roundings = {"torch": x.shape[0] * x.shape[1], "triton": 40, "cpp": 24}
+    rounding = u * roundings[backend]
     per_sequence = ((rounding + 1.01 * u) * x).sum(1)
     return 1.01 * torch.stack(
         [

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from operations import OPERATIONS
-from paths import needs_triton
+from paths import CPU_DEFAULT, needs_cpp, needs_triton
 
 from hfprune_fast.kernels import _dispatch, _kl_rows, _rows, _statistics
 from hfprune_fast.kernels._arguments import check_devices
@@ -45,7 +45,7 @@ def test_the_requested_implementation_runs(operation: str, backend: str, ran: li
     assert set(ran) == {backend}
     ran.clear()
     OPERATIONS[operation]()
-    assert set(ran) == {"torch"}  # the default on a CPU
+    assert set(ran) == {CPU_DEFAULT}
 
 
 def test_the_environment_chooses(
@@ -64,7 +64,7 @@ def test_a_name_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("HFPRUNE_BACKEND", environment)
         assert resolve_backend(name, ROWS) == name
     monkeypatch.setenv("HFPRUNE_BACKEND", "")  # as good as unset
-    assert resolve_backend(None, ROWS) == "torch"
+    assert resolve_backend(None, ROWS) == CPU_DEFAULT
 
 
 @needs_triton
@@ -78,8 +78,14 @@ def test_default_on_a_gpu() -> None:
 def test_what_is_no_backend_or_not_installed_is_refused(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"^backend must be one of torch, triton, got 'cuda'$"):
+    with pytest.raises(
+        ValueError, match=r"^backend must be one of torch, triton, cpp, got 'cuda'$"
+    ):
         OPERATIONS[operation](backend="cuda")
+    monkeypatch.setattr(_dispatch, "CPP_INSTRUCTIONS", ())
+    monkeypatch.setattr(_dispatch, "CPP_UNUSED_REASON", "not built")
+    with pytest.raises(ValueError, match=r"^backend is cpp, but the C\+\+ .* \(not built\); back"):
+        OPERATIONS[operation](backend="cpp")
     monkeypatch.setattr(_dispatch, "TRITON_VERSION", None)
     with pytest.raises(ValueError, match=r"triton is not installed; backend='torch' runs every"):
         OPERATIONS[operation](backend="triton")
@@ -90,12 +96,30 @@ def test_what_is_no_backend_or_not_installed_is_refused(
         OPERATIONS[operation]()
 
 
-@needs_triton
-def test_float64_is_refused_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = r"is triton, but the kernels take float32, .* got torch.float64; backend='torch'"
+def test_default_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert resolve_backend(None, ROWS.to(dtype)) == CPU_DEFAULT
+    assert resolve_backend(None, ROWS.double()) == "torch"
+    assert resolve_backend(None, ROWS.to("meta")) == "torch"
+    monkeypatch.setattr(_dispatch, "CPP_INSTRUCTIONS", ())  # not built
+    assert resolve_backend(None, ROWS) == "torch"
+
+
+@needs_cpp
+def test_cpp_is_refused_on_another_device() -> None:
+    with pytest.raises(ValueError, match=r"^backend is cpp, but it needs a CPU, got .* on meta"):
+        resolve_backend("cpp", ROWS.to("meta"))
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=needs_triton)]
+)
+def test_float64_is_refused_by_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"the kernels take float32, .* got torch.float64; backend='torch'"
+    message = rf"is {backend}, but {message}"
     with pytest.raises(ValueError, match="^backend " + message):
-        resolve_backend("triton", ROWS.double())
-    monkeypatch.setenv("HFPRUNE_BACKEND", "triton")
+        resolve_backend(backend, ROWS.double())
+    monkeypatch.setenv("HFPRUNE_BACKEND", backend)
     with pytest.raises(ValueError, match="^HFPRUNE_BACKEND " + message):
         resolve_backend(None, ROWS.double())
 
@@ -103,7 +127,7 @@ def test_float64_is_refused_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
-    assert resolve_backend(None, ROWS) == "torch"
+    assert resolve_backend(None, ROWS) == CPU_DEFAULT
     message = r"^backend is triton, but it needs a GPU \(or TRITON_INTERPRET=1\), got a tensor"
     with pytest.raises(ValueError, match=message):
         resolve_backend("triton", ROWS)

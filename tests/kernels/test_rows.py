@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_inputs import normal
 from paths import every_path
-from rows_truth import assert_rows, rows_truth, self_distillation_truth
+from rows_truth import assert_drawn, assert_rows, in_lanes, rows_truth, self_distillation_truth
 from torch import Tensor
 
 from hfprune_fast.kernels._criterion import Criterion
@@ -69,6 +69,28 @@ def test_self_distillation_equals_float64(
     assert_rows(values, grad, truth, backend)
     assert values[2] == 0
     assert (grad[2] == 0).all()
+
+
+def test_a_flat_teacher_weighs_logits_far_below_the_maximum(backend: str) -> None:
+    # Ascending, so that the maximum of every lane rises by hundreds at each step.
+    logits = torch.linspace(-3000, 0, 20_000).repeat(2, 1)
+    labels = torch.tensor([19_999, 7])
+    values, grad = value_and_grad(logits, distilled(labels, 0.5, 1000.0), backend)
+    truth = self_distillation_truth(logits, labels, 0.5, 1000.0)
+    assert_rows(values, grad, truth, backend)
+
+
+@pytest.mark.parametrize("name", ["entropy", "cross_entropy", "fisher", "self_distillation"])
+def test_the_lowest_number_masks_as_minus_infinity(backend: str, name: str) -> None:
+    """Some mask by it, also every logit of a lane: 8 in 4096."""
+    masked, lowest = normal(2, 9000), torch.finfo(torch.float32).min
+    masked[:, torch.arange(9000) // 8 % 512 > 100] = -INF
+    keys = None if name == "entropy" else torch.tensor([5, 8200])
+    criterion = Criterion(name, keys, alpha=0.4, temperature=0.5)
+    expected = value_and_grad(masked, criterion, backend)
+    got = value_and_grad(masked.masked_fill(masked == -INF, lowest), criterion, backend)
+    assert got[0].isfinite().all()
+    assert all(map(torch.equal, got, expected))
 
 
 def test_self_distillation_is_cross_entropy_less_a_sharper_softmax(backend: str) -> None:
@@ -148,12 +170,9 @@ def test_a_sample_is_where_the_sum_crosses(
     y = grad.argmin(dim=1)  # of p - [i = y], the only one below 0
     truth = rows_truth(logits, y, **transform)
     assert_rows(values, grad, truth, backend)
-    u = uniform(ids, seed, torch.promote_types(dtype, torch.float32)).double()[:, None]
-    up_to = truth.cdf.gather(1, y[:, None])
-    before = torch.where(y[:, None] > 0, truth.cdf.gather(1, (y[:, None] - 1).clamp(min=0)), 0)
-    assert (before - truth.cdf_bound <= u).all()
-    assert (u <= up_to + truth.cdf_bound).all()
-    assert truth.value.isfinite().all()  # p_y > 0
+    assert_drawn(
+        y, logits, uniform(ids, seed, torch.promote_types(dtype, torch.float32)), **transform
+    )
 
 
 def test_uniform_numbers_near_0_and_1_draw_no_masked_entry(backend: str) -> None:
@@ -163,12 +182,14 @@ def test_uniform_numbers_near_0_and_1_draw_no_masked_entry(backend: str) -> None
     assert (u[:2] > 1 - 1e-6).all()
     assert (u[2:] < 2e-6).all()
     logits = torch.zeros(4, 30_000)
-    logits[:, :50] = logits[:, 20_001:] = -INF
-    logits[:, 20_000] = -100.0  # exp is 0 in fp32
+    logits[:, :50] = logits[:, 20_000:] = -INF
+    logits[:, 20_479] = -100.0  # exp is 0 in fp32; the last of its lane, the last one
     values, grad = value_and_grad(logits, Criterion("fisher", ids), backend)
     y = grad.argmin(dim=1)
-    assert ((y[:2] > 19_900) & (y[:2] < 20_000)).all()
-    assert ((y[2:] >= 50) & (y[2:] < 150)).all()
+    order = in_lanes(30_000)
+    drawable = order[logits[0, order] == 0]
+    assert torch.isin(y[:2], drawable[-100:]).all()
+    assert torch.isin(y[2:], drawable[:100]).all()
     assert values.isfinite().all()
 
 

@@ -80,9 +80,28 @@ def test_held_out_kl_is_that_of_the_pruned_model() -> None:
 def test_a_trial_has_something_to_hold_out() -> None:
     assert [len(b.ids) for b in trial(batches_of(8, 8))] == [6, 2]
     assert [len(b.ids) for b in trial(batches_of(2, 2))] == [1, 1]
-    assert sum(len(b.ids) for b in trial(batches_of(100, 8))) == 64
+    for samples, tried in ((20, 16), (31, 16), (60, 32), (100, 56), (128, 64), (500, 64)):
+        assert sum(len(b.ids) for b in trial(batches_of(samples, 8))) == tried
     with pytest.raises(ArgumentError, match="2 calibration samples or more, got 1"):
         trial(batches_of(1, 1))
+
+
+def test_what_a_trial_needs_is_said_before_the_scoring(
+    llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfprune_fast.pruning.oneshot.open_model", None)
+    with pytest.raises(ArgumentError, match="got 1 in all; give more --samples, or --allocation"):
+        hf.oneshot(llama_dir, text_file, tmp_path / "out", prune_ratio=0.5, samples=1, seq_len=16)
+
+
+def test_windows_of_one_token_can_be_compared(
+    llama_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """They have no perplexity, which a choice of the allocation does not need."""
+    made = hf.oneshot(
+        llama_dir, text_file, tmp_path / "out", prune_ratio=0.5, samples=16, seq_len=1, device="cpu"
+    )
+    assert all(nats > 0 for nats in made["allocations_kl_nats"].values())
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
@@ -128,7 +147,7 @@ def test_the_closest_is_so_by_the_kl_of_checkpoints_that_are_written(
         keep = hf.select(table, prune_ratio=0.5, statistic="obs", allocation=float(allocated))
         with ResidentModel(dense) as entered:
             # Of 20 sequences in fives the last five are held out.
-            replace = refit_stored(entered, batches[:3], source, keep)
+            replace, _ = refit_stored(entered, batches[:3], source, keep)
         out = tmp_path / allocated
         hf.prune_checkpoint(source, out, keep, replace=replace)
         fidelity = hf.evaluate(dense, load_model(out, device="cpu"), [batches[3].ids])

@@ -72,7 +72,7 @@ def test_experts_that_are_not_refitted_keep_the_bits_that_are_stored(
     keep = {site: kept for site, kept in keep.items() if site != (2, 3)}
     batches = token_data(as_batches([torch.arange(40).view(2, 20)]), 127).batches
     with open_model(blueprint(source, dtype="bfloat16"), "none") as model:
-        replace = refit_stored(model, batches, source, keep)
+        replace, _ = refit_stored(model, batches, source, keep)
     assert list(replace) == ["model.layers.0.mlp.down_proj.weight"]
     hf.prune_checkpoint(source, tmp_path / "out", keep, replace=replace)
     dense, written = (

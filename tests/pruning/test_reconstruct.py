@@ -139,7 +139,8 @@ def test_each_layer_is_plain_training_of_its_mlp(family: str, weighed: tuple[int
             c = covariances[layer]
             metric = c / c.diagonal().mean() + 0.1 * metric
         expected, moved = trained(start, x, y, u, metric / 64, layer)
-        got = [*result.rows[layer], result.weights[layer]]
+        assert (layer in result.rows) == moved
+        got = [*result.rows.get(layer, start[:2]), result.weights[layer]]
         for name, own, truth in zip(GATE_UP_DOWN, got, expected, strict=True):
             error = (own - truth).norm() / truth.norm()
             assert error < FLOAT64, f"layer {layer}, {name}: {error:.1e}"
@@ -210,7 +211,9 @@ def test_streamed_weights_give_the_same_bits(offload: str, llama_dir: Path) -> N
             found.append(result)
     for layer in range(3):
         assert torch.equal(found[0].weights[layer], found[1].weights[layer])
-        for own, other in zip(found[0].rows[layer], found[1].rows[layer], strict=True):
+    assert found[0].rows.keys() == found[1].rows.keys() != set()
+    for layer, rows in found[0].rows.items():
+        for own, other in zip(rows, found[1].rows[layer], strict=True):
             assert torch.equal(own, other)
 
 
@@ -230,11 +233,17 @@ def test_a_layer_that_adds_something_else_is_refitted_alone() -> None:
     assert sorted(result.weights) == [0, 1, 2]
 
 
+def test_a_layer_that_adds_nothing_is_known() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    assert reconstructed(model, batches_of(), keep_of(model)).untrained == 0
+
+
 def test_too_few_tokens_to_hold_any_out_train_nothing() -> None:
     model = tiny_model("llama")
     result = reconstructed(model, batches_of((1,)), keep_of(model))
-    gate = model.model.layers[0].mlp.gate_proj.weight
-    assert torch.equal(result.rows[0][0], gate[keep_of(model)[0]])
+    assert (result.unimproved, result.rows) == (3, {})
+    assert sorted(result.weights) == [0, 1, 2]
 
 
 def test_its_memory_is_planned() -> None:
@@ -254,9 +263,9 @@ def test_its_memory_is_planned() -> None:
             with Watch(*model.parameters()) as watch:
                 refit(entered, batches, [keep], reconstruct=reconstructs)
             peaks.append(watch.peak)
-    print(planned, peaks)
-    assert 0 == planned[0] < peaks[0] < planned[1]
-    assert planned[1] < peaks[1] < planned[2] < 2 * peaks[1]
+    assert planned[0] == 0
+    assert peaks[0] < planned[1] < 2 * peaks[0]
+    assert peaks[1] < planned[2] < 2 * peaks[1]
 
 
 def test_a_reconstruction_needs_text(tmp_path: Path) -> None:
@@ -270,13 +279,15 @@ def test_a_reconstruction_needs_text(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_trained_model_comes_closer_than_by_the_refit(tmp_path: Path) -> None:
     options: dict[str, Any] = {"samples": 32, "seq_len": 128, "dtype": "float32", "device": "cpu"}
-    kl = {}
+    kl, layers = {}, 0
     for how in ("linear", "reconstruct"):
         made = hf.oneshot(
             "demo", "demo", tmp_path / how, prune_ratio=0.3, allocation="uniform", refit=how,
             text=TINY_MODEL / "heldout.txt", **options,
         )  # fmt: skip
         kl[how] = made["fidelity"]["kl_nats"]
+        layers = made.get("reconstructed_layers", 0)
     assert kl["reconstruct"] < 0.95 * kl["linear"]
     card = (tmp_path / "reconstruct" / "README.md").read_text(encoding="utf-8")
-    assert "| kept neurons | trained, a layer at a time, to give the dense stream |" in card
+    assert 0 < layers <= 4
+    assert f"| kept neurons | trained in {layers} layers, one at a time, to give" in card

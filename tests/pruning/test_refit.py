@@ -210,7 +210,7 @@ def test_moments_of_bfloat16_acts_are_of_float32_products(
         noted.append(gram.clone())
         return gram.diagonal()
 
-    monkeypatch.setattr("hfprune_fast.pruning.refit.least_squares", note)
+    monkeypatch.setattr("hfprune_fast.pruning.pruned_layer.least_squares", note)
     monkeypatch.setattr("hfprune_fast.scoring.costs.greedy_removal_costs", note_costs)
     with ResidentModel(model) as entered:
         refit(entered, batches, [keep])

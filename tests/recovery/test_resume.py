@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from hfprune_fast.errors import ResumeError
-from hfprune_fast.recovery import teacher
+from hfprune_fast.errors import CheckpointError, OutputError, ResumeError
+from hfprune_fast.recovery import teacher, trainer
 from hfprune_fast.recovery.student import Student
 
 Recover = Callable[..., dict[str, Any]]
@@ -110,6 +110,36 @@ def test_what_an_interrupted_run_left_is_resumed_or_discarded_on_request_only(
     assert "nothing to resume: there is no " in capfd.readouterr().err
 
 
+def test_a_full_disk_at_a_checkpoint_keeps_what_was_done(
+    recover: Recover, tmp_path: Path, capfd: Any
+) -> None:
+    whole = recover(out="whole")
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save_file", full)
+        with pytest.raises(OutputError, match=r"out.recovery .*No space left.*; make room there"):
+            recover()
+    assert "the same command with --resume continues" in capfd.readouterr().err
+    assert recover(resume=True) | {"out": whole["out"]} == whole
+
+
+def test_an_error_before_any_work_leaves_nothing_to_resume(
+    recover: Recover, tmp_path: Path, capfd: Any
+) -> None:
+    def damaged(*_: Any, **__: Any) -> None:
+        raise CheckpointError("a weight is NaN")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "open_model", damaged)
+        with pytest.raises(CheckpointError, match="a weight is NaN"):
+            recover()
+    assert not (tmp_path / "out.recovery").exists()
+    assert "--resume" not in capfd.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
 def test_a_damaged_checkpoint_is_left_out(
@@ -165,13 +195,13 @@ def test_a_cache_serves_several_runs_on_one_text_alone(recover: Recover, tmp_pat
         assert recover(cache=cache, force=True) == first
     assert cache.read_bytes() == made
     for options, message in (
-        ({"seed": 1}, "states holds hidden states of another run: its text is '"),
-        ({"seq_len": 16}, "states holds hidden states of another run: its text is '"),
+        ({"seed": 1}, "states holds hidden states of another run: windows "),
+        ({"seq_len": 16}, "states holds hidden states of another run: windows "),
     ):
         with pytest.raises(ResumeError, match=message):
             recover(cache=cache, force=True, **options)
     # What was recovered is another model of the same shapes.
-    with pytest.raises(ResumeError, match="states holds hidden states of another run: its model"):
+    with pytest.raises(ResumeError, match="states holds hidden states of another run: model "):
         recover(out="other", cache=cache, dense=tmp_path / "out", force=True)
     for size in (200, len(made) - 1000):
         cache.write_bytes(made[:size])

@@ -65,7 +65,7 @@ def test_a_process_without_the_first_ones_file_is_refused(
     monkeypatch.setattr(Processes, "as_the_first", lambda _, value: value)
     second, cache = replace(setup, processes=Processes(rank=1, count=2)), tmp_path / "states"
     if there == "a part":
-        identity = {"model": dense.fingerprint, "text": data.data.sha256}
+        identity = {"model": dense.fingerprint, "windows": data.data.sha256}
         TeacherFile(cache, identity, (*data.ids.shape, dense.spec.hidden_size), setup.dtype)
     with ExitStack() as stack, pytest.raises(ArgumentError, match="all of them must share"):
         open_all(stack, dense, pruned, data, second, cache, progress=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.errors import MemoryShortageError, NumericsError, ResumeError
@@ -12,12 +13,13 @@ from hfprune_fast.recovery.work import WorkFolder, check_work
 
 
 def ended_by(error: BaseException, folder: Path, rank: int = 0, holds: str = "") -> WorkFolder:
+    """End a run whose folder holds a checkpoint, or states of so many windows."""
     work = WorkFolder(folder / "out", {"recovery": 1})
     work.begin(resume=False)
     if holds.startswith("checkpoint"):
         (work.path / holds).mkdir()
     elif holds:
-        (work.path / holds).write_bytes(b"")
+        save_file({"done": torch.tensor([int(holds)])}, work.teacher)
     with pytest.raises(type(error)), work.kept_if_interrupted(Processes(rank, rank + 1)):
         raise error
     return work
@@ -40,15 +42,13 @@ def test_an_interruption_is_resumed(error: BaseException, tmp_path: Path, capfd:
 
 
 def test_a_corrected_command_is_not_refused(tmp_path: Path, capfd: Any) -> None:
-    work = ended_by(NumericsError("use --dtype float32"), tmp_path)
+    work = ended_by(NumericsError("use --dtype float32"), tmp_path, holds="0")
     assert capfd.readouterr().err == ""
     assert not work.path.exists()
     check_work(tmp_path / "out", resume=False, force=False)
 
 
-@pytest.mark.parametrize(
-    ("rank", "holds"), [(0, "checkpoint-2"), (0, "teacher.safetensors"), (1, "")]
-)
+@pytest.mark.parametrize(("rank", "holds"), [(0, "checkpoint-2"), (0, "3"), (1, "")])
 def test_work_is_kept_after_an_error(tmp_path: Path, capfd: Any, rank: int, holds: str) -> None:
     assert ended_by(NumericsError("damaged"), tmp_path, rank, holds).path.is_dir()
     assert capfd.readouterr().err == ""

@@ -17,8 +17,9 @@ from truth import tiny_model
 import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
 from hfprune_fast.data.batches import MicroBatch, numbered
-from hfprune_fast.engine import mlp_hooks, planner
+from hfprune_fast.engine import mlp_hooks
 from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.plan import Plan
 from hfprune_fast.errors import ArgumentError, ResumeError
 from hfprune_fast.scoring import job, passes
 from hfprune_fast.scoring.run import score_batches
@@ -226,7 +227,7 @@ def test_the_plan_knows_what_is_scored_by(monkeypatch: pytest.MonkeyPatch) -> No
     planned: list[tuple[int, str]] = []
     plan_run = job.plan_run
 
-    def note(*args: Any, criteria: int, refit: str, **options: Any) -> planner.Plan:
+    def note(*args: Any, criteria: int, refit: str, **options: Any) -> Plan:
         planned.append((criteria, refit))
         return plan_run(*args, criteria=criteria, refit=refit, **options)
 

@@ -1,8 +1,12 @@
 """Removal costs and the refit against explicit solutions on small matrices, in float64."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from watch import Seeing
 
 from hfprune_fast.errors import NumericsError
 from hfprune_fast.scoring.obs import greedy_removal_costs, least_squares
@@ -59,6 +63,28 @@ def test_costs_are_those_of_solving_anew(width: int, with_metric: bool, block: i
     )
     assert got.argsort().tolist() == expected.argsort().tolist()
     assert torch.allclose(got, expected, rtol=RTOL, atol=RTOL * float(expected.max()))
+
+
+def test_a_removal_launches_little_and_reads_nothing_back() -> None:
+    """On a GPU each operation is a launch, and each value that is read waits for the device."""
+
+    class Launches(Seeing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: Counter[str] = Counter()
+
+        def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+            if not func.is_view:
+                self.made[func.name().partition(".")[0]] += 1
+
+    made = []
+    for width in (64, 128):  # one block each: what is made once a matrix cancels
+        with Launches() as launches:
+            greedy_removal_costs(*a_layer(width), block=128)
+        made.append(launches.made)
+    more = made[1] - made[0]
+    assert more.total() <= 19 * 64
+    assert more["aten::_local_scalar_dense"] == 0
 
 
 @pytest.mark.parametrize("block", [1, 2])

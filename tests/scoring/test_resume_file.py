@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interruption import assert_refused, assert_whole, score_args, state_of
+from paths import CPU_DEFAULT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from truth import tiny_model
@@ -82,7 +83,7 @@ def test_with_nothing_to_resume_it_starts_from_the_beginning(hfprune: Hfprune) -
         ("--parity", "parity False, not True"),
         pytest.param(
             "--backend triton",
-            "backend torch, not triton",
+            f"backend {CPU_DEFAULT}, not triton",
             marks=pytest.mark.skipif(TRITON_VERSION is None, reason="triton is not installed"),
         ),
     ],

@@ -169,6 +169,12 @@ def gpt2() -> PreTrainedModel:
     [
         (random_llama, {"dtype": "float64"}, ArgumentError, "move or cast it first"),
         (random_llama, {"parity": True, "backend": "triton"}, ArgumentError, "must be torch"),
+        (
+            random_llama,
+            {"parity": True, "backend": "cpp"},
+            ArgumentError,
+            "must be torch|not in use",
+        ),
         (lambda: random_llama().double(), {"backend": "triton"}, ArgumentError, "float64"),
         (lambda: torch.nn.Linear(2, 2), {}, UnsupportedModelError, "a causal language model"),
         (lambda: DataParallel(random_llama()), {}, UnsupportedModelError, "a causal language"),

@@ -167,16 +167,19 @@ print(json.dumps([
 @pytest.mark.slow
 def test_spills_too_much_shared_memory_and_errors_are_faults(tmp_path: Path) -> None:
     code = """
-def faults(arch, **configuration):
-    case = next(case for case in aot.CASES if case.name == "bf16 gradient in place")
-    with mock.patch.object(_rows_triton, "_CONFIGS", dict.fromkeys(("sm", "gfx"), configuration)):
+def faults(name, module, arch, **configuration):
+    case = next(case for case in aot.CASES if case.name == name)
+    with mock.patch.object(module, "_CONFIGS", dict.fromkeys(("sm", "gfx"), configuration)):
         return [fault for report in aot.check(case, arch) for fault in report.faults]
 
+rows = "bf16 gradient in place", _rows_triton
+stages = {"BLOCK_T": 8, "BLOCK_F": 128, "STAGES": 30, "num_warps": 4}
+taylor = "bf16 gated silu", _statistics_triton
 print(json.dumps([
-    faults("sm_90", BLOCK_V=32_768, STAGES=2, num_warps=32),
-    faults("sm_80", BLOCK_V=8192, STAGES=12, num_warps=32),
-    faults("sm_90", BLOCK_V=8192, STAGES=12, num_warps=32),
-    faults("sm_90", BLOCK_V=8191, STAGES=2, num_warps=4),
+    faults(*rows, "sm_90", LANES=8192, num_warps=32),
+    faults(*taylor, "sm_80", **stages),
+    faults(*taylor, "sm_90", **stages),
+    faults(*rows, "sm_90", LANES=1000, num_warps=4),
 ]))
 """
     spilled, sm_80, sm_90, broken = run_code(code, tmp_path)
@@ -185,6 +188,28 @@ print(json.dumps([
     assert sm_90 == []
     assert len(broken) == 1
     assert broken[0].startswith("does not compile")
+
+
+@pytest.mark.slow
+def test_more_instructions_and_exchanges_in_loops_are_faults(tmp_path: Path) -> None:
+    """The kernels hold their bounds above; here a bound below, and a lane that threads share."""
+    code = """
+case = next(case for case in aot.CASES if case.name == "bf16 gradient in place")
+tight = case._replace(instructions=(15.0, 15.0))
+narrow = dict.fromkeys(("sm", "gfx"), {"LANES": 512, "num_warps": 32})
+found = []
+for arch in ("sm_90", "gfx942"):
+    (report,) = aot.check(tight, arch)
+    found.append([report.instructions, *report.faults])
+with mock.patch.object(_rows_triton, "_CONFIGS", narrow):
+    found.append(list(aot.check(case, "sm_90")[0].faults))
+print(json.dumps(found))
+"""
+    *tight, shared = run_code(code, tmp_path)
+    for instructions, fault in tight:
+        assert 15 < instructions < 22.5
+        assert "instructions a logit, more than 15.0" in fault
+    assert "exchanges between threads in a loop" in shared
 
 
 def test_refuses_to_run_under_the_interpreter() -> None:
