@@ -37,9 +37,12 @@ def kernel_traffic(**tensors: Tensor) -> Iterator[Traffic]:
     ends = {name: starts[name] + t.untyped_storage().nbytes() for name, t in tensors.items()}
 
     def count(into: Counter[str], pointers: Any, mask: Any) -> None:
-        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        # The interpreter spreads one bit over a tile as integers.
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
         dtype = pointers.get_element_ty()
-        names = (n for n in tensors if at.size and starts[n] <= at.flat[0] < ends[n])
+        if not at.size:
+            return
+        names = (n for n in tensors if starts[n] <= at.flat[0] < ends[n])
         into[next(names, str(dtype))] += at.size * dtype.primitive_bitwidth // 8
 
     def counted(name: str, into: Counter[str], mask_at: int) -> None:
