@@ -142,6 +142,7 @@ def recovery(models: dict[str, list[recovery_tables.RecoveryRow]]) -> Any:
     """Draw KL against the tokens trained on, a panel a model, a line a ratio and way."""
     figure, axes = _figure(1, len(models), size=(9, 3.6))
     figure.suptitle("KL(dense ‖ pruned), held-out text, nats", size=9)
+    most_tokens = max(row["tokens"] for rows in models.values() for row in rows)
     for axis, (name, rows) in zip(axes[0], models.items(), strict=True):
         for ratio in sorted({row["ratio"] for row in rows}):
             its = [row for row in rows if row["ratio"] == ratio]
@@ -154,9 +155,13 @@ def recovery(models: dict[str, list[recovery_tables.RecoveryRow]]) -> Any:
             if start:
                 axis.annotate(f"{ratio:.0%}", start[0], (-4, 4), textcoords="offset points")
         axis.set(yscale="log", title=name, xlabel="million tokens trained on")
+        axis.set_xlim(-0.04 * most_tokens / 1e6, 1.04 * most_tokens / 1e6)
+        kl = [row["kl_nats"] for row in rows]
+        axis.set_ylim(min(*kl, max(kl) / 2) / 1.2, max(kl) * 1.2)  # a few percent look like it
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
-    names = {way: recovery_tables.WAYS[way] for way in RECOVERY}
-    lines = [axes[0, 0].plot([], [], color=c, marker=m)[0] for c, m in RECOVERY.values()]
-    figure.legend(lines, names.values(), loc="outside lower center", ncols=4)
+    drawn = {row["way"] for rows in models.values() for row in rows}
+    named = {recovery_tables.WAYS[way]: look for way, look in RECOVERY.items() if way in drawn}
+    lines = [axes[0, 0].plot([], [], color=c, marker=m)[0] for c, m in named.values()]
+    figure.legend(lines, named, loc="outside lower center", ncols=4)
     return figure
