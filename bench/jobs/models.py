@@ -117,12 +117,14 @@ def checked_scores(
 
     With u half of eps: the reference rounds each product, each sum over the tokens and each of
     N totals: N + 2. Each gradient went through the roundings of some 14 products a layer, of either
-    sign, which the sum over the tokens averages: sqrt(14 · L / seq_len) on either side. And both
-    compute log p + H in fp32 from two terms of about ln V: 2 ln V of fp32's u each.
+    sign, which the sum over the tokens averages: sqrt(14 · L / seq_len) on either side. Both
+    compute log p + H in fp32 from two terms of about ln V: 2 ln V of fp32's u each. And the
+    reference adds V terms of p log p up in fp32, with roundings of either sign: sqrt(V).
     """
     u, u_fp32 = (torch.finfo(d).eps / 2 for d in (getattr(torch, dtype), torch.float32))
     averaged = 2 * math.sqrt(14 * max(8, shape.layers) / seq_len)
-    band = (samples + 2 + max(1.0, averaged)) * u + 4 * math.log(shape.vocab) * u_fp32
+    of_entropy = 4 * math.log(shape.vocab) + math.sqrt(shape.vocab)
+    band = (samples + 2 + max(1.0, averaged)) * u + of_entropy * u_fp32
     error = relative_errors(reference, ours)
     return checked(name, error, torch.full_like(error, band))
 
