@@ -139,6 +139,8 @@ def products_of(
     heads: Sequence[Head], fp32_logits: bool, budget_bytes: int | None, backend: str
 ) -> tuple[int, list[Products]]:
     """Return the rows of a chunk, and each head's products; the first alone has a gradient."""
+    if backend != "triton" and slow_on_this_cpu(heads[0].hidden.dtype):
+        fp32_logits |= heads[0].hidden.device.type == "cpu"
     widened = [head.widens(fp32_logits) and not head.makes_fp32 for head in heads]
     row_bytes = sum(head.row_bytes(fp32_logits, head is heads[0]) for head in heads)
     if budget_bytes is None:
@@ -218,6 +220,17 @@ def wave_rows(
 
 def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def slow_on_this_cpu(dtype: torch.dtype) -> bool:
+    """Return whether torch's products in a dtype take many times as long here as in float32.
+
+    Without AVX-512 or the like, a product of bfloat16 or float16 whose second factor is not
+    transposed runs in plain loops of one thread: 0.7 GFLOP/s, not 58.
+    """
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return name is not None and supported is not None and not supported()
 
 
 def onednn_linear(hidden: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:

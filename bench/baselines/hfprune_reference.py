@@ -91,9 +91,14 @@ def _hooked(mlps: list[Any], acts: Tensors, grads: Tensors) -> Iterator[None]:
             handle.remove()
 
 
-def prune(folder: Path, ids: Tensor, out: Path, prune_ratio: float) -> tuple[Tensor, Tensor]:
-    """Write the pruned checkpoint to out; return the scores and (L, K) the neurons kept."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def prune(
+    folder: Path, ids: Tensor, out: Path, prune_ratio: float, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Write the pruned checkpoint to out; return the scores and (L, K) the neurons kept.
+
+    dtype: to score in; what is written is bfloat16.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     scores = score(model, ids)
     del model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import DTYPES
+from shapes import product_dtypes
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -135,9 +135,10 @@ def rounds_for(call: Call, ready: Call, budget_s: float, least: int, most: int) 
     return max(least, min(most, int(budget_s / max(clock_s() - begin, 1e-9))))
 
 
-def ceilings(scale: str, dtypes: tuple[str, ...] = DTYPES) -> list[dict[str, float | str]]:
+def ceilings(scale: str, dtypes: tuple[str, ...] = ()) -> list[dict[str, float | str]]:
     """Measure the rates of a copy, whose bytes count as read and as written, and of a product.
 
+    dtypes: by default all that this machine multiplies in.
     The copied data are random: a GPU compresses zeros on their way to memory.
     """
     n = {"full": 8192, "small": 2048, "tiny": 64}[scale]
@@ -145,7 +146,7 @@ def ceilings(scale: str, dtypes: tuple[str, ...] = DTYPES) -> list[dict[str, flo
     source = torch.rand(size, device=DEVICE)
     target, evict = torch.empty_like(source), Evictor()
     found: list[dict[str, float | str]] = []
-    for name in dtypes:
+    for name in dtypes or product_dtypes():
         a, b = torch.randn(2, n, n, device=DEVICE).to(getattr(torch, name))
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
         copy = partial(target.copy_, source)

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from hfprune_fast.kernels._head import slow_on_this_cpu
+
 DTYPES = ("bfloat16", "float32")
 MODELS = {  # D, F, V
     "Llama-2-7B": (4096, 11008, 32000),
@@ -34,16 +38,30 @@ class Spec:
         return f"{self.op}, {shape}, {self.dtype}"
 
 
+def product_dtypes(dtypes: tuple[str, ...] = DTYPES) -> tuple[str, ...]:
+    """Return those in which this machine multiplies fast enough to be measured.
+
+    A CPU without instructions for bfloat16 takes a minute for a product that takes it a second in
+    float32 (`slow_on_this_cpu`).
+    """
+    if torch.cuda.is_available():
+        return dtypes
+    return tuple(name for name in dtypes if not slow_on_this_cpu(getattr(torch, name)))
+
+
 def specs_of(cases: dict[str, Any], scale: str) -> Iterator[Spec]:
     """Specs of every operation, for the models, dtypes and sizes that its case names.
 
-    Small ones are in float32 for the first of their models alone, tiny ones never.
+    Small ones are in float32 for the first of their models alone, tiny ones never; cases of
+    products are small in the dtypes that this machine multiplies in.
     """
     for op, case in cases.items():
         names = {"full": tuple(MODELS), "small": case.small, "tiny": ("",)}[scale]
         tokens = {"full": 8192, "small": case.small_tokens, "tiny": 24}[scale]
-        for dtype in case.dtypes:
+        products = scale == "small" and case.floor_name == "products"
+        dtypes = product_dtypes(case.dtypes) if products else case.dtypes
+        for dtype in dtypes:
             some = {"full": names, "small": names[:1], "tiny": ()}[scale]
-            for name in names if dtype == DTYPES[0] else some:
+            for name in names if dtype == dtypes[0] else some:
                 sizes = dict(zip("TDFV", (tokens, *MODELS.get(name, (16, 48, 500))), strict=True))
                 yield Spec(op, name, dtype, {letter: sizes[letter] for letter in case.letters})

@@ -20,6 +20,7 @@ from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.skeleton import skeleton
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.errors import ArgumentError, one_line, one_line_errors
+from hfprune_fast.kernels._head import slow_on_this_cpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,18 +149,8 @@ def dtype_to_run_in(dtype: str, stored: torch.dtype, device: torch.device) -> to
     """Return the dtype of a name; "auto" is the checkpoint's, but never float16 on a CPU."""
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
-    slow = device.type == "cpu" and stored in _slow_on_this_cpu()
-    return torch.float32 if slow else stored
-
-
-def _slow_on_this_cpu() -> tuple[torch.dtype, ...]:
-    """Return the dtypes in which products take many times as long as in float32.
-
-    Without AVX-512 or the like, bfloat16 takes a hundred times as long (0.5 GFLOP/s, not 40).
-    """
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    fast_bfloat16 = supported is None or supported()
-    return (torch.float16,) if fast_bfloat16 else (torch.float16, torch.bfloat16)
+    slow = stored == torch.float16 or slow_on_this_cpu(stored)
+    return torch.float32 if device.type == "cpu" and slow else stored
 
 
 def check_attention(attention: str) -> None:

@@ -24,6 +24,7 @@ from hfprune_fast.engine.plan import Plan
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
+from hfprune_fast.kernels._head import slow_on_this_cpu
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.costs import own_outputs, removal_costs
@@ -131,6 +132,12 @@ class ScoringJob:
         """
         if progress:
             say(f"scoring with {plan}")
+            if self.subject.device.type == "cpu" and slow_on_this_cpu(self.subject.dtype):
+                name = resume_file.identity["dtype"]
+                say(
+                    f"this CPU multiplies {name} many times slower than float32, for which a "
+                    "folder takes --dtype float32, and a model in memory .float()"
+                )
         batches = self.data.split(plan.batch_size)
         options = PassOptions(
             backend=self._backend, criteria=self._gradients, output_fisher=self.obs,

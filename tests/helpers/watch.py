@@ -52,7 +52,10 @@ class Watch(Seeing):
         elif "linear_pointwise" in func.name():  # oneDNN's x · wᵀ
             factors = args[0], args[1].t()
         if factors:
-            left, right = (torch.empty_strided(a.shape, a.stride(), device="meta") for a in factors)
+            left, right = (
+                torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+                for a in factors
+            )
             self.products.append((left, right))
         self.live = [(ref, size) for ref, size in self.live if not ref.expired()]
         known = {ref.cdata for ref, _ in self.live}

@@ -162,10 +162,26 @@ def test_rows_of_the_buffer_are_aligned_for_odd_vocabularies(vocab: int) -> None
 
 
 @pytest.mark.parametrize(("fit", "expected"), [(140, [128, 128, 44]), (100, [100, 100, 100])])
-def test_chunks_are_multiples_of_128_rows_where_so_many_fit(fit: int, expected: list[int]) -> None:
+def test_chunks_are_multiples_of_128_rows_where_so_many_fit(
+    fit: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     hidden, weight, _ = dyadic(300, 4, 32, torch.bfloat16)
     watch = watched(hidden, weight, logits_budget_bytes=fit * 32 * 2, backend="torch")
     assert [len(h) for h, _ in watch.products[::2]] == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_without_instructions_for_a_dtype_multiplies_in_fp32(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    hidden, weight, bias = dyadic(20, 8, 100, dtype)
+    watch = watched(hidden, weight, bias=bias, backend=backend)
+    assert watch.products
+    assert {tensor.dtype for pair in watch.products for tensor in pair} == {torch.float32}
 
 
 @each_precision
