@@ -11,7 +11,8 @@ that a large one had in the same round.
 
 The whole job removes a fifth of the neurons of a random model of Qwen3-0.6B's widths, its output
 synced to the disk. What both providers kept is compared: the scores lie apart by rounding alone
-(the reference's products and totals are bf16, or fp32 on a CPU without bf16), so neurons near the cut change sides.
+(the reference computes in bf16, or fp32 on a CPU that has no bf16), so neurons near the cut change
+sides.
 """
 
 from __future__ import annotations
