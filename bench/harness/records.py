@@ -171,13 +171,16 @@ def _gpu() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
+    import torch
+
     cores = len(os.sched_getaffinity(0))
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     processor = model[1].strip() if model else platform.machine()
     return {
         "name": f"{_slug(processor)}-{cores}core", "device": "cpu", "processor": processor,
-        "cores": cores, "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "instructions": torch.backends.cpu.get_cpu_capability(), "cores": cores,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }  # fmt: skip
 
 

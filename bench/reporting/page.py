@@ -41,8 +41,9 @@ it in the same rounds. Memory is what was taken beside the inputs or, of whole m
 weights that were there before; mapped is what of the checkpoint's files was in memory at a time;
 `score_beside_another` runs while another process keeps one core busy; kept alike is the share of
 the kept neurons that both keep. Those marked (cross entropy) compute the cross entropy of given
-labels, not the entropy, on the same shapes. What was skipped has its reason in the files of all
-rows."""
+labels, not the entropy, on the same shapes. On a CPU without
+instructions for bfloat16, products are measured in fp32. What was skipped has its reason in the
+files of all rows."""
 
 
 @dataclass

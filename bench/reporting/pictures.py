@@ -68,7 +68,8 @@ def planned(
         last = max((source.result for source in its), key=lambda result: str(result["date"]))
         where = f"{hardware(last)}, {last['date'][:10]}"
         # Of ours, what runs by default.
-        hidden = {"ours, torch", "ours, triton", *VARIANTS} - {own_provider(its[0].device)}
+        backends = {"ours, torch", "ours, cpp", "ours, triton"}
+        hidden = {*backends, *VARIANTS} - {own_provider(its[0].device)}
         rows = [r for source in its for r in source.result["rows"] if r["provider"] not in hidden]
         bound = [row for row in rows if "percent_of_floor" in row and row["model"]]
         if panels := [of for op in PANELS if (of := [r for r in bound if r["op"] == op])]:

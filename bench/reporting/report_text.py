@@ -60,7 +60,7 @@ def shape(row: Row) -> str:
 
 def own_provider(device: str) -> str:
     """Return which of ours runs on a device by default."""
-    return "ours, triton" if device == "cuda" else "ours, torch"
+    return "ours, triton" if device == "cuda" else "ours, cpp"
 
 
 def provider(row: Row) -> str:
@@ -133,7 +133,8 @@ def table(rows: list[list[str]], left: int = 1) -> list[str]:
 
 def hardware(result: Result) -> str:
     machine = result["machine"]
-    parts = [machine["processor"], f"{machine['cores']} cores" if machine.get("cores") else ""]
+    parts = [machine["processor"], machine.get("instructions", "")]
+    parts += [f"{machine['cores']} cores" if machine.get("cores") else ""]
     if memory := machine.get("memory_bytes"):
         parts.append(f"{memory / 1e9:.0f} GB of memory")
     return ", ".join(filter(None, parts))
