@@ -18,6 +18,7 @@ from hfprune_fast.recovery.adapters import linears
 from hfprune_fast.recovery.teacher import hidden_bytes
 
 _TRAINED_COPIES = 4  # of a trained number: itself, its gradient, Adam's two moments
+_CHECKPOINTS = 3  # on disk at once, without gradients: the last, the best, one being written
 
 
 def estimate(
@@ -50,6 +51,7 @@ def estimate(
     flops = 2 * spec.linear_params * windows * seq_len
     flops += tokens * (4 * linear + 2 * head + (6 if options.lora else 2) * trained)
     parts = {**held, "activations_bytes": plan.activations_bytes}
+    states = hidden_bytes(windows, seq_len, spec.hidden_size, dtype)
     return {
         "tokens": tokens,
         "lora": options.lora,
@@ -57,7 +59,8 @@ def estimate(
         **parts,
         "total_bytes": sum(parts.values()),
         "free_bytes": plan.free_bytes,
-        "hidden_states_bytes": hidden_bytes(windows, seq_len, spec.hidden_size, dtype),
+        "hidden_states_bytes": 0 if options.teacher == "resident" else states,
+        "checkpoints_bytes": checkpoints_bytes(held["trained_bytes"]),
         "flops": flops,
     }
 
@@ -83,6 +86,11 @@ def held_bytes(
     return trained, {"weights_bytes": frozen, "trained_bytes": trained * _TRAINED_COPIES * wide}
 
 
+def checkpoints_bytes(trained_bytes: int) -> int:
+    """Return what a run's checkpoints take on disk, from what is trained in memory."""
+    return _CHECKPOINTS * trained_bytes // _TRAINED_COPIES * (_TRAINED_COPIES - 1)
+
+
 def text(found: dict[str, Any]) -> str:
     """Return an estimate as people read it, without its time."""
     what = f"by LoRA of rank {found['lora']}" if found["lora"] else "of the weights themselves"
@@ -91,8 +99,9 @@ def text(found: dict[str, Any]) -> str:
         f"{human_bytes(found['total_bytes'])} of {human_bytes(found['free_bytes'])}: weights "
         f"{human_bytes(found['weights_bytes'])}, trained ones with optimizer "
         f"{human_bytes(found['trained_bytes'])}, activations "
-        f"{human_bytes(found['activations_bytes'])}; hidden states of the dense model "
-        f"{human_bytes(found['hidden_states_bytes'])} on disk"
+        f"{human_bytes(found['activations_bytes'])}; on disk, while it runs, hidden states of the "
+        f"dense model {human_bytes(found['hidden_states_bytes'])}, checkpoints "
+        f"{human_bytes(found['checkpoints_bytes'])}"
     )
 
 

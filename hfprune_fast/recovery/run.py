@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hfprune_fast.checkpoint.atomic import check_writable
 from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, OutputOptions, RecoveryOptions, RunOptions
@@ -25,7 +26,7 @@ from hfprune_fast.recovery.adapters import Trained, check_packages, reset_lora
 from hfprune_fast.recovery.data import RecoveryData, recovery_data
 from hfprune_fast.recovery.output import write_adapter, write_recovered
 from hfprune_fast.recovery.setup import Setup, open_all, set_up
-from hfprune_fast.recovery.teacher import check_cache
+from hfprune_fast.recovery.teacher import check_cache, hidden_bytes
 from hfprune_fast.recovery.work import WorkFolder, check_work, work_of
 
 
@@ -84,6 +85,7 @@ def recover(
     setup = set_up(first, second, options, run, data, processes, sampling.seed)
     work = WorkFolder(real(out), _identity(first, second, data, setup))
     if processes.rank == 0:
+        _check_room(first, second, out, data, setup)
         work.begin(resume=options.resume)
     cache = work.teacher if options.cache is None else Path(options.cache)
     from hfprune_fast.recovery.trainer import train  # which takes seconds to import
@@ -187,10 +189,29 @@ def _check_output(
     if options.cache:
         check_not_read([Path(options.cache)], read, "cache")
         check_cache(Path(options.cache), [out, work_of(out)])
-    size = sum(shard.path.stat().st_size for shard in pruned.shards.values())
-    needed = 0 if options.adapter else size
-    check_output_folder(out, pruned.folder, force=output.force, needed_bytes=needed)
+    check_output_folder(out, pruned.folder, force=output.force)
     check_work(real(out), resume=options.resume, force=output.force)
+
+
+def _check_room(
+    dense: ModelSource, pruned: ModelSource, out: Path, data: RecoveryData, setup: Setup
+) -> None:
+    """Refuse a disk without room for the output, the checkpoints and the dense model's states.
+
+    Where a run is resumed, what is there already is not counted as free and not as needed.
+    """
+    options, needed = setup.options, 0
+    if not options.adapter:
+        needed += sum(shard.path.stat().st_size for shard in pruned.shards.values())
+    if not options.resume:
+        needed += setup.checkpoints_bytes
+        states = hidden_bytes(*data.ids.shape, dense.spec.hidden_size, setup.dtype)
+        if options.cache is not None and options.teacher == "cached":
+            there = Path(options.cache).exists()
+            check_writable(Path(options.cache), 0 if there else states, "cache")
+        elif options.teacher == "cached":
+            needed += states
+    check_writable(out, needed)
 
 
 def _settings(data: RecoveryData, setup: Setup) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line_e
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.recovery.adapters import Changes, add_lora, unfreeze
 from hfprune_fast.recovery.data import RecoveryData
-from hfprune_fast.recovery.estimate import held_bytes
+from hfprune_fast.recovery.estimate import checkpoints_bytes, held_bytes
 from hfprune_fast.recovery.loss import RecoveryLoss
 from hfprune_fast.recovery.student import Student, final_hidden
 from hfprune_fast.recovery.teacher import TeacherFile, fill, is_teacher
@@ -48,6 +48,7 @@ class Setup:
     processes: Processes
     learning_rate: float
     recompute: bool
+    checkpoints_bytes: int  # on disk
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def set_up(
         rate = (_LORA_RATE if options.lora else _FULL_RATE) / pruned.spec.hidden_size
     return Setup(
         options, run, seed, device, dtype, plan, batch_size, processes, rate,
-        options.gradient_checkpointing or plan.recompute,
+        options.gradient_checkpointing or plan.recompute, checkpoints_bytes(held["trained_bytes"]),
     )  # fmt: skip
 
 

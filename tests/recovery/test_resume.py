@@ -1,6 +1,7 @@
 """A recovery that was interrupted continues, and ends as one that was not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hfprune_fast.errors import CheckpointError, OutputError, ResumeError
 from hfprune_fast.recovery import teacher, trainer
+from hfprune_fast.recovery.estimate import checkpoints_bytes
 from hfprune_fast.recovery.student import Student
 
 Recover = Callable[..., dict[str, Any]]
@@ -124,6 +126,33 @@ def test_a_full_disk_at_a_checkpoint_keeps_what_was_done(
             recover()
     assert "the same command with --resume continues" in capfd.readouterr().err
     assert recover(resume=True) | {"out": whole["out"]} == whole
+
+
+def test_a_disk_without_room_is_refused_before_any_work(recover: Recover, tmp_path: Path) -> None:
+    room = shutil.disk_usage(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: room._replace(free=100_000))
+        with pytest.raises(OutputError, match=r"out .*takes \d.* only 97.7 KiB are free"):
+            recover()
+        with pytest.raises(OutputError, match=r"cache .*takes \d.* only 97.7 KiB are free"):
+            recover(cache=tmp_path / "states")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_checkpoints_take_what_the_estimate_says(recover: Recover, tmp_path: Path) -> None:
+    most, trained, save = [0], [0], trainer.save_file
+
+    def saved(tensors: Any, path: Path) -> None:
+        save(tensors, path)
+        trained[0] = sum(tensor.numel() for tensor in tensors.values())
+        files = (tmp_path / "out.recovery").glob("checkpoint-*/*")
+        most[0] = max(most[0], sum(file.stat().st_size for file in files))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save_file", saved)
+        recover(lora=8)
+    planned = checkpoints_bytes(trained[0] * 4 * 4)
+    assert planned / 2 < most[0] < 1.1 * planned
 
 
 def test_an_error_before_any_work_leaves_nothing_to_resume(
