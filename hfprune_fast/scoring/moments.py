@@ -16,8 +16,10 @@ from hfprune_fast.errors import NumericsError
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
 
 
-def add_gram(gram: Tensor, rows: Tensor, weighted: Tensor | None = None) -> None:
-    """Add rowsᵀ rows to the blocks of `gram` (F, F) on and above its diagonal.
+def add_gram(
+    gram: Tensor, rows: Tensor, weighted: Tensor | None = None, factor: float = 1.0
+) -> None:
+    """Add factor · rowsᵀ rows to the blocks of `gram` (F, F) on and above its diagonal.
 
     Args:
         rows: (n, F).
@@ -27,7 +29,8 @@ def add_gram(gram: Tensor, rows: Tensor, weighted: Tensor | None = None) -> None
     """
     left = rows if weighted is None else weighted
     for begin, end in _blocks(len(gram)):
-        gram[begin:end, begin:] += product(left[:, begin:end], rows[:, begin:])
+        made = product(left[:, begin:end], rows[:, begin:])
+        gram[begin:end, begin:].add_(made, alpha=factor)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -71,9 +74,12 @@ class OutputCovariance:
 
     def add(self, batch: MicroBatch, scale: float, grad: Tensor) -> None:
         """Add a micro-batch's gradients, times its length: the loss of a sequence is a mean."""
-        wide = grad.to(self._sum.dtype).reshape(*batch.ids.shape, -1)
-        lengths = torch.tensor(batch.lengths, dtype=wide.dtype, device=wide.device)
-        add_gram(self._sum, (wide * (lengths / scale)[:, None, None]).flatten(0, 1))
+        rows = grad if has_exact_products(grad) else grad.to(self._sum.dtype)
+        sequences = rows.reshape(*batch.ids.shape, -1)
+        whole = len(set(batch.lengths)) == 1  # one product: all tokens have one weight
+        parts = [sequences.flatten(0, 1)] if whole else sequences.unbind()
+        for length, part in zip(batch.lengths, parts, strict=not whole):
+            add_gram(self._sum, part, factor=(length / scale) ** 2)
 
     def total(self) -> Tensor:
         """Return the sum, to which nothing is added any more."""

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune_fast.scoring.moments import add_gram, has_exact_products, mirror, product
+from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.scoring import moments
+from hfprune_fast.scoring.moments import (
+    OutputCovariance,
+    add_gram,
+    has_exact_products,
+    mirror,
+    product,
+)
 
 ROWS, EPS = 19, torch.finfo(torch.float32).eps
 
@@ -44,3 +53,39 @@ def test_a_gpu_multiplies_halves_as_they_are_and_adds_in_fp32(dtype: torch.dtype
         assert has_exact_products(rows)
         assert product(rows, rows).dtype == torch.float32
     assert not has_exact_products(torch.empty(ROWS, 256, dtype=dtype))
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 5)])
+def test_a_covariance_weighs_tokens_by_the_length_of_their_sequence(
+    lengths: tuple[int, ...],
+) -> None:
+    grad = torch.randn(3, 6, 40, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    grad = grad * mask[..., None]
+    batch = MicroBatch(torch.zeros(3, 6, dtype=torch.int64), lengths)
+    total = OutputCovariance(40, torch.float32, grad.device)
+    for _ in range(2):
+        total.add(batch, 4.0, grad.flatten(0, 1))
+    weighted = grad.double() * (torch.tensor(lengths) / 4.0)[:, None, None]
+    flat = weighted.flatten(0, 1)
+    sizes = 2 * flat.abs().t() @ flat.abs()
+    error = (total.total() - 2 * flat.t() @ flat).abs()
+    assert bool((error <= (2 * 18 + 3) * EPS * sizes).all())
+
+
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 2)])
+def test_a_covariance_on_a_gpu_is_of_gradients_as_they_are(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiplied: list[torch.dtype] = []
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        multiplied.extend((left.dtype, right.dtype))
+        return product(left.float(), right.float())
+
+    monkeypatch.setattr(moments, "has_exact_products", lambda rows: rows.dtype == torch.bfloat16)
+    monkeypatch.setattr(moments, "product", counted)
+    grad = torch.zeros(12, 256, dtype=torch.bfloat16)
+    batch = MicroBatch(torch.zeros(2, 6, dtype=torch.int64), lengths)
+    OutputCovariance(256, torch.bfloat16, grad.device).add(batch, 1.0, grad)
+    assert set(multiplied) == {torch.bfloat16}
