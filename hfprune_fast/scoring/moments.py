@@ -10,6 +10,7 @@ from torch import Tensor
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import NumericsError
+from hfprune_fast.models.sites import ModelParts
 
 # A product of a matrix with itself is symmetric: its blocks below the diagonal are not made. They
 # are as few as leaves the products large, which a GPU needs more than half of the terms.
@@ -20,11 +21,14 @@ def add_gram(gram: Tensor, rows: Tensor, weighted: Tensor | None = None) -> None
     """Add rowsᵀ rows to the blocks of `gram` (F, F) on and above its diagonal.
 
     Args:
-        rows: (n, F).
-        weighted: the same rows, each times its weight; None weighs all alike.
+        rows: (n, F); multiplied in fp32 at least, unless the products of their dtype are exact.
+        weighted: the same rows, each times its weight, both in fp32 at least; None weighs all
+            alike.
 
     After the last rows, `mirror` fills the blocks below.
     """
+    if weighted is None and not has_exact_products(rows):
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     left = rows if weighted is None else weighted
     for begin, end in _blocks(len(gram)):
         gram[begin:end, begin:] += product(left[:, begin:end], rows[:, begin:])
@@ -32,7 +36,7 @@ def add_gram(gram: Tensor, rows: Tensor, weighted: Tensor | None = None) -> None
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return leftᵀ right, (F, G), of rows (n, F) and (n, G): in their dtype, or in fp32."""
-    if has_exact_products(left) and left.dtype == right.dtype:
+    if has_exact_products(left):
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.t() @ right
 
@@ -57,6 +61,13 @@ def _blocks(width: int) -> Iterator[tuple[int, int]]:
     size = max(_MIN_BLOCK, -(-width // _MAX_BLOCKS))
     for begin in range(0, width, size):
         yield begin, min(begin + size, width)
+
+
+def covariance_outputs(parts: ModelParts) -> list[tuple[int, bool]]:
+    """Return (layer, whether of its experts) of each output that has a covariance, in order."""
+    kinds = (False, parts.own_mlps), (True, parts.with_experts)
+    layers = range(len(parts.layers))
+    return [(layer, of_experts) for layer in layers for of_experts, its in kinds if layer in its]
 
 
 class OutputCovariance:
