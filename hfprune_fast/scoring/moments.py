@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -65,7 +65,10 @@ def _blocks(width: int) -> Iterator[tuple[int, int]]:
 
 def covariance_outputs(parts: ModelParts) -> list[tuple[int, bool]]:
     """Return (layer, whether of its experts) of each output that has a covariance, in order."""
-    kinds = (False, parts.own_mlps), (True, parts.with_experts)
+    kinds: list[tuple[bool, Collection[int]]] = [
+        (False, parts.own_mlps),
+        (True, parts.with_experts),
+    ]
     layers = range(len(parts.layers))
     return [(layer, of_experts) for layer in layers for of_experts, its in kinds if layer in its]
 
