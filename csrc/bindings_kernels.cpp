@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "kernels.h"
 
@@ -123,19 +122,11 @@ void taylor_pass(const std::string& dtype, std::size_t sequences, std::size_t to
   run(pass, threads, instructions.c_str());
 }
 
-std::vector<std::string> instruction_names() {
-  std::vector<std::string> names;
-  for (const char* const* name = kernel_instructions(); *name != nullptr; ++name) {
-    names.emplace_back(*name);
-  }
-  return names;
-}
-
 }  // namespace
 
 void bind_kernels(py::module_& module) {
   const TokensArgument no_tokens{0, 0, 0};
-  module.def("kernel_instructions", &instruction_names);
+  module.def("kernel_instructions", &kernel_instructions);
   module.def("row_pass", &row_pass, py::arg("logits"), py::kw_only(), py::arg("rows"),
              py::arg("columns"), py::arg("values"), py::arg("grad"), py::arg("row_scale"),
              py::arg("keys"), py::arg("criterion"), py::arg("alpha"), py::arg("temperature"),

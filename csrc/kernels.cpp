@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -49,12 +48,12 @@ void check_data(const void* data, std::size_t alignment, const char* what) {
   }
 }
 
-// |first| counts + |second| further items lie within half of the address space.
-void check_extent(std::ptrdiff_t stride, std::size_t count, std::size_t further, std::size_t item,
+// Throws unless count - 1 strides and `size` items lie within half of the address space.
+void check_extent(std::ptrdiff_t stride, std::size_t count, std::size_t size, std::size_t item,
                   const char* what) {
   std::size_t extent = 0;
   if (stride < 0 || __builtin_mul_overflow(static_cast<std::size_t>(stride), count - 1, &extent) ||
-      __builtin_add_overflow(extent, further, &extent) ||
+      __builtin_add_overflow(extent, size, &extent) ||
       __builtin_mul_overflow(extent, item, &extent) || extent > PTRDIFF_MAX) {
     throw std::invalid_argument(std::string(what) + " has a stride or a size out of range");
   }
@@ -103,18 +102,12 @@ void run_rows(const Pass& pass, unsigned threads,
 
 }  // namespace
 
-const char* const* kernel_instructions() {
-  static const auto found = [] {
-    struct {
-      const char* names[std::size(kInstructions) + 1] = {};
-    } list;
-    std::size_t count = 0;
-    for (const Instructions& one : kInstructions) {
-      if (one.available()) list.names[count++] = one.name;
-    }
-    return list;
-  }();
-  return found.names;
+std::vector<const char*> kernel_instructions() {
+  std::vector<const char*> names;
+  for (const Instructions& one : kInstructions) {
+    if (one.available()) names.push_back(one.name);
+  }
+  return names;
 }
 
 void run(const RowPass& pass, unsigned threads, const char* instructions) {
@@ -161,9 +154,9 @@ void run(const TaylorPass& pass, unsigned threads, const char* instructions) {
     check_tokens(pass.d_up, pass, "d_up");
   }
   // A few strips a thread, whole cache lines apart, and no narrower than a prefetcher likes.
-  constexpr std::size_t unit = 128, most = 1024;
+  constexpr std::size_t unit = 128;
   const std::size_t share = pass.width / (4 * static_cast<std::size_t>(std::max(1u, threads)));
-  const std::size_t strip = std::clamp(share / unit * unit, 2 * unit, most);
+  const std::size_t strip = std::clamp(share / unit * unit, 2 * unit, kStrip);
   in_parallel(threads, (pass.width + strip - 1) / strip, [&](std::size_t piece) {
     chosen.taylor_pass(pass, piece * strip, std::min(pass.width, (piece + 1) * strip));
   });

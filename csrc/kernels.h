@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace hfprune {
 
@@ -13,9 +14,10 @@ enum class Type { float32, bfloat16, float16 };
 enum class Criterion { entropy, cross_entropy, fisher, self_distillation };
 enum class Activation { none, silu, gelu, gelu_tanh };
 
-constexpr std::size_t item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
+// Static, as the files compiled for one instruction set call it, see vector.h.
+static constexpr std::size_t item_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
-// Rows of numbers, side by side in a row. The data may be read only, where a pass says so.
+// Rows of numbers: `stride` items from a row to the next, and the numbers of a row side by side.
 struct Rows {
   void* data = nullptr;
   std::ptrdiff_t stride = 0;
@@ -51,7 +53,8 @@ struct KlPass {
   Transform transform, teacher_transform;
 };
 
-// Tokens of `width` neurons. Sequences may lie apart by another stride than tokens do.
+// Tokens of `width` numbers side by side, a stride from a token to the next, and one from a
+// sequence to the next.
 struct Tokens {
   void* data = nullptr;
   std::ptrdiff_t sequence_stride = 0, token_stride = 0;
@@ -69,6 +72,8 @@ struct TaylorPass {
   double* sums = nullptr;
 };
 
+constexpr std::size_t kStrip = 1024;  // neurons that a call of taylor_pass walks at most
+
 // Run a pass in at most `threads` threads, in one parallel region. `instructions` is one of
 // kernel_instructions(). Throws std::invalid_argument for sizes and strides that overflow, null
 // data, data that is not aligned to its items and another name; nothing was then written.
@@ -76,11 +81,10 @@ void run(const RowPass& pass, unsigned threads, const char* instructions);
 void run(const KlPass& pass, unsigned threads, const char* instructions);
 void run(const TaylorPass& pass, unsigned threads, const char* instructions);
 
-// Of "avx512", "avx2" and "portable", those that were built and that this CPU has, best first,
-// with nullptr at the end.
-const char* const* kernel_instructions();
+// Of "avx512", "avx2" and "portable", those that were built and that this CPU has, best first.
+std::vector<const char*> kernel_instructions();
 
-// What each instruction set implements: rows [first, end), and neurons [first, end).
+// What each instruction set implements: [first, end) of the rows, or of the neurons at most kStrip.
 #define HFPRUNE_KERNELS(ISA)                                                    \
   namespace ISA {                                                               \
   void row_pass(const RowPass& pass, std::size_t first, std::size_t end);       \

@@ -2,7 +2,7 @@
 // instruction set.
 //
 // A first pass keeps the running maximum m and, in each lane of a vector, s = sum exp(z - m) of
-// both rows, in units of 2^24; a second one, backwards, makes the value and the gradient.
+// both rows, times 2^24; a second one, backwards, makes the value and the gradient.
 
 #include "tile.h"
 
@@ -72,7 +72,7 @@ class Pair {
       const float* y = y_tile.z;
       const auto gradient = [=, &tile_value](std::size_t i, Floats z) {
         const Floats z_d = z - z_base;
-        const Floats y_d = load(reinterpret_cast<const Float32*>(y + i)) - y_base;
+        const Floats y_d = load(y + i) - y_base;
         const Floats p = exp(y_d) * y_inverse;
         const Floats difference = exp(z_d) * z_inverse - p;
         const Floats log_ratio = (y_d - z_d) + log_ratio_of_sums;

@@ -11,6 +11,7 @@ namespace {
 // fisher's order of summation: logit i is in lane i / kGroup % kLanes. The lanes follow one
 // another, and in a lane its logits.
 constexpr std::size_t kGroup = 8, kLanes = 512, kPeriod = kGroup * kLanes;
+static_assert(kPeriod % kTile == 0, "a tile lies in one period");
 
 // The transformed logit at one place of a row.
 float logit_at(const RowPass& pass, const void* row, std::size_t column) {
@@ -158,22 +159,22 @@ class Row {
 Sums Row::draw(Label& label, float& z_y) {
   // The sum of each place in a period; kGroup of them are a lane.
   alignas(64) float places[kPeriod] = {};
-  const auto place = [&](std::size_t i) { return reinterpret_cast<Float32*>(places + i); };
-  Floats s{};  // as of a given label, whose values and gradients are then the same
+  Floats s{};  // added up as for a given label, so that a drawn one gives the same bits
   Sums sums;
   sums.base = each_tile(
       pass_, row_, tile_,
       [&](float from, float to) {
         const float alpha = Rescaling(from, to).factor;
         s = alpha * s;
-        for (std::size_t i = 0; i < kPeriod; i += kWidth) store(place(i), alpha * load(place(i)));
+        for (std::size_t i = 0; i < kPeriod; i += kWidth)
+          store(places + i, alpha * load(places + i));
       },
       [&](float base, std::size_t first) {
-        const std::size_t start = first % kPeriod;
+        float* const of_tile = places + first % kPeriod;
         Floats tile_s{};
         for (std::size_t i = 0; i < tile_.vectors_end(); i += kWidth) {
           const Floats e = exp_scaled(bounded(tile_.at(i) - base));
-          store(place(start + i), load(place(start + i)) + e);
+          store(of_tile + i, load(of_tile + i) + e);
           tile_s += e;
         }
         s += tile_s;
@@ -184,7 +185,7 @@ Sums Row::draw(Label& label, float& z_y) {
     for (std::size_t i = 0; i < kGroup; ++i) lanes[lane] += places[lane * kGroup + i];
   }
   sums.s = sum_of(s);
-  const float target = pass_.uniform[index_] * sums.s;  // in units of 2^24, as the lanes are
+  const float target = pass_.uniform[index_] * sums.s;  // times 2^24, as the lanes are
   sums = finished(sums);
   label.counts = !sums.masked;
   if (sums.masked) return sums;

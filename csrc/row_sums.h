@@ -1,6 +1,6 @@
 // The sums over a row of logits that each criterion needs, in one pass over its tiles: in each lane
-// of a vector, s = sum exp(z - m) with the running maximum m, and others, in units of 2^24. Where
-// the maximum rises, the sums are rescaled.
+// of a vector, s = sum exp(z - m) with the running maximum m, and others, times 2^24. Where the
+// maximum rises, the sums are rescaled.
 #pragma once
 
 #include "tile.h"

@@ -10,10 +10,9 @@ namespace hfprune::HFPRUNE_ISA {
 namespace {
 
 constexpr std::size_t kBlock = 64;    // tokens
-constexpr std::size_t kStrip = 1024;  // neurons whose sums stay in the cache
 constexpr std::size_t kTogether = 4;  // tokens whose terms are added in registers
 
-// Four sums of each neuron of a strip.
+// Four sums of each neuron of a strip, in the cache.
 template <typename T>
 struct StripSums {
   alignas(64) T l1[kStrip], l2[kStrip], x[kStrip], act[kStrip];
@@ -54,8 +53,6 @@ struct Activated {
   alignas(64) float value[kTogether][columns], slope[kTogether][columns];
 };
 
-inline Float32* vector_at(float* values) { return reinterpret_cast<Float32*>(values); }
-
 // The vectors of a tensor's row: each(at, access, count of numbers).
 template <typename T, typename Each>
 inline void each_vector(std::size_t begin, std::size_t end, Each each) {
@@ -70,15 +67,13 @@ inline void activate(const Pointers<T>* tokens, std::size_t begin, std::size_t e
   for (std::size_t k = 0; k < together; ++k) {
     each_vector<T>(begin, end, [&, k](std::size_t at, auto access, std::size_t count) {
       const auto f = value_and_slope<activation>(access.read(tokens[k].gate + at, count));
-      store(vector_at(activated.value[k] + at - begin), f.value);
-      store(vector_at(activated.slope[k] + at - begin), f.slope);
+      store(activated.value[k] + (at - begin), f.value);
+      store(activated.slope[k] + (at - begin), f.slope);
     });
   }
 }
 
-inline void add_to(float* sums, Floats terms) {
-  store(vector_at(sums), load(vector_at(sums)) + terms);
-}
+inline void add_to(float* sums, Floats terms) { store(sums, load(sums) + terms); }
 
 // Adds tokens to the sums of a strip. The activation has a loop of its own: in one with the rest,
 // so long a chain of instructions a vector would leave the CPU waiting.
@@ -97,8 +92,8 @@ void add_tokens(const Pointers<T>* tokens, std::size_t width, StripSums<float>& 
         Floats a{};
         if constexpr (gated) {
           const Floats up = access.read(p.up + at, count);
-          const Floats value = load(vector_at(activated.value[k] + at - begin));
-          const Floats slope = load(vector_at(activated.slope[k] + at - begin));
+          const Floats value = load(activated.value[k] + (at - begin));
+          const Floats slope = load(activated.slope[k] + (at - begin));
           access.write(p.d_gate + at, slope * g * up, count);
           access.write(p.d_up + at, value * g, count);
           a = value * up;
@@ -122,8 +117,8 @@ void add_tokens(const Pointers<T>* tokens, std::size_t width, StripSums<float>& 
 template <Activation activation, typename T>
 class Strip {
  public:
-  Strip(const TaylorPass& pass, std::size_t first, std::size_t width)
-      : pass_(pass), first_(first), width_(width) {}
+  Strip(const TaylorPass& pass, std::size_t first, std::size_t end)
+      : pass_(pass), first_(first), width_(end - first) {}
 
   void run() {
     zero(total_);
@@ -195,18 +190,11 @@ class Strip {
   double mask_[kStrip] = {};
 };
 
-template <Activation activation, typename T>
-void run_strips(const TaylorPass& pass, std::size_t first, std::size_t end) {
-  for (; first < end; first += kStrip) {
-    Strip<activation, T>(pass, first, end - first < kStrip ? end - first : kStrip).run();
-  }
-}
-
 template <Activation activation>
 void run_type(const TaylorPass& pass, std::size_t first, std::size_t end) {
-  if (pass.type == Type::float32) return run_strips<activation, Float32>(pass, first, end);
-  if (pass.type == Type::bfloat16) return run_strips<activation, BFloat16>(pass, first, end);
-  run_strips<activation, Float16>(pass, first, end);
+  if (pass.type == Type::float32) return Strip<activation, float>(pass, first, end).run();
+  if (pass.type == Type::bfloat16) return Strip<activation, BFloat16>(pass, first, end).run();
+  Strip<activation, Float16>(pass, first, end).run();
 }
 
 }  // namespace

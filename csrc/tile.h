@@ -14,8 +14,8 @@ struct Tile {
   std::size_t count;
 
   std::size_t vectors_end() const { return (count + kWidth - 1) / kWidth * kWidth; }
-  Floats at(std::size_t i) const { return load(reinterpret_cast<const Float32*>(z + i)); }
-  void put(std::size_t i, Floats value) { store(reinterpret_cast<Float32*>(z + i), value); }
+  Floats at(std::size_t i) const { return load(z + i); }
+  void put(std::size_t i, Floats value) { store(z + i, value); }
 };
 
 // Copies logits to a tile in fp32 and returns their maximum, kMasked at least; NaN may be left out.
@@ -75,7 +75,7 @@ inline float load_tile(const void* row, Type type, std::size_t first, std::size_
   const void* from = element(row, static_cast<std::ptrdiff_t>(first), type);
   float maximum = 0;
   if (type == Type::float32) {
-    maximum = load_scaled<Float32>(from, count, transform.scale, tile);
+    maximum = load_scaled<float>(from, count, transform.scale, tile);
   } else if (type == Type::bfloat16) {
     maximum = load_scaled<BFloat16>(from, count, transform.scale, tile);
   } else {
@@ -94,8 +94,8 @@ inline Floats through_transform(Floats gradient, Floats z, float inverse_softcap
 }
 
 // Replaces each transformed logit z of a tile by gradient(i, z), and writes the tile to a row. Two
-// loops: in one, so long a chain of instructions a vector would leave the CPU waiting. The function
-// is a copy, so that what it holds can stay in registers.
+// loops: in one, so long a chain of instructions a vector would leave the CPU waiting. `gradient`
+// is taken by value, so that what it holds can stay in registers.
 template <bool guarded, typename G, typename Gradient>
 void store_each(Tile& tile, float softcap, G* to, Gradient gradient) {
   const float inverse = softcap == 0 ? 0 : 1 / softcap;
@@ -112,7 +112,7 @@ void store_each(Tile& tile, float softcap, G* to, Gradient gradient) {
 template <bool guarded, typename Gradient>
 void store_typed(Tile& tile, float softcap, const Rows& grad, void* to, const Gradient& gradient) {
   if (grad.type == Type::float32) {
-    store_each<guarded>(tile, softcap, static_cast<Float32*>(to), gradient);
+    store_each<guarded>(tile, softcap, static_cast<float*>(to), gradient);
   } else if (grad.type == Type::bfloat16) {
     store_each<guarded>(tile, softcap, static_cast<BFloat16*>(to), gradient);
   } else {

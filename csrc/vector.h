@@ -26,9 +26,6 @@ typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
-struct Float32 {
-  float value;
-};
 struct BFloat16 {
   std::uint16_t bits;
 };
@@ -87,7 +84,7 @@ inline Vector load_bits(const void* from) {
   return vector;
 }
 
-inline Floats load(const Float32* from) { return load_bits<Floats>(from); }
+inline Floats load(const float* from) { return load_bits<Floats>(from); }
 
 // Halves as words, and the low halves of words below 2^16; the compiler's own take twice as many
 // instructions.
@@ -128,7 +125,7 @@ inline Floats load(const Float16* from) {
 #endif
 }
 
-inline void store(Float32* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
 // Rounds to nearest, ties to even, as torch does.
 inline void store(BFloat16* to, Floats x) {
@@ -163,9 +160,9 @@ inline Floats load_part(const T* from, std::size_t count, float rest) {
   T items[kWidth] = {};
   std::memcpy(items, from, count * sizeof(T));
   float values[kWidth];
-  store(reinterpret_cast<Float32*>(values), load(items));
+  store(values, load(items));
   for (std::size_t i = count; i < kWidth; ++i) values[i] = rest;
-  return load(reinterpret_cast<const Float32*>(values));
+  return load(values);
 }
 
 template <typename T>

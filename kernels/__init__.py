@@ -5,6 +5,7 @@ They depend on nothing else in the package: any pruning pipeline can call them.
 
 from hfprune_fast.kernels._cpp import CPP_INSTRUCTIONS, CPP_UNUSED_REASON
 from hfprune_fast.kernels._dispatch import BACKENDS, resolve_backend
+from hfprune_fast.kernels._head import LOGITS_BUDGET_BYTES, LOGITS_BUDGET_ROWS
 from hfprune_fast.kernels._triton import TRITON_VERSION
 from hfprune_fast.kernels.entropy import (
     softmax_entropy,
@@ -32,6 +33,8 @@ __all__ = [
     "BACKENDS",
     "CPP_INSTRUCTIONS",
     "CPP_UNUSED_REASON",
+    "LOGITS_BUDGET_BYTES",
+    "LOGITS_BUDGET_ROWS",
     "TRITON_VERSION",
     "TaylorStatistics",
     "gated_taylor",

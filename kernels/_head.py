@@ -18,9 +18,8 @@ from torch import Tensor
 
 from hfprune_fast.kernels._triton import cdiv
 
-# The default budget, raised to what _MIN_ROWS rows need: fewer make the products inefficient.
-_BUDGET_BYTES = 384 << 20
-_MIN_ROWS = 512
+# The default budget, raised to what these rows need: fewer make the products inefficient.
+LOGITS_BUDGET_BYTES, LOGITS_BUDGET_ROWS = 384 << 20, 512
 _ROWS_MULTIPLE = 128
 # Columns of a product's tile of 128 rows, as cuBLAS has them for large ones.
 _TILE_COLUMNS = 256
@@ -144,7 +143,7 @@ def products_of(
     widened = [head.widens(fp32_logits) and not head.makes_fp32 for head in heads]
     row_bytes = sum(head.row_bytes(fp32_logits, head is heads[0]) for head in heads)
     if budget_bytes is None:
-        budget_bytes = max(_BUDGET_BYTES, _MIN_ROWS * row_bytes)
+        budget_bytes = max(LOGITS_BUDGET_BYTES, LOGITS_BUDGET_ROWS * row_bytes)
     tile = 0
     if any(widened):
         width = max(1, *(head.hidden.shape[1] for head in heads))

@@ -151,7 +151,6 @@ def _rows_kernel(
     offs_v = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     # Whole steps need no mask: it would split 16-byte loads where V is odd.
     whole = V // STEP * STEP
-    y = -1
     if CRITERION == "cross_entropy" or CRITERION == "self_distillation":
         label = tl.load(key_ptr + row)
         unlabelled = label == -100  # IGNORED_LABEL

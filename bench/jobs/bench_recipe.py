@@ -92,7 +92,7 @@ def phases(folder: Path, calibration: Path, seq_len: int, dtype: str) -> list[di
                 folder, calibration, out, prune_ratio=0.2, seq_len=seq_len, device="cpu",
                 dtype=dtype,
             )  # fmt: skip
-        written.append(next(out.glob("*.safetensors")).read_bytes())
+        written.append({file.name: file.read_bytes() for file in out.glob("*.safetensors")})
     if written[0] != written[1]:
         raise ValueError("two runs of one recipe gave different models")
     return [{**each, "flops": flops[each["provider"]]} for each in found]
@@ -114,7 +114,7 @@ def test_default_recipe(scale: str, report: Callable[..., None], checkpoint_fold
         sizes = {"T": samples * seq_len, **shape.sizes, "params": params}
         identity = {
             "op": "default_recipe", "dtype": dtype, "model": "", "sizes": sizes,
-            "provider": each["provider"], "computes": "entropy",
+            "provider": each["provider"], "computes": "fisher",
         }  # fmt: skip
         floors_ms = [each["flops"] / each["rate"] / 1e6] if each["flops"] else []
         report(row(

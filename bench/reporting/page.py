@@ -84,7 +84,7 @@ def markdown(
                 names = ("torch",) if source.device == "cpu" else ("torch", "triton")
                 caption = f"{text.when(source.result, names)}. {text.floors(rows)}"
                 all_rows = f"[All rows]({link(root, source.path.with_suffix('.md'))})."
-                table = text.rows_table(_beside_ours(rows, source.device), text.SHORT)
+                table = text.rows_table(_beside_ours(rows), text.SHORT)
                 lines += ["", f"{caption} {all_rows}", "", *table]
         for device, word in (("cpu", "CPU"), ("cuda", "GPU")):
             if device not in devices[title] and (device == "cpu" or "compact_rows" not in ops):
@@ -122,12 +122,12 @@ def _shown(rows: list[Row]) -> list[Row]:
     return [row for model in models for row in named if row["model"] == model] + others
 
 
-def _beside_ours(rows: Iterable[Row], device: str) -> list[Row]:
+def _beside_ours(rows: Iterable[Row]) -> list[Row]:
     """Return the rows with how many times ours they take, of each shape."""
     found = []
     for its in text.grouped(rows, lambda row: str(key({**row, "provider": ""}))).values():
         mine = [row for row in its if row["provider"].startswith("ours") and "ms" in row]
-        own = [row for row in mine if row["provider"] == text.own_provider(device)]
+        own = [row for row in mine if row["provider"] == text.own_provider(its)]
         ours = next(iter(own or mine), {})
         for row in its:
             row = dict(row)

@@ -18,7 +18,7 @@ import fidelity_tables
 import recovery_tables
 from fidelity_variants import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant
 from records import Row
-from report_text import FLOORS, hardware, own_provider, provider
+from report_text import FLOORS, OURS, hardware, own_provider, provider
 
 if TYPE_CHECKING:
     from page import Source
@@ -67,10 +67,9 @@ def planned(
         its = [source for source in current if source.machine == machine]
         last = max((source.result for source in its), key=lambda result: str(result["date"]))
         where = f"{hardware(last)}, {last['date'][:10]}"
-        # Of ours, what runs by default.
-        backends = {"ours, torch", "ours, cpp", "ours, triton"}
-        hidden = {*backends, *VARIANTS} - {own_provider(its[0].device)}
-        rows = [r for source in its for r in source.result["rows"] if r["provider"] not in hidden]
+        measured = [row for source in its for row in source.result["rows"]]
+        hidden = {*OURS, *VARIANTS} - {own_provider(measured)}  # of ours, the default is shown
+        rows = [row for row in measured if row["provider"] not in hidden]
         bound = [row for row in rows if "percent_of_floor" in row and row["model"]]
         if panels := [of for op in PANELS if (of := [r for r in bound if r["op"] == op])]:
             alt = f"Kernels and their peers beside what bounds them, {where}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from records import Result, Row
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+OURS = ("ours, triton", "ours, cpp", "ours, torch")  # what runs by default before what does not
 FLOORS = {
     "copy": "a copy of the bytes that must be moved",
     "products": "the matrix products alone",
@@ -58,9 +59,10 @@ def shape(row: Row) -> str:
     return ", ".join(([f"{count(params)} parameters"] if params else []) + told)
 
 
-def own_provider(device: str) -> str:
-    """Return which of ours runs on a device by default."""
-    return "ours, triton" if device == "cuda" else "ours, cpp"
+def own_provider(rows: Iterable[Row]) -> str:
+    """Return which of ours runs by default, of those that could run where rows are from."""
+    ran = {row["provider"] for row in rows if "ms" in row}
+    return next((name for name in OURS if name in ran), OURS[-1])
 
 
 def provider(row: Row) -> str:

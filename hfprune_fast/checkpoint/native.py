@@ -1,7 +1,7 @@
 """The C++ extension (csrc/), or plain torch and numpy where it was not built.
 
-This module alone imports the extension and decides whether it is used. HFPRUNE_NATIVE=0 turns it
-off for a whole run.
+Of the extension this module uses what moves weights; `kernels/_cpp.py` uses the kernels in it.
+HFPRUNE_NATIVE=0 turns both off for a whole run.
 """
 
 from __future__ import annotations

@@ -41,6 +41,15 @@ def no_progress(tokens: float) -> None:
     """Default progress callback: does nothing."""
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, pinned for a GPU's, which nothing here waits for.
+
+    Later copies to the GPU do: its stream orders them. The host must not read it before.
+    """
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
 @contextmanager
 def own_modes() -> Iterator[None]:
     """Inside, or in a function decorated with it, the caller's autocast and inference mode are off.
@@ -114,12 +123,9 @@ class ResidentModel:
     def kept(self, stream: Tensor) -> Tensor:
         """Return what is kept of a residual stream until the next layer runs.
 
-        It stays on the device, or goes to pinned host memory, without waiting for either.
+        It stays on the device or goes to host memory, see `on_host`.
         """
-        if self.streams_on_device or not stream.is_cuda:
-            return stream
-        pinned = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=True)
-        return pinned.copy_(stream, non_blocking=True)
+        return stream if self.streams_on_device or not stream.is_cuda else on_host(stream)
 
     def _check(self) -> None:
         devices = {str(parameter.device) for parameter in self.model.parameters()}

@@ -24,6 +24,7 @@ from hfprune_fast.console import human_bytes, parse_bytes
 from hfprune_fast.engine.machine import available_bytes
 from hfprune_fast.engine.plan import Plan
 from hfprune_fast.errors import ArgumentError, MemoryShortageError
+from hfprune_fast.kernels import LOGITS_BUDGET_BYTES, LOGITS_BUDGET_ROWS
 from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.models.sites import table_shape
 from hfprune_fast.models.spec import ModelSpec
@@ -35,8 +36,7 @@ _TOKENS_AT_ONCE, _WIDE = {"cpu": 1024, "cuda": 4096}, 4096
 _HIDING_TOKENS = 16384
 # At most, since only whole passes are saved for a run that is resumed.
 _MAX_PASS_TOKENS = {"cpu": 16384, "cuda": 65536}
-# As in `kernels.linear_entropy`; the minimum is for a small memory budget.
-_MAX_LOGITS_BYTES, _MIN_LOGITS_BYTES, _MIN_LOGITS_ROWS = 384 << 20, 16 << 20, 512
+_MIN_LOGITS_BYTES = 16 << 20  # for a small memory budget
 # Allocators retain some freed memory, and reuse less of it where sizes vary (measured, CPU).
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
@@ -238,7 +238,7 @@ class MemoryEstimator:
             passing += _PIECE_ROWS * width * 56
         logits = self._logits(weights)
         row = self.spec.vocab_size * s
-        buffer = max(_MAX_LOGITS_BYTES, _MIN_LOGITS_ROWS * row) if logits is None else logits
+        buffer = logits or max(LOGITS_BUDGET_BYTES, LOGITS_BUDGET_ROWS * row)
         head = min(buffer, rows * row) + rows * hidden * (3 * s + 3 * w)
         held = (1 if recompute else self.layers) * graph
         if recompute:
@@ -267,4 +267,4 @@ class MemoryEstimator:
     def _logits(self, weights: int) -> int | None:
         """Return an eighth of what the weights leave free, None if that reaches the default."""
         eighth = (self.free - weights) // 8
-        return None if eighth >= _MAX_LOGITS_BYTES else max(_MIN_LOGITS_BYTES, eighth)
+        return None if eighth >= LOGITS_BUDGET_BYTES else max(_MIN_LOGITS_BYTES, eighth)

@@ -21,7 +21,6 @@ from hfprune_fast.pruning.reconstruct import OnStep, Training, TrainingRows, Wei
 from hfprune_fast.scoring.moments import (
     add_gram,
     check_moments,
-    has_exact_products,
     mirror,
     moments_dtype,
     token_rows,
@@ -38,8 +37,8 @@ class PrunedLayer:
     Args:
         model: the dense model, with the layer's weights in place.
         kept: the neurons that stay.
-        keeps_acts: keep them in host memory until the weights are known, of a layer that
-            `adds_its_mlp`; otherwise the layer runs once more, with the refitted weights.
+        keeps_acts: keep them until the weights are known, of a layer that `adds_its_mlp`;
+            otherwise the layer runs once more, with the refitted weights.
         rows: takes what the MLP is trained by, of such a layer too; no acts are kept then.
     """
 
@@ -61,7 +60,7 @@ class PrunedLayer:
         width, down = len(kept), self._weights[self._mlp.down]
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
         self._cross = self._gram.new_zeros(down.shape)
-        self._acts: dict[int, Tensor] = {}  # of each batch, on the CPU
+        self._acts: dict[int, Tensor] = {}  # of each batch
 
     def add(
         self, i: int, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
@@ -80,7 +79,7 @@ class PrunedLayer:
         model, dtype = self._model, moments_dtype(self._model)
         with self._narrow(), inputs_of(self._mlp.gate) as inputs, silent_mlp(self._mlp) as acts:
             before_mlp = model.run(self._layer, stream.to(model.device), batch)
-        after = dense.to(model.device, dtype)
+        after = dense.to(model.device).to(dtype)  # cast there: fewer bytes are moved
         missing = after - before_mlp.to(dtype)
         if output is None:
             target, weights = missing / model.parts.output_scale(self._layer), None
@@ -88,18 +87,18 @@ class PrunedLayer:
             target, weights = self._behind(output.to(model.device), missing)
         if self._mlp.down.bias is not None:
             target = target - self._mlp.down.bias
-        rows, target = token_rows(acts[0], batch), token_rows(target, batch)
-        act = rows.to(dtype)
-        weighted = act if weights is None else act * token_rows(weights, batch)
-        if has_exact_products(rows) and weights is None:
-            add_gram(self._gram, rows)
+        act, target = token_rows(acts[0], batch), token_rows(target, batch)
+        weighted = wide = act.to(dtype)
+        if weights is None:
+            add_gram(self._gram, act)
         else:
-            add_gram(self._gram, act, weighted)
+            weighted = wide * token_rows(weights, batch)
+            add_gram(self._gram, wide, weighted)
         self._cross += target.t() @ weighted
         if self._rows is not None:
             self._rows.append(inputs[0], missing, after, batch)
         elif self._keeps_acts:
-            self._acts[i] = acts[0].cpu()
+            self._acts[i] = acts[0]
         else:
             return stream
         return before_mlp
@@ -164,8 +163,7 @@ class PrunedLayer:
             with self._narrow():
                 output = mlp_output(self._mlp, x)
         elif self._keeps_acts:
-            act = self._acts.pop(i).to(model.device)
-            output = nn.functional.linear(act, self._weights[down], down.bias)
+            output = nn.functional.linear(self._acts.pop(i), self._weights[down], down.bias)
         else:
             return self.run(stream, batch)
         return stream.to(model.device) + model.parts.added(self._layer, output)

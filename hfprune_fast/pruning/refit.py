@@ -130,8 +130,7 @@ def refit(
             trains = reconstruct is not None and is_known
             rows = TrainingRows.of(model, fitted_tokens) if trains else None
             if alone:
-                args = model, layer, keep[layer]
-                pruned = PrunedLayer(*args, keeps_acts=keeps_acts, rows=rows)
+                pruned = PrunedLayer(model, layer, keep[layer], keeps_acts=keeps_acts, rows=rows)
             else:
                 pruned = PrunedExperts(model, layer, keep)
             for i, batch in each_batch(batches[:fitted], on_progress, steps):

@@ -110,7 +110,7 @@ class PrunedExperts:
         total = own.square()
         for rows, _, _, weights in rows_seen:
             total[rows.tokens] += weights.to(total.dtype).square()
-        missing = (dense.to(after.device, self._dtype) - after.to(self._dtype)).view(-1, hidden)
+        missing = (dense.to(after.device).to(self._dtype) - after.to(self._dtype)).view(-1, hidden)
         share = missing / self._model.parts.output_scale(self._layer)
         counts = (total > 0) & self._with_error
         share = torch.where(counts[:, None], share / total[:, None], 0)

@@ -24,7 +24,7 @@ from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_sh
 from hfprune_fast.scoring.moments import (
     add_gram,
     check_moments,
-    has_exact_products,
+    covariance_outputs,
     mirror,
     moments_dtype,
     token_rows,
@@ -61,23 +61,23 @@ def removal_costs(
     hidden = [model.kept(model.begin(batch)) for batch in batches]
     parts = model.parts
     slices, costs = site_slices(parts.widths), torch.zeros(table_shape(parts.widths)).double()
-    metrics = iter(output_fisher if output_fisher is not None else ())
-
-    def on_device(metric: Tensor | None) -> Tensor | None:
-        return None if metric is None else metric.to(model.device)
+    metrics: dict[tuple[int, bool], Tensor] = {}
+    if output_fisher is not None:
+        metrics = dict(zip(covariance_outputs(parts), output_fisher, strict=True))
 
     def visit(layer: int) -> None:
         grams = _Grams(model, layer)
         for i, batch in each_batch(batches, on_progress, len(parts.layers)):
             with grams.added(batch):
                 hidden[i] = model.kept(model.run(layer, hidden[i].to(model.device), batch))
-        mlp, experts = parts.mlps[layer], parts.experts[layer]
-        own, of_experts = (
-            None if part is None else on_device(next(metrics, None)) for part in (mlp, experts)
-        )
+        own = {
+            of_experts: metrics[layer, of_experts].to(model.device)
+            for of_experts in (False, True)
+            if (layer, of_experts) in metrics
+        }
         for site, gram in grams.total().items():
             check_moments(gram, layer)
-            metric = own if isinstance(site, int) else of_experts
+            metric = own.get(not isinstance(site, int))
             costs.view(-1)[slices[site]] = greedy_removal_costs(
                 gram.div_(tokens), grams.down(site), metric
             )
@@ -88,13 +88,8 @@ def removal_costs(
 
 def own_outputs(parts: ModelParts, output_fisher: Tensor) -> dict[int, Tensor]:
     """Return {layer: (D, D)} of layers' own MLPs, of what `removal_costs` takes."""
-    metrics, found = iter(output_fisher), dict[int, Tensor]()
-    for layer, (mlp, experts) in enumerate(zip(parts.mlps, parts.experts, strict=True)):
-        if mlp is not None:
-            found[layer] = next(metrics)
-        if experts is not None:
-            next(metrics)
-    return found
+    outputs = zip(covariance_outputs(parts), output_fisher, strict=True)
+    return {layer: metric for (layer, of_experts), metric in outputs if not of_experts}
 
 
 class _Grams:
@@ -146,11 +141,9 @@ class _Grams:
         return self._experts.output(rows.expert, act)
 
     def _add(self, site: SiteKey, act: Tensor, weights: Tensor | None = None) -> None:
-        wide = act if has_exact_products(act) and weights is None else act.to(self._dtype)
-        if weights is not None:
-            wide = wide * weights[:, None].to(self._dtype)
+        rows = act if weights is None else act.to(self._dtype) * weights[:, None].to(self._dtype)
         if site not in self._sums:
-            width = wide.shape[1]
-            self._sums[site] = wide.new_zeros(width, width, dtype=torch.float64)
-        add_gram(self._sums[site], wide)
-        self._rows[site] += len(wide)
+            width = rows.shape[1]
+            self._sums[site] = rows.new_zeros(width, width, dtype=torch.float64)
+        add_gram(self._sums[site], rows)
+        self._rows[site] += len(rows)

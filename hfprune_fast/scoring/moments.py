@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import NumericsError
+from hfprune_fast.models.sites import ModelParts
 
 # A product of a matrix with itself is symmetric: its blocks below the diagonal are not made. They
 # are as few as leaves the products large, which a GPU needs more than half of the terms.
@@ -22,11 +23,14 @@ def add_gram(
     """Add factor · rowsᵀ rows to the blocks of `gram` (F, F) on and above its diagonal.
 
     Args:
-        rows: (n, F).
-        weighted: the same rows, each times its weight; None weighs all alike.
+        rows: (n, F); multiplied in fp32 at least, unless the products of their dtype are exact.
+        weighted: the same rows, each times its weight, both in fp32 at least; None weighs all
+            alike.
 
     After the last rows, `mirror` fills the blocks below.
     """
+    if weighted is None and not has_exact_products(rows):
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     left = rows if weighted is None else weighted
     for begin, end in _blocks(len(gram)):
         made = product(left[:, begin:end], rows[:, begin:])
@@ -35,7 +39,7 @@ def add_gram(
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return leftᵀ right, (F, G), of rows (n, F) and (n, G): in their dtype, or in fp32."""
-    if has_exact_products(left) and left.dtype == right.dtype:
+    if has_exact_products(left):
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.t() @ right
 
@@ -62,6 +66,16 @@ def _blocks(width: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + size, width)
 
 
+def covariance_outputs(parts: ModelParts) -> list[tuple[int, bool]]:
+    """Return (layer, whether of its experts) of each output that has a covariance, in order."""
+    kinds: list[tuple[bool, Collection[int]]] = [
+        (False, parts.own_mlps),
+        (True, parts.with_experts),
+    ]
+    layers = range(len(parts.layers))
+    return [(layer, of_experts) for layer in layers for of_experts, its in kinds if layer in its]
+
+
 class OutputCovariance:
     """Σ g gᵀ over tokens, (D, D) fp32 at least, g of log p(y) at the output of an MLP or experts.
 
@@ -74,8 +88,7 @@ class OutputCovariance:
 
     def add(self, batch: MicroBatch, scale: float, grad: Tensor) -> None:
         """Add a micro-batch's gradients, times its length: the loss of a sequence is a mean."""
-        rows = grad if has_exact_products(grad) else grad.to(self._sum.dtype)
-        sequences = rows.reshape(*batch.ids.shape, -1)
+        sequences = grad.reshape(*batch.ids.shape, -1)
         whole = len(set(batch.lengths)) == 1  # one product: all tokens have one weight
         parts = [sequences.flatten(0, 1)] if whole else sequences.unbind()
         for length, part in zip(batch.lengths, parts, strict=not whole):

@@ -33,6 +33,7 @@ from hfprune_fast.engine.layerwise import (
     each_batch,
     for_each_layer,
     no_progress,
+    on_host,
 )
 from hfprune_fast.engine.mlp_hooks import TaylorOptions, acts_of, in_sequences
 from hfprune_fast.engine.routing import Routing, Rows
@@ -245,11 +246,7 @@ class Pass:
 
     def _offload(self, tensor: Tensor) -> Tensor:
         """Return what is kept of a tensor until the other micro-batches have run too."""
-        if not self.options.inputs_on_host:
-            return tensor
-        # The copies are ordered by the device's stream, so nothing waits for them here.
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return pinned.copy_(tensor, non_blocking=True)
+        return on_host(tensor) if self.options.inputs_on_host else tensor
 
     def _onload(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, non_blocking=True)

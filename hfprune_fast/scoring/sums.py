@@ -13,7 +13,7 @@ from hfprune_fast.engine.routing import Routing
 from hfprune_fast.kernels import TaylorStatistics
 from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
-from hfprune_fast.scoring.moments import OutputCovariance, column_norms
+from hfprune_fast.scoring.moments import OutputCovariance, column_norms, covariance_outputs
 
 _ACT = TaylorStatistics._fields.index("act")
 _TAYLOR = 3  # rows of `ScoreAccumulator.experts` before the criteria's
@@ -42,20 +42,17 @@ def empty_accumulator(model: ResidentModel, options: PassOptions) -> ScoreAccumu
     dtype = model.dtype if options.parity else torch.float64
     wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
     experts = sum(each.count for each in parts.with_experts.values())
-    outputs = len(parts.own_mlps) + len(parts.with_experts)
+    covariances = None
+    if options.output_fisher:
+        covariances = torch.zeros(
+            len(covariance_outputs(parts)), hidden, hidden, dtype=torch.float32,
+            device=device if model.streams_on_device else "cpu",
+        )  # fmt: skip
     return ScoreAccumulator(
         torch.zeros(*criteria, *shape, dtype=dtype, device=device),
         torch.zeros(shape, **wide),
-        torch.zeros(
-            outputs,
-            hidden,
-            hidden,
-            dtype=torch.float32,
-            device=device if model.streams_on_device else "cpu",
-        )
-        if options.output_fisher
-        else None,
-        torch.zeros(3 + len(options.criteria), experts, **wide) if experts else None,
+        covariances,
+        torch.zeros(_TAYLOR + len(options.criteria), experts, **wide) if experts else None,
         loss_nats=(0.0,) * len(options.criteria),
     )
 
@@ -89,16 +86,10 @@ class PassSums:
         self._output_fisher, self._experts = self._total.output_fisher, self._total.experts
         self._slices = site_slices(parts.widths)
         self._first: dict[int, int] = {}  # of each layer's experts, among those of all
-        self._outputs: dict[tuple[int, bool], int] = {}  # (layer, whether of experts)
+        self._outputs = {output: i for i, output in enumerate(covariance_outputs(parts))}
         begin = 0
-        for layer in range(len(parts.layers)):
-            for of_experts in (parts.mlps, parts.experts):
-                if of_experts[layer] is not None:
-                    key = layer, of_experts is parts.experts
-                    self._outputs[key] = len(self._outputs)
-            experts = parts.experts[layer]
-            if experts is not None:
-                self._first[layer], begin = begin, begin + experts.count
+        for layer, experts in parts.with_experts.items():
+            self._first[layer], begin = begin, begin + experts.count
 
     def result(self, loss_nats: tuple[float, ...] = ()) -> ScoreAccumulator:
         """Return the new sums; those of parts that nothing was added to are the old ones."""

@@ -205,19 +205,19 @@ void check_tokens(const char* instructions, Type type, std::size_t width, unsign
 }  // namespace
 
 void check_kernels() {
-  for (const char* const* name = hfprune::kernel_instructions(); *name != nullptr; ++name) {
+  for (const char* name : hfprune::kernel_instructions()) {
     for (const Type type : {Type::float32, Type::bfloat16, Type::float16}) {
       for (const std::size_t size : {1, 3, 8, 17, 33, 300, 2049, 4103}) {
-        check_rows(*name, type, size, 1);
-        check_tokens(*name, type, size, 1);
+        check_rows(name, type, size, 1);
+        check_tokens(name, type, size, 1);
       }
-      check_rows(*name, type, 4103, 3);
-      check_tokens(*name, type, 2049, 3);
+      check_rows(name, type, 4103, 3);
+      check_tokens(name, type, 2049, 3);
     }
     const auto null_logits = [&] {
       hfprune::RowPass pass;
       pass.rows = pass.columns = 1;
-      hfprune::run(pass, 1, *name);
+      hfprune::run(pass, 1, name);
     };
     must_throw<std::invalid_argument>("logits at no address", null_logits);
   }

@@ -8,15 +8,16 @@ from shapes import MODELS
 
 # How many times the floor's time each takes, and how many times the input its memory is.
 COST = {
-    "ours, torch": (1.6, 0.4), "ours, triton": (1.05, 0.02), "HFPrune's arithmetic": (9.0, 7.5),
-    "eager": (5.1, 4.0), "torch.compile": (2.2, 2.0), "Liger": (1.7, 0.9),
-    "Cut Cross Entropy": (1.9, 0.1), "torch linear_cross_entropy": (2.4, 0.8),
+    "ours, torch": (1.6, 0.4), "ours, cpp": (1.2, 0.1), "ours, triton": (1.05, 0.02),
+    "HFPrune's arithmetic": (9.0, 7.5), "eager": (5.1, 4.0), "torch.compile": (2.2, 2.0),
+    "Liger": (1.7, 0.9), "Cut Cross Entropy": (1.9, 0.1), "torch linear_cross_entropy": (2.4, 0.8),
     "ours, in place": (1.1, 0.0), "ours, out=": (1.06, 1.0),
     "index_select": (5.2, 1.0), "numpy.take, out=": (1.6, 1.0), "ours": (1.7, 0.5),
     "ours, offload=none": (1.7, 0.5), "ours, offload=disk": (2.4, 0.2), "cp": (1.0, 0.0),
 }  # fmt: skip
 CROSS_ENTROPY = ("Liger", "Cut Cross Entropy", "torch linear_cross_entropy")
-ENTROPY = ("ours, torch", "ours, triton", "HFPrune's arithmetic", "eager", "torch.compile")
+OURS = ("ours, torch", "ours, cpp", "ours, triton")
+ENTROPY = (*OURS, "HFPrune's arithmetic", "eager", "torch.compile")
 COMPACT = ("ours, in place", "ours, out=", "index_select", "numpy.take, out=")
 WIDTH = {"bfloat16": 2, "float32": 4}
 
@@ -100,6 +101,8 @@ def _row(
     identity = identity | {"provider": name, "computes": computes}
     if not gpu and name in ("ours, triton", "Liger", "Cut Cross Entropy"):
         return {**identity, "skipped": "needs a GPU"}
+    if gpu and name == "ours, cpp":
+        return {**identity, "skipped": "needs a CPU"}
     if identity["dtype"] == "float32" and name == "Cut Cross Entropy":
         return {**identity, "skipped": "its gradients are for bfloat16 and float16"}
     time, memory = COST[name]
