@@ -205,7 +205,9 @@ def _check_room(
         needed += sum(shard.path.stat().st_size for shard in pruned.shards.values())
     if not options.resume:
         needed += setup.checkpoints_bytes
-        states = hidden_bytes(*data.ids.shape, dense.spec.hidden_size, setup.dtype)
+        states = hidden_bytes(
+            len(data.ids), data.window_tokens, dense.spec.hidden_size, setup.dtype
+        )
         if options.cache is not None and options.teacher == "cached":
             there = Path(options.cache).exists()
             check_writable(Path(options.cache), 0 if there else states, "cache")
