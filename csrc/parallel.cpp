@@ -78,13 +78,14 @@ void in_parallel(unsigned threads, std::size_t pieces,
                  const std::function<void(std::size_t)>& piece) {
   static const GompParallel openmp = find_openmp();
   Work work{piece, pieces};
-  threads = static_cast<unsigned>(std::min<std::size_t>(threads, pieces));
-  if (threads <= 1) {
+  if (std::min<std::size_t>(threads, pieces) <= 1) {
     take_pieces(&work);
   } else if (openmp != nullptr) {
+    // All of them, also for few pieces: a smaller team would end the threads that it leaves out,
+    // which torch would have to start again.
     openmp(take_pieces, &work, threads, 0);
   } else {
-    in_own_threads(threads, work);
+    in_own_threads(static_cast<unsigned>(std::min<std::size_t>(threads, pieces)), work);
   }
 }
 

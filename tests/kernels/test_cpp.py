@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,13 @@ from taylor_truth import ACTIVATIONS, assert_gated, statistics_bound, sums
 from torch import Tensor
 from traffic import allocations
 
-from hfprune_fast.kernels import CPP_INSTRUCTIONS, _cpp, gated_taylor, taylor_statistics
+from hfprune_fast.kernels import (
+    CPP_INSTRUCTIONS,
+    _cpp,
+    gated_taylor,
+    softmax_entropy,
+    taylor_statistics,
+)
 from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._kl_rows import kl_rows_and_grad
 from hfprune_fast.kernels._philox import uniform
@@ -139,6 +146,20 @@ def test_exp_is_right_to_two_units_in_the_last_place(instructions: str) -> None:
     unit = 2.0 ** (truth.clamp(min=2.0**-126).log2().floor() - 23)
     assert ((grad[:, 1] - truth).abs() <= 2 * unit).all()
     assert (grad[-2:, 1] == 0).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists threads as Linux does")
+def test_few_pieces_do_not_end_threads_that_torch_would_start_again(threads: None) -> None:
+    torch.set_num_threads(4)
+    spread, few = torch.randn(4096, 512), torch.randn(2, 70_000)
+
+    def running() -> set[str]:
+        spread.exp()
+        return {path.name for path in Path("/proc/self/task").iterdir()}
+
+    before = running()
+    softmax_entropy(few, backend="cpp")
+    assert running() == before
 
 
 def test_bits_do_not_depend_on_the_threads(instructions: str, threads: None) -> None:
