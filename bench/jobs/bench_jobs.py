@@ -177,7 +177,8 @@ def test_score(
         errors = checked_scores("ours", *scores, shape, SAMPLES, seq_len, dtype)
         tokens = SAMPLES * seq_len
         with nullcontext() if op == "score" else busy_neighbour():
-            rows = in_turn(workers, ROUNDS[scale], shape, tokens, op=op, dtype=dtype, **errors)
+            rounds = (ROUNDS if op == "score" else JOB_ROUNDS)[scale]
+            rows = in_turn(workers, rounds, shape, tokens, op=op, dtype=dtype, **errors)
     list(map(report, rows))
 
 
