@@ -6,6 +6,7 @@ memory, and is trained to give the dense model's output.
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from hfprune_fast.recovery.output import write_adapter, write_recovered
 from hfprune_fast.recovery.setup import Setup, open_all, set_up
 from hfprune_fast.recovery.teacher import check_cache, hidden_bytes
 from hfprune_fast.recovery.work import WorkFolder, check_work, work_of
+
+_NOT_SHARED_BY = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 @keyword_options(
@@ -68,6 +71,7 @@ def recover(
         HFPruneError: bad input, one line, before any work where that is possible.
     """
     check_packages()
+    _check_launch()
     if not isinstance(text, str | Path):
         raise ArgumentError(f"text must be a path or the name of a data set, got {shown(text)}")
     out, processes = to_path(out, "out"), launched()
@@ -116,6 +120,21 @@ def recover(
     work.delete()
     result = {"out": str(out), "adapter": options.adapter, **record}
     return {**result, "losses": outcome.losses, "held_out": outcome.held_out}
+
+
+def _check_launch() -> None:
+    """Refuse what accelerate's launcher was asked for and would share the weights themselves.
+
+    What is saved and written here is that of a process which has all of them.
+    """
+    for name in _NOT_SHARED_BY:
+        value = os.environ.get(f"ACCELERATE_USE_{name}", "")
+        if value.lower() not in ("", "0", "false", "no", "off", "n", "f"):
+            raise ArgumentError(
+                f"recover shares its steps among processes, not the weights, and accelerate's "
+                f"configuration asks for {name}; start it with torchrun, or with "
+                "accelerate launch --multi_gpu"
+            )
 
 
 def _check_pair(

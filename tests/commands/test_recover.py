@@ -94,6 +94,18 @@ def test_options_that_cannot_be_met(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_shares_the_weights_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(hf.HFPruneError, match=f"shares its steps .* asks for {name}; start it"):
+        hf.recover("demo", "demo", "demo", tmp_path / "out")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "False")
+    with pytest.raises(hf.HFPruneError, match="one model"):
+        hf.recover("demo", "demo", "demo", tmp_path / "out")
+
+
 def test_processes_of_torchrun_must_be_wanted(
     llama_dir: Path, pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
