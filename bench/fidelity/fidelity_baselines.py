@@ -67,7 +67,7 @@ class Baselines:
             return flap.flap(self._moments, self._down)
         if variant.criterion == "wanda_sp":
             return flap.wanda_sp(self._moments, self._down)
-        return self._llm_pruner[variant.statistic.removeprefix("taylor, ")]
+        return self._llm_pruner
 
     def _budget(self, ratio: float) -> WidthBudget:
         exact = round(self._spec.intermediate_size * (1 - ratio))
@@ -88,7 +88,7 @@ class Baselines:
         return activations.grams(self._model, self._ids)
 
     @cached_property
-    def _llm_pruner(self) -> dict[str, Tensor]:
+    def _llm_pruner(self) -> Tensor:
         return weight_taylor.llm_pruner(self._model, self._ids)
 
     @cached_property

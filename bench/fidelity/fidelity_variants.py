@@ -50,11 +50,9 @@ GRAILS = tuple(
     for form in ("grail", "grail, in turn")
     for ranked in (WANDA_SP, FLAP)
 )
-LLM_PRUNER, SDMPRUNE = Variant("llm_pruner", "taylor, first"), Variant("sdmprune", "two steps")
-PUBLISHED = (
-    WANDA_SP, FLAP, replace(FLAP, allocation="uniform"), *GRAILS,
-    LLM_PRUNER, Variant("llm_pruner", "taylor, mixed"), SDMPRUNE,
-)  # fmt: skip
+LLM_PRUNER, SDMPRUNE = Variant("llm_pruner", "taylor"), Variant("sdmprune", "two steps")
+FLAP_BY_LAYER = replace(FLAP, allocation="uniform")
+PUBLISHED = (WANDA_SP, FLAP, FLAP_BY_LAYER, *GRAILS, LLM_PRUNER, SDMPRUNE)
 CRITERIA_OF_OTHERS = frozenset(variant.criterion for variant in PUBLISHED)
 BASELINES = (PAPER, MAGNITUDE, RANDOM, *PUBLISHED, UNIFORM, DEFAULT)
 VARIANTS = (

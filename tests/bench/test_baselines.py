@@ -38,7 +38,7 @@ IDS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def close(found: Tensor, want: Tensor | list[float], rtol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, torch.as_tensor(want).to(found), rtol=rtol, atol=0)
+    torch.testing.assert_close(found, torch.as_tensor(want, dtype=found.dtype), rtol=rtol, atol=0)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def acts_of(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
         handle.remove()
     found = []
     for layer, x in zip(model.model.layers, seen, strict=True):
-        gate, up = x @ layer.mlp.gate_proj.weight.T, x @ layer.mlp.up_proj.weight.T
+        gate, up = layer.mlp.gate_proj(x), layer.mlp.up_proj(x)
         found.append(gate * torch.sigmoid(gate) * up)
     return found
 
@@ -199,11 +199,7 @@ def test_llm_pruner_and_sdmprune_by_differences(family: str) -> None:
         pruner = weight_taylor.llm_pruner(model, IDS)
         light = weight_taylor.sdmprune(model, IDS, weight_taylor.cross_entropy)
         w, g = terms_by_differences(model, 3)
-    first = (w * (g[0] + g[1]) / 2).abs()
-    close(pruner["first"][1, 3], first.sum(), DIFFERENCES)
-    mixed = w * (g[0] + g[1]) / 2 - w * w * (g[0] ** 2 + g[1] ** 2) / 4
-    close(pruner["mixed"][1, 3], mixed.abs().sum(), DIFFERENCES)
-    assert abs(mixed.abs().sum() - first.sum()) > 1e-3 * first.sum(), "the Hessian does not show"
+    close(pruner[1, 3], (w * (g[0] + g[1]) / 2).abs().sum(), DIFFERENCES)
     close(light[1, 3], (w * g[0]).abs().sum() + (w * g[1]).abs().sum(), DIFFERENCES)
 
 
