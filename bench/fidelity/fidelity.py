@@ -6,6 +6,7 @@
 MODEL is a folder, a hub name or `demo`. Each of `fidelity_variants.py` is scored, allocated and
 refitted on windows of the calibration text, once for each seed (which draws the windows, and
 fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 agreement.
+`--rows baselines`: other authors' methods (bench/baselines) beside the paper's recipe and ours.
 Of a model with experts the ways are those of `fidelity_mixture.py`.
 All is fp32 on a CPU; the paper's recipe with the rounding of its script (bf16 parity) is a row of
 its own. The held-out windows are the same for all seeds.
@@ -31,6 +32,7 @@ from fidelity_mixture import sizes
 from fidelity_subject import Seed, Subject
 from fidelity_tables import FOLDER, read
 from fidelity_variants import (
+    BASELINES,
     MIXTURE_RATIOS,
     MIXTURES,
     QUICK,
@@ -49,7 +51,7 @@ from hfprune_fast.errors import ArgumentError, HFPruneError
 from hfprune_fast.models.spec import ModelSpec
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
-ROWS = {"all": VARIANTS, "quick": QUICK}
+ROWS = {"all": VARIANTS, "baselines": BASELINES, "quick": QUICK}
 ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 # A file is of one of each: rows of others cannot be compared with it.
 SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
@@ -109,6 +111,8 @@ def _requested(
     if not spec.experts:
         yield from ((variant, args.ratios or RATIOS) for variant in ROWS[args.rows])
         return
+    if args.rows not in ROWS_OF_MIXTURES:
+        raise ArgumentError(f"--rows {args.rows} is of models without experts")
     ratios = args.ratios or MIXTURE_RATIOS
     for variant in ROWS_OF_MIXTURES[args.rows]:
         yield variant, [r for r in ratios if sizes(variant, r, spec)]

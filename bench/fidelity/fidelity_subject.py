@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import fidelity_mixture
-from fidelity_variants import Variant
-from torch import Tensor
+from fidelity_baselines import Baselines
+from fidelity_variants import CRITERIA_OF_OTHERS, Variant
+from torch import Tensor, nn
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
@@ -19,6 +20,7 @@ from hfprune_fast.config import ALLOCATIONS_TRIED, Budget
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.evaluation import fidelity
+from hfprune_fast.models.sites import parts_of
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
@@ -38,10 +40,22 @@ class Subject:
         with ResidentModel(self.model) as model:
             self._dense_hidden = list(model.final_hidden(self._batches))
 
-    def measure(self, keep: Keep, fitted: Mapping[Any, Tensor] | None = None) -> fidelity.Fidelity:
-        """Return the fidelity of a pruned model, with the dense weights unless others are given."""
+    def measure(
+        self,
+        keep: Keep,
+        fitted: Mapping[Any, Tensor] | None = None,
+        biases: Mapping[int, Tensor] | None = None,
+    ) -> fidelity.Fidelity:
+        """Return the fidelity of a pruned model, with the dense weights unless others are given.
+
+        `biases` are added to the output of each layer's down_proj.
+        """
         smaller = copy.deepcopy(self.model)
         hf.prune(smaller, keep, down_proj=fitted)
+        for layer, bias in (biases or {}).items():
+            down = parts_of(smaller).own_mlps[layer].down
+            bias = bias.to(down.weight.dtype)
+            down.bias = nn.Parameter(bias if down.bias is None else down.bias + bias)
         with ResidentModel(smaller) as model:
             hidden, head = model.final_hidden(self._batches), model.head()
             return fidelity.compare(self._batches, self._dense_hidden, hidden, head, head)
@@ -71,11 +85,16 @@ class Seed:
                 experts = found.experts, found.width
                 unfitted = None if result is None else result.unfitted
                 of_experts = {"experts": experts, "experts_not_refitted": unfitted}
-            measured = self.subject.measure(keep, result and result.weights)
+            weights, biases = result and result.weights, None
+            if variant.correction:
+                weights, biases = self._baselines.correction(variant, keep)
+            measured = self.subject.measure(keep, weights, biases)
+            # Not in param_ratio, which is of the neurons alone.
+            added = {"bias_params": sum(map(len, biases.values()))} if biases else {}
             yield {
                 **asdict(variant), "prune_ratio": ratio, "seed": self.seed, "widths": widths,
                 **of_experts, "param_ratio": spec.pruned_to(widths, experts)["param_ratio"],
-                **asdict(measured),
+                **added, **asdict(measured),
             }  # fmt: skip
 
     def keep(self, variant: Variant, ratio: float) -> Keep:
@@ -83,6 +102,8 @@ class Seed:
         spec = self.subject.source.spec
         if spec.experts:
             return fidelity_mixture.keep(variant, ratio, self._table(variant), self.seed)
+        if variant.criterion in CRITERIA_OF_OTHERS:
+            return self._baselines.keep(variant, ratio)
         exact = round(spec.intermediate_size * (1 - ratio))  # so that all variants are of one size
         width = WidthBudget.of(spec, Budget(intermediate_size=exact, round_to=1))
         importance = self._importance(variant)
@@ -102,6 +123,10 @@ class Seed:
         if variant.criterion in ("magnitude", "random"):
             return data_free_table(self.subject.source, variant.criterion, self.seed)
         return self._scores
+
+    @cached_property
+    def _baselines(self) -> Baselines:
+        return Baselines(self.subject.model, self.subject.source.spec, self.ids)
 
     @cached_property
     def _parity(self) -> hf.ImportanceTable:

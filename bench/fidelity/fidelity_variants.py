@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -16,11 +16,13 @@ class Variant:
     allocation: str = "uniform"
     refit: bool = False
     dropped_by: str = ""  # what experts are ranked by, where some are dropped
+    correction: str = ""  # in place of a refit, what another method does: bias, grail
 
     def __str__(self) -> str:
         experts = f"experts by {self.dropped_by}" if self.dropped_by else ""
         ranking = f"{self.criterion} {self.statistic}".strip()
-        parts = [experts, ranking, "refit" if self.refit else "", self.allocation]
+        refit = "refit" if self.refit else self.correction
+        parts = [experts, ranking, refit, self.allocation]
         return ", ".join(part for part in parts if part not in ("", "uniform"))
 
 
@@ -39,6 +41,20 @@ DEFAULT = Variant("fisher", "obs", "auto", refit=True)
 UNIFORM = Variant("fisher", "obs", refit=True)
 RANDOM, MAGNITUDE = Variant("random", "uniform"), Variant("magnitude", "weight_norm")
 _RANKED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
+# Other authors' methods, by bench/baselines. FLAP is its own form, with the global threshold; its
+# ablation by layer is there too, as the threshold may do harm.
+WANDA_SP = Variant("wanda_sp", "weight × act")
+FLAP = Variant("flap", "fluctuation", "global", correction="bias")
+GRAILS = tuple(
+    replace(ranked, correction=form)
+    for form in ("grail", "grail, in turn")
+    for ranked in (WANDA_SP, FLAP)
+)
+LLM_PRUNER, SDMPRUNE = Variant("llm_pruner", "taylor"), Variant("sdmprune", "two steps")
+FLAP_BY_LAYER = replace(FLAP, allocation="uniform")
+PUBLISHED = (WANDA_SP, FLAP, FLAP_BY_LAYER, *GRAILS, LLM_PRUNER, SDMPRUNE)
+CRITERIA_OF_OTHERS = frozenset(variant.criterion for variant in PUBLISHED)
+BASELINES = (PAPER, MAGNITUDE, RANDOM, *PUBLISHED, UNIFORM, DEFAULT)
 VARIANTS = (
     PAPER,
     Variant("entropy, parity", "l1"),
@@ -53,6 +69,7 @@ VARIANTS = (
     *(Variant(*ranked, each, refit=True) for each in ("uniform", "global") for ranked in _RANKED),
     Variant("activation", "act", refit=True),
     DEFAULT,
+    *PUBLISHED,
 )
 QUICK = (PAPER, Variant("fisher", "l2"), RANDOM, UNIFORM, DEFAULT)
 

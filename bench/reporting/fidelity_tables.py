@@ -12,18 +12,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 
-from fidelity_variants import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant, variant_of
+from fidelity_variants import (
+    DEFAULT,
+    MAGNITUDE,
+    PAPER,
+    PUBLISHED,
+    RANDOM,
+    UNIFORM,
+    Variant,
+    variant_of,
+)
 from records import RESULTS, ROOT, ResultError, Row
 from report_text import commit, hardware, number, table
 
 FOLDER = RESULTS / "fidelity"
 # What docs/benchmarks.md shows, in this order: the paper's recipe, its criterion's rivals by rank
-# alone, then what allocation and refit add, one after the other.
+# alone, then other authors' methods, then what allocation and refit add, one after the other.
 SHOWN = (
     RANDOM, MAGNITUDE, PAPER, Variant("entropy", "l2"), Variant("cross_entropy", "l2"),
     Variant("self_distillation", "l2"), Variant("activation", "act"),
     Variant("fisher", "fisher_mask"), Variant("fisher", "l2"),
-    Variant("fisher", "obs"), Variant("entropy", "l1", refit=True),
+    Variant("fisher", "obs"), *PUBLISHED, Variant("entropy", "l1", refit=True),
     Variant("fisher", "l2", refit=True), UNIFORM, Variant("entropy", "l1", "global"),
     Variant("fisher", "l2", "global"), Variant("fisher", "l2", "global", refit=True), DEFAULT,
 )  # fmt: skip
@@ -92,7 +101,7 @@ def named(model: Measured) -> str:
 
 
 def variant_cells(variant: Variant) -> list[str]:
-    refit = "yes" if variant.refit else ""
+    refit = "yes" if variant.refit else variant.correction
     return [variant.criterion, variant.statistic, variant.allocation, refit]
 
 
@@ -157,6 +166,8 @@ def section(found: list[Measured], link: Callable[[Path], str]) -> list[str]:
     cells = [HEADER + [f"{model.header['model']}, {ratio:.0%}" for model, ratio in pairs]]
     for variant in SHOWN:
         means = [model.against_paper(variant, ratio) for model, ratio in pairs]
+        if not any(means):
+            continue
         row = variant_cells(variant) + [f"{mean(values):.2f}" if values else "" for values in means]
         bold = variant in (UNIFORM, DEFAULT)
         cells.append([f"**{cell}**" if cell and bold else cell for cell in row])

@@ -90,7 +90,8 @@ def test_what_is_measured_is_what_the_default_recipe_writes(
 
 def test_each_variant_ranks_by_its_own_scores(seed: Seed) -> None:
     """No two keep the same, but what `auto` chose from."""
-    ranked = [each for each in fidelity.VARIANTS if not each.refit and each.allocation == "uniform"]
+    plain = (each for each in fidelity.VARIANTS if not each.refit and not each.correction)
+    ranked = [each for each in plain if each.allocation == "uniform"]
     kept = {tuple(torch.cat(list(seed.keep(each, 0.3).values())).tolist()) for each in ranked}
     assert len(kept) == len(ranked) > 10
 
@@ -107,6 +108,7 @@ def test_auto_keeps_what_is_closest(seed: Seed, best: int, monkeypatch: pytest.M
 def test_rows_of_older_files_are_read() -> None:
     row = {"criterion": "fisher", "statistic": "mask", "seed": 0}
     assert variant_of(row) == Variant("fisher", "fisher_mask")
+    assert variant_of({**row, "refit": True}).correction == ""
 
 
 @pytest.mark.slow
