@@ -5,7 +5,11 @@ They depend on nothing else in the package: any pruning pipeline can call them.
 
 from hfprune_fast.kernels._cpp import CPP_INSTRUCTIONS, CPP_UNUSED_REASON
 from hfprune_fast.kernels._dispatch import BACKENDS, resolve_backend
-from hfprune_fast.kernels._head import LOGITS_BUDGET_BYTES, LOGITS_BUDGET_ROWS
+from hfprune_fast.kernels._head import (
+    LOGITS_BUDGET_BYTES,
+    LOGITS_BUDGET_ROWS,
+    slow_on_this_cpu,
+)
 from hfprune_fast.kernels._triton import TRITON_VERSION
 from hfprune_fast.kernels.entropy import (
     softmax_entropy,
@@ -51,6 +55,7 @@ __all__ = [
     "linear_sampled_cross_entropy",
     "linear_self_distillation",
     "resolve_backend",
+    "slow_on_this_cpu",
     "softmax_entropy",
     "softmax_entropy_grad_",
     "softmax_entropy_grad_reference",

@@ -27,7 +27,7 @@ LAYERS = [
     {"options"},
     {"errors", "_version"},
 ]
-CALLS_KERNELS = {"config", "commands", "scoring", "engine", "recovery", "evaluation"}
+CALLS_KERNELS = {"config", "checkpoint", "commands", "scoring", "engine", "recovery", "evaluation"}
 
 
 def room_of(path: Path) -> str:

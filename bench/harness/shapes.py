@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hfprune_fast.kernels._head import slow_on_this_cpu
+from hfprune_fast.kernels import slow_on_this_cpu
 
 DTYPES = ("bfloat16", "float32")
 MODELS = {  # D, F, V

@@ -20,7 +20,7 @@ from hfprune_fast.checkpoint.folder import TORCH_DTYPES
 from hfprune_fast.checkpoint.skeleton import skeleton
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.errors import ArgumentError, one_line, one_line_errors
-from hfprune_fast.kernels._head import slow_on_this_cpu
+from hfprune_fast.kernels import slow_on_this_cpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

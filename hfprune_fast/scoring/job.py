@@ -23,8 +23,7 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.plan import Plan
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.errors import ArgumentError, shown
-from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics
-from hfprune_fast.kernels._head import slow_on_this_cpu
+from hfprune_fast.kernels import TRITON_VERSION, TaylorStatistics, slow_on_this_cpu
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.scoring.accumulator import ScoreAccumulator
 from hfprune_fast.scoring.costs import own_outputs, removal_costs
