@@ -62,7 +62,7 @@ JOB_SHAPES = {
 }
 LARGE = Shape(2048, 8192, 0, 32, 8, 128256)
 LARGE_BYTES = int(os.environ.get("HFPRUNE_LARGE_BYTES", 5_000_000_000))
-SAMPLES, JOB_SAMPLES, LARGE_SAMPLES = 1, 2, 4
+SAMPLES, JOB_SAMPLES, LARGE_SAMPLES = 1, 1, 4
 PRUNE_RATIO = 0.2
 # What the whole job computes in, from a bf16 checkpoint: ours chooses it.
 JOB_DTYPE = product_dtypes()[0]
