@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_fast.kernels._dispatch import configuration
 from hfprune_fast.kernels._triton import cdiv, jit, tl
 
-# A row of 16384 is 16 numbers of each tensor a thread in 32 warps; a longer one would spill.
+# A row of 16384 is 16 numbers of each tensor for each of the 1024 threads that a program may have.
 _LONGEST_ROW = 16384
-# A program's tile: several short rows, such as those of q and k, or one block of a longer row. 16
-# numbers a thread leave room for x, the gradient and the weight in fp32 beside each other.
-_TILE, _A_WARP = 4096, 512
+# A program's tile: several short rows, such as those of q and k, or one block of a longer row.
+_TILE = 4096
+# 16 numbers a thread, in warps of 32 and of 64: 56 registers at most hold x, the gradient and the
+# weight in fp32 beside each other, and four programs share a multiprocessor (computed).
+_A_WARP = {"sm": {"numbers": 512}, "gfx": {"numbers": 1024}}
 
 
 @jit
@@ -102,20 +105,18 @@ def _rms_norm_backward_kernel(
         tl.store(d_x_ptr + offs_d[None, :], (rstd * (h - n * mean)).to(dtype), mask=mask)
 
 
-def _configuration(width: int) -> dict[str, int | bool]:
+def _configuration(width: int, device: torch.device) -> dict[str, int]:
     is_long = width > _LONGEST_ROW
     block = _TILE if is_long else 1 << (width - 1).bit_length()
-    rows = max(1, _TILE // block)
-    return {
-        "ROWS": rows, "BLOCK_D": block, "LONG": is_long,
-        "num_warps": max(1, rows * block // _A_WARP), "enable_fp_fusion": True,
-    }  # fmt: skip
+    rows, config = max(1, _TILE // block), configuration(_A_WARP, device)
+    warps = rows * block // config.pop("numbers")
+    return {"ROWS": rows, "BLOCK_D": block, "LONG": is_long, "num_warps": warps, **config}
 
 
 def rms_norm_triton(rows: Tensor, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel on (T, D) rows of unit stride along D; return y and rstd (T,)."""
     count, width = rows.shape
-    config = _configuration(width)
+    config = _configuration(width, rows.device)
     y, rstd = rows.new_empty(count, width), rows.new_empty(count, dtype=torch.float32)
     _rms_norm_kernel[(cdiv(count, config["ROWS"]),)](
         rows, weight, y, rstd, rows.stride(0), count, width, eps, FORM=form, **config
@@ -128,7 +129,7 @@ def rms_norm_backward_triton(
 ) -> Tensor:
     """Launch the backward kernel on (T, D) rows of unit stride along D; return d_x."""
     count, width = rows.shape
-    config = _configuration(width)
+    config = _configuration(width, rows.device)
     d_x = rows.new_empty(count, width)
     _rms_norm_backward_kernel[(cdiv(count, config["ROWS"]),)](
         grad, rows, weight, rstd, d_x, grad.stride(0), rows.stride(0), count, width,

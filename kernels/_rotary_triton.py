@@ -6,8 +6,9 @@ from torch import Tensor
 
 from hfprune_fast.kernels._triton import jit, tl
 
-# A program's tile of each half: 16 heads of 128 are 8 numbers a thread of both halves.
-_TILE = 1024
+# A program's tile of each half, at most, and the part of it of a warp of 32: 8 numbers a thread,
+# which bf16 loads in 16 bytes.
+_TILE, _A_WARP = 1024, 256
 
 
 @jit
@@ -48,13 +49,14 @@ def rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool, out: Te
     x = x if x.stride(3) == 1 else x.contiguous()
     y = out if out.stride(3) == 1 else out.new_empty(out.shape)
     block_d = 1 << (width // 2 - 1).bit_length()
+    tile = min(_TILE, max(_A_WARP, block_d << (heads - 1).bit_length()))
     _rotary_kernel[(batch * seq_len,)](
         x, cos, sin, y, *x.stride()[:3], *y.stride()[:3],
         0 if len(cos) == 1 else cos.stride(0), seq_len, heads,
         TRANSPOSED=transposed, HALF=width // 2,
-        BLOCK_H=min(max(1, _TILE // block_d), 1 << (heads - 1).bit_length()), BLOCK_D=block_d,
+        BLOCK_H=max(1, tile // block_d), BLOCK_D=block_d,
         # A fused product and sum would round once where transformers rounds twice.
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=tile // _A_WARP, enable_fp_fusion=False,
     )  # fmt: skip
     if y is not out:
         out.copy_(y)
