@@ -27,6 +27,8 @@ from hfprune_fast.kernels.linear_criteria import (
 )
 from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
 from hfprune_fast.kernels.linear_kl import linear_kl, linear_kl_loss, linear_kl_reference
+from hfprune_fast.kernels.rms_norm import rms_norm, rms_norm_reference
+from hfprune_fast.kernels.rotary import rotary, rotary_reference
 from hfprune_fast.kernels.taylor import (
     TaylorStatistics,
     taylor_statistics,
@@ -55,6 +57,10 @@ __all__ = [
     "linear_sampled_cross_entropy",
     "linear_self_distillation",
     "resolve_backend",
+    "rms_norm",
+    "rms_norm_reference",
+    "rotary",
+    "rotary_reference",
     "slow_on_this_cpu",
     "softmax_entropy",
     "softmax_entropy_grad_",

@@ -93,10 +93,10 @@ def test_only_one_module_imports_triton() -> None:
     assert importers == ["_triton.py"]
 
 
-def test_two_files_intercept_modules() -> None:
+def test_three_files_intercept_modules() -> None:
     hooks = re.compile(r"register_\w*hook|\.forward = ")
     files = [path.name for path in FILES if hooks.search(path.read_text(encoding="utf-8"))]
-    assert sorted(files) == ["expert_hooks.py", "mlp_hooks.py"]
+    assert sorted(files) == ["expert_hooks.py", "fused.py", "mlp_hooks.py"]
 
 
 def run(code: str, cwd: Path) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfprune_fast.kernels import _kl_rows, _rows, _statistics
+from hfprune_fast.kernels import _kl_rows, _rms_norm_triton, _rotary_triton, _rows, _statistics
 from hfprune_fast.kernels._activations import ACTIVATIONS, Gated
 from hfprune_fast.kernels._criterion import Criterion
 from hfprune_fast.kernels._triton import cdiv
@@ -26,6 +26,7 @@ class Case(NamedTuple):
     launch: Callable[[], object]
     wide: bool = True  # the data allow 16-byte loads and stores
     stores: bool = True  # rows are written, not only read
+    looped: bool = True  # the hot path is a loop, not the whole kernel
     logit_bytes: float = 0.0  # of rows of logits, the mean of two; 0: not counted
     # Instructions a logit in the loops, at most, on NVIDIA's and AMD's.
     instructions: tuple[float, float] = (float("inf"), float("inf"))
@@ -80,6 +81,23 @@ def _launch_taylor(
     )  # fmt: skip
 
 
+def _launch_norm(dtype: torch.dtype, form: str, width: int) -> None:
+    rows, weight = _meta(8192, width, dtype=dtype), _meta(width, dtype=dtype)
+    _rms_norm_triton.rms_norm_triton(rows, weight, 1e-5, form)
+
+
+def _launch_norm_backward(dtype: torch.dtype, form: str, width: int) -> None:
+    rows, weight = _meta(8192, width, dtype=dtype), _meta(width, dtype=dtype)
+    rstd = _meta(8192, dtype=torch.float32)
+    _rms_norm_triton.rms_norm_backward_triton(rows, rows, weight, rstd, form)
+
+
+def _launch_rotary(dtype: torch.dtype, heads: int, width: int, transposed: bool) -> None:
+    x = _meta(8, 1024, heads, width, dtype=dtype).transpose(1, 2)  # as a projection's view
+    table = _meta(1, 1024, width, dtype=dtype)
+    _rotary_triton.rotary_triton(x, table, table, transposed, torch.empty_like(x))
+
+
 # Instructions a logit in the loops of a kernel, on NVIDIA's and on AMD's: what triton 3.7 makes,
 # rounded up to leave room for another version's.
 _ALLOWED = {
@@ -93,6 +111,7 @@ def _cases() -> Iterator[Case]:
     yield from _rows_cases()
     yield from _kl_cases()
     yield from _taylor_cases()
+    yield from _norm_cases()
 
 
 def _rows_cases() -> Iterator[Case]:
@@ -160,6 +179,33 @@ def _taylor_cases() -> Iterator[Case]:
     yield case("partials", gated)
     yield case("partials of one sequence", partial(gated, shape=(1, 1024, 14_336)))
     yield case("partials odd F", odd, wide=False)
+
+
+def _norm_cases() -> Iterator[Case]:
+    """Rows of a program of their own, those of several (heads), and those of several blocks."""
+    kernels = {
+        "": ("_rms_norm_kernel", _launch_norm),
+        " backward": ("_rms_norm_backward_kernel", _launch_norm_backward),
+    }
+    for suffix, (kernel, launch) in kernels.items():
+        for name, dtype in _DTYPES.items():
+            yield Case(
+                kernel, f"{name} norm{suffix}", partial(launch, dtype, "llama", 4096), looped=False
+            )
+        bf16 = partial(launch, _DTYPES["bf16"])
+        for form in ("gemma", "olmo2"):
+            yield Case(kernel, f"{form} norm{suffix}", partial(bf16, form, 3584), looped=False)
+        for width in (128, 16_384):
+            named = f"norm of {width}{suffix}"
+            yield Case(kernel, named, partial(bf16, "llama", width), looped=False)
+        yield Case(kernel, f"norm of 18432{suffix}", partial(bf16, "llama", 18_432))
+    for name, dtype in _DTYPES.items():
+        for transposed in (False, True):
+            suffix = " backward" if transposed else ""
+            launch = partial(_launch_rotary, dtype, 32, 128, transposed)
+            yield Case("_rotary_kernel", f"{name} rotary{suffix}", launch)
+    few = partial(_launch_rotary, _DTYPES["bf16"], 2, 80, False)
+    yield Case("_rotary_kernel", "rotary of 2 heads of 80", few)
 
 
 CASES = tuple(_cases())

@@ -32,21 +32,23 @@ _ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s")
 _COPY = re.compile(r"\bcp\.async\.\S*global .*?\], (\w+)")
 
 
-def access_bytes(ptx: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def access_bytes(ptx: str, *, looped: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Bytes a thread moves by each load from global memory in a loop, and by each store there.
 
-    Loops are the hot path of kernels like ours. The rest is done once a program: a pipeline's first
-    loads, a row's masked end, a program's sums. A loop is what lies between a label and a jump back
-    to it.
+    Loops are the hot path of most kernels like ours. The rest is done once a program: a pipeline's
+    first loads, a row's masked end, a program's sums. A loop is what lies between a label and a
+    jump back to it. Without `looped`, all that the kernel does counts.
     """
     lines = ptx.splitlines()
     starts = {line.partition(":")[0]: i for i, line in enumerate(lines) if line[:5] == "$L__B"}
-    looped: set[int] = set()
+    looped_lines: set[int] = set()
     for i, line in enumerate(lines):
         if found := re.search(r"\bbra\S*\s+(\$L__B\w+)", line):
-            looped.update(range(starts[found[1]], i))
+            looped_lines.update(range(starts[found[1]], i))
+    if not looped:
+        looped_lines = set(range(len(lines)))
     accesses: dict[str, list[int]] = {"ld": [], "st": []}
-    for line in (lines[i] for i in sorted(looped)):
+    for line in (lines[i] for i in sorted(looped_lines)):
         if found := _ACCESS.search(line):
             accesses[found[1]].append(int(found[2] or 1) * int(found[3]) // 8)
         elif found := _COPY.search(line):

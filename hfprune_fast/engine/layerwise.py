@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.expert_hooks import known_gate
+from hfprune_fast.engine.fused import fused_modules
 from hfprune_fast.engine.layer_calls import NOT_IN_A_ROW, Calls, recorded_calls, same_calls
 from hfprune_fast.engine.mlp_hooks import known_activation
 from hfprune_fast.errors import ArgumentError, NumericsError, UnsupportedModelError
@@ -90,8 +91,9 @@ class ResidentModel:
     """A loaded model that runs one layer at a time.
 
     Use as a context manager: inside, the model is in evaluation mode and its parameters are frozen;
-    both are restored on exit. `head_unit` numbers the weights of the final norm and the head.
-    `streams_on_device`: see `engine.plan.Plan`.
+    both are restored on exit. On a GPU its plain norms and rotary embeddings are fused meanwhile
+    (`engine.fused`). `head_unit` numbers the weights of the final norm and the head.
+    `streams_on_device`: see `engine.plan.Plan`. `backend`: of the kernels, as they take it.
 
     Raises:
         ArgumentError: the model is spread over several devices.
@@ -100,6 +102,7 @@ class ResidentModel:
     """
 
     streams_on_device = False
+    backend: str | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -145,9 +148,13 @@ class ResidentModel:
             parameter.requires_grad_(False)
         grouped = all(e.can_be_grouped for e in self.parts.with_experts.values())
         self._set_experts_to(None if grouped else "eager")
+        self._fused = ExitStack()
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._fused.enter_context(fused_modules(self.model, self.backend, like))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._fused.close()
         self._calls.clear()
         for module, mode in self._training.items():
             module.training = mode

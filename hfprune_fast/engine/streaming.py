@@ -31,7 +31,11 @@ from hfprune_fast.engine.weights import (
 
 
 def open_model(
-    subject: Blueprint | ResidentModel, offload: str, *, streams_on_device: bool = False
+    subject: Blueprint | ResidentModel,
+    offload: str,
+    *,
+    streams_on_device: bool = False,
+    backend: str | None = None,
 ) -> ResidentModel:
     """Return a blueprint's model, resident ("none") or streamed; return a loaded one as it is."""
     if isinstance(subject, ResidentModel):
@@ -40,7 +44,7 @@ def open_model(
         model = (
             ResidentModel(build(subject)) if offload == "none" else StreamedModel(subject, offload)
         )
-    model.streams_on_device = streams_on_device
+    model.streams_on_device, model.backend = streams_on_device, backend
     return model
 
 

@@ -234,7 +234,10 @@ def _open_and_score(
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file if given is None else None, refit=recipe.refit)
-        opened = open_model(job.subject, plan.offload, streams_on_device=plan.streams_on_device)
+        opened = open_model(
+            job.subject, plan.offload,
+            streams_on_device=plan.streams_on_device, backend=job.backend,
+        )  # fmt: skip
         model = stack.enter_context(opened)
         scored = (given, {}) if given else job.run(model, plan, resume_file, progress)
     batches = job.data.split(plan.batch_size)

@@ -62,7 +62,8 @@ class ScoringJob:
         return None if isinstance(self.subject, ResidentModel) else self.subject.source
 
     @property
-    def _backend(self) -> str:
+    def backend(self) -> str:
+        """Which kernels score."""
         like = torch.empty(0, device=self.subject.device, dtype=self.subject.dtype)
         return backend_for(like, self.options.backend, self.options.parity)
 
@@ -114,7 +115,7 @@ class ScoringJob:
             "logits_budget_bytes": plan.logits_budget_bytes,
             "batches": hashlib.sha256(str([len(b.ids) for b in batches]).encode()).hexdigest()[:8],
             "dtype": str(self.subject.dtype).removeprefix("torch."),
-            "backend": self._backend,
+            "backend": self.backend,
             "parity": self.options.parity,
             **({} if attention == "auto" else {"attention": attention}),
             **{name: versions[name] for name in ("torch", "hfprune_fast")},
@@ -139,7 +140,7 @@ class ScoringJob:
                 )
         batches = self.data.split(plan.batch_size)
         options = PassOptions(
-            backend=self._backend, criteria=self._gradients, output_fisher=self.obs,
+            backend=self.backend, criteria=self._gradients, output_fisher=self.obs,
             seed=self.seed, parity=self.options.parity,
             recompute=plan.recompute, inputs_on_host=plan.inputs_on_host,
             pass_tokens=plan.pass_tokens, logits_budget_bytes=plan.logits_budget_bytes,

@@ -91,8 +91,9 @@ def score(
     with joined(job.subject.device, processes):
         plan, resume_file = job.plan(run, state_file)
         with open_model(
-            job.subject, plan.offload, streams_on_device=plan.streams_on_device
-        ) as model:
+            job.subject, plan.offload,
+            streams_on_device=plan.streams_on_device, backend=job.backend,
+        ) as model:  # fmt: skip
             return job.run(model, plan, resume_file, progress)[0]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from hfprune_fast.kernels import (
     linear_kl,
     linear_kl_loss,
     linear_self_distillation,
+    rms_norm,
+    rotary,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -60,6 +63,11 @@ def _gated(x: Inputs, mode: str, **options: Any) -> list[Tensor]:
     return [*sums, d_gate, d_up]
 
 
+def _angles(x: Inputs) -> tuple[Tensor, Tensor]:
+    """cos and sin of a position each row, (1, T, D)."""
+    return x.hidden.cos()[None], x.hidden.sin()[None]
+
+
 # By name: a call that returns what the operation makes, in new tensors.
 OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "softmax_entropy": lambda x=SMALL, **kw: [softmax_entropy(x.logits, **kw)],
@@ -81,6 +89,10 @@ OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "gated_taylor": lambda x=SMALL, **kw: _gated(x, "new", **kw),
     "gated_taylor out": lambda x=SMALL, **kw: _gated(x, "out", **kw),
     "gated_taylor overwrite": lambda x=SMALL, **kw: _gated(x, "overwrite", **kw),
+    "rms_norm": lambda x=SMALL, **kw: [rms_norm(x.hidden, x.weight[0], eps=1e-5, **kw)],
+    "rotary": lambda x=SMALL, **kw: [
+        *rotary(x.hidden[None, None], x.hidden[None, None], *_angles(x), **kw)
+    ],
 }
 
 
@@ -104,6 +116,11 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.taylor_statistics, (x.grad, x.up, mask, False, 2.0)),
         (ops.gated_taylor_, (*mlp, "silu", mask, False, 2.0)),
         (ops.gated_taylor_out, (*mlp, x.gate + 1, x.up + 1, "gelu", mask, False, 2.0)),
+        *((ops.rms_norm, (x.hidden.clone().requires_grad_(), x.weight[0].clone(), 1e-5, form))
+          for form in ("llama", "gemma", "olmo2")),
+        (ops.rms_norm_backward, (x.hidden.flip(0), x.hidden, x.weight[0].clone(),
+                                 torch.ones_like(x.hidden[:, 0]), "gemma")),
+        (ops.rotary, (x.hidden[None, None].clone().requires_grad_(), *_angles(x), False)),
         (ops.taylor_statistics, (*low[:2], None, True, 1.0)),  # parity
         (ops.gated_taylor_, (*low, "gelu", None, True, 1.0)),
     ]  # fmt: skip
@@ -123,7 +140,7 @@ _BAD_LOGITS: list[tuple[dict[str, Any], str]] = [
     ({"logit_scale": -1.0}, "logit_scale must be"),
 ]
 # (operation, its good arguments, what is changed and the message)
-_REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], list[tuple[dict[str, Any], str]]]] = [
+_REFUSED: list[tuple[Callable[..., Any], dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
     (softmax_entropy, _LOGITS, _BAD_LOGITS),
     (softmax_entropy_grad_, _LOGITS | {"row_scale": torch.zeros(3)}, [
         *_BAD_LOGITS,
@@ -214,6 +231,24 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Tensor], list[tuple[dict[str,
             {"gate": torch.zeros(20).as_strided((2, 3, 4), (6, 2, 1)), "overwrite": True},
             "one stride over B and S",
         ),
+    ]),
+    (partial(rms_norm, eps=1e-5), {"x": _THREE, "weight": torch.ones(4)}, [
+        ({"x": torch.zeros(2, 4, dtype=torch.int64)}, r"x must be a \(\.\.\., D\) float tensor"),
+        ({"weight": torch.ones(3)}, r"weight must be \(4,\) torch.float32 as x is, got \(3,\)"),
+        ({"weight": torch.ones(4).double()}, "weight must be .*float32 .*got .*float64"),
+        ({"weight": torch.ones(4, requires_grad=True)}, "weight must be frozen"),
+        ({"eps": -1.0}, r"eps must be a number in 0 \.\. 1, got -1.0"),
+        ({"eps": NAN}, "eps must be"),
+        ({"form": "t5"}, "form must be one of llama, gemma, olmo2, got 't5'"),
+    ]),
+    (rotary, dict.fromkeys(("q", "k"), torch.zeros(2, 1, 3, 4)) | {"cos": _THREE, "sin": _THREE}, [
+        ({"q": torch.zeros(2, 3, 4)}, r"q must be a \(B, H, T, Dh\) float tensor, .*\(2, 3, 4\)"),
+        ({"q": torch.zeros(2, 1, 3, 5)}, "Dh even"),
+        ({"k": torch.zeros(2, 1, 4, 4)}, r"k must be \(2, K, 3, 4\) .*got \(2, 1, 4, 4\)"),
+        ({"k": torch.zeros(2, 1, 3, 4).half()}, "k must be .*float32 .*got .*float16"),
+        ({"cos": torch.zeros(2, 3, 2)}, r"cos must be \(2 or 1, 3, 4\) .*got \(2, 3, 2\)"),
+        ({"sin": _THREE.double()}, "sin must be .*float32, got .*float64"),
+        ({"sin": torch.zeros(1, 3, 4, requires_grad=True)}, "sin gets no gradient"),
     ]),
 ]  # fmt: skip
 REFUSED = [

@@ -1,3 +1,4 @@
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,7 +7,7 @@ import torch
 from operations import OPERATIONS
 from paths import CPU_DEFAULT, needs_cpp, needs_triton
 
-from hfprune_fast.kernels import _dispatch, _kl_rows, _rows, _statistics
+from hfprune_fast.kernels import _dispatch
 from hfprune_fast.kernels._arguments import check_devices
 from hfprune_fast.kernels._dispatch import architecture, resolve_backend
 
@@ -27,8 +28,8 @@ def _no_choice_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The implementations that were called."""
     names: list[str] = []
-    for module in (_rows, _kl_rows, _statistics):
-        table: dict[str, Any] = module.IMPLEMENTATIONS  # type: ignore[attr-defined]
+    for module in ("_rows", "_kl_rows", "_statistics", "rms_norm", "rotary"):
+        table: dict[str, Any] = import_module(f"hfprune_fast.kernels.{module}").IMPLEMENTATIONS
         for name, implementation in table.items():
 
             def record(*args: Any, _name: str = name, _run: Any = implementation) -> Any:

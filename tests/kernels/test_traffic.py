@@ -16,6 +16,8 @@ from hfprune_fast.kernels import (
     linear_fisher,
     linear_kl,
     linear_self_distillation,
+    rms_norm,
+    rotary,
     softmax_entropy,
     softmax_entropy_grad_,
     taylor_statistics,
@@ -190,3 +192,47 @@ def test_padding_is_not_read() -> None:
         assert traffic.read[name] == 2 * 40 * (130 + 7)
     assert traffic.read["token_mask"] == 2 * 130  # once for each block of neurons, here one
     assert traffic.written["gate"] == traffic.written["up"] == 2 * grad.numel()
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "width"), [(5, 96), (70, 64), (3, 4096)])
+def test_rms_norm_reads_once_and_writes_once(rows: int, width: int) -> None:
+    x, weight = bf16(rows, width).requires_grad_(), bf16(width)
+    grad = bf16(rows, width, seed=1)
+    size, programs = 2 * rows * width, -(-rows // max(1, 4096 // (1 << (width - 1).bit_length())))
+    with kernel_traffic(x=x, weight=weight) as forward:
+        y = rms_norm(x, weight, eps=1e-5, backend="triton")
+    of_weight = 2 * width * programs  # which L2 keeps
+    assert forward.read == {"x": size, "weight": of_weight}
+    assert forward.written == {"bf16": size, "fp32": 4 * rows}
+    with kernel_traffic(x=x, weight=weight, grad=grad) as backward:
+        y.backward(grad)
+    assert backward.read == {"x": size, "grad": size, "weight": of_weight, "fp32": 4 * rows}
+    assert backward.written == {"bf16": size}
+
+
+@needs_triton
+def test_rows_longer_than_registers_are_read_twice() -> None:
+    x, weight = bf16(1, 16_400).requires_grad_(), bf16(16_400)
+    with kernel_traffic(x=x) as forward:
+        y = rms_norm(x, weight, eps=1e-5, backend="triton")
+    with kernel_traffic(x=x) as backward:
+        y.sum().backward()
+    assert forward.read["x"] == backward.read["x"] == 2 * 2 * x.numel()
+
+
+@needs_triton
+def test_rotary_reads_once_and_writes_once() -> None:
+    q, k = bf16(2, 7, 5, 80).transpose(1, 2).requires_grad_(), bf16(2, 2, 7, 80)
+    cos, sin = bf16(1, 7, 80), bf16(1, 7, 80)
+    q_grad = torch.ones_like(q)
+    with kernel_traffic(q=q, k=k, cos=cos, sin=sin) as forward:
+        q_turned, _ = rotary(q, k, cos, sin, backend="triton")
+    tables = 2 * 2 * 2 * cos.numel()  # for q and k, and for each sequence
+    q_size, k_size = 2 * q.numel(), 2 * k.numel()
+    assert forward.read == {"q": q_size, "k": k_size, "cos": tables, "sin": tables}
+    assert forward.written == {"bf16": q_size + k_size}
+    with kernel_traffic(q_grad=q_grad, cos=cos, sin=sin) as backward:
+        q_turned.backward(q_grad)
+    assert backward.read == {"q_grad": q_size, "cos": tables / 2, "sin": tables / 2}
+    assert backward.written == {"bf16": q_size}

@@ -1,0 +1,166 @@
+"""A model's own norms and rotary embeddings, each computed by one kernel while the model is in use.
+
+In eager transformers a norm is half a dozen operations that pass over memory. Inside
+`fused_modules` a norm's forward is `kernels.rms_norm`, and an attention's calls `kernels.rotary`
+where it called `apply_rotary_pos_emb`: a copy of the attention's own forward, in which that one
+global name stands for another function, so no other model and no module is touched.
+
+What is replaced is transformers' own, as it is written, without hooks, and computes to the bit what
+our plain torch path does for a few invented inputs, forward and backward, in fp32 and in the dtype
+of the run. All else keeps its forward. So does, at each call, what the kernels do not compute:
+other dtypes, arguments or shapes, or a weight that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_fast.kernels import resolve_backend, rms_norm, rotary
+from hfprune_fast.kernels.rms_norm import FORMS
+
+_ROTARY = "apply_rotary_pos_emb"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PROBES = (1e-3, 1.0, 1e3)  # sizes of the inputs by which a norm is compared; eps counts in one
+_NOT_PLAIN = (TypeError, ValueError, RuntimeError, AttributeError)  # what other modules raise
+
+
+@contextmanager
+def fused_modules(model: nn.Module, backend: str | None, like: Tensor) -> Iterator[None]:
+    """Inside, plain norms and attentions run fused, if the backend for `like` is triton."""
+    try:
+        fused = resolve_backend(backend, like) == "triton"
+    except ValueError:  # is reported where a kernel of the job needs it
+        fused = False
+    replaced: list[nn.Module] = []
+    try:
+        for module, forward in _fused_forwards(model, like.dtype) if fused else ():
+            replaced.append(module)
+            module.forward = forward
+        yield
+    finally:
+        for module in replaced:
+            vars(module).pop("forward", None)
+
+
+def _fused_forwards(
+    model: nn.Module, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Yield the modules that are plain, with what computes the same."""
+    forms: dict[tuple[Any, ...], str | None] = {}  # of each kind of norm
+    for module in model.modules():
+        if not _is_untouched(module):
+            continue
+        forward = type(module).forward
+        if isinstance(forward, FunctionType) and _ROTARY in forward.__code__.co_names:
+            own = forward.__globals__.get(_ROTARY)
+            if isinstance(own, FunctionType) and _is_plain_rotary(own, dtype):
+                yield module, MethodType(_calling_ours(forward, own), module)
+        elif list(module._parameters) == ["weight"] and not (module._buffers or module._modules):
+            weight, eps = module._parameters["weight"], _eps(module)
+            if weight is None or weight.dim() != 1 or eps is None:
+                continue
+            options = {name: value for name, value in vars(module).items() if name[0] != "_"}
+            kind = type(module), len(weight), repr({**options, "training": None})
+            if kind not in forms:
+                forms[kind] = _form(module, len(weight), eps, dtype)
+            if (form := forms[kind]) is not None:
+                yield module, partial(_norm, module, forward, eps, form)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    ours = type(module).__module__.startswith("transformers.models.")
+    return ours and "forward" not in vars(module) and not any(getattr(module, h) for h in _HOOKS)
+
+
+def _eps(module: nn.Module) -> float | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None
+
+
+def _norm(
+    module: nn.Module, own: Callable[..., Tensor], eps: float, form: str, *args: Any, **kwargs: Any
+) -> Tensor:
+    weight: Any = module.weight
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if x is None or (x.dtype, x.device) != (weight.dtype, weight.device) or weight.requires_grad:
+        return own(module, *args, **kwargs)
+    return rms_norm(x, weight, eps=eps, form=form, backend="triton")
+
+
+def _calling_ours(forward: FunctionType, own: Callable[..., Any]) -> FunctionType:
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        batch, _, seq_len, width = q.shape
+        same = cos.shape[1:] == sin.shape[1:] == (seq_len, width) and cos.shape[0] in (1, batch)
+        dtypes = {q.dtype, k.dtype, cos.dtype, sin.dtype}
+        trained = cos.requires_grad or sin.requires_grad
+        if args or kwargs or not same or len(dtypes) > 1 or k.shape[2] != seq_len or trained:
+            return own(q, k, cos, sin, *args, **kwargs)
+        return rotary(q, k, cos, sin, backend="triton")
+
+    made = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, _ROTARY: turned},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+def _form(module: nn.Module, width: int, eps: float, dtype: torch.dtype) -> str | None:
+    """Return the form of `rms_norm` that a norm computes, whatever its weight; None if none."""
+    rows = torch.cat([size * _random(2, width) for size in _PROBES])
+
+    def agree(form: str, of: torch.dtype) -> bool:
+        x, weight = rows.to(of), _random(width, seed=1).to(of)
+        return _agree(
+            lambda x: (torch.func.functional_call(module, {"weight": weight}, (x,)),),
+            lambda x: (rms_norm(x, weight, eps=eps, form=form, backend="torch"),),
+            x,
+        )
+
+    return next((f for f in FORMS if agree(f, torch.float32) and agree(f, dtype)), None)
+
+
+@cache
+def _is_plain_rotary(own: FunctionType, dtype: torch.dtype) -> bool:
+    """Return whether a function turns queries and keys as `rotary` does."""
+    if not own.__module__.startswith("transformers.models."):
+        return False
+    for of, batch in ((torch.float32, 1), (torch.float32, 2), (dtype, 1), (dtype, 2)):
+        q, k, cos, sin = (
+            _random(*shape, seed=seed).to(of)
+            for seed, shape in enumerate(((2, 3, 5, 8), (2, 1, 5, 8), (batch, 5, 8), (batch, 5, 8)))
+        )
+        ours = partial(rotary, cos=cos, sin=sin, backend="torch")
+        if not _agree(partial(own, cos=cos, sin=sin), ours, q, k):
+            return False
+    return True
+
+
+def _agree(theirs: Callable[..., Any], ours: Callable[..., Any], *inputs: Tensor) -> bool:
+    """Return whether two functions have the same results and gradients, to the bit."""
+    results = []
+    try:
+        for function in (theirs, ours):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            with torch.enable_grad():
+                outputs = function(*leaves)
+            gradients = [_random(*output.shape, seed=9).to(output.dtype) for output in outputs]
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, gradients)])
+    except _NOT_PLAIN:
+        return False
+    mine, own = results[1], results[0]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, mine, strict=True))
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,270 @@
+"""A model's norms and rotary embeddings are fused where they are plain, and only meanwhile.
+
+In Triton's interpreter on a CPU, where backend "triton" must be named.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import tiny_family_model
+from interpreted import rounding_as_a_gpu
+from paths import needs_triton
+from tolerances import assert_no_worse, relative_error
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from truth import tiny_model
+
+import hfprune_fast as hf
+from hfprune_fast.config import STATISTICS
+from hfprune_fast.engine import fused, layerwise
+from hfprune_fast.engine.fused import fused_modules
+
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")]
+FP32, BF16 = torch.float32, torch.bfloat16
+# Modules a layer that are fused, by name, beside the final norm.
+LLAMA = ["input_layernorm", "post_attention_layernorm", "self_attn"]
+GEMMA = [*LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+FAMILIES = {
+    "llama": LLAMA,
+    "qwen3": [*LLAMA, "q_norm", "k_norm"],
+    "gemma2": GEMMA,
+    "gemma3_text": [*GEMMA, "q_norm", "k_norm"],
+    "olmo2": [n for n in GEMMA if n[0] != "i" and n[:2] != "pr"] + ["q_norm", "k_norm"],
+    "phi3": LLAMA,
+    "glm": LLAMA[:2],  # turns neighbours, not halves
+    "gpt_oss": LLAMA[:2],
+    "olmo": ["self_attn"],  # norms without weights
+    "cohere": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def _rounding() -> Iterator[None]:
+    with rounding_as_a_gpu():
+        yield
+
+
+def llama(dtype: torch.dtype = FP32) -> PreTrainedModel:
+    return tiny_model("llama", dtype=dtype, num_hidden_layers=2).requires_grad_(False)
+
+
+def of(dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+def replaced(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def fused_names(
+    model: nn.Module, backend: str | None = "triton", dtype: torch.dtype = FP32
+) -> list[str]:
+    with fused_modules(model, backend, of(dtype)):
+        names = replaced(model)
+    assert replaced(model) == []
+    return names
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each kernel was called."""
+    counter: Counter[str] = Counter()
+    for name in ("rms_norm", "rotary"):
+        kernel: Callable[..., Any] = getattr(fused, name)
+
+        def counted(*args: Any, _name: str = name, _kernel: Any = kernel, **kwargs: Any) -> Any:
+            counter[_name] += kwargs["backend"] == "triton"
+            return _kernel(*args, **kwargs)
+
+        monkeypatch.setattr(fused, name, counted)
+    return counter
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_modules_of_a_family_and_its_logits(family: str, dtype: torch.dtype) -> None:
+    """Logits are off by a rounding of each norm's sum, which later layers carry on."""
+    model = tiny_family_model(family, dtype=dtype)
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids, use_cache=False).logits
+    with fused_modules(model, "triton", of(dtype)):
+        names = [name.rpartition(".")[2] for name in replaced(model)]
+        logits = model(ids, use_cache=False).logits
+    layers = model.config.num_hidden_layers
+    final = [] if family in ("olmo", "cohere") else ["norm"]
+    assert Counter(names) == Counter(FAMILIES[family] * layers + final)
+    assert replaced(model) == []
+    truth = tiny_family_model(family, dtype=torch.float64)(ids, use_cache=False).logits
+    floor = 8 * torch.finfo(dtype).eps
+    assert_no_worse(
+        logits.flatten()[None], expected.flatten()[None], truth.flatten()[None], floor=floor
+    )
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_scores_of_a_fused_llama(
+    dtype: torch.dtype, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error rule, against float64, is `test_triton_kernels_score_within_the_error_rule`'s."""
+    model = tiny_model("llama", dtype=dtype, num_hidden_layers=2)
+    ids = torch.randint(127, (2, 12), generator=torch.Generator().manual_seed(0))
+    table = hf.score(model, ids, batch_size=2, backend="triton")
+    # Two norms and an attention a layer, and the final norm, for one micro-batch.
+    assert calls == {"rms_norm": 5, "rotary": 2}
+    assert replaced(model) == []
+    monkeypatch.setattr(layerwise, "fused_modules", lambda *_: nullcontext())
+    unfused = hf.score(model, ids, batch_size=2, backend="triton")
+    for name in STATISTICS:  # about 30 roundings in a row, each relative to a layer's norm
+        error = relative_error(getattr(table, name), getattr(unfused, name))
+        assert error.max() < 32 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("offload", ["disk", "cpu"])
+def test_streamed_weights_are_those_of_the_moment(
+    offload: str, llama_dir: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(24).view(2, 12)
+    run: dict[str, Any] = {"backend": "triton", "batch_size": 2, "device": "cpu"}
+    streamed = hf.score(str(llama_dir), ids, offload=offload, **run)
+    assert calls["rms_norm"] >= 7
+    assert calls["rotary"] >= 3
+    resident = hf.score(str(llama_dir), ids, offload="none", **run)
+    for name in STATISTICS:
+        assert relative_error(getattr(streamed, name), getattr(resident, name)).max() < 1e-5
+
+
+def test_refits_and_evaluates_with_it(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFPRUNE_BACKEND", "triton")
+    dense, pruned = llama(), llama()
+    ids, keep = torch.arange(24).view(2, 12), {layer: torch.arange(0, 96, 2) for layer in range(2)}
+    weights = hf.refit_down_proj(dense, [ids], keep)
+    assert calls["rms_norm"] > 0
+    hf.prune(pruned, keep, down_proj=weights)
+    calls.clear()
+    assert hf.evaluate(dense, pruned, [ids]).kl_nats > 0
+    assert calls["rms_norm"] == 2 * 5
+    assert replaced(dense) == replaced(pruned) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "environment", "dtype"),
+    [("torch", None, FP32), (None, "torch", FP32), (None, None, FP32), (None, None, torch.float64),
+     ("triton", None, torch.float64), ("triton", "torch", FP32)],
+)  # fmt: skip
+def test_off_but_with_triton(
+    backend: str | None, environment: str | None, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A CPU's default is another backend; a name wins over the environment, as everywhere."""
+    monkeypatch.delenv("HFPRUNE_BACKEND", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("HFPRUNE_BACKEND", environment)
+    on = backend == "triton" and dtype == FP32
+    assert bool(fused_names(llama(dtype), backend, dtype)) == on
+
+
+class _OwnNorm(LlamaRMSNorm):  # type: ignore[misc]
+    """A user's, of code that is not transformers'."""
+
+
+def _hooked(norm: nn.Module) -> None:
+    norm.register_forward_hook(lambda *_: None)
+
+
+def _patched(norm: nn.Module) -> None:
+    norm.forward = LlamaRMSNorm.forward.__get__(norm)
+
+
+def _of_another_class(norm: nn.Module) -> None:
+    norm.__class__ = _OwnNorm
+
+
+def _with_a_bias(norm: nn.Module) -> None:
+    norm.register_parameter("bias", nn.Parameter(torch.zeros(1)))
+
+
+@pytest.mark.parametrize("change", [_hooked, _patched, _of_another_class, _with_a_bias])
+def test_a_changed_norm_is_left_alone(change: Callable[[nn.Module], None]) -> None:
+    model = llama()
+    norm = model.model.layers[1].input_layernorm
+    everything = fused_names(model)
+    change(norm)
+    own = vars(norm).get("forward")
+    with fused_modules(model, "triton", of()):
+        names = set(replaced(model))
+        assert vars(norm).get("forward") is own
+    assert vars(norm).get("forward") is own
+    left = {"model.layers.1.input_layernorm"}
+    assert names - left == set(everything) - left
+    assert (own is None) == (not left & names)
+
+
+@pytest.mark.parametrize("size", [1.0, 1 + 2.0**-20])
+def test_what_computes_something_else_is_left_alone(
+    size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its class is transformers' own: the forward and the function are compared."""
+    fused._is_plain_rotary.cache_clear()
+    norm, turn = LlamaRMSNorm.forward, modeling_llama.apply_rotary_pos_emb
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return turn(q * size, k, cos, sin)
+
+    turned.__module__ = turn.__module__
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: norm(self, x) * size)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turned)
+    assert bool(fused_names(llama())) == (size == 1)
+
+
+def test_what_the_kernels_do_not_compute_takes_the_own_forward(calls: Counter[str]) -> None:
+    model, x = llama(BF16), torch.ones(2, 64)
+    norm = model.model.norm
+    with fused_modules(model, "triton", of(BF16)):
+        width = len(norm.weight)
+        calls.clear()
+        assert norm(x[:, :width]).dtype == FP32  # fp32 activations of a bf16 model
+        assert norm(hidden_states=x[:, :width].bfloat16()).dtype == BF16
+        norm.weight.requires_grad_()
+        norm(x[:, :width].bfloat16()).sum().backward()
+        assert norm.weight.grad is not None
+        assert not calls
+        norm.weight.requires_grad_(False)
+        norm(x[:, :width].bfloat16())
+        assert calls == {"rms_norm": 1}
+
+
+def test_partial_rotary_takes_the_own_function(calls: Counter[str]) -> None:
+    model = tiny_family_model("phi3", dtype=FP32, partial_rotary_factor=0.5)
+    ids = torch.arange(6)[None]
+    expected = model(ids, use_cache=False).logits
+    with fused_modules(model, "triton", of()):
+        logits = model(ids, use_cache=False).logits
+    assert calls["rotary"] == 0
+    assert calls["rms_norm"] > 0
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_other_model_is_touched_and_an_error_restores() -> None:
+    model, other = llama(), llama()
+    own = modeling_llama.apply_rotary_pos_emb
+
+    def fail_inside() -> None:
+        with fused_modules(model, "triton", of()):
+            assert replaced(model)
+            assert replaced(other) == []
+            assert modeling_llama.apply_rotary_pos_emb is own
+            with fused_modules(model, "triton", of()):  # nothing is left to replace
+                pass
+            assert replaced(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert replaced(model) == []
