@@ -128,9 +128,8 @@ real = [
     ("bf16 gated silu odd F", lambda: kernels.gated_taylor(*odd)),
     ("bf16 norm", lambda: kernels.rms_norm(rows(16, 4096), rows(4096), eps=1e-5)),
     ("norm of 128", lambda: kernels.rms_norm(rows(2, 8, 4, 128), rows(128), eps=1e-5)),
-    ("bf16 rotary", lambda: kernels.rotary(
-        rows(2, 16, 32, 128).transpose(1, 2), rows(2, 16, 32, 128).transpose(1, 2),
-        rows(1, 16, 128), rows(1, 16, 128))),
+    ("bf16 rotary", lambda: torch.ops.hfprune_fast.rotary(
+        rows(2, 16, 32, 128).transpose(1, 2), rows(1, 16, 128), rows(1, 16, 128), False, None)),
 ]
 
 def known(launch):
