@@ -61,6 +61,7 @@ TESTS = (
     "linear_entropy",
     "linear_kl",
     "operations",
+    "norms",
 )  # the quickest to tell most first
 
 

@@ -12,6 +12,7 @@ import time
 import bench_entropy
 import bench_linear_entropy
 import bench_linear_kl
+import bench_norms
 import bench_taylor
 import torch
 from case import Case, measured
@@ -21,7 +22,7 @@ from records import Row
 from shapes import Spec, specs_of
 
 SCALE = "full" if GPU else "tiny"
-SUITES = bench_entropy, bench_linear_entropy, bench_linear_kl, bench_taylor
+SUITES = bench_entropy, bench_linear_entropy, bench_linear_kl, bench_taylor, bench_norms
 CASES: dict[str, type[Case]] = {op: case for suite in SUITES for op, case in suite.CASES.items()}
 OURS = "ours, triton"
 # {operation: % of the floor} that ours should reach at Llama-3.1-8B's shape in bf16. The entropy's

@@ -21,8 +21,8 @@ SECTIONS = {
     "Whole models": ("score", "score_beside_another", "whole_job", "default_recipe"),
     "Kernels": (
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "removal_costs",
-        "refit",
+        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "rms_norm",
+        "rotary", "removal_costs", "refit",
     ),
     "Compaction of weights": ("compact_rows", "compact_columns", "prune_checkpoint"),
 }  # fmt: skip
