@@ -1,6 +1,7 @@
 """What the whole job never does and how much it multiplies, counted, in every way that it runs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
+from hfprune_fast.engine import layerwise
 from hfprune_fast.engine.plan import Plan
 from hfprune_fast.evaluation import fidelity
 from hfprune_fast.scoring import job
@@ -41,6 +43,12 @@ every_path = pytest.mark.parametrize(
         if path.values in TRIED
     ],
 )
+
+
+@pytest.fixture(autouse=True)
+def _own_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused ones, which tests/engine/test_fused.py has, take the interpreter minutes."""
+    monkeypatch.setattr(layerwise, "fused_modules", lambda *_: nullcontext())
 
 
 @pytest.fixture
