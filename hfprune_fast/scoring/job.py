@@ -135,8 +135,8 @@ class ScoringJob:
             if self.subject.device.type == "cpu" and slow_on_this_cpu(self.subject.dtype):
                 name = resume_file.identity["dtype"]
                 say(
-                    f"this CPU multiplies {name} many times slower than float32, for which a "
-                    "folder takes --dtype float32, and a model in memory .float()"
+                    f"this CPU multiplies {name} many times slower than float32: use "
+                    "--dtype float32, or model.float() for a model in memory"
                 )
         batches = self.data.split(plan.batch_size)
         options = PassOptions(
