@@ -25,7 +25,7 @@ Results = dict[str, Tensor]
 # Rows whose gradients are compared, spread over all: each is computed alone.
 CHECKED_ROWS = 64
 # The least number of rounds of each provider, and about how many seconds of calls.
-LEAST_ROUNDS, BUDGET_S = 1 if INTERPRETED else 5, 0.5
+LEAST_ROUNDS, BUDGET_S = 1 if INTERPRETED else 3, 0.5
 OUT_OF_MEMORY = "out of memory"
 
 

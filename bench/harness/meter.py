@@ -126,9 +126,7 @@ class PeakMemory:
 
 
 def rounds_for(call: Call, ready: Call, budget_s: float, least: int, most: int) -> int:
-    """Return how many calls fit the budget, after one to warm up."""
-    ready()
-    call()
+    """Return how many calls, of one that is warm, fit the budget."""
     ready()
     begin = clock_s()
     call()

@@ -33,8 +33,8 @@ def test_all_suites_at_tiny_sizes(tmp_path: Path) -> None:
     rows = read(path)["rows"]
     assert {row["op"] for row in rows} == {
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "compact_rows",
-        "compact_columns", "prune_checkpoint", "score", "score_beside_another",
+        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "rms_norm", "rotary",
+        "compact_rows", "compact_columns", "prune_checkpoint", "score", "score_beside_another",
         "whole_job", "default_recipe",
     }  # fmt: skip
     for row in rows:
