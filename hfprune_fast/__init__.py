@@ -5,7 +5,7 @@ table = hf.score("path/to/model", "text.txt")        # every statistic of every 
 keep = hf.select(table, prune_ratio=0.2)             # {layer: indices}
 hf.prune(model, keep)                                # a loaded model, in place
 hf.prune_checkpoint("path/to/model", "out", keep)    # or from disk to disk
-hf.evaluate(dense, pruned, batches)                  # KL, perplexity, top-1 agreement
+hf.evaluate(dense, pruned, batches)                  # KL, perplexity, agreement
 hf.recover("path/to/model", "out", "text.txt", "recovered")  # train by KL from the dense model
 hf.evaluate_tasks("path/to/model", "out", tasks="hellaswag,piqa")  # lm-evaluation-harness
 """

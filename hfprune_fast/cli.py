@@ -142,7 +142,7 @@ def recover(
 @cli.command()
 @click.argument("dense")
 @click.argument("pruned")
-@click.option("--text", metavar="SOURCE", help="Held-out text: KL, perplexity, top-1 agreement.")
+@click.option("--text", metavar="SOURCE", help="Held-out text: KL, perplexity, agreement.")
 @flags(TaskOptions)
 @flags(CalibrationOptions, samples=None)
 @flags(RunOptions)

@@ -5,14 +5,16 @@
 
 MODEL is a folder, a hub name or `demo`. Each of `fidelity_variants.py` is scored, allocated and
 refitted on windows of the calibration text, once for each seed (which draws the windows, and
-fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 agreement.
+fisher's tokens), and measured on another text: KL(dense || pruned), perplexity, top-1 and top-5
+agreement; with --also on further texts, and with --generate by greedy continuations.
 `--rows baselines`: other authors' methods (bench/baselines) beside the paper's recipe and ours.
 Of a model with experts the ways are those of `fidelity_mixture.py`.
 All is fp32 on a CPU; the paper's recipe with the rounding of its script (bf16 parity) is a row of
 its own. The held-out windows are the same for all seeds.
 
 Rows go to NAME.jsonl in bench/results/fidelity as they come. An interrupted run goes on where it
-was, and so does one that is asked for further seeds, ratios or rows.
+was, with --work from the scores of a seed too, and so does one that is asked for further seeds,
+ratios or rows. A row that is there stays as it is, also where it has no continuations yet.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,21 @@ from fidelity_variants import (
     Variant,
     variant_of,
 )
-from records import ResultError, described, rounded
+from records import ResultError, Row, described, rounded
 
-from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import ArgumentError, HFPruneError
 from hfprune_fast.models.spec import ModelSpec
 
+Study = Callable[[argparse.Namespace, Callable[[str], None]], Path]
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 ROWS = {"all": VARIANTS, "baselines": BASELINES, "quick": QUICK}
 ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 # A file is of one of each: rows of others cannot be compared with it.
-SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts")
+SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts", "also")
 # Two windows with as many equal tokens in a row have them from one document.
 SHARED_RUN = 48
 
@@ -62,60 +65,100 @@ SHARED_RUN = 48
 def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
     source = open_source(args.model)
-    check_texts(args.calibration, args.text)
+    drawn = {s: windows(args, source, args.calibration, args.samples, s) for s in args.seeds}
+    held_out = {
+        name: held_out_windows(args, source, text, drawn.values())
+        for name, text in {"": args.text, **args.also}.items()
+    }
+    header = header_of(args, source, drawn[args.seeds[0]], held_out[""])
+    header["also"] = {name: Path(text).name for name, text in args.also.items()}
+    file, done = opened(args.out / f"{header['model']}.jsonl", header)
+    measured = {(variant_of(row), row["prune_ratio"], row["seed"]) for row in done}
+    remaining = [
+        (seed, variant, together)
+        for seed in args.seeds
+        for variant, ratios in _requested(args, source.spec)
+        if (left := [r for r in ratios if (variant, r, seed) not in measured])
+        for together in ([left] if args.together else [[ratio] for ratio in left])
+    ]
+    if remaining:
+        append(file, header)
+        text = held_out.pop("")
+        subject, scored = Subject(source, text, held_out, args.generate), None
+    begun = last = time.monotonic()
+    for i, (seed, variant, ratios) in enumerate(remaining, 1):
+        if scored is None or scored.seed != seed:
+            kept_at = scores_at(args, f"{header['model']}-seed{seed}")
+            scored = Seed(subject, drawn[seed], seed, kept_at)
+        for row in scored.rows(variant, ratios):
+            append(file, row)
+            now = time.monotonic()
+            left_s = (now - begun) * (len(remaining) - i) / i
+            told(
+                f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}, "
+                f"{row['prune_ratio']:.0%} in {now - last:.0f} s; about {left_s / 60:.0f} min to go"
+            )
+            last = now
+    return file
 
-    def windows(text: str, samples: int, seed: int) -> TokenData:
-        return calibrate(text, source, CalibrationOptions(samples, args.seq_len, seed))
 
-    held_out = windows(args.text, args.eval_samples, 0)
-    drawn = {seed: windows(args.calibration, args.samples, seed) for seed in args.seeds}
-    for data in drawn.values():
-        check_windows(data.batches[0].ids, held_out.batches[0].ids)
-    header = {
+def scores_at(args: argparse.Namespace, name: str) -> Path | None:
+    """Return how the files of scores begin, in the folder that is to keep them, if any."""
+    if args.work is None:
+        return None
+    args.work.mkdir(parents=True, exist_ok=True)
+    folder: Path = args.work
+    return folder / name
+
+
+def windows(
+    args: argparse.Namespace, source: ModelSource, text: str, samples: int, seed: int
+) -> TokenData:
+    return calibrate(text, source, CalibrationOptions(samples, args.seq_len, seed))
+
+
+def held_out_windows(
+    args: argparse.Namespace, source: ModelSource, text: str, calibration: Iterable[TokenData]
+) -> TokenData:
+    """Return windows to measure on; refuse text that is in the calibration too."""
+    check_texts(args.calibration, text)
+    held_out = windows(args, source, text, args.eval_samples, 0)
+    for data in calibration:
+        check_windows(data.batches[0].ids, held_out.batches[0].ids, text)
+    return held_out
+
+
+def header_of(
+    args: argparse.Namespace, source: ModelSource, calibration: TokenData, held_out: TokenData
+) -> dict[str, Any]:
+    """Return what a file says before its rows."""
+    return {
         "model": args.name or source.name.rpartition("/")[2],
         "model_type": source.spec.model_type,
         "params": source.spec.total_params,
-        "calibration": {"samples": drawn[args.seeds[0]].sequences, "seq_len": args.seq_len},
+        "calibration": {"samples": calibration.sequences, "seq_len": args.seq_len},
         "evaluation": {"samples": held_out.sequences, "seq_len": args.seq_len},
         "texts": [Path(args.calibration).name, Path(args.text).name],
         **described(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    file: Path = args.out / f"{header['model']}.jsonl"
-    done = _done(file, header)
-    remaining = [
-        (seed, variant, ratios)
-        for seed in args.seeds
-        for variant, of_variant in _requested(args, source.spec)
-        if (ratios := [r for r in of_variant if (variant, r, seed) not in done])
-    ]
-    if remaining:
-        _append(file, header)
-        subject, scored = Subject(source, held_out), None
-    begun = time.monotonic()
-    for i, (seed, variant, ratios) in enumerate(remaining, 1):
-        if scored is None or scored.seed != seed:
-            scored = Seed(subject, drawn[seed], seed)
-        for row in scored.rows(variant, ratios):
-            _append(file, row)
-        left = (time.monotonic() - begun) / 60 * (len(remaining) - i) / i
-        progress = f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}"
-        told(f"{progress}; about {left:.0f} min to go")
-    return file
 
 
 def _requested(
     args: argparse.Namespace, spec: ModelSpec
 ) -> Iterator[tuple[Variant, Sequence[float]]]:
     """Yield each variant, with the ratios at which it is measured."""
-    if not spec.experts:
-        yield from ((variant, args.ratios or RATIOS) for variant in ROWS[args.rows])
-        return
-    if args.rows not in ROWS_OF_MIXTURES:
+    if spec.experts and args.rows not in ROWS_OF_MIXTURES:
         raise ArgumentError(f"--rows {args.rows} is of models without experts")
-    ratios = args.ratios or MIXTURE_RATIOS
-    for variant in ROWS_OF_MIXTURES[args.rows]:
-        yield variant, [r for r in ratios if sizes(variant, r, spec)]
+    variants = (ROWS_OF_MIXTURES if spec.experts else ROWS)[args.rows]
+    names = [str(variant) for variant in variants]
+    if unknown := set(args.only or ()) - set(names):
+        raise ArgumentError(
+            f"--only {min(unknown)!r} is not one of --rows {args.rows}: {'; '.join(names)}"
+        )
+    ratios = args.ratios or (MIXTURE_RATIOS if spec.experts else RATIOS)
+    for variant in variants:
+        if not args.only or str(variant) in args.only:
+            yield variant, [r for r in ratios if not spec.experts or sizes(variant, r, spec)]
 
 
 def check_texts(calibration: str | Path, text: str | Path) -> None:
@@ -126,7 +169,7 @@ def check_texts(calibration: str | Path, text: str | Path) -> None:
         raise ArgumentError(f"text {text} is the calibration text; give one of other documents")
 
 
-def check_windows(calibration: Tensor, held_out: Tensor) -> None:
+def check_windows(calibration: Tensor, held_out: Tensor, text: str) -> None:
     """Refuse held-out windows that have a long run of tokens in common with calibration."""
     length = min(SHARED_RUN, calibration.shape[1])
 
@@ -138,50 +181,86 @@ def check_windows(calibration: Tensor, held_out: Tensor) -> None:
     sharing = sum(not seen.isdisjoint(window) for window in runs(held_out))
     if sharing:
         raise ArgumentError(
-            f"{sharing} of {len(held_out)} held-out windows have {SHARED_RUN} tokens in a row in "
-            "common with calibration windows; give texts of different documents"
+            f"{sharing} of {len(held_out)} held-out windows of {text} have {SHARED_RUN} tokens in "
+            "a row in common with calibration windows; give texts of different documents"
         )
 
 
-def _done(file: Path, header: dict[str, Any]) -> set[tuple[Variant, float, int]]:
-    """Return what an earlier run has measured; refuse to add to one with other settings."""
+def opened(file: Path, header: dict[str, Any]) -> tuple[Path, list[Row]]:
+    """Return a file and its rows; refuse to add to one with other settings."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        return set()
+        return file, []
     earlier = read(file)
     for name in SETTINGS:
         if (was := earlier.header.get(name, header[name])) != header[name]:
             raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
-    return {(variant_of(row), row["prune_ratio"], row["seed"]) for row in earlier.rows}
+    return file, earlier.rows
 
 
-def _append(file: Path, line: dict[str, Any]) -> None:
+def append(file: Path, line: dict[str, Any]) -> None:
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(rounded(line)) + "\n")
 
 
-def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what all studies of a model's fidelity are told."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a model folder, a hub name, or demo")
     parser.add_argument("--calibration", required=True, help="text to score and refit on")
     parser.add_argument("--text", required=True, help="text to measure on, of other documents")
     parser.add_argument("--name", help="of the model in the results; by default its folder's")
     parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--work", type=Path, help="folder that keeps scores, for a later run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ratios", type=float, nargs="+", help="of MLP neurons, or of experts")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--eval-samples", type=int, default=64, help="held-out windows")
+    parser.add_argument("--eval-samples", type=int, default=64, help="held-out windows, of a text")
     parser.add_argument("--seq-len", type=int, default=256)
+    return parser
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--ratios", type=float, nargs="+", help="of MLP neurons, or of experts")
     parser.add_argument("--rows", choices=ROWS, default="all")
-    return parser.parse_args(argv)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of these, by their names")
+    parser.add_argument(
+        "--also", type=_named, nargs="+", default=[], metavar="NAME=FILE",
+        help="further texts to measure on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--generate", type=float, nargs="+", default=[], metavar="RATIO",
+        help="compare greedy continuations too, at these ratios",
+    )  # fmt: skip
+    parser.add_argument(
+        "--together", action="store_true",
+        help="refit all ratios of a variant in one run of the dense model: less time, but a row "
+        "is only there when all are",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    args.also = dict(args.also)
+    return args
+
+
+def _named(given: str) -> tuple[str, str]:
+    name, _, file = given.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {given!r}")
+    return name, file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return reported("fidelity.py", run, parsed(argv))
+
+
+def reported(name: str, study: Study, args: argparse.Namespace) -> int:
+    """Run a study and return the exit status; its file is printed, its progress is on stderr."""
     try:
-        print(run(parsed(argv), lambda line: print(line, file=sys.stderr, flush=True)))
+        print(study(args, lambda line: print(line, file=sys.stderr, flush=True)))
     except (ResultError, HFPruneError) as error:
-        print(f"fidelity.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     return 0
 

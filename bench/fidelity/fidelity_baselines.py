@@ -57,7 +57,7 @@ class Baselines:
         if variant.correction == "bias":
             return Correction(biases=flap.compensating_bias(self._moments, self._down, keep))
         if variant.correction == "grail":
-            return Correction(grail.reconstruct_from(self._grams, self._down, keep))
+            return Correction(grail.reconstruct_from(self.grams, self._down, keep))
         if variant.correction == "grail, in turn":
             return Correction(grail.reconstruct_in_turn(self._model, self._ids, keep))
         return Correction()
@@ -84,7 +84,7 @@ class Baselines:
         return activations.moments(self._model, self._ids)
 
     @cached_property
-    def _grams(self) -> list[Tensor]:
+    def grams(self) -> list[Tensor]:
         return activations.grams(self._model, self._ids)
 
     @cached_property

@@ -63,6 +63,7 @@ def text(result: dict[str, Any]) -> str:
             "KL(dense || pruned)  {kl_nats:.4f} nats\n"
             "perplexity           {ppl_dense:.3f} dense, {ppl_pruned:.3f} pruned\n"
             "top-1 agreement      {top1_agreement:.2%}\n"
+            "top-5 agreement      {top5_agreement:.2%}\n"
             "over                 {tokens} tokens".format(**result)
         )
     if "tasks" in result:

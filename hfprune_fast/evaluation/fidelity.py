@@ -1,10 +1,12 @@
-"""How faithful a pruned model is: KL(dense || pruned), perplexity, top-1 agreement.
+"""How faithful a pruned model is: KL(dense || pruned), perplexity, top-1 and top-5 agreement.
 
 Both models run over the same token windows, and each row of logits is compared in fp32:
 
     kl_nats         mean over all positions of Σ_i p_i (log p_i - log q_i), p dense, q pruned
     ppl             exp of the mean cross entropy of the next token, over T - 1 positions a window
     top1_agreement  fraction of positions where both models' most likely token is the same
+    top5_agreement  fraction of positions where the pruned model's most likely token is among the
+                    dense model's five: fewer than five are more likely there
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Fidelity:
     ppl_pruned: float
     top1_agreement: float
     tokens: int
+    top5_agreement: float | None = None  # None where an earlier version measured it
 
 
 @own_modes()
@@ -90,7 +93,8 @@ def compare(
     `changes` takes the KL of each position too.
     """
     rows = max(1, _CHUNK_ELEMENTS // len(dense_head.weight))
-    sums = torch.zeros(4, dtype=torch.float64)  # kl, cross entropy dense and pruned, agreements
+    # kl, cross entropy dense and pruned, agreements with one and with five
+    sums = torch.zeros(5, dtype=torch.float64)
     positions = predicted = 0
     with torch.inference_mode():
         for batch, p_all, q_all in zip(batches, dense_hidden, pruned_hidden, strict=True):
@@ -108,15 +112,16 @@ def compare(
                         changes.add(batch.first + i, start, log_p, log_q, kl)
                 positions += length
                 predicted += length - 1
-    kl_sum, ce_dense, ce_pruned, agreements = sums.tolist()
+    kl_sum, ce_dense, ce_pruned, top1, top5 = sums.tolist()
     if not all(math.isfinite(x) for x in (kl_sum, ce_dense, ce_pruned)):
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
     return Fidelity(
         kl_nats=kl_sum / positions,
         ppl_dense=_perplexity(ce_dense, predicted),
         ppl_pruned=_perplexity(ce_pruned, predicted),
-        top1_agreement=agreements / positions,
+        top1_agreement=top1 / positions,
         tokens=positions,
+        top5_agreement=top5 / positions,
     )
 
 
@@ -137,15 +142,18 @@ def _rows(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _sums(
     dense: Tensor, pruned: Tensor, log_p: Tensor, log_q: Tensor, kl: Tensor, labels: Tensor
 ) -> Tensor:
-    """Return the (4,) fp64 sums over one chunk of rows."""
+    """Return the (5,) fp64 sums over one chunk of rows."""
     labels = labels.to(log_p.device)
     has_next = labels >= 0
     index = labels.clamp(min=0)[:, None]
+    top = pruned.argmax(dim=-1, keepdim=True).to(dense.device)
+    more_likely = (dense > dense.gather(1, top)).sum(dim=-1)
     return torch.stack(
         [
             kl.double().sum(),
             -log_p.gather(1, index)[has_next].double().sum(),
             -log_q.gather(1, index)[has_next].double().sum(),
-            (dense.argmax(dim=-1) == pruned.argmax(dim=-1).to(dense.device)).double().sum(),
+            (dense.argmax(dim=-1) == top[:, 0]).double().sum(),
+            (more_likely < 5).double().sum(),
         ]
     ).cpu()

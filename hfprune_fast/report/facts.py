@@ -169,6 +169,7 @@ def _measurement(fidelity: Mapping[str, Any]) -> Measurement:
     ends = [-1, *(each.last for each in bins)]
     if any(e.first != end + 1 or e.last <= end for e, end in zip(bins, ends, strict=False)):
         raise ValueError("its positions do not follow one another")
+    top5 = fidelity.get("top5_agreement")
     return Measurement(
         str(fidelity["text"]),
         Fidelity(
@@ -177,6 +178,7 @@ def _measurement(fidelity: Mapping[str, Any]) -> Measurement:
             ppl_pruned=_number(fidelity["ppl_pruned"]),
             top1_agreement=_number(fidelity["top1_agreement"]),
             tokens=_count(fidelity["tokens"]),
+            top5_agreement=None if top5 is None else _number(top5),
         ),
         bins,
     )

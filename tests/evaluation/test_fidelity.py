@@ -30,15 +30,17 @@ def test_matches_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, z in (("ppl_dense", logits[0]), ("ppl_pruned", logits[1])):
         log_p = torch.log_softmax(z[:, :-1], dim=-1).gather(2, ids[:, 1:, None])
         assert getattr(got, name) == pytest.approx(math.exp(-float(log_p.mean())), rel=1e-5)
-    agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean()
-    assert got.top1_agreement == pytest.approx(float(agreement))
+    for name, count in (("top1_agreement", 1), ("top5_agreement", 5)):
+        agree = (logits[0].topk(count).indices == logits[1].argmax(-1, keepdim=True)).any(-1)
+        assert getattr(got, name) == pytest.approx(float(agree.double().mean()))
+    assert got.top1_agreement < (got.top5_agreement or 0) < 1
     assert got.tokens == 60
 
 
 def test_a_model_agrees_with_itself() -> None:
     model = random_llama()
     got = hf.evaluate(model, model, [torch.arange(12).view(2, 6)])
-    assert (got.kl_nats, got.top1_agreement) == (0.0, 1.0)
+    assert (got.kl_nats, got.top1_agreement, got.top5_agreement) == (0.0, 1.0, 1.0)
     assert got.ppl_dense == got.ppl_pruned
 
 

@@ -1,0 +1,166 @@
+"""How many calibration windows the default recipe needs.
+
+    python bench/fidelity/samples.py MODEL --calibration TEXT --text TEXT [--name NAME]
+
+For each number N of windows the default recipe scores, allocates and refits on the first N windows
+of a seed. A row, in NAME-samples.jsonl in bench/results/fidelity, is one of `fidelity.py`'s of the
+default recipe, and also has
+
+    samples        N
+    kept_overlap   part of the kept neurons that the most windows keep too
+    score_regret   Σ cost of what N windows remove / Σ cost of what the most windows remove, less 1;
+                   costs of removal by the scores of the most windows, as if they added up
+    squared_error  mean over the layers of Σ‖x - h‖² / Σ‖x‖² on the held-out text, x the dense
+                   model's residual stream after the layer and h the pruned one's: what a refit
+                   lowers on the calibration text
+
+An interrupted run goes on where it was, with --work from the scores too. The most windows come
+first, as the others are compared with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+from fidelity import (
+    append,
+    header_of,
+    held_out_windows,
+    opened,
+    parser_of,
+    reported,
+    scores_at,
+    windows,
+)
+from fidelity_subject import Seed, Subject
+from fidelity_variants import DEFAULT
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.data.batches import MicroBatch, TokenData
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.errors import ArgumentError
+
+COUNTS = (16, 32, 64, 128, 256, 512)
+RATIOS = (0.2, 0.5)
+
+
+def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
+    """Measure what is not in the file yet; return the file."""
+    source = open_source(args.model)
+    if source.spec.experts:
+        raise ArgumentError("samples.py is of models without experts")
+    drawn = {s: windows(args, source, args.calibration, max(args.samples), s) for s in args.seeds}
+    most = min(data.sequences for data in drawn.values())
+    counts = sorted((n for n in set(args.samples) if n <= most), reverse=True)
+    if not counts:
+        raise ArgumentError(f"{args.calibration} holds {most} windows, fewer than {args.samples}")
+    held_out = held_out_windows(args, source, args.text, drawn.values())
+    header = header_of(args, source, drawn[args.seeds[0]], held_out)
+    # All rows of a file are compared with this number of windows.
+    header["calibration"]["samples"] = counts[0]
+    file, done = opened(args.out / f"{header['model']}-samples.jsonl", header)
+    measured = {(row["seed"], row["samples"], row["prune_ratio"]): row for row in done}
+    remaining = [
+        each
+        for each in [(s, n, r) for s in args.seeds for n in counts for r in args.ratios]
+        if each not in measured
+    ]
+    if remaining:
+        append(file, header)
+        subject = Subject(source, held_out)
+
+    @cache
+    def on_first(count: int, seed: int) -> Seed:
+        at = scores_at(args, f"{header['model']}-samples-seed{seed}-{count}")
+        return Seed(subject, first(drawn[seed], count, seed), seed, at, criteria=["fisher"])
+
+    for i, (seed, count, ratio) in enumerate(remaining, 1):
+        begun = time.monotonic()
+        most_widths = measured.get((seed, counts[0], ratio), {}).get("widths")
+        row = compared(on_first(count, seed), on_first(counts[0], seed), ratio, most_widths)
+        append(file, row)
+        measured[seed, count, ratio] = row
+        told(
+            f"{header['model']} {i}/{len(remaining)}: seed {seed}, {count} windows, {ratio:.0%} "
+            f"in {time.monotonic() - begun:.0f} s"
+        )
+    return file
+
+
+def first(data: TokenData, count: int, seed: int) -> TokenData:
+    """Return the first windows in an order drawn by seed; a short text's are in its own order."""
+    ids = data.batches[0].ids
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    chosen = ids[order[:count]]
+    return TokenData([MicroBatch(chosen, (ids.shape[1],) * count)], data.description, None)
+
+
+def compared(
+    few: Seed, most: Seed, ratio: float, most_widths: Sequence[int] | None
+) -> dict[str, Any]:
+    """Return a row: the default recipe on few windows, beside what it keeps on the most."""
+    (pruning,) = few.prune(DEFAULT, [ratio])
+    row = few.row(DEFAULT, ratio, pruning)
+    costs = most.scores.importance("obs", "fisher")
+    want = most_costly(costs, most_widths or row["widths"])
+    kept = torch.zeros_like(want)
+    for layer, neurons in pruning.keep.items():
+        kept[layer, neurons] = True
+    subject = few.subject
+    smaller = subject.pruned(pruning)
+    return row | {
+        "samples": few.calibration.sequences,
+        "kept_overlap": int((kept & want).sum()) / int(want.sum()),
+        "score_regret": float(costs[~kept].sum() / costs[~want].sum()) - 1,
+        "squared_error": squared_error(subject.model, smaller, subject.held_out.batches),
+    }
+
+
+def most_costly(costs: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return (L, F) bool: so many neurons of each layer, as `keep_top` chooses them."""
+    kept = torch.zeros_like(costs, dtype=torch.bool)
+    for layer, width in enumerate(widths):
+        kept[layer, costs[layer].sort(descending=True, stable=True).indices[:width]] = True
+    return kept
+
+
+@torch.no_grad()
+def squared_error(
+    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[MicroBatch]
+) -> float:
+    """Return the mean over the layers of Σ‖x - h‖² / Σ‖x‖², of the streams after each layer."""
+    with ResidentModel(dense) as p, ResidentModel(pruned) as q:
+        sums = torch.zeros(2, len(p.parts.layers), dtype=torch.float64)
+        for batch in batches:
+            x, h = p.begin(batch), q.begin(batch)
+            for layer in range(sums.shape[1]):
+                x, h = p.run(layer, x, batch), q.run(layer, h, batch)
+                sums[0, layer] += (x - h).double().square().sum()
+                sums[1, layer] += x.double().square().sum()
+    return float((sums[0] / sums[1]).mean())
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("--samples", type=int, nargs="+", default=COUNTS, help="of windows")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of MLP neurons")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return reported("samples.py", run, parsed(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
