@@ -3,8 +3,8 @@
     python tools/texts.py --out DIR
 
 DIR/code.jsonl has the modules of Python's standard library on this machine, a source with its
-docstrings a line: the same files of one version of Python. DIR/chat.jsonl has the English exchanges
-of the PyPI package `chatterbot-corpus` (BSD 3-clause licence), where it is installed. It is not a
+docstrings a line; another version of Python has others. DIR/chat.jsonl has the English exchanges of
+the PyPI package `chatterbot-corpus` (BSD 3-clause licence), where it is installed. It is not a
 dependency of ours, and is read without being imported:
 
     pip install --no-deps chatterbot-corpus

@@ -139,6 +139,7 @@ def header_of(
         "calibration": {"samples": calibration.sequences, "seq_len": args.seq_len},
         "evaluation": {"samples": held_out.sequences, "seq_len": args.seq_len},
         "texts": [Path(args.calibration).name, Path(args.text).name],
+        "also": {},
         **described(),
     }
 
@@ -193,7 +194,8 @@ def opened(file: Path, header: dict[str, Any]) -> tuple[Path, list[Row]]:
         return file, []
     earlier = read(file)
     for name in SETTINGS:
-        if (was := earlier.header.get(name, header[name])) != header[name]:
+        default = {} if name == "also" else header[name]  # older files do not have all
+        if (was := earlier.header.get(name, default)) != header[name]:
             raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
     return file, earlier.rows
 

@@ -8,9 +8,10 @@ mean over the seeds, with the lowest and highest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from fidelity_variants import (
     DEFAULT,
@@ -25,6 +26,7 @@ from fidelity_variants import (
 from records import RESULTS, ROOT, ResultError, Row
 from report_text import commit, hardware, number, table
 
+Form = Callable[[float], str]
 FOLDER = RESULTS / "fidelity"
 # What docs/benchmarks.md shows, in this order: the paper's recipe, its criterion's rivals by rank
 # alone, then other authors' methods, then what allocation and refit add, one after the other.
@@ -84,9 +86,10 @@ def read(file: Path) -> Measured:
     return Measured(file, headers, rows)
 
 
-def all_of(root: Path) -> list[Measured]:
-    """Return every model, the smallest first."""
+def all_of(root: Path, samples: bool = False) -> list[Measured]:
+    """Return every model, the smallest first, or what `samples.py` measured of it."""
     files = sorted((root / FOLDER.relative_to(ROOT)).glob("*.jsonl"))
+    files = [file for file in files if file.stem.endswith("-samples") == samples]
     found = [measured for file in files if (measured := read(file)).rows]
     return sorted(found, key=lambda measured: int(measured.header["params"]))
 
@@ -121,7 +124,7 @@ def span(values: Iterable[float], told: Callable[[float], str]) -> str:
 
 
 def markdown(model: Measured) -> str:
-    """Return all of a model: KL against the paper's, KL, perplexity and agreement."""
+    """Return all of a model: KL against the paper's, then a table of each field."""
     header, first = model.header, model.rows[0]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
     calibration, (text, held_out) = header["calibration"], header["texts"]
@@ -136,26 +139,60 @@ def markdown(model: Measured) -> str:
     head, cells_of, what = HEADER, variant_cells, "neurons"
     if model.has_experts:
         head, cells_of, what = MIXTURE_HEADER, mixture_cells, "experts' neurons"
-    for title, field, form in (
-        ("KL(dense ‖ pruned), times that of the paper's recipe with the same seed", "",
-         "{:.3f}".format),
-        ("KL(dense ‖ pruned), nats", "kl_nats", number),
-        ("Perplexity", "ppl_pruned", "{:.2f}".format),
-        ("Top-1 agreement", "top1_agreement", "{:.3f}".format),
-    ):  # fmt: skip
-        if model.has_experts and not field:
-            continue  # all are of one size, and nats suffice
-        cells = [head + [f"{ratio:.0%} of {what}" for ratio in model.ratios]]
-        for variant in dict.fromkeys(map(variant_of, model.rows)):
-            row = cells_of(variant)
-            for ratio in model.ratios:
-                against = model.against_paper(variant, ratio)
-                values = [found[field] for found in model.of(variant, ratio)] if field else against
-                row.append(span(values, form))
-            cells.append(row)
-        lines += ["", f"## {title}", "", *table(cells, len(head))]
+    columns = [f"{ratio:.0%} of {what}" for ratio in model.ratios]
+    variants = list(dict.fromkeys(map(variant_of, model.rows)))
+    against = [[model.against_paper(v, ratio) for ratio in model.ratios] for v in variants]
+    of_paper = "KL(dense ‖ pruned), times that of the paper's recipe with the same seed"
+    tables = [(of_paper, "{:.3f}".format, against)]
+    if model.has_experts:  # all are of one size, and nats suffice
+        tables = []
+    for title, form, get in _fields(model):
+        of_field = [
+            [list(map(get, model.of(v, ratio))) for ratio in model.ratios] for v in variants
+        ]
+        tables.append((title, form, of_field))
+    for title, form, of_variants in tables:
+        cells = [head + columns]
+        for variant, of_ratios in zip(variants, of_variants, strict=True):
+            spans = [span((v for v in values if v is not None), form) for values in of_ratios]
+            if any(spans) or title == of_paper:
+                cells.append([*cells_of(variant), *spans])
+        if cells[1:]:
+            lines += ["", f"## {title}", "", *table(cells, len(head))]
     removed = "; ".join(f"{ratio:.0%}: {model.removed(ratio):.2%}" for ratio in model.ratios)
     return "\n".join([*lines, "", f"Of all parameters are removed, at {removed}."]) + "\n"
+
+
+def _fields(model: Measured) -> Iterator[tuple[str, Form, Callable[[Row], float | None]]]:
+    """Yield the title of each table, how its values are written, and how a row has them."""
+
+    def at(*names: str) -> Callable[[Row], float | None]:
+        def get(row: Row) -> float | None:
+            value: Any = row
+            for name in names:
+                value = (value or {}).get(name)
+            return None if value is None else float(value)
+
+        return get
+
+    share = "{:.3f}".format
+    yield "KL(dense ‖ pruned), nats", number, at("kl_nats")
+    yield "Perplexity", "{:.2f}".format, at("ppl_pruned")
+    yield "Top-1 agreement", share, at("top1_agreement")
+    yield "Top-5 agreement", share, at("top5_agreement")
+    for name, file in model.header.get("also", {}).items():
+        dense = next(r["also"][name]["ppl_dense"] for r in model.rows if name in r.get("also", {}))
+        yield f"KL on {file}, nats", number, at("also", name, "kl_nats")
+        title = f"Perplexity on {file}, where the dense model's is {dense:.2f}"
+        yield title, "{:.2f}".format, at("also", name, "ppl_pruned")
+    if generated := next((row["generated"] for row in model.rows if "generated" in row), None):
+        prompts = "{prompts} prompts of {prompt_tokens} tokens".format(**generated)
+        of = f"of {generated['new_tokens']}, after {prompts}"
+        title = f"Greedy continuations: tokens before the first that is not the dense model's, {of}"
+        yield title, "{:.1f}".format, at("generated", "common_prefix")
+        title = "Greedy continuations: share of tokens that are the dense model's"
+        yield title, share, at("generated", "equal_tokens")
+    yield "CPU seconds to choose and refit, without scoring", number, at("cpu_seconds")
 
 
 def section(found: list[Measured], link: Callable[[Path], str]) -> list[str]:

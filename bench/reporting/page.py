@@ -12,6 +12,7 @@ import fidelity_tables
 import mixture_tables
 import recovery_tables
 import report_text as text
+import samples_tables
 from pictures import Picture
 from records import Result, Row, key
 
@@ -70,7 +71,7 @@ def link(root: Path, at: Path) -> str:
 
 def markdown(
     root: Path, current: list[Source], models: list[fidelity_tables.Measured],
-    drawn: dict[Path, Picture],
+    samples: list[fidelity_tables.Measured], drawn: dict[Path, Picture],
 ) -> str:  # fmt: skip
     lines, devices = [INTRODUCTION], {}
     for title, ops in SECTIONS.items():
@@ -102,6 +103,8 @@ def markdown(
         "",
         fidelity,
     ]
+    if samples:
+        lines += ["", "### Calibration windows", "", *samples_tables.section(samples)]
     if mixture_tables.path(root).exists():
         lines += ["", "Models with experts: [experts](experts.md#what-was-measured)."]
     if recovery:

@@ -1,7 +1,7 @@
 """The pictures of a machine, from the newest of its result files, and that of fidelity.
 
 <machine>-kernels.svg     the percentage of its floor's speed that each provider of a kernel reaches
-fidelity/fidelity.svg     KL against the parameters removed, a panel a model
+fidelity/fidelity.svg     KL against the parameters removed, a panel a model and text
 recovery/recovery.svg     KL of each way to a model, a panel a model
 """
 
@@ -18,7 +18,7 @@ import fidelity_tables
 import recovery_tables
 from fidelity_variants import DEFAULT, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant
 from records import Row
-from report_text import FLOORS, OURS, hardware, own_provider, provider
+from report_text import FLOORS, OURS, grouped, hardware, own_provider, provider
 
 if TYPE_CHECKING:
     from page import Source
@@ -121,19 +121,28 @@ def kernels(panels: list[list[Row]], where: str) -> Any:
 
 
 def fidelity(models: list[fidelity_tables.Measured]) -> Any:
-    """Draw KL against parameters removed, a panel a model, the same scale in all."""
-    figure, axes = _figure(1, len(models), size=(9, 3.6))
+    """Draw KL against parameters removed, a panel a model and text, the same scale in all."""
+    panels = [(model, name) for model in models for name in ("", *model.header.get("also", ()))]
+    down = -(-len(panels) // 3)
+    figure, axes = _figure(down, min(3, len(panels)), size=(9, 3 * down + 0.6))
     figure.suptitle("KL(dense ‖ pruned) without training, held-out text, nats", size=9)
-    for axis, model in zip(axes[0], models, strict=True):
+    for axis, (model, name) in zip(axes.flat, panels, strict=False):
         axis.sharey(axes[0, 0])
         for label, (variant, color, marker) in LINES.items():
-            its = [rows for ratio in model.ratios if (rows := model.of(variant, ratio))]
-            x, y = ([mean(r[f] for r in rows) for rows in its] for f in ("param_ratio", "kl_nats"))
-            axis.plot([100 * part for part in x], y, color=color, marker=marker, label=label)
-        axis.set(
-            yscale="log", title=fidelity_tables.named(model), xlabel="% of all parameters removed"
-        )
+            rows = [row for ratio in model.ratios for row in model.of(variant, ratio)]
+            rows = [row for row in rows if not name or name in row.get("also", {})]
+            by_ratio = grouped(rows, lambda row: str(row["prune_ratio"])).values()
+            x = [100 * mean(row["param_ratio"] for row in its) for its in by_ratio]
+            y = [
+                mean((row["also"][name] if name else row)["kl_nats"] for row in its)
+                for its in by_ratio
+            ]
+            axis.plot(x, y, color=color, marker=marker, label=label)
+        title = fidelity_tables.named(model) if not name else f"{model.header['model']}, {name}"
+        axis.set(yscale="log", title=title, xlabel="% of all parameters removed")
         axis.set_xlim(left=0)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

@@ -89,9 +89,10 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
     texts |= {model.path.with_suffix(".md"): fidelity_tables.markdown(model) for model in fidelity}
     mixtures = [model for model in fidelity if model.has_experts]
     fidelity = [model for model in fidelity if not model.has_experts]
+    samples = fidelity_tables.all_of(root, samples=True)
     recovered = recovery_tables.all_of(root)
     drawn = pictures.planned(root, current, fidelity, recovered)
-    texts[page.path(root)] = page.markdown(root, current, fidelity, drawn)
+    texts[page.path(root)] = page.markdown(root, current, fidelity, samples, drawn)
     experts = mixture_tables.path(root)
     if experts.exists():  # most of it is written by hand
         text = experts.read_text(encoding="utf-8")
