@@ -18,9 +18,9 @@ def section(models: list[Measured]) -> list[str]:
     lines = [
         "The default recipe on the first windows of a seed, beside what it keeps on the most: the "
         "part of the kept neurons that is the same, and the score regret, how much more the "
-        "removed ones cost by the scores on the most windows. The squared error is that of the residual "
-        "stream on held-out text, relative, mean over the layers; CPU seconds are of choosing and "
-        "refitting. Mean over the seeds (lowest–highest)."
+        "removed ones cost by the scores on the most windows. The squared error is that of the "
+        "residual stream on held-out text, relative, mean over the layers; CPU seconds are of "
+        "choosing and refitting. Mean over the seeds (lowest–highest)."
     ]
     for model in models:
         header, tokens = model.header, model.rows[0]["tokens"]

@@ -77,7 +77,7 @@ def test_each_variant_keeps_by_its_own_scores(seed: Seed) -> None:
 
 def test_random_experts_are_drawn_by_the_seed_and_layer(seed: Seed) -> None:
     def drawn(number: int) -> list[list[int]]:
-        found = keep(dropped("random", False), 0.5, seed._scores, number)
+        found = keep(dropped("random", False), 0.5, seed.scores, number)
         experts = [site for site in found if not isinstance(site, int)]
         return [[e for layer, e in experts if layer == wanted] for wanted in range(4)]
 

@@ -6,6 +6,7 @@ from checkpoints import random_llama
 from truth import forward, kl_nats, tiny_model
 
 import hfprune_fast as hf
+from hfprune_fast.commands.evaluate import text
 from hfprune_fast.errors import (
     ArgumentError,
     CalibrationError,
@@ -42,6 +43,7 @@ def test_a_model_agrees_with_itself() -> None:
     got = hf.evaluate(model, model, [torch.arange(12).view(2, 6)])
     assert (got.kl_nats, got.top1_agreement, got.top5_agreement) == (0.0, 1.0, 1.0)
     assert got.ppl_dense == got.ppl_pruned
+    assert "top-1 agreement      100.00%\ntop-5 agreement      100.00%\n" in text(vars(got))
 
 
 def test_models_are_evaluated_and_left_as_found() -> None:
