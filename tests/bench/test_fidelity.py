@@ -3,11 +3,14 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import fidelity
+import fidelity_tables
+import pictures
 import pytest
 import report
 import torch
@@ -249,6 +252,46 @@ def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:
     links = re.findall(r"\]\((.+?)\)", page)
     assert len(links) == 3
     assert all((root / "docs" / link).exists() for link in links)
+
+
+def test_fields_that_older_files_do_not_have_are_shown(root: Path) -> None:
+    folder = root / "bench/results/fidelity"
+    old = (folder / "small.md").read_text(encoding="utf-8")
+    header, *rows = invented("new", KL, 2_000_000)
+    for row in rows:
+        of_code = {"kl_nats": 3 * row["kl_nats"], "ppl_dense": 40.0, "ppl_pruned": 50.0}
+        row |= {"top5_agreement": 0.99, "cpu_seconds": 12.5, "also": {"code": of_code}}
+        if row["prune_ratio"] == 0.5:
+            row["generated"] = {
+                "prompts": 64, "prompt_tokens": 32, "new_tokens": 16, "common_prefix": 3.25,
+                "equal_tokens": 0.125,
+            }  # fmt: skip
+    write(folder / "new.jsonl", [header | {"also": {"code": "code.jsonl"}}, *rows])
+    report.write(root)
+    assert (folder / "small.md").read_text(encoding="utf-8") == old
+    text = (folder / "new.md").read_text(encoding="utf-8")
+    titles = [part.partition("\n")[0] for part in text.split("\n## ")[1:]]
+    assert titles[:4] == [part.partition("\n")[0] for part in old.split("\n## ")[1:]]
+    assert titles[4:] == [
+        "Top-5 agreement",
+        "KL on code.jsonl, nats",
+        "Perplexity on code.jsonl, where the dense model's is 40.00",
+        "Greedy continuations: tokens before the first that is not the dense model's, of 16, after "
+        "64 prompts of 32 tokens",
+        "Greedy continuations: share of tokens that are the dense model's",
+        "CPU seconds to choose and refit, without scoring",
+    ]
+    found = [cells(part, "entropy", "l1", "uniform", "") for part in text.split("\n## ")[5:]]
+    assert found == [
+        ["0.990"] * 2, ["0.420 (0.300–0.600)", "3.30 (3.00–3.60)"], ["50.00"] * 2,
+        ["", "3.2"], ["", "0.125"], ["12.5"] * 2,
+    ]  # fmt: skip
+    pytest.importorskip("matplotlib")
+    models = fidelity_tables.all_of(root)
+    pictures.save(pictures.Picture("", partial(pictures.fidelity, models)), root / "drawn.svg")
+    drawn = (root / "drawn.svg").read_text(encoding="utf-8")
+    assert drawn.count("% of all parameters removed") == 4
+    assert "new, code" in drawn
 
 
 @pytest.mark.parametrize(
