@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType
 from typing import Any, TypeVar
@@ -92,19 +92,25 @@ class Options:
 
 
 def keyword_options(
-    **groups: type[Any],
+    refused: Mapping[str, str] | None = None, /, **groups: type[Any]
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function take options flat: `@keyword_options(run=RunOptions)` makes f(device="cpu").
 
     The function gets each group in the parameter of that name; its signature and docstring show the
     fields. A name that is neither a field nor a parameter is a TypeError. Its own parameters that
     are annotated bool take nothing else.
+
+    Args:
+        refused: fields that mean nothing to the function, with what is said where one is given.
     """
+    without = refused or {}
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         signature = inspect.signature(function)
         own = [p for name, p in signature.parameters.items() if name not in groups]
-        options = [each for group in groups.values() for each in fields(group)]
+        options = [
+            each for group in groups.values() for each in fields(group) if each.name not in without
+        ]
         switches = [p.name for p in own if p.annotation in ("bool", bool)]
         keyword = inspect.Parameter.KEYWORD_ONLY
         flat = [
@@ -114,6 +120,8 @@ def keyword_options(
 
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Result:
+            for name in without.keys() & given.keys():
+                raise ArgumentError(without[name])
             for name in switches:
                 if not isinstance(given.get(name, False), bool):
                     raise ArgumentError(f"{name} must be True or False, got {shown(given[name])}")

@@ -43,20 +43,23 @@ def _rotary_kernel(
         tl.store(y_ptr + h * stride_yh + HALF, y_2.to(dtype), mask=mask)
 
 
+def _configuration(heads: int, width: int) -> dict[str, int]:
+    block_d = 1 << (width // 2 - 1).bit_length()
+    tile = min(_TILE, max(_A_WARP, block_d << (heads - 1).bit_length()))
+    config = {"BLOCK_H": max(1, tile // block_d), "BLOCK_D": block_d, "num_warps": tile // _A_WARP}
+    # A fused product and sum would round once where transformers rounds twice.
+    return {**config, "enable_fp_fusion": False}
+
+
 def rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool, out: Tensor) -> None:
     """Launch the kernel on (B, H, T, Dh); cos and sin are contiguous, and out has any strides."""
     batch, heads, seq_len, width = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     y = out if out.stride(3) == 1 else out.new_empty(out.shape)
-    block_d = 1 << (width // 2 - 1).bit_length()
-    tile = min(_TILE, max(_A_WARP, block_d << (heads - 1).bit_length()))
     _rotary_kernel[(batch * seq_len,)](
         x, cos, sin, y, *x.stride()[:3], *y.stride()[:3],
         0 if len(cos) == 1 else cos.stride(0), seq_len, heads,
-        TRANSPOSED=transposed, HALF=width // 2,
-        BLOCK_H=max(1, tile // block_d), BLOCK_D=block_d,
-        # A fused product and sum would round once where transformers rounds twice.
-        num_warps=tile // _A_WARP, enable_fp_fusion=False,
+        TRANSPOSED=transposed, HALF=width // 2, **_configuration(heads, width),
     )  # fmt: skip
     if y is not out:
         out.copy_(y)

@@ -85,7 +85,7 @@ def rotary(
     Args:
         q, k: (B, H, T, Dh) and (B, K, T, Dh) bf16, fp16, fp32 or fp64; Dh is even, and all of it is
             turned. Any strides; unit stride along Dh is not copied.
-        cos, sin: (B, T, Dh), or (1, T, Dh) for all sequences; of the dtype of q. They get no
+        cos, sin: both (B, T, Dh), or (1, T, Dh) for all sequences; of the dtype of q. They get no
             gradient.
         backend: "triton" or "torch" ("cpp" is torch here); by default HFPRUNE_BACKEND, else triton
             on a GPU and torch elsewhere and for fp64.
@@ -129,4 +129,6 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} gets no gradient, got one that requires it")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin must be {tuple(cos.shape)} as cos is, got {tuple(sin.shape)}")
     check_devices(q, k=k, cos=cos, sin=sin)

@@ -181,6 +181,10 @@ def _taylor_cases() -> Iterator[Case]:
     yield case("partials odd F", odd, wide=False)
 
 
+# Each configuration of heads of 64, 128 (and 80) and 256.
+_ROTARY_HEADS = ((2, 80), (4, 64), (16, 64), (32, 64), (8, 128), (2, 256), (4, 256), (8, 256))
+
+
 def _norm_cases() -> Iterator[Case]:
     """Rows of a program of their own, those of several (heads), and those of several blocks."""
     kernels = {
@@ -195,17 +199,21 @@ def _norm_cases() -> Iterator[Case]:
         bf16 = partial(launch, _DTYPES["bf16"])
         for form in ("gemma", "olmo2"):
             yield Case(kernel, f"{form} norm{suffix}", partial(bf16, form, 3584), looped=False)
-        for width in (128, 16_384):
+        for width in (*(1 << n for n in range(6, 12)), 8192, 16_384):
             named = f"norm of {width}{suffix}"
-            yield Case(kernel, named, partial(bf16, "llama", width), looped=False)
+            # The weight of a row that is a part of a program's is loaded in fewer bytes a thread.
+            wide = not 512 <= width <= 1024
+            launch_it = partial(bf16, "llama", width)
+            yield Case(kernel, named, launch_it, looped=False, wide=wide)
         yield Case(kernel, f"norm of 18432{suffix}", partial(bf16, "llama", 18_432))
     for name, dtype in _DTYPES.items():
         for transposed in (False, True):
             suffix = " backward" if transposed else ""
             launch = partial(_launch_rotary, dtype, 32, 128, transposed)
             yield Case("_rotary_kernel", f"{name} rotary{suffix}", launch)
-    few = partial(_launch_rotary, _DTYPES["bf16"], 2, 80, False)
-    yield Case("_rotary_kernel", "rotary of 2 heads of 80", few)
+    for heads, width in _ROTARY_HEADS:
+        launch = partial(_launch_rotary, _DTYPES["bf16"], heads, width, False)
+        yield Case("_rotary_kernel", f"rotary of {heads} heads of {width}", launch)
 
 
 CASES = tuple(_cases())

@@ -38,9 +38,7 @@ def check_file(
 
 def check_writable(out: Path, needed_bytes: int = 0, argument: str = "out") -> None:
     """Refuse an output in a place that cannot be written or has too little room."""
-    parent = real(out).parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _parent(out)
     if not parent.is_dir():
         raise OutputError(f"{argument} {out} cannot be made: {parent} is a file, expected a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -51,6 +49,19 @@ def check_writable(out: Path, needed_bytes: int = 0, argument: str = "out") -> N
             f"{argument} {out} takes {human_bytes(needed_bytes)}, "
             f"but only {human_bytes(free_bytes)} are free in {parent}"
         )
+
+
+def on_one_disk(first: Path, second: Path) -> bool:
+    """Return whether two outputs, which need not exist, are of one file system's room."""
+    return _parent(first).stat().st_dev == _parent(second).stat().st_dev
+
+
+def _parent(out: Path) -> Path:
+    """Return the nearest folder, or file in the place of one, above an output."""
+    parent = real(out).parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
 
 
 def leftovers(out: Path) -> list[str]:

@@ -82,7 +82,10 @@ def run(
     if recover:
         shape = {"device": device, "dtype": dtype, "seq_len": seq_len}
         found = estimate.estimate(config, spec, sizes, recovery, options, **shape)
-        recovering["recovery"] = {**found, "seconds": found["flops"] / speed}
+        output = 0 if recovery.adapter else spec.params_at(*sizes) * stored.itemsize
+        recovering["recovery"] = {
+            **found, "output_bytes": output, "seconds": found["flops"] / speed,
+        }  # fmt: skip
     attention = 4 * seq_len * spec.attention_width * spec.num_layers
     result = spec.pruned_to(*sizes)
     for prefix, of in (("dense_", dense_sizes), ("", sizes)):
@@ -158,9 +161,8 @@ def text(result: dict[str, Any]) -> str:
     after = ""
     if "recovery" in result:
         recovery = result["recovery"]
-        after = (
-            f"\n{estimate.text(recovery)}; about {human_seconds(recovery['seconds'])} of products"
-        )
+        output, seconds = human_bytes(recovery["output_bytes"]), human_seconds(recovery["seconds"])
+        after = f"\n{estimate.text(recovery)}, output {output}; about {seconds} of products"
     beside = "numbers are of the text tower; all else is copied\n" if result["text_tower"] else ""
     return (
         f"{table}\n{beside}{result['widths_suit']}\n\n{fetching}"

@@ -7,15 +7,17 @@ global name stands for another function, so no other model and no module is touc
 
 What is replaced is transformers' own, as it is written, without hooks, and computes to the bit what
 our plain torch path does for a few invented inputs, forward and backward, in fp32 and in the dtype
-of the run. All else keeps its forward. So does, at each call, what the kernels do not compute:
-other dtypes, arguments or shapes, or a weight that is trained.
+of the run. All else keeps its forward. So does, at each call, what the kernels do not compute or
+was not compared: other dtypes, arguments or shapes, or a weight that is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
+from itertools import product
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -54,14 +56,22 @@ def _fused_forwards(
 ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """Yield the modules that are plain, with what computes the same."""
     forms: dict[tuple[Any, ...], str | None] = {}  # of each kind of norm
+    rotaries: dict[FunctionType, bool] = {}  # whether each function is plain
+    dtypes = {torch.float32, dtype}
     for module in model.modules():
         if not _is_untouched(module):
             continue
         forward = type(module).forward
-        if isinstance(forward, FunctionType) and _ROTARY in forward.__code__.co_names:
+        if not _is_transformers(forward):
+            continue
+        if _ROTARY in forward.__code__.co_names:
             own = forward.__globals__.get(_ROTARY)
-            if isinstance(own, FunctionType) and _is_plain_rotary(own, dtype):
-                yield module, MethodType(_calling_ours(forward, own), module)
+            if not isinstance(own, FunctionType):
+                continue
+            if own not in rotaries:
+                rotaries[own] = _is_plain_rotary(own, dtypes)
+            if rotaries[own]:
+                yield module, MethodType(_calling_ours(forward, own, dtypes), module)
         elif list(module._parameters) == ["weight"] and not (module._buffers or module._modules):
             weight, eps = module._parameters["weight"], _eps(module)
             if weight is None or weight.dim() != 1 or eps is None:
@@ -69,14 +79,21 @@ def _fused_forwards(
             options = {name: value for name, value in vars(module).items() if name[0] != "_"}
             kind = type(module), len(weight), repr({**options, "training": None})
             if kind not in forms:
-                forms[kind] = _form(module, len(weight), eps, dtype)
+                forms[kind] = _form(module, len(weight), eps, dtypes)
             if (form := forms[kind]) is not None:
-                yield module, partial(_norm, module, forward, eps, form)
+                yield module, partial(_norm, module, forward, dtypes, eps, form)
 
 
 def _is_untouched(module: nn.Module) -> bool:
     ours = type(module).__module__.startswith("transformers.models.")
     return ours and "forward" not in vars(module) and not any(getattr(module, h) for h in _HOOKS)
+
+
+def _is_transformers(function: Any) -> bool:
+    """Return whether a function's code is a model's own: another might do more than compute."""
+    if not isinstance(function, FunctionType):
+        return False
+    return str(function.__globals__.get("__name__")).startswith("transformers.models.")
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -85,22 +102,40 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _norm(
-    module: nn.Module, own: Callable[..., Tensor], eps: float, form: str, *args: Any, **kwargs: Any
+    module: nn.Module,
+    own: Callable[..., Tensor],
+    dtypes: Collection[torch.dtype],
+    eps: float,
+    form: str,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     weight: Any = module.weight
     x = args[0] if len(args) == 1 and not kwargs else None
-    if x is None or (x.dtype, x.device) != (weight.dtype, weight.device) or weight.requires_grad:
+    if (
+        x is None
+        or (x.dtype, x.device, x.shape[-1:]) != (weight.dtype, weight.device, weight.shape)
+        or x.dtype not in dtypes
+        or weight.requires_grad
+    ):
         return own(module, *args, **kwargs)
     return rms_norm(x, weight, eps=eps, form=form, backend="triton")
 
 
-def _calling_ours(forward: FunctionType, own: Callable[..., Any]) -> FunctionType:
+def _calling_ours(
+    forward: FunctionType, own: Callable[..., Any], dtypes: Collection[torch.dtype]
+) -> FunctionType:
     def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        batch, _, seq_len, width = q.shape
-        same = cos.shape[1:] == sin.shape[1:] == (seq_len, width) and cos.shape[0] in (1, batch)
-        dtypes = {q.dtype, k.dtype, cos.dtype, sin.dtype}
-        trained = cos.requires_grad or sin.requires_grad
-        if args or kwargs or not same or len(dtypes) > 1 or k.shape[2] != seq_len or trained:
+        each = {tensor.dtype for tensor in (q, k, cos, sin)}
+        if (
+            args
+            or kwargs
+            or not _is_plain_shape(q, k, cos, sin)
+            or len(each) > 1
+            or q.dtype not in dtypes
+            or cos.requires_grad
+            or sin.requires_grad
+        ):
             return own(q, k, cos, sin, *args, **kwargs)
         return rotary(q, k, cos, sin, backend="triton")
 
@@ -115,27 +150,36 @@ def _calling_ours(forward: FunctionType, own: Callable[..., Any]) -> FunctionTyp
     return made
 
 
-def _form(module: nn.Module, width: int, eps: float, dtype: torch.dtype) -> str | None:
+def _is_plain_shape(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+        return False
+    batch, _, *others = q.shape
+    of_k, tables = (k.shape[0], *k.shape[2:]), (cos.shape[0], *cos.shape[1:])
+    return of_k == (batch, *others) and tables in ((batch, *others), (1, *others))
+
+
+def _form(module: nn.Module, width: int, eps: float, dtypes: Iterable[torch.dtype]) -> str | None:
     """Return the form of `rms_norm` that a norm computes, whatever its weight; None if none."""
     rows = torch.cat([size * _random(2, width) for size in _PROBES])
+    other, own = copy.copy(module), type(module).forward  # no hooks are called, nor weights changed
 
     def agree(form: str, of: torch.dtype) -> bool:
         x, weight = rows.to(of), _random(width, seed=1).to(of)
+        other._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
         return _agree(
-            lambda x: (torch.func.functional_call(module, {"weight": weight}, (x,)),),
+            lambda x: (own(other, x),),
             lambda x: (rms_norm(x, weight, eps=eps, form=form, backend="torch"),),
             x,
         )
 
-    return next((f for f in FORMS if agree(f, torch.float32) and agree(f, dtype)), None)
+    return next((form for form in FORMS if all(agree(form, of) for of in dtypes)), None)
 
 
-@cache
-def _is_plain_rotary(own: FunctionType, dtype: torch.dtype) -> bool:
+def _is_plain_rotary(own: FunctionType, dtypes: Iterable[torch.dtype]) -> bool:
     """Return whether a function turns queries and keys as `rotary` does."""
     if not own.__module__.startswith("transformers.models."):
         return False
-    for of, batch in ((torch.float32, 1), (torch.float32, 2), (dtype, 1), (dtype, 2)):
+    for of, batch in product(dtypes, (1, 2)):
         q, k, cos, sin = (
             _random(*shape, seed=seed).to(of)
             for seed, shape in enumerate(((2, 3, 5, 8), (2, 1, 5, 8), (batch, 5, 8), (batch, 5, 8)))
@@ -163,4 +207,4 @@ def _agree(theirs: Callable[..., Any], ours: Callable[..., Any], *inputs: Tensor
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")

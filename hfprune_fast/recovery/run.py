@@ -7,12 +7,13 @@ memory, and is trained to give the dense model's output.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hfprune_fast.checkpoint.atomic import check_writable
+from hfprune_fast.checkpoint.atomic import check_writable, on_one_disk
 from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, OutputOptions, RecoveryOptions, RunOptions
@@ -30,11 +31,19 @@ from hfprune_fast.recovery.setup import Setup, open_all, set_up
 from hfprune_fast.recovery.teacher import check_cache, hidden_bytes
 from hfprune_fast.recovery.work import WorkFolder, check_work, work_of
 
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _NOT_SHARED_BY = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 @keyword_options(
-    options=RecoveryOptions, sampling=CalibrationOptions, run=RunOptions, output=OutputOptions
+    {
+        "samples": "recover takes tokens, not samples: how much is trained on in all",
+        "layout": "recover takes no layout: it keeps the pruned model's; export it afterwards",
+    },
+    options=RecoveryOptions,
+    sampling=CalibrationOptions,
+    run=RunOptions,
+    output=OutputOptions,
 )
 @own_modes()
 def recover(
@@ -81,7 +90,7 @@ def recover(
             "them train"
         )
     first, second = open_source(dense), open_source(pruned)
-    _check_pair(first, second, options, sampling, output)
+    _check_pair(first, second, options, output)
     if processes.rank == 0:
         _say_if_of_another(first, second)
         _check_output(first, second, text, out, options, output)
@@ -96,7 +105,7 @@ def recover(
 
     with joined(setup.device, processes), work.kept_if_interrupted(processes), ExitStack() as stack:
         opened = open_all(stack, first, second, data, setup, cache, progress)
-        with others_alive():
+        with others_alive(), _own_precision():
             outcome = train(opened.student, data, opened.batch, setup, work.path, progress)
         if processes.rank > 0:
             return {}
@@ -137,11 +146,21 @@ def _check_launch() -> None:
             )
 
 
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """Inside, accelerate takes no precision from its launcher's configuration: `dtype` says it."""
+    given = os.environ.pop(_PRECISION, None)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ[_PRECISION] = given
+
+
 def _check_pair(
     dense: ModelSource,
     pruned: ModelSource,
     options: RecoveryOptions,
-    sampling: CalibrationOptions,
     output: OutputOptions,
 ) -> None:
     """Refuse models that do not belong together, and options that mean nothing here."""
@@ -166,13 +185,6 @@ def _check_pair(
         )
     if options.adapter and (output.verify or output.max_shard_size is not None):
         raise ArgumentError("adapter takes no verify or max_shard_size: peft writes it")
-    if sampling.samples != CalibrationOptions().samples:
-        raise ArgumentError("recover takes tokens, not samples: how much is trained on in all")
-    if output.layout != "auto":
-        raise ArgumentError(
-            f"recover keeps the layout of {pruned.name}, got layout {output.layout}; export it "
-            "afterwards"
-        )
     if options.adapter and pruned.family.tower is not None:
         raise ArgumentError(
             f"adapter: {pruned.name} has its text model within another, where peft would not find "
@@ -217,22 +229,23 @@ def _check_room(
 ) -> None:
     """Refuse a disk without room for the output, the checkpoints and the dense model's states.
 
-    Where a run is resumed, what is there already is not counted as free and not as needed.
+    Of these, what an interrupted run has left is there already. All states have their room from the
+    start.
     """
-    options, needed = setup.options, 0
+    options, needed = setup.options, setup.checkpoints_bytes
     if not options.adapter:
         needed += sum(shard.path.stat().st_size for shard in pruned.shards.values())
-    if not options.resume:
-        needed += setup.checkpoints_bytes
+    if options.teacher == "cached":
         states = hidden_bytes(
             len(data.ids), data.window_tokens, dense.spec.hidden_size, setup.dtype
         )
-        if options.cache is not None and options.teacher == "cached":
-            there = Path(options.cache).exists()
-            check_writable(Path(options.cache), 0 if there else states, "cache")
-        elif options.teacher == "cached":
+        cache = None if options.cache is None else Path(options.cache)
+        if cache is None or (not cache.exists() and on_one_disk(cache, out)):
             needed += states
-    check_writable(out, needed)
+        elif not cache.exists():
+            check_writable(cache, states, "cache")
+    left = files_of(work_of(real(out))) if work_of(real(out)).is_dir() else ()
+    check_writable(out, max(0, needed - sum(path.lstat().st_size for path in left)))
 
 
 def _settings(data: RecoveryData, setup: Setup) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
     out = tmp_path / "out"
     done = gpu_check(
         *("--rehearse", "--commit", "abc123", "--only", *phases, "--out", out),
-        *("--limit", "timing=300"),  # on a busy machine
+        *("--limit", "build=300", "timing=300"),  # on a busy machine
         pythonpath=absent,
     )
     assert done.returncode == 0, done.stdout + done.stderr

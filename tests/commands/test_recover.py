@@ -1,5 +1,6 @@
 """hfprune recover: what it prints, and what it refuses in one line before any work."""
 
+import inspect
 import json
 import re
 import sys
@@ -150,10 +151,13 @@ def test_models_texts_and_outputs_that_do_not_fit(
         hf.recover(llama_dir, pruned, None, out)  # type: ignore[arg-type]
     for options, message in (
         ({"samples": 4}, "recover takes tokens, not samples"),
-        ({"layout": "padded"}, "recover keeps the layout of pruned, got layout padded"),
+        ({"samples": 128}, "recover takes tokens, not samples"),  # the default elsewhere
+        ({"layout": "padded"}, "recover takes no layout: it keeps the pruned model's"),
+        ({"layout": "auto"}, "recover takes no layout: it keeps the pruned model's"),
     ):
         with pytest.raises(hf.HFPruneError, match=message):
             hf.recover(llama_dir, pruned, text_file, out, **options)
+    assert not {"samples", "layout"} & inspect.signature(hf.recover).parameters.keys()
     change_config(pruned, quantization_config={"quant_method": "gptq"})
     assert_refused(hfprune(*arguments(llama_dir, pruned, text_file, out)), "quantised")
     assert not list(tmp_path.glob("out*"))

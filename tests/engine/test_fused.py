@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -16,9 +17,14 @@ from interpreted import rounding_as_a_gpu
 from paths import needs_triton
 from tolerances import assert_no_worse, relative_error
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
 from truth import tiny_model
 
 import hfprune_fast as hf
@@ -206,21 +212,116 @@ def test_a_changed_norm_is_left_alone(change: Callable[[nn.Module], None]) -> No
     assert (own is None) == (not left & names)
 
 
+def as_llamas(function: Any, **names: Any) -> FunctionType:
+    """Return a function as if it were written among Llama's own, which its globals are."""
+    return FunctionType(function.__code__, {**vars(modeling_llama), **names}, function.__name__)
+
+
 @pytest.mark.parametrize("size", [1.0, 1 + 2.0**-20])
 def test_what_computes_something_else_is_left_alone(
     size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where its class is transformers' own: the forward and the function are compared."""
-    fused._is_plain_rotary.cache_clear()
     norm, turn = LlamaRMSNorm.forward, modeling_llama.apply_rotary_pos_emb
 
-    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return turn(q * size, k, cos, sin)
+    def turned(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return turn_(q * size_, k, cos, sin)  # type: ignore[name-defined]  # noqa: F821
 
+    def normed(self: Any, x: Any) -> Any:
+        return norm_(self, x) * size_  # type: ignore[name-defined]  # noqa: F821
+
+    turned = as_llamas(turned, turn_=turn, size_=size)
     turned.__module__ = turn.__module__
-    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: norm(self, x) * size)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", as_llamas(normed, norm_=norm, size_=size))
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turned)
     assert bool(fused_names(llama())) == (size == 1)
+
+
+_own = {kind: kind.forward for kind in (LlamaRMSNorm, LlamaAttention)}
+_calls = 0
+
+
+def _counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A user's, in the place of a class's own; it computes the same, and more."""
+    global _calls
+    _calls += apply_rotary_pos_emb is modeling_llama.apply_rotary_pos_emb
+    return _own[type(self)](self, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(LlamaRMSNorm, 5), (LlamaAttention, 2)])
+def test_another_forward_of_a_class_is_called(
+    kind: type[nn.Module], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = llama(), _calls
+    monkeypatch.setattr(kind, "forward", _counting)
+    with fused_modules(model, "triton", of()):
+        assert not any("forward" in vars(m) for m in model.modules() if type(m) is kind)
+        model(torch.arange(4)[None], use_cache=False)
+    assert _calls - before == expected
+
+
+def test_a_helper_that_was_replaced_since_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "model.layers.0.self_attn" in fused_names(llama())
+    own = modeling_llama.rotate_half
+    monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: -own(x))
+    assert "model.layers.0.self_attn" not in fused_names(llama())
+
+
+def test_the_comparison_leaves_no_trace() -> None:
+    """Hooks of all modules are not called, and it is on the CPU whatever the default device."""
+    model, seen = llama(), list[str]()
+    everything = fused_names(model)
+    hook = register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        with torch.device("meta"):
+            assert fused_names(model) == everything
+    finally:
+        hook.remove()
+    assert seen == []
+
+
+@pytest.mark.parametrize("run", [FP32, torch.float16])
+def test_a_dtype_that_was_not_compared_takes_the_own_forward(
+    run: torch.dtype, calls: Counter[str]
+) -> None:
+    """Llama's form and OLMo 2's are one in fp32, and differ in bf16."""
+    model = tiny_family_model("olmo2", dtype=BF16).requires_grad_(False)
+    norm, attention = model.model.norm, model.model.layers[0].self_attn
+    norm.weight.copy_(torch.randn(len(norm.weight)))
+    x = torch.randn(64, len(norm.weight)).bfloat16()
+    expected, ids = norm(x), torch.arange(6)[None]
+    logits = model(ids, use_cache=False).logits
+    with fused_modules(model, "triton", of(run)):
+        assert {norm, attention} <= {m for m in model.modules() if "forward" in vars(m)}
+        calls.clear()
+        assert torch.equal(norm(x), expected)
+        assert torch.equal(model(ids, use_cache=False).logits, logits)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "tables"),
+    [
+        ((3, 5, 8), (3, 5, 8), ((1, 5, 8), (1, 5, 8))),
+        ((2, 3, 5, 8), (1, 1, 5, 8), ((1, 5, 8), (1, 5, 8))),
+        ((2, 3, 5, 8), (2, 1, 5, 8), ((2, 5, 8), (1, 5, 8))),
+        ((2, 3, 1, 8), (2, 1, 1, 8), ((1, 8), (1, 8))),
+        ((2, 2, 1, 8), (2, 2, 1, 8), ((1, 5, 8), (1, 5, 8))),
+    ],
+)
+def test_shapes_that_transformers_broadcasts_take_its_own_function(
+    q: tuple[int, ...], k: tuple[int, ...], tables: Any, calls: Counter[str]
+) -> None:
+    model = llama()
+    given = [torch.randn(shape) for shape in (q, k, *tables)]
+    expected = modeling_llama.apply_rotary_pos_emb(*given)
+    with fused_modules(model, "triton", of()):
+        turn = model.model.layers[0].self_attn.forward.__func__.__globals__["apply_rotary_pos_emb"]
+        calls.clear()
+        assert all(map(torch.equal, turn(*given), expected))
+        double = [t.double() for t in given]
+        assert turn(*double)[0].dtype == torch.float64
+    assert not calls
 
 
 def test_what_the_kernels_do_not_compute_takes_the_own_forward(calls: Counter[str]) -> None:

@@ -88,3 +88,22 @@ def test_differentiates_twice() -> None:
     q, k = q.requires_grad_(), k.requires_grad_()
     assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, cos, sin), (q, k))
     assert torch.autograd.gradgradcheck(lambda q, k: rotary(q, k, cos, sin), (q, k))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sin": (1, 5, 8)}, "sin must be .2, 5, 8. as cos is, got .1, 5, 8."),
+        ({"cos": (1, 5, 8)}, "sin must be .1, 5, 8. as cos is, got .2, 5, 8."),
+        ({"cos": (5, 8), "sin": (5, 8)}, "cos must be .2 or 1, 5, 8. .*, got .5, 8."),
+        ({"cos": (2, 5, 4), "sin": (2, 5, 4)}, "cos must be .2 or 1, 5, 8. .*, got .2, 5, 4."),
+        ({"k": (1, 1, 5, 8)}, "k must be .2, K, 5, 8. torch.float32 as q is, got .1, 1, 5, 8."),
+        ({"q": (2, 5, 8)}, "q must be a .B, H, T, Dh. float tensor, Dh even, got .2, 5, 8."),
+    ],
+)
+def test_shapes_that_it_does_not_read_are_refused(
+    changes: dict[str, tuple[int, ...]], message: str, backend: str
+) -> None:
+    shapes = {"q": (2, 3, 5, 8), "k": (2, 1, 5, 8), "cos": (2, 5, 8), "sin": (2, 5, 8)} | changes
+    with pytest.raises(ValueError, match=message):
+        rotary(**{name: random(*shape) for name, shape in shapes.items()}, backend=backend)

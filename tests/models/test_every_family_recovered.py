@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from family_case import FamilyCase
-from family_models import sequences
+from family_configs import TINY
+from family_models import FAST, sequences
 from family_truth import Float64, own_logits
 from mixture_case import MixtureCase
 from mixture_configs import MODELS
@@ -36,12 +37,19 @@ def own_kl(case: FamilyCase, folder: Path, ids: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(
-    ("layout", "options"), [("custom", {}), ("uniform", {"lora": 0, "teacher": "resident"})]
-)
-def test_what_is_written_has_the_measured_kl(
-    case: FamilyCase, layout: str, options: dict[str, Any]
-) -> None:
+# A family of each group is recovered both ways, the others by turns.
+WAYS: dict[str, dict[str, Any]] = {"custom": {}, "uniform": {"lora": 0, "teacher": "resident"}}
+EACH = [
+    pytest.param(family, way, id=f"{family}-{way}")
+    for i, family in enumerate(TINY)
+    for j, way in enumerate(WAYS)
+    if family in FAST or (i + j) % 2
+]
+
+
+@pytest.mark.parametrize(("case", "layout"), EACH, indirect=["case"])
+def test_what_is_written_has_the_measured_kl(case: FamilyCase, layout: str) -> None:
+    options = WAYS[layout]
     pruned = case.written(layout).folder
     ids, result = recover(case.folder.parent, pruned, force=True, **options)
     assert result["kl_before"] == pytest.approx(own_kl(case, pruned, ids), rel=KL)

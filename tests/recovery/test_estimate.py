@@ -1,5 +1,6 @@
 """What `hfprune plan --recover` says is what a recovery has."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def test_people_read_it(hfprune: Callable[..., Any]) -> None:
     line = run.out.splitlines()[-1]
     assert line.startswith("recover, 100,000 tokens by LoRA of rank 16, 118,784 trained: about ")
     assert "hidden states of the dense model " in line
+    assert re.search(r"checkpoints \d\S* \w+, output 1\.4 MiB; about", line), line
 
 
 @pytest.mark.parametrize(

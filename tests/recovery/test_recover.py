@@ -1,6 +1,7 @@
 """What recovery writes, and that it is never worse than what it was given."""
 
 import json
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,16 @@ def test_a_recovered_checkpoint_is_closer_and_of_the_same_layout(
     for name, tensor in old.items():  # padding has no weight, and gets none
         assert not bool(new[name][tensor == 0].any()), name
     assert not (tmp_path / "out.recovery").exists()
+
+
+def test_a_precision_of_accelerates_launcher_is_not_taken(
+    recover: Recover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dtype says what is computed in; the launcher's configuration sets this for every program."""
+    own = recover()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert recover(out="again")["losses"] == own["losses"]
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_the_record_and_the_card_say_what_was_done(

@@ -1,6 +1,7 @@
 """A recovery that was interrupted continues, and ends as one that was not."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from hfprune_fast.errors import CheckpointError, OutputError, ResumeError
-from hfprune_fast.recovery import teacher, trainer
+from hfprune_fast.recovery import run, teacher, trainer
 from hfprune_fast.recovery.estimate import checkpoints_bytes
 from hfprune_fast.recovery.student import Student
 
@@ -134,9 +135,34 @@ def test_a_disk_without_room_is_refused_before_any_work(recover: Recover, tmp_pa
         patch.setattr(shutil, "disk_usage", lambda _: room._replace(free=100_000))
         with pytest.raises(OutputError, match=r"out .*takes \d.* only 97.7 KiB are free"):
             recover()
+        patch.setattr(run, "on_one_disk", lambda *_: False)
         with pytest.raises(OutputError, match=r"cache .*takes \d.* only 97.7 KiB are free"):
             recover(cache=tmp_path / "states")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_is_on_one_disk_is_added_up_and_what_is_left_is_not(
+    recover: Recover, tmp_path: Path
+) -> None:
+    """A cache beside the output needs its room too, and a run without anything to resume all."""
+    free, room = [0], shutil.disk_usage(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: room._replace(free=free[0]))
+
+        def needed(**options: Any) -> str:
+            with pytest.raises(OutputError, match=r"out .*takes ") as caught:
+                recover(**options)
+            return str(re.search(r"takes (.*?),", str(caught.value)))
+
+        whole = needed()
+        assert whole == needed(cache=tmp_path / "states") == needed(resume=True)
+        patch.setattr(trainer, "save_file", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        free[0] = room.free
+        with pytest.raises(KeyboardInterrupt):
+            recover()
+        free[0] = 0
+        assert needed(resume=True) != whole
+    assert (tmp_path / "out.recovery" / "teacher.safetensors").is_file()
 
 
 def test_checkpoints_take_what_the_estimate_says(recover: Recover, tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ import torch
 sys.path.insert(0, {str(AOT.parent)!r})
 import aot
 from hfprune_fast import kernels
-from hfprune_fast.kernels import _kl_rows_triton, _rows, _rows_triton, _statistics_triton
+from hfprune_fast.kernels import (
+    _kl_rows_triton, _rms_norm_triton, _rotary_triton, _rows, _rows_triton, _statistics_triton,
+)
 bf16 = torch.bfloat16
 """
 
@@ -88,6 +90,15 @@ for case, arch in aot.product(aot.CASES, aot.TARGETS):
 tables = [
     value for module in (_rows_triton, _kl_rows_triton, _statistics_triton)
     for name, value in vars(module).items() if "CONFIG" in name
+]
+# Those of norms and rotary embeddings follow from sizes: of models' hidden sizes and heads.
+widths = [64, 96, 128, 192, 256, 512, 896, 1024, 2048, 4096, 5120, 7168, 8192, 12_288, 16_384]
+for arch in ("sm_90", "gfx942"):
+    with mock.patch.object(aot._dispatch, "architecture", return_value=arch):
+        tables += [_rms_norm_triton._configuration(width, None) for width in (*widths, 18_432)]
+tables += [
+    _rotary_triton._configuration(heads, width)
+    for heads in (1, 2, 4, 8, 16, 32, 40, 64, 128) for width in (64, 80, 96, 128, 256)
 ]
 print(json.dumps([tables, used], default=str))
 """
