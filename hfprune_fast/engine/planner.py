@@ -41,6 +41,7 @@ _MIN_LOGITS_BYTES = 16 << 20  # for a small memory budget
 _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
 RECONSTRUCTED_AT_ONCE = 2048  # tokens of a step of a reconstruction
+RIDGE_DIRECTIONS = 64  # of the output, in which the ridges of a refit are compared
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
 
 
@@ -142,11 +143,12 @@ class MemoryEstimator:
             self.covariances = 2 * outputs * self.hidden**2 * 4
             on_cpu = self.device.type == "cpu"
             self.tables += self.covariances if on_cpu else self.hidden**2 * 4
-            # Second moments, of all experts of a layer, and what `obs` makes of them, in fp64; the
-            # dense and pruned streams.
+            # Second moments, of all experts of a layer, and what `obs` and the choice of a ridge
+            # make of them, in fp64; the dense and pruned streams.
             own, each = spec.intermediate_size, spec.expert_width
             widest, count = max(own, each), spec.num_experts
-            self.refit_bytes = 4 * widest**2 * 8 + widest * self.hidden * 8
+            self.refit_bytes = 4 * widest**2 * 8
+            self.refit_bytes += 2 * widest * (self.hidden + 4 * RIDGE_DIRECTIONS) * 8
             self.refit_bytes += count * (each**2 + each * self.hidden) * 8
             tokens = self.seq_len * self.sequences
             trains = self.refit == "reconstruct"

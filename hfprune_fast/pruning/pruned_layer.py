@@ -17,15 +17,9 @@ from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.mlp_hooks import inputs_of, replaced_weights, silent_mlp
 from hfprune_fast.models.sites import GatedMLP, SiteKey, rows_of
+from hfprune_fast.pruning.normal_equations import NormalEquations
 from hfprune_fast.pruning.reconstruct import OnStep, Training, TrainingRows, Weights, mlp_output
-from hfprune_fast.scoring.moments import (
-    add_gram,
-    check_moments,
-    mirror,
-    moments_dtype,
-    token_rows,
-)
-from hfprune_fast.scoring.obs import least_squares
+from hfprune_fast.scoring.moments import moments_dtype, token_rows
 
 _PULL = 0.01  # μ
 _TRIED_TOKENS, _TOLERANCE = 8, 1e-3
@@ -57,21 +51,26 @@ class PrunedLayer:
         self._keeps_acts, self._rows = keeps_acts, rows
         self._mlp = model.parts.own_mlps[layer]
         self._weights, self._biases = _narrowed(self._mlp, kept.to(model.device))
-        width, down = len(kept), self._weights[self._mlp.down]
-        self._gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-        self._cross = self._gram.new_zeros(down.shape)
+        self._equations = NormalEquations(self._weights[self._mlp.down])
         self._acts: dict[int, Tensor] = {}  # of each batch
 
     def add(
-        self, i: int, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
+        self,
+        i: int,
+        dense: Tensor,
+        output: Tensor | None,
+        stream: Tensor,
+        batch: MicroBatch,
+        held_out: int,
     ) -> Tensor:
-        """Add a batch's moments of act, and of what down_proj shall return.
+        """Add a batch's acts, and what down_proj shall return, to the least squares.
 
         Args:
             i: the batch's number.
             dense: the dense model's residual stream after the layer.
             output: what the dense model's down_proj returns, where a norm follows; else None.
             stream: the pruned model's residual stream before the layer.
+            held_out: so many of the last sequences choose the ridge.
 
         Returns:
             The stream that `finish` takes.
@@ -88,13 +87,9 @@ class PrunedLayer:
         if self._mlp.down.bias is not None:
             target = target - self._mlp.down.bias
         act, target = token_rows(acts[0], batch), token_rows(target, batch)
-        weighted = wide = act.to(dtype)
-        if weights is None:
-            add_gram(self._gram, act)
-        else:
-            weighted = wide * token_rows(weights, batch)
-            add_gram(self._gram, wide, weighted)
-        self._cross += target.t() @ weighted
+        counts = None if weights is None else token_rows(weights, batch)
+        tokens = sum(batch.lengths[len(batch.lengths) - held_out :])
+        self._equations.add(act, target, counts, held_out=tokens)
         if self._rows is not None:
             self._rows.append(inputs[0], missing, after, batch)
         elif self._keeps_acts:
@@ -125,12 +120,9 @@ class PrunedLayer:
         counts = length > 0  # a token for which the MLP says nothing has no direction to follow
         return target.where(counts, 0), (1 / rms).square().where(counts, 0)
 
-    def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
+    def solve(self) -> dict[SiteKey, Tensor]:
         """Return the refitted (D, width) weight, rounded to the model's dtype."""
-        check_moments(self._gram, self._layer)
-        gram, cross = mirror(self._gram).div_(tokens), self._cross.div_(tokens)
-        del self._gram, self._cross
-        fitted = least_squares(gram, cross, self._weights[self._mlp.down]).to(self._model.dtype)
+        fitted = self._equations.solve(self._layer).to(self._model.dtype)
         self._weights[self._mlp.down] = fitted
         return {self._layer: fitted}
 

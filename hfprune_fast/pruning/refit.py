@@ -7,9 +7,10 @@ and x the dense model's residual stream after the same MLP, down_proj becomes th
     mean‖x - h - V a‖² + λ·mean(a²)·‖V - W‖²
 
 over the tokens, so that a layer corrects the error of the layers before it, as far as its kept
-neurons can. (Fitting V a to the dense MLP's own output instead leaves their error in the
-stream: on the models of bench/fidelity, 15 to 20 % more KL.) Where a family scales the MLP's output
-before it is added, x - h is divided by the scale.
+neurons can; λ is chosen on an eighth of the sequences (`normal_equations`). (Fitting V a to the
+dense MLP's own output instead leaves their error in the stream: on the models of bench/fidelity, 15
+to 20 % more KL.) Where a family scales the MLP's output before it is added, x - h is divided by the
+scale.
 
 Where an RMS norm with gains g follows the MLP, the norm is taken as linear, with the root mean
 square of the dense MLP's output y at each token. What is minimised, beside the ridge, is
@@ -33,6 +34,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +111,7 @@ def refit(
     of_pruned = 2 if reconstruct is None else 4
     steps = model.head_unit * (1 + of_pruned * len(keeps))
     training = 2 * fitted_tokens / steps
+    choosing = _last_eighth(batches[:fitted])
     dense = [model.kept(model.begin(batch)) for batch in batches]
     streams = [list(dense) for _ in keeps]
     results = [Refitted({}, []) for _ in keeps]
@@ -134,8 +137,9 @@ def refit(
             else:
                 pruned = PrunedExperts(model, layer, keep)
             for i, batch in each_batch(batches[:fitted], on_progress, steps):
-                stream[i] = model.kept(pruned.add(i, dense[i], outputs[i], stream[i], batch))
-            weights = pruned.solve(fitted_tokens)
+                added = pruned.add(i, dense[i], outputs[i], stream[i], batch, choosing[i])
+                stream[i] = model.kept(added)
+            weights = pruned.solve()
             result.weights |= {site: weight.cpu() for site, weight in weights.items()}
             result.unfitted += pruned.unfitted
             if reconstruct is not None:
@@ -165,6 +169,15 @@ def refit(
         for stream, result in zip(streams, results, strict=True):
             result.hidden = finals(stream)
         return results, finals(dense)
+
+
+def _last_eighth(batches: Sequence[MicroBatch]) -> list[int]:
+    """Return how many of each batch's sequences are of the last eighth, which choose the ridges."""
+    sizes = [len(batch.lengths) for batch in batches]
+    begin = sum(sizes) - sum(sizes) // 8
+    return [
+        max(0, min(size, end - begin)) for size, end in zip(sizes, accumulate(sizes), strict=True)
+    ]
 
 
 @own_modes()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,35 +27,9 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences, outputs_of, pruned_down_proj
 from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey
+from hfprune_fast.pruning.normal_equations import NormalEquations
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
-from hfprune_fast.scoring.moments import add_gram, check_moments, mirror, moments_dtype
-from hfprune_fast.scoring.obs import least_squares
-
-
-@dataclass
-class _Moments:
-    """What a least-squares fit needs of one MLP: its kept neurons and sums over tokens."""
-
-    kept: Tensor
-    weight: Tensor  # (D, K), dense
-    gram: Tensor  # (K, K)
-    cross: Tensor  # (D, K)
-    rows: int = 0
-
-    @classmethod
-    def of(cls, down: Tensor, kept: Tensor) -> _Moments:
-        kept = kept.to(down.device)
-        weight = down[:, kept]
-        gram = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=down.device)
-        return cls(kept, weight, gram, gram.new_zeros(weight.shape))
-
-    def add(self, act: Tensor, target: Tensor, weights: Tensor) -> None:
-        """Add rows of act (n, F) and of what down_proj shall return, (n, D), with weights (n,)."""
-        own = act[:, self.kept].to(target.dtype)
-        weighted = own * weights[:, None]
-        add_gram(self.gram, own, weighted)
-        self.cross += target.t() @ weighted
-        self.rows += len(act)
+from hfprune_fast.scoring.moments import moments_dtype
 
 
 class PrunedExperts:
@@ -73,25 +46,37 @@ class PrunedExperts:
         assert experts is not None
         self._experts, self._dtype = experts, moments_dtype(model)
         self._stay = [e for e in range(experts.count) if (layer, e) in keep]
-        self._moments: dict[SiteKey, _Moments] = {
-            (layer, e): _Moments.of(experts.down(e), keep[layer, e]) for e in self._stay
-        }
+        self._kept: dict[SiteKey, Tensor] = {}
+        self._equations: dict[SiteKey, NormalEquations] = {}
+        for e in self._stay:
+            self._open((layer, e), experts.down(e), keep)
         if self._mlp is not None:
-            self._moments[layer] = _Moments.of(self._mlp.down.weight.detach(), keep[layer])
+            self._open(layer, self._mlp.down.weight.detach(), keep)
         self._weights: dict[SiteKey, Tensor] = {}
         self._with_error = not model.parts.family.norm_behind
         self.unfitted = 0  # experts
 
+    def _open(self, site: SiteKey, down: Tensor, keep: Mapping[SiteKey, Tensor]) -> None:
+        self._kept[site] = keep[site].to(down.device)
+        self._equations[site] = NormalEquations(down[:, self._kept[site]])
+
     def add(
-        self, i: int, dense: Tensor, output: Tensor | None, stream: Tensor, batch: MicroBatch
+        self,
+        i: int,
+        dense: Tensor,
+        output: Tensor | None,
+        stream: Tensor,
+        batch: MicroBatch,
+        held_out: int,
     ) -> Tensor:
-        """Add a batch's moments, and return what `finish` takes: the stream as it is.
+        """Add a batch to the least squares, and return what `finish` takes: the stream as it is.
 
         Args:
             i: the batch's number.
             dense: the dense model's residual stream after the layer.
             output: not used here; a norm behind a layer's own MLP needs it.
             stream: the pruned model's residual stream before the layer.
+            held_out: not used here: few tokens choose an expert, so that the ridge is fixed.
         """
         rows_seen: list[tuple[Rows, Tensor, Tensor, Tensor]] = []
 
@@ -119,29 +104,31 @@ class PrunedExperts:
             target = output.to(self._dtype) + share[rows.tokens] * w[:, None]
             bias = self._experts.down_bias(rows.expert)
             target = target if bias is None else target - bias
-            self._moments[self._layer, rows.expert].add(act, target, w.square())
+            self._add((self._layer, rows.expert), act, target, w)
         if self._mlp is not None:
             act, output = (in_sequences(t[0], sequences).flatten(0, 1) for t in (acts, outputs))
             target = output.to(self._dtype) + share * own[:, None]
             bias = self._mlp.down.bias
             target = target if bias is None else target - bias
             seen = own > 0  # not padding
-            self._moments[self._layer].add(act[seen], target[seen], own[seen].square())
+            self._add(self._layer, act[seen], target[seen], own[seen])
         return stream
 
-    def solve(self, tokens: int) -> dict[SiteKey, Tensor]:
+    def _add(self, site: SiteKey, act: Tensor, target: Tensor, weights: Tensor) -> None:
+        """Add rows of act (n, F), and of what down_proj shall return, (n, D), weighed (n,)."""
+        counts = weights.square()[:, None]
+        self._equations[site].add(act[:, self._kept[site]], target, counts)
+
+    def solve(self) -> dict[SiteKey, Tensor]:
         """Return the refitted (D, K) weights in the model's dtype, without those of few rows."""
         fitted: dict[SiteKey, Tensor] = {}
-        for site, moments in self._moments.items():
-            few = not isinstance(site, int) and moments.rows < TOKENS_A_NEURON * len(moments.kept)
-            if few:
+        for site, equations in self._equations.items():
+            few = equations.tokens < TOKENS_A_NEURON * len(self._kept[site])
+            if few and not isinstance(site, int):
                 self.unfitted += 1
-                self._weights[site] = moments.weight
+                self._weights[site] = equations.weight
                 continue
-            check_moments(moments.gram, self._layer)
-            gram = mirror(moments.gram).div_(moments.rows)
-            cross = moments.cross.div_(moments.rows)
-            weight = least_squares(gram, cross, moments.weight)
+            weight = equations.solve(self._layer)
             self._weights[site] = fitted[site] = weight.to(self._model.dtype)
         return fitted
 
@@ -158,14 +145,14 @@ class PrunedExperts:
         def visit(rows: Rows, x: Tensor, weights: Tensor) -> Tensor:
             site = self._layer, rows.expert
             act = self._experts.act(self._experts.gate_up(rows.expert, x))
-            kept = act[:, self._moments[site].kept]
+            kept = act[:, self._kept[site]]
             bias = self._experts.down_bias(rows.expert)
             return torch.nn.functional.linear(kept, self._weights[site], bias)
 
         with ExitStack() as stack:
             stack.enter_context(self._visited(batch, visit))
             if self._mlp is not None:
-                own = self._moments[self._layer].kept, self._weights[self._layer]
+                own = self._kept[self._layer], self._weights[self._layer]
                 stack.enter_context(pruned_down_proj(self._mlp, *own))
             return self._model.run(self._layer, stream.to(self._model.device), batch)
 

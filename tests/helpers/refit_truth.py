@@ -5,8 +5,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from truth import attention, rms_norm
 
-from hfprune_fast.scoring.obs import REFIT_RIDGE
-
 GATE_UP_DOWN = ("gate", "up", "down")
 
 
@@ -19,14 +17,28 @@ def keep_of(model: PreTrainedModel, widths: tuple[int, ...] = (50, 20, 77)) -> d
     }
 
 
-def plain_fit(acts: Tensor, wanted: Tensor, down: Tensor) -> Tensor:
-    """Return V (D, K) of least ‖acts Vᵀ - wanted‖² + λ ‖V - down‖², λ as the refit has it."""
-    pull = (REFIT_RIDGE * acts.square().mean(0).mean() * len(acts)).sqrt()
-    ridge = pull * torch.eye(acts.shape[1], dtype=torch.float64)
-    solution: Tensor = torch.linalg.lstsq(
-        torch.cat([acts, ridge]), torch.cat([wanted, pull * down.t()])
-    ).solution
-    return solution.t()
+def plain_fit(acts: Tensor, wanted: Tensor, down: Tensor, choosing: int) -> Tensor:
+    """Return V (D, K) of least ‖acts Vᵀ - wanted‖² + λ ‖V - down‖², λ as the refit has it.
+
+    choosing: so many of the last rows choose λ.
+    """
+
+    def fit(rows: slice, ridge: float) -> Tensor:
+        a, y = acts[rows], wanted[rows]
+        pull = (ridge * a.square().mean(0).mean() * len(a)).sqrt()
+        eye = torch.eye(acts.shape[1], dtype=torch.float64)
+        solution: Tensor = torch.linalg.lstsq(
+            torch.cat([a, pull * eye]), torch.cat([y, pull * down.t()])
+        ).solution
+        return solution.t()
+
+    seen, held = slice(len(acts) - choosing), slice(len(acts) - choosing, None)
+
+    def error(ridge: float) -> float:
+        return float((acts[held] @ fit(seen, ridge).t() - wanted[held]).square().sum())
+
+    ridge = min((0.01, 0.03, 0.1, 0.3, 1, 3), key=error) if choosing else 0.1
+    return fit(slice(None), ridge)
 
 
 class PlainModel:

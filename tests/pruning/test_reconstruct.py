@@ -133,7 +133,8 @@ def test_each_layer_is_plain_training_of_its_mlp(family: str, weighed: tuple[int
         y = torch.cat([d - h for d, h in zip(dense, pruned, strict=True)])
         u = 1 / torch.cat(dense).square().mean(1)
         start = [gate[keep[layer]], up[keep[layer]], down[:, keep[layer]]]
-        start[2] = plain_fit(act(x, *start[:2]), y, start[2])
+        choosing = sum(batch.tokens for batch in batches[len(batches) - len(batches) // 8 :])
+        start[2] = plain_fit(act(x, *start[:2]), y, start[2], choosing)
         metric = torch.eye(64, dtype=torch.float64)
         if layer in covariances:
             c = covariances[layer]

@@ -71,7 +71,8 @@ def plain_refit(
         acts = [act_of(h)[:, keep[layer]] for h in pruned]
         rows = torch.cat(acts)
         wanted = torch.cat([x - h - bias for x, h in zip(dense, pruned, strict=True)])
-        fitted = plain_fit(rows, wanted, down[:, keep[layer]])
+        choosing = sum(map(len, acts[len(acts) - len(acts) // 8 :]))
+        fitted = plain_fit(rows, wanted, down[:, keep[layer]], choosing)
         pruned = [h + a @ fitted.t() + bias for h, a in zip(pruned, acts, strict=True)]
         found.append(fitted)
     return found
@@ -85,12 +86,15 @@ def bias_of(weights: dict[str, Tensor], name: str) -> Any:
     return weights.get(f"{name}.mlp.down_proj.bias", 0)
 
 
+@pytest.mark.parametrize("times", [1, 5])  # of four sequences, in which none chooses a ridge
 @pytest.mark.parametrize(
     ("family", "options"), [("llama", {}), ("llama", {"mlp_bias": True}), ("qwen3", {})]
 )
-def test_each_layer_is_plain_least_squares(family: str, options: dict[str, Any]) -> None:
+def test_each_layer_is_plain_least_squares(
+    family: str, options: dict[str, Any], times: int
+) -> None:
     model = tiny_model(family, **options)
-    batches, keep = batches_of(model), keep_of(model)
+    batches, keep = batches_of(model, times * LENGTHS), keep_of(model)
     with ResidentModel(model) as entered:
         (result,), _ = refit(entered, batches, [keep])
     for layer, expected in enumerate(plain_refit(model, batches, keep)):
@@ -187,7 +191,7 @@ def test_moments_of_bfloat16_acts_are_of_float32_products(
 ) -> None:
     """In the first layer, whose acts and streams are the dense model's to the last bit."""
     model = tiny_model("llama", dtype=torch.bfloat16)
-    batches, keep = batches_of(model, (40,) * 8), keep_of(model)
+    batches, keep = batches_of(model, (40,) * 7), keep_of(model)
     mlp, norm = model.model.layers[0].mlp, model.model.layers[0].post_attention_layernorm
     seen: dict[str, list[Tensor]] = {"act": [], "before": [], "behind": []}
     handles = [
@@ -210,7 +214,7 @@ def test_moments_of_bfloat16_acts_are_of_float32_products(
         noted.append(gram.clone())
         return gram.diagonal()
 
-    monkeypatch.setattr("hfprune_fast.pruning.pruned_layer.least_squares", note)
+    monkeypatch.setattr("hfprune_fast.pruning.normal_equations.least_squares", note)
     monkeypatch.setattr("hfprune_fast.scoring.costs.greedy_removal_costs", note_costs)
     with ResidentModel(model) as entered:
         refit(entered, batches, [keep])
@@ -220,14 +224,15 @@ def test_moments_of_bfloat16_acts_are_of_float32_products(
     kept, missing = act[:, keep[0]], behind - before
     for got, left, right in ((gram, kept, kept), (cross, missing, kept), (noted[0], act, act)):
         # Each product and sum of a batch rounds once, as does the difference of the streams.
-        most = 82 * torch.finfo(torch.float32).eps * (left.abs().t() @ right.abs()) / 320
-        assert bool(((got - left.t() @ right / 320).abs() <= most).all())
+        most = 82 * torch.finfo(torch.float32).eps * (left.abs().t() @ right.abs()) / 280
+        assert bool(((got - left.t() @ right / 280).abs() <= most).all())
 
 
 @pytest.mark.slow
-def test_moments_are_in_memory_a_layer_at_a_time() -> None:
+@pytest.mark.parametrize(("sequences", "matrices"), [(2, 2.5), (8, 4.5)])
+def test_moments_are_in_memory_a_layer_at_a_time(sequences: int, matrices: float) -> None:
     model = tiny_model("llama", intermediate_size=320, hidden_size=8)
-    batches, keep = batches_of(model, (9, 7)), keep_of(model, (310,) * 3)
+    batches, keep = batches_of(model, (9,) * sequences), keep_of(model, (310,) * 3)
     matrix = 320**2 * 8  # beside which all else is small, but for the rows of a block of removals
     with ResidentModel(model) as entered:
         with Watch(*model.parameters()) as costing:
@@ -235,7 +240,7 @@ def test_moments_are_in_memory_a_layer_at_a_time() -> None:
         with Watch(*model.parameters()) as fitting:
             refit(entered, batches, [keep])
     assert costing.peak < 4 * matrix
-    assert fitting.peak < 2.5 * matrix
+    assert fitting.peak < matrices * matrix
 
 
 def test_layers_of_different_widths_have_costs_of_their_own() -> None:

@@ -1,0 +1,117 @@
+"""The least squares of one down_proj: sums over tokens, a ridge chosen on held-out ones, a fit.
+
+The ridge λ pulls the fit towards the dense weight. How much of it is best belongs to the layer and
+the text: a layer that few tokens a neuron are fitted to needs more. It is chosen among `RIDGES` by
+the mean squared error on sequences that the fit does not see, after which the fit is to all of
+them. Errors are compared in `RIDGE_DIRECTIONS` random directions of the output, which order the
+ridges as all of them do, at a part of the products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfprune_fast.engine.planner import RIDGE_DIRECTIONS
+from hfprune_fast.scoring.moments import add_gram, check_moments, mirror
+from hfprune_fast.scoring.obs import REFIT_RIDGE, least_squares
+
+RIDGES = (0.01, 0.03, REFIT_RIDGE, 0.3, 1.0, 3.0)
+
+
+@dataclass
+class _Sums:
+    """Over tokens: those of a aᵀ, (K, K), and of y aᵀ, (D, K), fp64, and how many there were."""
+
+    gram: Tensor
+    cross: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Sums:
+        gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        return cls(gram, gram.new_zeros(weight.shape))
+
+    def add(self, acts: Tensor, targets: Tensor, weighted: Tensor | None) -> None:
+        add_gram(self.gram, acts, weighted)
+        wide = acts.to(targets.dtype) if weighted is None else weighted
+        self.cross += targets.t() @ wide
+        self.tokens += len(acts)
+
+
+class NormalEquations:
+    """What a fit of V to y ≈ V a needs of the tokens.
+
+    Args:
+        weight: (D, K), the dense weight of the kept neurons, which the ridge pulls V towards.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self._fitted = _Sums.of(weight)
+        self._held: _Sums | None = None  # of held-out tokens
+
+    @property
+    def tokens(self) -> int:
+        return self._fitted.tokens + (0 if self._held is None else self._held.tokens)
+
+    def add(
+        self, acts: Tensor, targets: Tensor, weights: Tensor | None = None, *, held_out: int = 0
+    ) -> None:
+        """Add tokens.
+
+        Args:
+            acts: (n, K).
+            targets: (n, D), y, in fp32 at least.
+            weights: (n, 1), how much each token counts; None counts all alike.
+            held_out: so many of the last ones choose the ridge.
+        """
+        weighted = None
+        if weights is not None:
+            acts = acts.to(targets.dtype)
+            weighted = acts * weights
+        if held_out and self._held is None:
+            self._held = _Sums.of(self.weight)
+        begin = len(acts) - held_out
+        for sums, rows in ((self._fitted, slice(begin)), (self._held, slice(begin, None))):
+            if sums is not None and len(acts[rows]):
+                own = None if weighted is None else weighted[rows]
+                sums.add(acts[rows], targets[rows], own)
+
+    def solve(self, layer: int) -> Tensor:
+        """Return V, (D, K) float64; the sums are gone then.
+
+        Raises:
+            NumericsError: the acts hold NaN or inf; it names the layer.
+        """
+        sums, held, tokens, ridge = self._fitted, self._held, self.tokens, REFIT_RIDGE
+        del self._fitted, self._held
+        check_moments(sums.gram, layer)
+        mirror(sums.gram)
+        if held is not None:
+            check_moments(held.gram, layer)
+            mirror(held.gram)
+            if sums.tokens:
+                ridge = _best_ridge(sums, held, self.weight)
+            sums.gram += held.gram
+            sums.cross += held.cross
+        gram, cross = sums.gram.div_(tokens), sums.cross.div_(tokens)
+        return least_squares(gram, cross, self.weight, ridge=ridge)
+
+
+def _best_ridge(fitted: _Sums, held: _Sums, weight: Tensor) -> float:
+    """Return the ridge whose fit to some tokens has the least squared error on the others."""
+    cross, held_cross, wide = fitted.cross, held.cross, weight.to(fitted.cross.dtype)
+    if len(weight) > RIDGE_DIRECTIONS:
+        drawn = torch.Generator().manual_seed(0)
+        mixed = torch.randn(RIDGE_DIRECTIONS, len(weight), dtype=cross.dtype, generator=drawn)
+        mixed = mixed.to(cross.device)
+        cross, held_cross, wide = (mixed @ each for each in (cross, held_cross, wide))
+
+    def error(ridge: float) -> float:  # less what no ridge changes
+        v = least_squares(fitted.gram.clone(), cross, wide, ridge=ridge)
+        return float((v @ held.gram).sub_(held_cross, alpha=2).mul_(v).sum())
+
+    return min(RIDGES, key=error)
