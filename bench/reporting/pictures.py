@@ -167,8 +167,9 @@ def recovery(models: dict[str, list[recovery_tables.RecoveryRow]]) -> Any:
         axis.set_xlim(-0.04 * most_tokens / 1e6, 1.04 * most_tokens / 1e6)
         kl = [row["kl_nats"] for row in rows]
         axis.set_ylim(min(*kl, max(kl) / 2) / 1.2, max(kl) * 1.2)  # a few percent look like it
+        axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
     drawn = {row["way"] for rows in models.values() for row in rows}
     named = {recovery_tables.WAYS[way]: look for way, look in RECOVERY.items() if way in drawn}
     lines = [axes[0, 0].plot([], [], color=c, marker=m)[0] for c, m in named.values()]

@@ -147,7 +147,7 @@ def _sums(
     has_next = labels >= 0
     index = labels.clamp(min=0)[:, None]
     top = pruned.argmax(dim=-1, keepdim=True).to(dense.device)
-    more_likely = (dense > dense.gather(1, top)).sum(dim=-1)
+    more_likely = (dense > dense.gather(1, top)).sum(dim=-1, dtype=torch.int32)
     return torch.stack(
         [
             kl.double().sum(),
