@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def _is_untouched(module: nn.Module) -> bool:
     return ours and "forward" not in vars(module) and not any(getattr(module, h) for h in _HOOKS)
 
 
-def _is_transformers(function: Any) -> bool:
+def _is_transformers(function: Any) -> TypeGuard[FunctionType]:
     """Return whether a function's code is a model's own: another might do more than compute."""
     if not isinstance(function, FunctionType):
         return False
