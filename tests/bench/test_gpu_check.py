@@ -85,7 +85,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert len(rows) - len(kernels) == 2
     assert {row["op"] for row in kernels} == {
         "softmax_entropy", "softmax_entropy_grad", "cross_entropy_grad", "fisher_grad",
-        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics",
+        "linear_entropy", "linear_kl", "gated_taylor", "taylor_statistics", "rms_norm", "rotary",
     }  # fmt: skip
     for row in kernels:
         assert "failed" not in row
