@@ -4,7 +4,6 @@ Each target has its share of HFPRUNE_FUZZ_SECONDS (30 by default; `make fuzz` ta
 names its seed: `HFPRUNE_FUZZ_SEED=n` begins with it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from checkpoints import random_llama
+from checkpoints import random_llama, snapshot
 from forked import hfprune_process, processor_seconds
 from interruption import interrupt
 from mutation import Mutate, mutate_bytes, mutate_json, mutate_safetensors
@@ -77,14 +76,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def fault_of(command: list[str], log: Path) -> str | None:
     """Run a command; return what is wrong with how it ended."""
     with hfprune_process(*command, log=log, prepare=processor_seconds(CPU_SECONDS)) as process:
@@ -120,10 +111,10 @@ def test_mutated_files_end_in_success_or_one_line(
         original = Path(name).read_bytes()
         mutated = mutate(original, random)
         Path(name).write_bytes(mutated)
-        before = digests(Path("model"))
+        before = snapshot(Path("model"))
         for number, command in enumerate(commands):
             fault = fault_of(command, Path(f"log{number}"))
-            if fault is None and digests(Path("model")) != before:
+            if fault is None and snapshot(Path("model")) != before:
                 fault = "the source was written to"
             said = Path(f"log{number}").read_text(errors="backslashreplace")[-2000:]
             assert fault is None, f"seed {seed}: {fault} of {' '.join(command)}\n{said}"

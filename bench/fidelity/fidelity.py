@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 from fidelity_mixture import sizes
-from fidelity_subject import Seed, Subject
+from fidelity_subject import CRITERIA, Seed, Subject
 from fidelity_tables import FOLDER, read
 from fidelity_variants import (
     BASELINES,
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
     begun = last = time.monotonic()
     for i, (seed, variant, ratios) in enumerate(remaining, 1):
         if scored is None or scored.seed != seed:
-            kept_at = scores_at(args, f"{header['model']}-seed{seed}")
-            scored = Seed(subject, drawn[seed], seed, kept_at)
+            kept_at = scores_at(args, f"{header['model']}-{args.rows}-seed{seed}")
+            scored = Seed(subject, drawn[seed], seed, kept_at, _criteria(args, source.spec))
         for row in scored.rows(variant, ratios):
             append(file, row)
             now = time.monotonic()
@@ -144,13 +144,24 @@ def header_of(
     }
 
 
+def _variants(args: argparse.Namespace, spec: ModelSpec) -> Sequence[Variant]:
+    if spec.experts and args.rows not in ROWS_OF_MIXTURES:
+        raise ArgumentError(f"--rows {args.rows} is of models without experts")
+    rows = ROWS_OF_MIXTURES if spec.experts else ROWS
+    return rows[args.rows]
+
+
+def _criteria(args: argparse.Namespace, spec: ModelSpec) -> list[str] | None:
+    """Return what the rows are ranked by; None, which is all, of a model with experts."""
+    ranked_by = {variant.criterion for variant in _variants(args, spec)}
+    return None if spec.experts else [each for each in CRITERIA if each in ranked_by]
+
+
 def _requested(
     args: argparse.Namespace, spec: ModelSpec
 ) -> Iterator[tuple[Variant, Sequence[float]]]:
     """Yield each variant, with the ratios at which it is measured."""
-    if spec.experts and args.rows not in ROWS_OF_MIXTURES:
-        raise ArgumentError(f"--rows {args.rows} is of models without experts")
-    variants = (ROWS_OF_MIXTURES if spec.experts else ROWS)[args.rows]
+    variants = _variants(args, spec)
     names = [str(variant) for variant in variants]
     if unknown := set(args.only or ()) - set(names):
         raise ArgumentError(

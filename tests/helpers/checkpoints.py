@@ -1,5 +1,6 @@
 """Models with the vocabulary of the shipped tokenizer, and checkpoints of any size."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,23 @@ def random_llama(**overrides: Any) -> PreTrainedModel:
     """A random fp32 Llama of 3 layers x 96 neurons."""
     vocab = len(load_tokenizer(TINY_MODEL))
     return tiny_model("llama", dtype=torch.float32, **{"vocab_size": vocab, **overrides})
+
+
+def some_keep(layers: int = 3, dense: int = 96, width: int = 61) -> dict[int, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        layer: torch.randperm(dense, generator=generator)[:width].sort().values
+        for layer in range(layers)
+    }
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Return the digest of each file below a folder."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def synthetic_checkpoint(

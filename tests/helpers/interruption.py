@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -74,11 +73,3 @@ def assert_whole(run: Any, whole: str = "whole", out: str = "scores") -> None:
     assert run.code == 0, run.err
     assert Path(out).read_bytes() == Path(whole).read_bytes()
     assert not state_of(out).exists()
-
-
-def assert_refused(run: Any, message: str) -> None:
-    assert run.code == 2, run.err
-    line = run.err.splitlines()[-1]
-    assert line.startswith("hfprune: error: ")
-    assert re.search(message, line), line
-    assert run.out == ""

@@ -13,13 +13,13 @@ from forked import Prepare, fail_in_pass, hfprune_process, kill_at, kill_between
 from interruption import (
     SEQUENCES,
     TOKENS,
-    assert_refused,
     assert_whole,
     interrupt,
     kept_samples,
     score_args,
     state_of,
 )
+from refusals import assert_refused
 from safetensors import safe_open
 
 import hfprune_fast as hf

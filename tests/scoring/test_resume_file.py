@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from interruption import assert_refused, assert_whole, score_args, state_of
+from interruption import assert_whole, score_args, state_of
 from paths import CPU_DEFAULT
+from refusals import assert_refused
 from safetensors import safe_open
 from safetensors.torch import save_file
 from truth import tiny_model
