@@ -31,7 +31,7 @@ import hfprune_fast as hf
 
 SHAPES = {
     "full": Shape(1024, 3072, 8, 16, 8, 32000),
-    "small": Shape(512, 1376, 8, 8, 4, 32000),
+    "small": Shape(512, 1376, 4, 8, 4, 32000),
     "tiny": Shape(32, 64, 2, 4, 2, 500),
 }
 SAMPLES = {"full": 64, "small": 16, "tiny": 4}

@@ -4,7 +4,7 @@
 With h the pruned model's residual stream before a layer's MLP, a its act there (kept neurons only),
 and x the dense model's residual stream after the same MLP, down_proj becomes the V that minimises
 
-    mean‖x - h - V a‖² + λ·mean(a²)·‖V - W‖²
+    mean‖x - h - V a‖² + λ Σ_j mean(a_j²)·‖v_j - w_j‖²
 
 over the tokens, so that a layer corrects the error of the layers before it, as far as its kept
 neurons can; λ is chosen on an eighth of the sequences (`normal_equations`). (Fitting V a to the

@@ -8,8 +8,8 @@ sigmoid), share r in the smallest way that adds up to it:
 
     target_e = y_e + r · w_e / (Σ w² + s²)                 y_e of all neurons of the dense expert
 
-and V_e minimises mean w²‖target_e - V_e a_e‖² + λ·mean(w² a²)·‖V_e - W_e‖² over the tokens that
-chose it, a_e the acts of its kept neurons. An expert that fewer than 8 tokens a kept neuron chose
+and V_e minimises mean w²‖target_e - V_e a_e‖² + λ Σ_j mean(w² a_ej²)·‖v_ej - w_ej‖² over the tokens
+that chose it, a_e the acts of its kept neurons. An expert that fewer than 8 tokens a kept neuron chose
 keeps its weights. Where norms follow the experts, r is left out: each is fitted to its own output.
 """
 

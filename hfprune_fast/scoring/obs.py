@@ -3,12 +3,16 @@
 The MLP's output is y = W a, W its down_proj (D, F) and a its act. For refitted weights V, in which
 the columns of removed neurons are zero, the error is
 
-    E(V) = tr((V - W) A (V - W)ᵀ C)      A = mean(a aᵀ) + λ·mean(diag)·I      C (D, D)
+    E(V) = tr((V - W) A (V - W)ᵀ C)      A = G + λ·diag(G), G = mean(a aᵀ)      C (D, D)
 
 with C the metric in which outputs are compared: the identity, or the covariance of the gradient of
 log p(y) there, y drawn from the model (K-FAC's output factor), which makes ½E the second-order
-estimate of KL(dense || pruned) a token. This is the optimal brain surgeon's problem (Hassibi and
-Stork, 1993) for whole columns. Of the remaining neurons, removing j adds
+estimate of KL(dense || pruned) a token. The ridge is in proportion to each act's own mean square,
+so that nothing changes if an act is scaled and its column divided by as much. (In proportion to the
+mean of all, it is far above most of them where one neuron makes massive activations: in layer 11 of
+SmolLM2-135M one act's mean square is a million times the median.) This is the optimal brain
+surgeon's problem (Hassibi and Stork, 1993) for whole columns. Of the remaining neurons, removing j
+adds
 
     ‖C^½ v_j‖² / [H]_jj                  H = A⁻¹ of those remaining, v_j column j as refitted so far
 
@@ -27,6 +31,7 @@ from hfprune_fast.checkpoint import native
 from hfprune_fast.errors import NumericsError
 
 REFIT_RIDGE = 0.1
+_LEAST_OF_LARGEST = 1e-12  # of the mean squares of acts
 _COMPACT_BELOW = 0.8  # of the rows; compacting the matrices after each block costs more
 
 
@@ -120,7 +125,7 @@ def _remove(
 def least_squares(
     gram: Tensor, cross: Tensor, weight: Tensor, *, ridge: float = REFIT_RIDGE
 ) -> Tensor:
-    """Return the V that minimises mean‖y - V a‖² + λ·mean(diag gram)·‖V - weight‖².
+    """Return the V that minimises mean‖y - V a‖² + λ Σ_j mean(a_j²)·‖v_j - weight_j‖².
 
     Args:
         gram: (K, K) float64, mean of a aᵀ; overwritten.
@@ -134,19 +139,20 @@ def least_squares(
     Raises:
         NumericsError: gram, with the ridge, contains NaN or is not positive definite.
     """
-    right = cross + _shift(gram, ridge) * weight.to(gram.dtype)
+    right = cross + _pulls(gram, ridge) * weight.to(gram.dtype)
     solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, ridge))
     return solved.t()
 
 
-def _shift(gram: Tensor, ridge: float) -> Tensor:
-    """Return λ·mean(diag), or λ for acts that are all 0."""
-    mean = gram.diagonal().mean()
-    return ridge * torch.where(mean > 0, mean, 1)
+def _pulls(gram: Tensor, ridge: float) -> Tensor:
+    """Return what is added to the diagonal, (K,): λ times it, and a little for acts that are 0."""
+    largest = gram.diagonal().max()
+    least = torch.where(largest > 0, _LEAST_OF_LARGEST * largest, 1)
+    return ridge * gram.diagonal().clamp(min=least)
 
 
 def _cholesky(gram: Tensor, ridge: float) -> Tensor:
-    gram.diagonal().add_(_shift(gram, ridge))
+    gram.diagonal().add_(_pulls(gram, ridge))
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
         raise NumericsError("the activations' second moments are not positive; try float32")

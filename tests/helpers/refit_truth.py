@@ -25,10 +25,9 @@ def plain_fit(acts: Tensor, wanted: Tensor, down: Tensor, choosing: int) -> Tens
 
     def fit(rows: slice, ridge: float) -> Tensor:
         a, y = acts[rows], wanted[rows]
-        pull = (ridge * a.square().mean(0).mean() * len(a)).sqrt()
-        eye = torch.eye(acts.shape[1], dtype=torch.float64)
+        pull = (ridge * a.square().sum(0)).sqrt()
         solution: Tensor = torch.linalg.lstsq(
-            torch.cat([a, pull * eye]), torch.cat([y, pull * down.t()])
+            torch.cat([a, pull.diag()]), torch.cat([y, pull[:, None] * down.t()])
         ).solution
         return solution.t()
 

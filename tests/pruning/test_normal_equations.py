@@ -23,7 +23,7 @@ def test_of_a_wide_output(noise: float, expected: float) -> None:
     equations.add(acts[150:], wanted[150:], held_out=held)
     found = equations.solve(0)
     assert torch.allclose(found, plain_fit(acts, wanted, down, held), rtol=1e-9)
-    pull = expected * acts.square().mean() * tokens
-    gram = acts.t() @ acts + pull * torch.eye(24, dtype=torch.float64)
-    own = torch.linalg.solve(gram, acts.t() @ wanted + pull * down.t()).t()
+    pull = expected * acts.square().sum(0)
+    gram = acts.t() @ acts + pull.diag()
+    own = torch.linalg.solve(gram, acts.t() @ wanted + pull[:, None] * down.t()).t()
     assert torch.allclose(found, own, rtol=1e-9)

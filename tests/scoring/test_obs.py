@@ -30,7 +30,7 @@ def a_layer(width: int, hidden: int = 6, seed: int = 0) -> tuple[Tensor, Tensor,
 def explicit_costs(gram: Tensor, weight: Tensor, metric: Tensor, ridge: float) -> Tensor:
     """Greedy removal, each candidate's constrained least squares solved anew."""
     width = len(gram)
-    wide = gram + ridge * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    wide = gram + ridge * gram.diagonal().diag()
 
     def error(left: list[int]) -> float:
         refitted = torch.zeros_like(weight)
@@ -127,6 +127,20 @@ def test_a_neuron_that_never_fires_or_writes_nothing_costs_nothing() -> None:
     assert costs[3] < 1e-6 * costs.median()
 
 
+def test_scaled_acts_change_nothing() -> None:
+    """As where one neuron makes massive activations."""
+    gram, weight, metric = a_layer(12)
+    scale = torch.ones(12, dtype=torch.float64)
+    scale[4], scale[7] = 133, 1e-3
+    scaled = gram * scale * scale[:, None], weight / scale
+    costs = greedy_removal_costs(gram.clone(), weight, metric)
+    assert torch.allclose(greedy_removal_costs(scaled[0].clone(), scaled[1], metric), costs)
+    wanted = weight.flip(1) @ gram
+    fitted = least_squares(gram.clone(), wanted, weight, ridge=0.3)
+    found = least_squares(scaled[0].clone(), wanted * scale, scaled[1], ridge=0.3)
+    assert torch.allclose(found * scale, fitted)
+
+
 def test_acts_of_low_rank_in_many_dimensions() -> None:
     """Rank 20 of 300: the ridge alone holds the rest, and blocks change rounding alone."""
     generator = torch.Generator().manual_seed(0)
@@ -150,16 +164,16 @@ def test_moments_of_no_act_are_refused(spoiled: float) -> None:
 
 
 def test_refit_solves_the_augmented_system() -> None:
-    """Least squares of acts above √(tokens · ridge) rows that pull towards the weight."""
+    """Least squares of acts above √(ridge Σ a_j²) rows that pull towards the weight."""
     generator = torch.Generator().manual_seed(1)
     acts = torch.randn(50, 7, dtype=torch.float64, generator=generator)
     wanted = torch.randn(50, 4, dtype=torch.float64, generator=generator)
     weight = torch.randn(4, 7, dtype=torch.float64, generator=generator)
     gram, cross = acts.t() @ acts / 50, wanted.t() @ acts / 50
-    pull = (0.3 * gram.diagonal().mean() * 50).sqrt()
+    pull = (0.3 * acts.square().sum(0)).sqrt()
     expected = torch.linalg.lstsq(
-        torch.cat([acts, pull * torch.eye(7, dtype=torch.float64)]),
-        torch.cat([wanted, pull * weight.t()]),
+        torch.cat([acts, pull.diag()]),
+        torch.cat([wanted, pull[:, None] * weight.t()]),
     ).solution.t()
     assert torch.allclose(
         least_squares(gram.clone(), cross, weight, ridge=0.3), expected, rtol=RTOL
