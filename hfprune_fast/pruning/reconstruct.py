@@ -75,6 +75,10 @@ class TrainingRows:
             rows[begin:end] = token_rows(part, batch)
         self.ends.append(end)
 
+    @property
+    def batches(self) -> int:
+        return len(self.ends) - 1
+
     def inputs_of(self, i: int, batch: MicroBatch) -> Tensor:
         """Return what the MLP reads of a batch, (B, T, D), 0 at padding."""
         rows = self.inputs[self.ends[i] : self.ends[i + 1]]

@@ -132,14 +132,7 @@ class PrunedExperts:
             self._weights[site] = fitted[site] = weight.to(self._model.dtype)
         return fitted
 
-    def train(self, *_: object) -> None:
-        """Return None: experts are refitted alone."""
-
     def finish(self, i: int, stream: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the pruned stream after the layer, of a batch that has been added."""
-        return self.run(stream, batch)
-
-    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer, with the refitted weights."""
 
         def visit(rows: Rows, x: Tensor, weights: Tensor) -> Tensor:
