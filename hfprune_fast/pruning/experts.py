@@ -20,7 +20,7 @@ from hfprune_fast.config import EXPERT_SCORES, Budget
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.models.spec import ModelSpec
-from hfprune_fast.pruning.widths import step_of
+from hfprune_fast.pruning.widths import most_important, protected_layers, step_of
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
 from hfprune_fast.scoring.table import DEFAULT_STATISTIC, ImportanceTable
 
@@ -101,8 +101,7 @@ class ExpertBudget:
                 ranked = fallback[part] if few and fallback is not None else ranked
                 if site not in stay:
                     continue
-            order = ranked.sort(descending=True, stable=True).indices.cpu()
-            keep[site] = order[: self.widths[site]].sort().values
+            keep[site] = most_important(ranked, self.widths[site])
         return keep
 
     def _stay(self, table: ImportanceTable, criterion: str) -> set[SiteKey]:
@@ -200,14 +199,7 @@ def _ratio(spec: ModelSpec, budget: Budget, experts: int) -> float:
 
 def _protected(spec: ModelSpec, budget: Budget, kinds: Mapping[str, list[int]]) -> set[int]:
     """Return the layers that are not pruned: all of a kind, as one width is declared for these."""
-    protected = set(budget.protect)
-    for layer in protected:
-        if not 0 <= layer < spec.num_layers:
-            raise ArgumentError(
-                f"protect names layer {layer}; the model has 0..{spec.num_layers - 1}"
-            )
-    if len(protected) == spec.num_layers:
-        raise ArgumentError("protect names every layer, so none is left to prune")
+    protected = protected_layers(budget.protect, spec.num_layers)
     for kind, layers in kinds.items():
         if protected & set(layers) and not protected >= set(layers):
             raise ArgumentError(
