@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -51,26 +50,13 @@ class Outcome:
         return {name: getattr(self, name) for name in names}
 
 
-class _Order(Dataset[int]):
-    """The numbers of the windows that are trained on."""
-
-    def __init__(self, order: Sequence[int]) -> None:
-        self._order = order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, place: int) -> int:
-        return self._order[place]
-
-
 class RecoveryTrainer(Trainer):
     """The loop; of the model it saves and loads only what is trained."""
 
     def __init__(self, data: RecoveryData, batch: Batch, **options: Any) -> None:
         super().__init__(
-            train_dataset=_Order(data.order),
-            eval_dataset=_Order(data.held_out),
+            train_dataset=data.order,
+            eval_dataset=data.held_out,
             data_collator=batch,
             **options,
         )
