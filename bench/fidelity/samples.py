@@ -56,7 +56,7 @@ COUNTS = (16, 32, 64, 128, 256, 512)
 RATIOS = (0.2, 0.5)
 
 
-def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
     source = open_source(args.model)
     if source.spec.experts:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
         row = compared(on_first(count, seed), on_first(counts[0], seed), ratio, most_widths)
         append(file, row)
         measured[seed, count, ratio] = row
-        told(
+        say(
             f"{header['model']} {i}/{len(remaining)}: seed {seed}, {count} windows, {ratio:.0%} "
             f"in {time.monotonic() - begun:.0f} s"
         )

@@ -137,24 +137,24 @@ def _experts(spec: ModelSpec, budget: Budget) -> int:
     dense, chosen, groups = spec.num_experts, spec.experts_per_token, spec.expert_groups
     if budget.experts is not None and budget.expert_ratio is not None:
         raise ArgumentError("give one of expert_ratio and experts, got both")
-    kept, asked = dense, ""
+    kept, requested = dense, ""
     if budget.experts is not None:
-        kept, asked = budget.experts, f"experts {budget.experts}"
+        kept, requested = budget.experts, f"experts {budget.experts}"
     elif budget.expert_ratio is not None:
         if not 0 <= budget.expert_ratio < 1:
             raise ArgumentError(f"expert_ratio must be in [0, 1), got {budget.expert_ratio}")
         # A multiple of the groups, the nearest one.
         kept = math.floor(dense * (1 - budget.expert_ratio) / groups + 0.5) * groups
-        asked = f"expert_ratio {budget.expert_ratio}"
+        requested = f"expert_ratio {budget.expert_ratio}"
     least = min(spec.least_experts, dense)
     if not least <= kept <= dense:
         raise ArgumentError(
-            f"{asked} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} are "
-            f"chosen a token{f' and there are {groups} groups' if groups > 1 else ''}"
+            f"{requested} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} "
+            f"are chosen a token{f' and there are {groups} groups' if groups > 1 else ''}"
         )
     if kept % groups:
         raise ArgumentError(
-            f"{asked} leaves {kept} experts a layer, which their {groups} groups do not divide"
+            f"{requested} leaves {kept} experts a layer, which their {groups} groups do not divide"
         )
     return kept
 
@@ -215,6 +215,6 @@ def _width(dense: int, ratio: float, budget: Budget, least_step: int = 1) -> int
     if ratio == 0:
         return dense
     if step > dense:
-        raise ArgumentError(f"widths of multiples of {step} are asked for, of {dense} neurons")
+        raise ArgumentError(f"widths must be multiples of {step}, and an MLP has {dense} neurons")
     blocks = math.floor(dense * (1 - ratio) / step + 0.5)
     return min(max(blocks, 1) * step, dense)

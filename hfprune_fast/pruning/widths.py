@@ -1,4 +1,4 @@
-"""What every budget of widths obeys: its multiples, the layers it spares, which neurons it keeps."""
+"""What every budget of widths obeys: multiples, layers that are spared, which neurons are kept."""
 
 from __future__ import annotations
 

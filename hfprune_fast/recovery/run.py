@@ -73,8 +73,8 @@ def recover(
     Returns:
         `out`; the held-out KL `kl_before` and `kl_after` in nats; `steps`, `best_step`, `tokens`,
         `learning_rate` and the like; `losses` and `held_out`, lists of (step, value). Empty in the
-        other processes of torchrun. Where nothing was better than the start, that is written, and a
-        line says so.
+        other processes of torchrun. Where no step was better on held-out text, the pruned model is
+        written unchanged, and a line says so.
 
     Raises:
         HFPruneError: bad input, one line, before any work where that is possible.
@@ -110,7 +110,7 @@ def recover(
         if processes.rank > 0:
             return {}
         if not outcome.best_step:
-            say("no step was better than the start on held-out text; the start is written")
+            say("no step was better on held-out text; the pruned model is written unchanged")
         record = {
             "dense": first.name,
             "dense_fingerprint": first.fingerprint,
@@ -132,15 +132,15 @@ def recover(
 
 
 def _check_launch() -> None:
-    """Refuse what accelerate's launcher was asked for and would share the weights themselves.
+    """Refuse a launch by accelerate that shards the weights.
 
-    What is saved and written here is that of a process which has all of them.
+    Checkpoints and the result are written by one process, which must hold all of them.
     """
     for name in _NOT_SHARED_BY:
         value = os.environ.get(f"ACCELERATE_USE_{name}", "")
         if value.lower() not in ("", "0", "false", "no", "off", "n", "f"):
             raise ArgumentError(
-                f"recover shares its steps among processes, not the weights, and accelerate's "
+                "recover shares its steps among processes, not the weights, and accelerate's "
                 f"configuration asks for {name}; start it with torchrun, or with "
                 "accelerate launch --multi_gpu"
             )

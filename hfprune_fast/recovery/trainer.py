@@ -193,7 +193,7 @@ def train(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from saying amid the bar by what it orders checkpoints."""
+    """Silence the log line about how transformers orders checkpoints, which breaks the bar."""
     logger = logging.getLogger("transformers.trainer_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -211,11 +211,11 @@ def _written_to(work: Path) -> Iterator[None]:
     except (
         SafetensorError,
         RuntimeError,
-    ) as error:  # safetensors', and torch's writer of zip files
+    ) as error:  # torch's writer of zip files raises the second
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        told = f"no checkpoint can be written to {work} ({one_line(error)}); make room there"
-        raise OutputError(told) from None
+        message = f"no checkpoint can be written to {work} ({one_line(error)}); make room there"
+        raise OutputError(message) from None
 
 
 def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
@@ -262,14 +262,14 @@ def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArgument
 
 
 def _last_checkpoint(work: Path) -> Path | None:
-    """Return the latest checkpoint that is whole; say which is not."""
+    """Return the latest complete checkpoint; say which are not complete."""
     found = []
     for folder in work.glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
         if number.isdecimal() and _is_whole(folder, int(number)):
             found.append((int(number), folder))
         else:
-            say(f"{folder} is not whole, and is left out")
+            say(f"{folder} is incomplete and is ignored")
     return max(found)[1] if found else None
 
 
