@@ -24,7 +24,7 @@ class RecoveryData:
 
     Args:
         data: all windows, (N, T), in one batch.
-        held_out: numbers of the windows that are only watched.
+        held_out: numbers of the windows that are only evaluated.
         order: numbers of those that are trained on, in the order of the training.
         step_windows: how many are one step; `order` is a multiple of it.
     """

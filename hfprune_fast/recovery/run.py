@@ -64,7 +64,7 @@ def recover(
     Args:
         dense, pruned: model folders, hub names or `demo`; they are only read. They must have one
             vocabulary and hidden size.
-        text: what to train on; a part of it is held out, and KL is watched on that.
+        text: what to train on; a part of it is held out, and KL is measured on that.
         out: the folder to make. It appears under this name only when whole. While the run lasts,
             OUT.recovery has what an interrupted one is resumed from.
         distributed: torchrun started this program: all processes train, the first does the rest.
