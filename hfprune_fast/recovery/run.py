@@ -98,7 +98,7 @@ def recover(
     setup = set_up(first, second, options, run, data, processes, sampling.seed)
     work = WorkFolder(real(out), _identity(first, second, data, setup))
     if processes.rank == 0:
-        _check_room(first, second, out, data, setup)
+        _check_room(first, second, out, work.path, data, setup)
         work.begin(resume=options.resume)
     cache = work.teacher if options.cache is None else Path(options.cache)
     from hfprune_fast.recovery.trainer import train  # which takes seconds to import
@@ -225,12 +225,17 @@ def _check_output(
 
 
 def _check_room(
-    dense: ModelSource, pruned: ModelSource, out: Path, data: RecoveryData, setup: Setup
+    dense: ModelSource,
+    pruned: ModelSource,
+    out: Path,
+    work: Path,
+    data: RecoveryData,
+    setup: Setup,
 ) -> None:
     """Refuse a disk without room for the output, the checkpoints and the dense model's states.
 
-    Of these, what an interrupted run has left is there already. All states have their room from the
-    start.
+    What an interrupted run has left in `work` takes part of that room already; its file of states
+    has the room of all of them from the start.
     """
     options, needed = setup.options, setup.checkpoints_bytes
     if not options.adapter:
@@ -244,7 +249,7 @@ def _check_room(
             needed += states
         elif not cache.exists():
             check_writable(cache, states, "cache")
-    left = files_of(work_of(real(out))) if work_of(real(out)).is_dir() else ()
+    left = files_of(work) if work.is_dir() else ()
     check_writable(out, max(0, needed - sum(path.lstat().st_size for path in left)))
 
 
