@@ -1,4 +1,4 @@
-"""Messages on stderr, progress bars, tables, and sizes and times as people read them."""
+"""Messages on stderr, progress bars, tables, and sizes and times as human-readable text."""
 
 from __future__ import annotations
 

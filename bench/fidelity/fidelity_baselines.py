@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import activations
 import flap
@@ -31,6 +31,12 @@ class Correction(NamedTuple):
 
     weights: dict[int, Tensor] | None = None
     biases: dict[int, Tensor] | None = None
+
+
+def width_budget(spec: ModelSpec, ratio: float, **options: Any) -> WidthBudget:
+    """Return a budget without rounding, so that all variants are of one size."""
+    exact = round(spec.intermediate_size * (1 - ratio))
+    return WidthBudget.of(spec, Budget(intermediate_size=exact, round_to=1, **options))
 
 
 class Baselines:
@@ -70,10 +76,8 @@ class Baselines:
         return self._llm_pruner
 
     def _budget(self, ratio: float) -> WidthBudget:
-        exact = round(self._spec.intermediate_size * (1 - ratio))
         # No floor: a threshold over all layers is what FLAP has.
-        budget = Budget(intermediate_size=exact, round_to=1, min_keep=0.0)
-        return WidthBudget.of(self._spec, budget)
+        return width_budget(self._spec, ratio, min_keep=0.0)
 
     @cached_property
     def _down(self) -> list[Tensor]:

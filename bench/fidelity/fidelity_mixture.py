@@ -63,8 +63,10 @@ def keep(variant: Variant, ratio: float, table: ImportanceTable, seed: int) -> K
     widths = {site: found.shared if isinstance(site, int) else found.width for site in spec.sites}
     criterion, _, score = variant.dropped_by.rpartition(" ")
     experts = spec.num_experts if score in ("", "random") else found.experts
-    asked = Budget(experts=experts, expert_score="count" if experts == spec.num_experts else score)
-    budget = replace(ExpertBudget.of(spec, asked), widths=widths)
+    requested = Budget(
+        experts=experts, expert_score="count" if experts == spec.num_experts else score
+    )
+    budget = replace(ExpertBudget.of(spec, requested), widths=widths)
     kept = budget.keep(table, variant.statistic or None, variant.criterion or criterion or None)
     if score != "random":
         return kept

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fidelity_mixture
-from fidelity_baselines import Baselines
+from fidelity_baselines import Baselines, width_budget
 from fidelity_generation import Continuations
 from fidelity_variants import CRITERIA_OF_OTHERS, Variant
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.config import ALLOCATIONS_TRIED, Budget
+from hfprune_fast.config import ALLOCATIONS_TRIED
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ScoresFileError
@@ -28,7 +28,7 @@ from hfprune_fast.evaluation import fidelity
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.refit import refit
-from hfprune_fast.pruning.selection import Keep, WidthBudget
+from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.table import check_table
 
@@ -174,8 +174,7 @@ class Seed:
             return fidelity_mixture.keep(variant, ratio, self._table(variant), self.seed)
         if variant.criterion in CRITERIA_OF_OTHERS:
             return self._baselines.keep(variant, ratio)
-        exact = round(spec.intermediate_size * (1 - ratio))  # so that all variants are of one size
-        width = WidthBudget.of(spec, Budget(intermediate_size=exact, round_to=1))
+        width = width_budget(spec, ratio)
         importance = self._importance(variant)
         if variant.allocation != "auto":
             return width.keep(importance, variant.allocation)

@@ -50,12 +50,13 @@ from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError
+from hfprune_fast.pruning.widths import most_important
 
 COUNTS = (16, 32, 64, 128, 256, 512)
 RATIOS = (0.2, 0.5)
 
 
-def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
     source = open_source(args.model)
     if source.spec.experts:
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
         row = compared(on_first(count, seed), on_first(counts[0], seed), ratio, most_widths)
         append(file, row)
         measured[seed, count, ratio] = row
-        told(
+        say(
             f"{header['model']} {i}/{len(remaining)}: seed {seed}, {count} windows, {ratio:.0%} "
             f"in {time.monotonic() - begun:.0f} s"
         )
@@ -128,10 +129,10 @@ def compared(
 
 
 def most_costly(costs: Tensor, widths: Sequence[int]) -> Tensor:
-    """Return (L, F) bool: so many neurons of each layer, as `keep_top` chooses them."""
+    """Return (L, F) bool: so many neurons of each layer, as a pruning chooses them."""
     kept = torch.zeros_like(costs, dtype=torch.bool)
     for layer, width in enumerate(widths):
-        kept[layer, costs[layer].sort(descending=True, stable=True).indices[:width]] = True
+        kept[layer, most_important(costs[layer], width)] = True
     return kept
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from case import told
+from case import failure_text
 from meter import DEVICE, GPU, ceilings, clock_s
 from models import Shape
 from records import Row
@@ -56,7 +56,7 @@ class Phase:
 
     def failed(self, what: str, error: Exception) -> None:
         """Keep an error and go on."""
-        self.result["errors"].append(f"{what}: {told(error)}")
+        self.result["errors"].append(f"{what}: {failure_text(error)}")
         self.note(self.result["errors"][-1])
         if GPU:
             torch.cuda.empty_cache()

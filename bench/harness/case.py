@@ -218,14 +218,14 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
     except AbsentError as reason:
         return {**identity, "skipped": str(reason)}
     except Exception as error:  # a peer's, whose versions are many
-        return {**identity, "failed": told(error)}
+        return {**identity, "failed": failure_text(error)}
     return row(
         identity, times_ms, floors_ms, floor=case.floor_name, bytes_moved=case.bytes_moved,
         flops=case.flops, peak_bytes=peak, error=error, error_allowed=allowed,
     )  # fmt: skip
 
 
-def told(error: Exception) -> str:
+def failure_text(error: Exception) -> str:
     """Return an error in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return OUT_OF_MEMORY

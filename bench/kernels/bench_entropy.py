@@ -51,7 +51,7 @@ def fp64_rows(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
 class Rows(Case):
     """The value of each row; for the operations on gradients also that times a scale of the row."""
 
-    EAGER = {  # noqa: RUF012 - nobody changes it
+    EAGER = {  # noqa: RUF012 - never changed
         "entropy": eager_entropy, "cross_entropy": eager_cross_entropy,
         "fisher": eager_cross_entropy,
     }  # fmt: skip

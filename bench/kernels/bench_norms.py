@@ -31,7 +31,7 @@ def eager_norm(x: Tensor, weight: Tensor) -> Tensor:
 class Norm(Case):
     """Llama's norm of hidden states, whose weight is frozen."""
 
-    EAGER = {"RMS norm": eager_norm}  # noqa: RUF012 - nobody changes it
+    EAGER = {"RMS norm": eager_norm}  # noqa: RUF012 - never changed
     letters, dtypes, small, computes = "TD", ("bfloat16",), (), "RMS norm"
 
     def __init__(self, spec: Spec) -> None:

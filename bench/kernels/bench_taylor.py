@@ -57,7 +57,7 @@ def eager_gated(
 class Statistics(Case):
     """The statistics of (grad, act)."""
 
-    EAGER = {"entropy": eager_statistics}  # noqa: RUF012 - nobody changes it
+    EAGER = {"entropy": eager_statistics}  # noqa: RUF012 - never changed
     letters, small_tokens = "TF", 1024
     inputs = 1  # beside grad
     numbers = 2  # read and written an element

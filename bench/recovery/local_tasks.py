@@ -42,14 +42,14 @@ def write_tasks(text: str, folder: Path, documents: int, seed: int = 0) -> None:
     passages = [p[at : at + _PASSAGE_SENTENCES] for p in paragraphs for at in (0, len(p) // 2)]
     whole = {" ".join(p) for p in passages if len(p) == _PASSAGE_SENTENCES}
     words = (found for p in sorted(whole) if (found := re.fullmatch(r"(.*\w) (\w{3,})\W*", p)))
-    asked = [{"context": w[1], "word": w[2]} for w in words]
-    if min(len(sentences), len(asked)) < documents:
-        found = f"{len(sentences)} sentences and {len(asked)} passages"
+    questions = [{"context": w[1], "word": w[2]} for w in words]
+    if min(len(sentences), len(questions)) < documents:
+        found = f"{len(sentences)} sentences and {len(questions)} passages"
         raise SystemExit(f"the text has {found}, not {documents} of each")
     folder.mkdir(parents=True, exist_ok=True)
     halves = [_halves(s) for s in drawn.sample(sentences, documents)]
     _write(folder, "continuation", _CONTINUATION, _choices(halves, drawn))
-    _write(folder, "last_word", _LAST_WORD, drawn.sample(asked, documents))
+    _write(folder, "last_word", _LAST_WORD, drawn.sample(questions, documents))
 
 
 def _sentences(paragraph: str) -> list[str]:

@@ -49,7 +49,7 @@ class Job:
     work: Path
 
     def made(self, way: Way) -> tuple[Path, dict[str, Any]]:
-        """Return the folder that a way leads to, made if it is not there, and its facts."""
+        """Return the folder that a way leads to, made if it is not there, and facts for its row."""
         name, tokens = way
         out = self.work / f"{name}-{tokens}-{self.ratio}"
         facts = Path(f"{out}.json")
@@ -61,8 +61,9 @@ class Job:
     def _pruned(self, name: str, out: Path) -> dict[str, Any]:
         given = self.arguments
         prune = ["prune", given.model, "--calibration", given.text, "--samples", given.samples]
+        prune += ["--prune-ratio", self.ratio, "--out", out, "--force"]
         refit = ["--refit", "reconstruct"] if name == "reconstructed" else []
-        return self._run(*prune, "--prune-ratio", self.ratio, *refit, "--out", out, "--force")
+        return self._run(*prune, *refit)[1]
 
     def _recovered(self, way: Way, out: Path) -> dict[str, Any]:
         given, (loss, tokens) = self.arguments, way
@@ -70,18 +71,16 @@ class Job:
         recover = ["recover", given.model, pruned, "--text", given.text, "--out", out]
         recover += ["--loss", loss, "--tokens", tokens, "--cache", self.work / f"states-{tokens}"]
         begun = Path(f"{out}.recovery").exists()
-        result = self._run(*recover, "--resume" if begun else "--force")
-        # Time and memory of a run that was continued would be those of its last part.
-        measured = () if begun else ("cpu_seconds", "peak_bytes")
-        told = (*measured, "learning_rate", "lora", "best_step", "steps")
+        result, cost = self._run(*recover, "--resume" if begun else "--force")
         return {
-            **{key: result[key] for key in told},
+            **({} if begun else cost),  # of a run that was continued, that of its last part
+            **{key: result[key] for key in ("learning_rate", "lora", "best_step", "steps")},
             "kl_at_start": result["kl_before"],
             "kl_at_checks": [round(kl, 5) for _, kl in result["held_out"]],
         }
 
-    def _run(self, *command: Any) -> dict[str, Any]:
-        """Run a command of hfprune; return what it printed, its processor time and its memory."""
+    def _run(self, *command: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run a command of hfprune; return what it printed, and its processor time and memory."""
         common = ["--seq-len", self.arguments.seq_len, "--json"]
         common += [part for key, value in ON_CPU.items() for part in (f"--{key}", value)]
         words = [sys.executable, "-m", "hfprune_fast", *map(str, [*command, *common])]
@@ -93,7 +92,8 @@ class Job:
         if code := os.waitstatus_to_exitcode(status):
             raise SystemExit(f"exit code {code} of {' '.join(words)}")
         cpu_seconds, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-        return {**json.loads(said), "cpu_seconds": round(cpu_seconds, 1), "peak_bytes": peak_bytes}
+        cost = {"cpu_seconds": round(cpu_seconds, 1), "peak_bytes": peak_bytes}
+        return json.loads(said), cost
 
     def measured(self, folder: Path) -> dict[str, Any]:
         """Return KL, perplexities, agreement and the tasks' values on the held-out text."""
@@ -117,12 +117,9 @@ def run(job: Job, ways: list[Way], out: Path) -> None:
     for way in ways:
         if (job.ratio, *way) not in there:
             folder, facts = job.made(way)
-            told = ("cpu_seconds", "peak_bytes", "learning_rate", "lora", "best_step", "steps")
-            told += ("kl_at_start", "kl_at_checks")
             row = {
                 "name": job.arguments.name, "ratio": job.ratio, "way": way[0], "tokens": way[1],
-                **{key: facts[key] for key in told if key in facts},
-                **job.measured(folder),
+                **facts, **job.measured(folder),
             }  # fmt: skip
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import samples_tables
-from fidelity_tables import Measured, named, span, variant_cells
+from fidelity_tables import Measured, named, span
 from fidelity_variants import BASELINES, DEFAULT, PAPER, PUBLISHED, UNIFORM, Variant
 from report_text import commit, hardware, number, table
 

@@ -114,13 +114,13 @@ def mixture_cells(variant: Variant) -> list[str]:
     return [variant.dropped_by, ranking, narrowed, "yes" if variant.refit else ""]
 
 
-def span(values: Iterable[float], told: Callable[[float], str]) -> str:
+def span(values: Iterable[float], show: Callable[[float], str]) -> str:
     """Write the mean, with the lowest and highest."""
     values = list(values)
     if not values:
         return ""
-    low, high = told(min(values)), told(max(values))
-    return told(mean(values)) + (f" ({low}–{high})" if low != high else "")
+    low, high = show(min(values)), show(max(values))
+    return show(mean(values)) + (f" ({low}–{high})" if low != high else "")
 
 
 def markdown(model: Measured) -> str:
@@ -129,13 +129,13 @@ def markdown(model: Measured) -> str:
     seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
     calibration, (text, held_out) = header["calibration"], header["texts"]
     runs = dict.fromkeys(f"{each['date'][:10]}, {commit(each)}" for each in model.headers)
-    told = (
+    caption = (
         f"{hardware(header)}, {'; '.join(runs)}. Calibration: {calibration['samples']} windows of "
         f"{calibration['seq_len']} tokens of {text}, drawn with seeds {seeds}; measured on "
         f"{first['tokens']} tokens of {held_out}, where the dense model's perplexity is "
         f"{first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest)."
     )
-    lines = [f"# {named(model)}", "", told]
+    lines = [f"# {named(model)}", "", caption]
     head, cells_of, what = HEADER, variant_cells, "neurons"
     if model.has_experts:
         head, cells_of, what = MIXTURE_HEADER, mixture_cells, "experts' neurons"
@@ -210,10 +210,10 @@ def section(found: list[Measured], link: Callable[[Path], str]) -> list[str]:
         cells.append([f"**{cell}**" if cell and bold else cell for cell in row])
     links = ", ".join(f"[{named(m)}]({link(m.path.with_suffix('.md'))})" for m in found)
     seeds = sorted({len({row["seed"] for row in model.rows}) for model in found})
-    told = (
+    caption = (
         f"KL(dense ‖ pruned) on held-out text, times that of the paper's recipe at the same number "
         f"of neurons removed; mean over {' or '.join(map(str, seeds))} calibration seeds, "
         f"{hardware(found[0].header)}, {found[0].header['date'][:10]}. All rows, with the spread, "
         f"KL in nats, perplexity and agreement: {links}."
     )
-    return [told, "", *table(cells, len(HEADER))]
+    return [caption, "", *table(cells, len(HEADER))]

@@ -39,11 +39,11 @@ def section(model: Measured, link: Callable[[Path], str]) -> list[str]:
             row.append(f"{mean(same):.3f}" if same else "")
         cells.append(row)
     removed = " and ".join(f"{model.removed(ratio):.1%}" for ratio in model.ratios)
-    told = (
+    caption = (
         f"{named(model)}: KL(dense ‖ pruned) in nats on held-out text, mean over {seeds} "
         f"calibration seeds (lowest–highest), and top-1 agreement. All rows of a column are of one "
         f"size: {removed} of all parameters are removed. The dense perplexity is "
         f"{model.rows[0]['ppl_dense']:.2f}. {hardware(model.header)}, {model.header['date'][:10]}; "
         f"perplexities and every spread: [all rows]({link(model.path.with_suffix('.md'))})."
     )
-    return [told, "", *table(cells, len(MIXTURE_HEADER))]
+    return [caption, "", *table(cells, len(MIXTURE_HEADER))]

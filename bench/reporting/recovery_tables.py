@@ -58,7 +58,7 @@ def page(text: str, models: dict[str, list[RecoveryRow]], picture: str) -> str:
 
 def section(name: str, rows: list[RecoveryRow]) -> list[str]:
     first = rows[0]
-    told = (
+    caption = (
         f"{name}, on {first['held_out_tokens']:,} held-out tokens; the dense perplexity is "
         f"{first['ppl_dense']:.2f}:"
     )
@@ -73,18 +73,18 @@ def section(name: str, rows: list[RecoveryRow]) -> list[str]:
             ]
         )  # fmt: skip
     with_tasks = [row for row in rows if row.get("tasks")]
-    return [told, "", *table(cells, 2), *(["", *_tasks(with_tasks)] if with_tasks else [])]
+    return [caption, "", *table(cells, 2), *(["", *_tasks(with_tasks)] if with_tasks else [])]
 
 
 def _tasks(rows: list[RecoveryRow]) -> list[str]:
     """Return what zero-shot tasks gave: the dense model's values, then each way's difference."""
-    asked = [(found["task"], found["metric"]) for found in rows[0]["tasks"]]
-    cells = [["removed", "", *(f"{task}, {metric}" for task, metric in asked)]]
+    metrics = [(found["task"], found["metric"]) for found in rows[0]["tasks"]]
+    cells = [["removed", "", *(f"{task}, {metric}" for task, metric in metrics)]]
     dense = [_value(found, "dense") for found in rows[0]["tasks"]]
     cells.append(["", "dense", *dense])
     for row in rows:
         by_name = {(found["task"], found["metric"]): found for found in row["tasks"]}
-        values = [_value(by_name[name], "difference") for name in asked]
+        values = [_value(by_name[name], "difference") for name in metrics]
         cells.append([f"{row['ratio']:.0%}", way(row), *values])
     return table(cells, 2)
 

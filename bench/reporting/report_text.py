@@ -52,11 +52,11 @@ def count(value: float) -> str:
 def shape(row: Row) -> str:
     """Write Llama-3.1-8B, T 256; without a model the sizes."""
     sizes = row["sizes"]
-    told = [f"{name} {value}" for name, value in sizes.items() if name != "params"]
+    named = [f"{name} {value}" for name, value in sizes.items() if name != "params"]
     if row["model"]:
-        return ", ".join([row["model"], *(part for part in told if part[0] == "T")])
+        return ", ".join([row["model"], *(part for part in named if part[0] == "T")])
     params = sizes.get("params")
-    return ", ".join(([f"{count(params)} parameters"] if params else []) + told)
+    return ", ".join(([f"{count(params)} parameters"] if params else []) + named)
 
 
 def own_provider(rows: Iterable[Row]) -> str:
@@ -178,5 +178,5 @@ def floors(rows: Iterable[Row]) -> str:
             ops.setdefault(FLOORS[row["floor"]], {})[f"`{row['op']}`"] = None
     if len(ops) < 2:
         return f"Floor: {next(iter(ops))}." if ops else ""
-    told = (f"for {', '.join(names)} {floor}" for floor, names in ops.items())
-    return f"Floor: {'; '.join(told)}."
+    floors = (f"for {', '.join(names)} {floor}" for floor, names in ops.items())
+    return f"Floor: {'; '.join(floors)}."

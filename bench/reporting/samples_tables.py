@@ -25,7 +25,7 @@ def section(models: list[Measured]) -> list[str]:
     for model in models:
         header, tokens = model.header, model.rows[0]["tokens"]
         seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
-        told = (
+        caption = (
             f"{named(model)}: windows of {header['calibration']['seq_len']} tokens of "
             f"{header['texts'][0]}, seeds {seeds}; {tokens} tokens of {header['texts'][1]}. "
             f"{hardware(header)}, {header['date'][:10]}."
@@ -36,7 +36,7 @@ def section(models: list[Measured]) -> list[str]:
             for count in sorted({row["samples"] for row in rows}):
                 its = [row for row in rows if row["samples"] == count]
                 cells.append([f"{ratio:.0%}", str(count), *_cells(its)])
-        lines += ["", told, "", *table(cells, 2)]
+        lines += ["", caption, "", *table(cells, 2)]
     return lines
 
 

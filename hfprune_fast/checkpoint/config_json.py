@@ -192,7 +192,7 @@ def declares_widths(family: Family) -> bool:
 
 
 def _check_widths(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """Refuse MLP widths of layers, as a configuration declares them, that are none.
+    """Refuse declared widths of layers that no MLP can have.
 
     Args:
         config: config.json.

@@ -50,7 +50,7 @@ def run() -> dict[str, Any]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """Return findings as people read them."""
+    """Return findings as human-readable text."""
     names = {key: key.removesuffix("_bytes").replace("_", " ") for key in result}
     width = max(map(len, names.values()))
     return "\n".join(f"{names[key]:{width}}  {_show(value)}" for key, value in result.items())

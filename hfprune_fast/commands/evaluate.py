@@ -56,7 +56,7 @@ def run(
 
 
 def text(result: dict[str, Any]) -> str:
-    """Return what `run` found as people read it."""
+    """Return what `run` found as human-readable text."""
     parts = []
     if "kl_nats" in result:
         parts.append(

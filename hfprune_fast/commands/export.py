@@ -24,6 +24,6 @@ def run(
 
 
 def text(result: dict[str, Any]) -> str:
-    """Return what `run` did as people read it."""
+    """Return what `run` did as human-readable text."""
     widths = widths_text(result["mlp_widths"])
     return f"{result['out']}: MLP neurons a layer {widths}\n" + _NEXT[result["to"]].format(**result)

@@ -122,7 +122,7 @@ def _fetched(plan: Plan, spec: ModelSpec, tokens: int, itemsize: int) -> dict[st
 
 
 def text(result: dict[str, Any]) -> str:
-    """Return a plan as people read it."""
+    """Return a plan as human-readable text."""
 
     def row(name: str, key: str, show: Callable[[Any], str]) -> tuple[str, ...]:
         dense, pruned = result[f"dense_{key}"], result[key]

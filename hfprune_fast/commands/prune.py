@@ -21,7 +21,7 @@ def run(
 
 
 def text(result: dict[str, Any], model: str) -> str:
-    """Return what `run` did as people read it."""
+    """Return what `run` did as human-readable text."""
     dense, width = result["dense_intermediate_size"], result["intermediate_size"]
     widths = f"intermediate_size {dense} -> {width}"
     if "experts" in result:

@@ -14,7 +14,7 @@ def run(dense: str, pruned: str, text_source: str, out: Path, **options: Any) ->
 
 
 def text(result: dict[str, Any], dense: str) -> str:
-    """Return what `run` did as people read it."""
+    """Return what `run` did as human-readable text."""
     before, after = result["kl_before"], result["kl_after"]
     change = f"{abs(1 - after / before):.1%} {'less' if after < before else 'more'}"
     what = (

@@ -55,5 +55,5 @@ def run(
 
 
 def text(result: dict[str, Any]) -> str:
-    """Return what `run` did as people read it."""
+    """Return what `run` did as human-readable text."""
     return f"{result['out']}: open it in a browser; it is one file and needs no network"

@@ -52,7 +52,7 @@ def run(
 
 
 def text(result: dict[str, Any], model: str, calibration: str, flags: Mapping[str, Any]) -> str:
-    """Return what `run` did with these flags as people read it."""
+    """Return what `run` did with these flags as human-readable text."""
     layers, width = result["num_layers"], result["intermediate_size"]
     widths = f"{widths_text(result['mlp_widths'] or [width])} neurons"
     if result["experts"]:

@@ -101,7 +101,7 @@ class RecoveryOptions(Options):
         most=1e30,  # inf is no number of a record
     )
     held_out: int = option(
-        16, "Samples that KL is watched on; of a short text at most a tenth.", least=1,
+        16, "Samples that KL is measured on; of a short text at most a tenth.", least=1,
         most=LARGEST_COUNT,
     )  # fmt: skip
     gradient_checkpointing: bool = option(

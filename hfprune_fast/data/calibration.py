@@ -73,10 +73,7 @@ def windows_of(
     text: str | Path, source: TextModel, options: CalibrationOptions, *, evaluation: bool = False
 ) -> TokenData:
     """Return token windows as `calibrate` does, and say nothing where they are few."""
-    config, seq_len = source.transformers_config, options.seq_len
-    longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int):
-        longest = DEFAULT_SEQ_LEN
+    longest, seq_len = _longest(source), options.seq_len
     is_ids = str(text).endswith(".npy")
     if seq_len is not None:
         _check_length(seq_len, longest)
@@ -104,9 +101,13 @@ def window_tokens(text: str | Path, source: TextModel, options: CalibrationOptio
     """Return the tokens of a window of a text, before it is read."""
     if str(text).endswith(".npy"):
         return int(_map_ids(Path(text), options.seq_len).shape[1])
+    return options.seq_len or min(DEFAULT_SEQ_LEN, _longest(source))
+
+
+def _longest(source: TextModel) -> int:
+    """Return the longest window that a model takes; the default where its config does not say."""
     longest = getattr(source.transformers_config, "max_position_embeddings", None)
-    most = min(DEFAULT_SEQ_LEN, longest) if isinstance(longest, int) else DEFAULT_SEQ_LEN
-    return options.seq_len or most
+    return longest if isinstance(longest, int) else DEFAULT_SEQ_LEN
 
 
 def token_windows(

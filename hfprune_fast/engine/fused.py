@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from hfprune_fast.kernels import resolve_backend, rms_norm, rotary
 from hfprune_fast.kernels.rms_norm import FORMS
+from hfprune_fast.models.plain import is_patched
 
 _ROTARY = "apply_rotary_pos_emb"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PROBES = (1e-3, 1.0, 1e3)  # sizes of the inputs by which a norm is compared; eps counts in one
 _NOT_PLAIN = (TypeError, ValueError, RuntimeError, AttributeError)  # what other modules raise
 
@@ -86,7 +86,7 @@ def _fused_forwards(
 
 def _is_untouched(module: nn.Module) -> bool:
     ours = type(module).__module__.startswith("transformers.models.")
-    return ours and "forward" not in vars(module) and not any(getattr(module, h) for h in _HOOKS)
+    return ours and not is_patched(module)
 
 
 def _is_transformers(function: Any) -> TypeGuard[FunctionType]:

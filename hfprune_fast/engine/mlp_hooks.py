@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hfprune_fast.engine.routing import Routing
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
+from hfprune_fast.models.plain import is_patched
 from hfprune_fast.models.sites import GatedMLP
 
 # As transformers computes them.
@@ -155,14 +156,7 @@ def known_activation(mlp: GatedMLP) -> str | None:
     instance, are not asked: what they do beside must happen each time. The linear layers are plain
     (`models.plain.plain_model`).
     """
-    changed = any(
-        "forward" in vars(m)
-        or m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        for m in mlp.module.modules()
-    )
+    changed = any(is_patched(module) for module in mlp.module.modules())
     weight = mlp.down.weight
     if changed or weight.is_meta:
         return None

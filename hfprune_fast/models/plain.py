@@ -66,7 +66,7 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
         return cast("PreTrainedModel", model)
     experts = [each.module for each in parts.with_experts.values()]
     for module in experts:
-        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        if is_patched(module):
             raise ArgumentError(
                 f"{modules[id(module)]} is patched or has hooks, expected it as it is; take off "
                 "what wraps or patches it"
@@ -97,6 +97,11 @@ def plain_model(model: Any, use: str) -> PreTrainedModel:
             "them (merge_and_unload) before it is pruned"
         )
     return cast("PreTrainedModel", model)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Return whether hooks, or a forward set on it, make a module do more than its class does."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def adapters_in(model: nn.Module) -> list[nn.Module]:

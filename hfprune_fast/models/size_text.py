@@ -1,4 +1,4 @@
-"""Sizes of a model as people read them."""
+"""Sizes of a model as human-readable text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TAKEN_BY = (
 
 
 def widths_text(widths: Sequence[int]) -> str:
-    """Return widths as people read them: 61, or 40 to 61 (mean 50.3)."""
+    """Return widths as human-readable text: 61, or 40 to 61 (mean 50.3)."""
     if len(set(widths)) == 1:
         return str(widths[0])
     return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.1f})"

@@ -20,7 +20,7 @@ from hfprune_fast.config import EXPERT_SCORES, Budget
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.models.spec import ModelSpec
-from hfprune_fast.pruning.widths import step_of
+from hfprune_fast.pruning.widths import most_important, protected_layers, step_of
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON
 from hfprune_fast.scoring.table import DEFAULT_STATISTIC, ImportanceTable
 
@@ -101,8 +101,7 @@ class ExpertBudget:
                 ranked = fallback[part] if few and fallback is not None else ranked
                 if site not in stay:
                     continue
-            order = ranked.sort(descending=True, stable=True).indices.cpu()
-            keep[site] = order[: self.widths[site]].sort().values
+            keep[site] = most_important(ranked, self.widths[site])
         return keep
 
     def _stay(self, table: ImportanceTable, criterion: str) -> set[SiteKey]:
@@ -138,24 +137,24 @@ def _experts(spec: ModelSpec, budget: Budget) -> int:
     dense, chosen, groups = spec.num_experts, spec.experts_per_token, spec.expert_groups
     if budget.experts is not None and budget.expert_ratio is not None:
         raise ArgumentError("give one of expert_ratio and experts, got both")
-    kept, asked = dense, ""
+    kept, requested = dense, ""
     if budget.experts is not None:
-        kept, asked = budget.experts, f"experts {budget.experts}"
+        kept, requested = budget.experts, f"experts {budget.experts}"
     elif budget.expert_ratio is not None:
         if not 0 <= budget.expert_ratio < 1:
             raise ArgumentError(f"expert_ratio must be in [0, 1), got {budget.expert_ratio}")
         # A multiple of the groups, the nearest one.
         kept = math.floor(dense * (1 - budget.expert_ratio) / groups + 0.5) * groups
-        asked = f"expert_ratio {budget.expert_ratio}"
+        requested = f"expert_ratio {budget.expert_ratio}"
     least = min(spec.least_experts, dense)
     if not least <= kept <= dense:
         raise ArgumentError(
-            f"{asked} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} are "
-            f"chosen a token{f' and there are {groups} groups' if groups > 1 else ''}"
+            f"{requested} leaves {kept} experts a layer; expected {least}..{dense}, as {chosen} "
+            f"are chosen a token{f' and there are {groups} groups' if groups > 1 else ''}"
         )
     if kept % groups:
         raise ArgumentError(
-            f"{asked} leaves {kept} experts a layer, which their {groups} groups do not divide"
+            f"{requested} leaves {kept} experts a layer, which their {groups} groups do not divide"
         )
     return kept
 
@@ -200,14 +199,7 @@ def _ratio(spec: ModelSpec, budget: Budget, experts: int) -> float:
 
 def _protected(spec: ModelSpec, budget: Budget, kinds: Mapping[str, list[int]]) -> set[int]:
     """Return the layers that are not pruned: all of a kind, as one width is declared for these."""
-    protected = set(budget.protect)
-    for layer in protected:
-        if not 0 <= layer < spec.num_layers:
-            raise ArgumentError(
-                f"protect names layer {layer}; the model has 0..{spec.num_layers - 1}"
-            )
-    if len(protected) == spec.num_layers:
-        raise ArgumentError("protect names every layer, so none is left to prune")
+    protected = protected_layers(budget.protect, spec.num_layers)
     for kind, layers in kinds.items():
         if protected & set(layers) and not protected >= set(layers):
             raise ArgumentError(
@@ -223,6 +215,6 @@ def _width(dense: int, ratio: float, budget: Budget, least_step: int = 1) -> int
     if ratio == 0:
         return dense
     if step > dense:
-        raise ArgumentError(f"widths of multiples of {step} are asked for, of {dense} neurons")
+        raise ArgumentError(f"widths must be multiples of {step}, and an MLP has {dense} neurons")
     blocks = math.floor(dense * (1 - ratio) / step + 0.5)
     return min(max(blocks, 1) * step, dense)

@@ -166,7 +166,7 @@ def training_text(record: Mapping[str, Any]) -> str:
             return "No training of the whole model followed."
         return "No training followed."
     if not int(recovery["best_step"]):
-        return "Training it brought nothing, so its weights are what they were before."
+        return "Training it did not lower the held-out loss, so its weights are unchanged."
     return f"It was then trained by {_loss_text(recovery)}."
 
 

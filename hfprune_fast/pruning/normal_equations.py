@@ -34,11 +34,20 @@ class _Sums:
         gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         return cls(gram, gram.new_zeros(weight.shape))
 
-    def add(self, acts: Tensor, targets: Tensor, weighted: Tensor | None) -> None:
+    def add(self, acts: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+        weighted = None
+        if weights is not None:
+            acts = acts.to(targets.dtype)
+            weighted = acts * weights
         add_gram(self.gram, acts, weighted)
         wide = acts.to(targets.dtype) if weighted is None else weighted
         self.cross += targets.t() @ wide
         self.tokens += len(acts)
+
+    def complete(self, layer: int) -> None:
+        """Fill in the half that `add` leaves out; refuse NaN and inf, naming the layer."""
+        check_moments(self.gram, layer)
+        mirror(self.gram)
 
 
 class NormalEquations:
@@ -68,17 +77,13 @@ class NormalEquations:
             weights: (n, 1), how much each token counts; None counts all alike.
             held_out: so many of the last ones choose the ridge.
         """
-        weighted = None
-        if weights is not None:
-            acts = acts.to(targets.dtype)
-            weighted = acts * weights
-        if held_out and self._held is None:
-            self._held = _Sums.of(self.weight)
-        begin = len(acts) - held_out
-        for sums, rows in ((self._fitted, slice(begin)), (self._held, slice(begin, None))):
-            if sums is not None and len(acts[rows]):
-                own = None if weighted is None else weighted[rows]
-                sums.add(acts[rows], targets[rows], own)
+        split = len(acts) - held_out
+        parts = [(self._fitted, slice(split))] if split else []
+        if held_out:
+            self._held = self._held or _Sums.of(self.weight)
+            parts.append((self._held, slice(split, None)))
+        for sums, part in parts:
+            sums.add(acts[part], targets[part], None if weights is None else weights[part])
 
     def solve(self, layer: int) -> Tensor:
         """Return V, (D, K) float64; the sums are gone then.
@@ -88,11 +93,9 @@ class NormalEquations:
         """
         sums, held, tokens, ridge = self._fitted, self._held, self.tokens, REFIT_RIDGE
         del self._fitted, self._held
-        check_moments(sums.gram, layer)
-        mirror(sums.gram)
+        sums.complete(layer)
         if held is not None:
-            check_moments(held.gram, layer)
-            mirror(held.gram)
+            held.complete(layer)
             if sums.tokens:
                 ridge = _best_ridge(sums, held, self.weight)
             sums.gram += held.gram

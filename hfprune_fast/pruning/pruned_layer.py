@@ -127,18 +127,17 @@ class PrunedLayer:
         return {self._layer: fitted}
 
     def train(self, metric: Tensor | None, on_step: OnStep) -> tuple[Tensor, list[Tensor]] | None:
-        """Train the MLP from the refit on, and return its weights, rounded to the model's dtype.
+        """Train the MLP from the refit on, by `rows`; return its weights in the model's dtype.
 
         Args:
             metric: see `reconstruct.Training`.
             on_step: called after each of `reconstruct.STEPS` steps.
 
         Returns:
-            down_proj's (D, K), and gate's and up's (K, D) or both in one (2 · K, D); None without
-            rows, or if no step was better than the refit.
+            down_proj's (D, K), and gate's and up's (K, D) or both in one (2 · K, D); None if no
+            step was better than the refit.
         """
-        if self._rows is None:
-            return None
+        assert self._rows is not None
         training = Training(self._model, self._layer, self._rows, metric)
         trained = training.train(self._weights, self._biases, on_step)
         if trained is None:
@@ -148,22 +147,22 @@ class PrunedLayer:
         return down, [each for each in self._weights.values() if each is not down]
 
     def finish(self, i: int, stream: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the pruned stream after the layer, of a batch that `add` returned `stream` for."""
+        """Return the pruned stream after the layer, by the weights that were found.
+
+        Args:
+            stream: what `add` returned; of a batch that was not added, the stream before the layer.
+        """
         model, down = self._model, self._mlp.down
-        if self._rows is not None:
+        if self._rows is not None and i < self._rows.batches:
             x = self._rows.inputs_of(i, batch).to(model.device, model.dtype)
             with self._narrow():
                 output = mlp_output(self._mlp, x)
-        elif self._keeps_acts:
+        elif i in self._acts:
             output = nn.functional.linear(self._acts.pop(i), self._weights[down], down.bias)
         else:
-            return self.run(stream, batch)
+            with self._narrow():
+                return model.run(self._layer, stream.to(model.device), batch)
         return stream.to(model.device) + model.parts.added(self._layer, output)
-
-    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the pruned stream after the layer, of a batch that was not fitted to."""
-        with self._narrow():
-            return self._model.run(self._layer, stream.to(self._model.device), batch)
 
     def _narrow(self) -> AbstractContextManager[None]:
         return replaced_weights(self._weights, self._biases, self._model.dtype)

@@ -1,19 +1,19 @@
 """Reconstruct a pruned MLP: train gate, up and down of its kept neurons to give the dense stream.
 
-A refit fits down_proj alone, for which the acts of the kept neurons are what they are. Here the
+A refit solves for down_proj alone and takes the acts of the kept neurons as they are. Here the
 whole MLP of one layer is trained, nonlinearity included, after the refit and from its result. With
 h the pruned model's residual stream before the MLP, x the MLP's input there, and y the dense
-model's stream after it, Adam minimises
+model's stream after it, 200 steps of Adam minimise, over the calibration's tokens,
 
     Σ_t u_t e_tᵀ (C / mean(diag C) + ε I) e_t / Σ_t u_t        e = y - h - mlp(x), u = 1 / mean(y²)
 
-over the calibration's tokens, a step over at most 2048 of them, and so few of a short text that all
-are seen eight times. C, the covariance of the gradient
-of log p at the MLP's output, says how much each direction of the stream matters to the output, as
-the removal costs have it (`scoring.obs`); it is 0 where it is not known, or a norm follows the MLP.
-u is what the next norm divides by, so that a few tokens of huge activations do not count for all.
-An eighth of the tokens is held out, and the weights that are best on it are kept, the refit's own
-among them.
+C is the covariance of the gradient of log p at the MLP's output: how much each direction of the
+stream matters to the model's output, as the removal costs have it (`scoring.obs`). Where it is not
+known, or a norm follows the MLP, all directions count alike. u is what the next norm divides by, so
+that a few tokens of huge activations do not outweigh the others.
+
+A step takes 2048 tokens, or as many as make eight passes over a shorter text. An eighth of the
+tokens is held out, and the weights that are best on it are kept, the refit's own among them.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ class TrainingRows:
             rows[begin:end] = token_rows(part, batch)
         self.ends.append(end)
 
+    @property
+    def batches(self) -> int:
+        return len(self.ends) - 1
+
     def inputs_of(self, i: int, batch: MicroBatch) -> Tensor:
         """Return what the MLP reads of a batch, (B, T, D), 0 at padding."""
         rows = self.inputs[self.ends[i] : self.ends[i + 1]]
@@ -100,7 +104,7 @@ class Training:
         self._mlp = model.parts.own_mlps[layer]
         self._dtype = moments_dtype(model)
         tokens = len(rows.inputs)
-        self._known = max(1, tokens - max(1, tokens // _HELD_OUT_PART))
+        self._trained_tokens = max(1, tokens - max(1, tokens // _HELD_OUT_PART))
         self._metric = None
         if metric is not None and not model.parts.family.norm_behind:
             wide = metric.to(model.device, self._dtype)
@@ -122,7 +126,7 @@ class Training:
             linear: nn.Parameter(weight.to(self._dtype, copy=True))
             for linear, weight in weights.items()
         }
-        at_once = max(1, min(RECONSTRUCTED_AT_ONCE, _PASSES * self._known // STEPS))
+        at_once = max(1, min(RECONSTRUCTED_AT_ONCE, _PASSES * self._trained_tokens // STEPS))
         optimizer = torch.optim.Adam(
             [
                 {"params": [each], "lr": _RATE * float(each.detach().square().mean().sqrt())}
@@ -137,7 +141,7 @@ class Training:
         with torch.enable_grad(), replaced_weights(trained, biases, self._dtype):
             best, lowest = None, self._held_out_error()
             for step in range(1, STEPS + 1):
-                loss = self._error(torch.randint(self._known, (at_once,), generator=drawn))
+                loss = self._error(torch.randint(self._trained_tokens, (at_once,), generator=drawn))
                 grads = torch.autograd.grad(loss, list(trained.values()))
                 for parameter, grad in zip(trained.values(), grads, strict=True):
                     parameter.grad = grad
@@ -161,7 +165,7 @@ class Training:
 
     @torch.no_grad()
     def _held_out_error(self) -> float:
-        return float(self._error(slice(self._known, None)))
+        return float(self._error(slice(self._trained_tokens, None)))
 
 
 def mlp_output(mlp: GatedMLP, x: Tensor) -> Tensor:

@@ -107,10 +107,12 @@ def refit(
     """
     fitted = len(batches) - held_out
     fitted_tokens = sum(batch.tokens for batch in batches[:fitted])
-    # The dense model runs through a layer once, a pruned one twice, or what takes as long.
-    of_pruned = 2 if reconstruct is None else 4
-    steps = model.head_unit * (1 + of_pruned * len(keeps))
-    training = 2 * fitted_tokens / steps
+    trains, metrics = reconstruct is not None, reconstruct or {}
+    # A token goes through a layer of the dense model once and of a pruned one twice; training takes
+    # as long as two runs more.
+    training_runs = 2 if trains else 0
+    steps = model.head_unit * (1 + (2 + training_runs) * len(keeps))
+    training = training_runs * sum(batch.tokens for batch in batches) / steps
     choosing = _last_eighth(batches[:fitted])
     dense = [model.kept(model.begin(batch)) for batch in batches]
     streams = [list(dense) for _ in keeps]
@@ -130,35 +132,30 @@ def refit(
             outputs[i] = model.kept(seen[0]) if seen else None
         for keep, stream, result in zip(keeps, streams, results, strict=True):
             pruned: PrunedLayer | PrunedExperts
-            trains = reconstruct is not None and is_known
-            rows = TrainingRows.of(model, fitted_tokens) if trains else None
+            rows = TrainingRows.of(model, fitted_tokens) if trains and is_known else None
             if alone:
                 pruned = PrunedLayer(model, layer, keep[layer], keeps_acts=keeps_acts, rows=rows)
             else:
                 pruned = PrunedExperts(model, layer, keep)
-            for i, batch in each_batch(batches[:fitted], on_progress, steps):
-                added = pruned.add(i, dense[i], outputs[i], stream[i], batch, choosing[i])
-                stream[i] = model.kept(added)
+            for i, batch in each_batch(batches, on_progress, steps):
+                if i < fitted:
+                    added = pruned.add(i, dense[i], outputs[i], stream[i], batch, choosing[i])
+                    stream[i] = model.kept(added)
             weights = pruned.solve()
             result.weights |= {site: weight.cpu() for site, weight in weights.items()}
             result.unfitted += pruned.unfitted
-            if reconstruct is not None:
-                on_step = partial(on_progress, training / STEPS)
-                trained = pruned.train(reconstruct.get(layer), on_step)
-                if rows is None:
-                    result.untrained += 1
-                    on_progress(training)
-                elif trained is None:
+            if isinstance(pruned, PrunedLayer) and rows is not None:
+                trained = pruned.train(metrics.get(layer), partial(on_progress, training / STEPS))
+                if trained is None:
                     result.unimproved += 1
                 else:
                     result.weights[layer] = trained[0].cpu()
                     result.rows[layer] = [weight.cpu() for weight in trained[1]]
+            elif trains:
+                result.untrained += 1
+                on_progress(training)
             for i, batch in each_batch(batches, on_progress, steps):
-                if i < fitted:
-                    stream[i] = model.kept(pruned.finish(i, stream[i], batch))
-                    continue
-                stream[i] = model.kept(pruned.run(stream[i], batch))
-                on_progress((of_pruned - 1) * batch.tokens / steps)
+                stream[i] = model.kept(pruned.finish(i, stream[i], batch))
 
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):

@@ -9,8 +9,9 @@ sigmoid), share r in the smallest way that adds up to it:
     target_e = y_e + r · w_e / (Σ w² + s²)                 y_e of all neurons of the dense expert
 
 and V_e minimises mean w²‖target_e - V_e a_e‖² + λ Σ_j mean(w² a_ej²)·‖v_ej - w_ej‖² over the tokens
-that chose it, a_e the acts of its kept neurons. An expert that fewer than 8 tokens a kept neuron chose
-keeps its weights. Where norms follow the experts, r is left out: each is fitted to its own output.
+that chose it, a_e the acts of its kept neurons. An expert that fewer than 8 tokens a kept neuron
+chose keeps its weights. Where norms follow the experts, r is left out: each is fitted to its own
+output.
 """
 
 from __future__ import annotations
@@ -132,14 +133,7 @@ class PrunedExperts:
             self._weights[site] = fitted[site] = weight.to(self._model.dtype)
         return fitted
 
-    def train(self, *_: object) -> None:
-        """Return None: experts are refitted alone."""
-
     def finish(self, i: int, stream: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the pruned stream after the layer, of a batch that has been added."""
-        return self.run(stream, batch)
-
-    def run(self, stream: Tensor, batch: MicroBatch) -> Tensor:
         """Return the pruned stream after the layer, with the refitted weights."""
 
         def visit(rows: Rows, x: Tensor, weights: Tensor) -> Tensor:

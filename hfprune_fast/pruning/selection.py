@@ -25,7 +25,7 @@ from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.experts import ExpertBudget
-from hfprune_fast.pruning.widths import step_of
+from hfprune_fast.pruning.widths import most_important, protected_layers, step_of
 from hfprune_fast.scoring.table import ImportanceTable
 
 # {layer: sorted (width,) int64 indices}, and of a model with experts {(layer, expert): ...}.
@@ -103,7 +103,7 @@ class WidthBudget:
     @classmethod
     def of(cls, spec: ModelSpec, budget: Budget) -> WidthBudget:
         """Return a model's budget; ArgumentError where no table of scores could meet it."""
-        _check_layers(budget.protect, spec.num_layers)
+        protected_layers(budget.protect, spec.num_layers)
         _check_min_keep(budget.min_keep)
         mean = mean_width(spec, budget)
         step = step_of(budget, spec.intermediate_size)
@@ -145,11 +145,8 @@ def keep_top(
 ) -> dict[int, Tensor]:
     """Return each layer's most important neurons of L importances (F,), ties by index."""
     widths = _all_widths(importance, width, allocation, min_keep, protect, round_to)
-    keep = {}
-    for layer, (row, kept) in enumerate(zip(importance, widths, strict=True)):
-        order = row.sort(descending=True, stable=True).indices.cpu()
-        keep[layer] = order[:kept].sort().values
-    return keep
+    rows = zip(importance, widths, strict=True)
+    return {layer: most_important(row, kept) for layer, (row, kept) in enumerate(rows)}
 
 
 def _all_widths(
@@ -162,7 +159,7 @@ def _all_widths(
 ) -> list[int]:
     """Return a width for each layer; those that are protected, or narrower than a step, stay."""
     widths = [len(row) for row in importance]
-    protected = _check_layers(protect, len(widths))
+    protected = protected_layers(protect, len(widths))
     share, of_mean = _as_number(allocation), sum(widths) / len(widths)
     _check_min_keep(min_keep)
     if mean == of_mean:  # nothing to remove, even if widths are not multiples of step
@@ -240,15 +237,6 @@ def _as_number(allocation: str | float) -> float:
             f"allocation must be uniform, global or a number in [0, 1], got {allocation!r}"
         )
     return float(number)
-
-
-def _check_layers(protect: Collection[int], layers: int) -> set[int]:
-    for layer in protect:
-        if not 0 <= layer < layers:
-            raise ArgumentError(f"protect names layer {layer}; the model has 0..{layers - 1}")
-    if len(set(protect)) == layers:
-        raise ArgumentError("protect names every layer, so none is left to prune")
-    return set(protect)
 
 
 def _check_min_keep(min_keep: float) -> None:

@@ -1,10 +1,14 @@
-"""What widths are made multiples of."""
+"""What every budget of widths obeys: multiples, layers that are spared, which neurons are kept."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+
+from torch import Tensor
 
 from hfprune_fast.config import Budget
+from hfprune_fast.errors import ArgumentError
 
 
 def step_of(budget: Budget, dense: int) -> int:
@@ -19,3 +23,19 @@ def step_of(budget: Budget, dense: int) -> int:
     while 8 * step > dense and step > 1:
         step //= 2
     return math.gcd(step, budget.intermediate_size or step)
+
+
+def protected_layers(protect: Collection[int], layers: int) -> set[int]:
+    """Return the layers that are not pruned; refuse any that the model lacks, and all of them."""
+    for layer in protect:
+        if not 0 <= layer < layers:
+            raise ArgumentError(f"protect names layer {layer}; the model has 0..{layers - 1}")
+    if len(set(protect)) == layers:
+        raise ArgumentError("protect names every layer, so none is left to prune")
+    return set(protect)
+
+
+def most_important(importance: Tensor, count: int) -> Tensor:
+    """Return the sorted indices of the highest of (F,) values, on the CPU; ties by index."""
+    order = importance.sort(descending=True, stable=True).indices.cpu()
+    return order[:count].sort().values

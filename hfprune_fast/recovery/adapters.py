@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Trained(Mapping[str, Tensor]):
             for number, stored in enumerate(source.names[ours])
         }
 
+    @torch.no_grad()
     def __getitem__(self, stored: str) -> Tensor:
         ours, number = self._places[stored]
         count = len(self._source.names[ours])
@@ -129,7 +131,7 @@ def add_lora(
             continue
         name = ".".join(part for part in path.split(".") if part != "base_layer")
         leaf = getattr(module, "parameter_name", "weight")
-        changes[f"{name}.{leaf}"] = True, _delta(module)
+        changes[f"{name}.{leaf}"] = True, partial(module.get_delta_weight, ADAPTER)
         zero = dead.get(module.get_base_layer())
         if zero is not None:
             with torch.no_grad():
@@ -143,15 +145,6 @@ def reset_lora(adapted: Any) -> None:
         for module in adapted.modules():
             if hasattr(module, "lora_B") and ADAPTER in module.lora_B:
                 module.lora_B[ADAPTER].weight.zero_()
-
-
-def _delta(module: Any) -> Callable[[], Tensor]:
-    def delta() -> Tensor:
-        with torch.no_grad():
-            change: Tensor = module.get_delta_weight(ADAPTER)
-            return change
-
-    return delta
 
 
 def _dead(mlp: GatedMLP) -> Tensor:

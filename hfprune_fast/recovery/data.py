@@ -24,7 +24,7 @@ class RecoveryData:
 
     Args:
         data: all windows, (N, T), in one batch.
-        held_out: numbers of the windows that are only watched.
+        held_out: numbers of the windows that are only evaluated.
         order: numbers of those that are trained on, in the order of the training.
         step_windows: how many are one step; `order` is a multiple of it.
     """
@@ -73,13 +73,13 @@ def recovery_data(
         raise CalibrationError(
             f"loss {options.loss} needs samples of 2 tokens or more, got 1: it is of the next token"
         )
-    asked = min(options.batch_tokens, options.tokens)
-    step_windows = max(1, asked // tokens // processes) * processes
+    requested = min(options.batch_tokens, options.tokens)
+    step_windows = max(1, requested // tokens // processes) * processes
     step_tokens = step_windows * tokens
-    if not 0 <= asked - step_tokens < tokens:
+    if not 0 <= requested - step_tokens < tokens:
         beside = f", the same number for each of {processes} processes" if processes > 1 else ""
         say(
-            f"a step is of {step_tokens:,} tokens, not {asked:,}: it takes whole "
+            f"a step is of {step_tokens:,} tokens, not {requested:,}: it takes whole "
             f"samples of {tokens:,}{beside}"
         )
     steps = max(1, round(options.tokens / step_tokens))

@@ -92,7 +92,7 @@ def checkpoints_bytes(trained_bytes: int) -> int:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Return an estimate as people read it, without its time."""
+    """Return an estimate as human-readable text, without the time it takes."""
     what = f"by LoRA of rank {found['lora']}" if found["lora"] else "of the weights themselves"
     return (
         f"recover, {found['tokens']:,} tokens {what}, {found['trained_params']:,} trained: about "

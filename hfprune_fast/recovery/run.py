@@ -64,7 +64,7 @@ def recover(
     Args:
         dense, pruned: model folders, hub names or `demo`; they are only read. They must have one
             vocabulary and hidden size.
-        text: what to train on; a part of it is held out, and KL is watched on that.
+        text: what to train on; a part of it is held out, and KL is measured on that.
         out: the folder to make. It appears under this name only when whole. While the run lasts,
             OUT.recovery has what an interrupted one is resumed from.
         distributed: torchrun started this program: all processes train, the first does the rest.
@@ -73,8 +73,8 @@ def recover(
     Returns:
         `out`; the held-out KL `kl_before` and `kl_after` in nats; `steps`, `best_step`, `tokens`,
         `learning_rate` and the like; `losses` and `held_out`, lists of (step, value). Empty in the
-        other processes of torchrun. Where nothing was better than the start, that is written, and a
-        line says so.
+        other processes of torchrun. Where no step was better on held-out text, the pruned model is
+        written unchanged, and a line says so.
 
     Raises:
         HFPruneError: bad input, one line, before any work where that is possible.
@@ -98,7 +98,7 @@ def recover(
     setup = set_up(first, second, options, run, data, processes, sampling.seed)
     work = WorkFolder(real(out), _identity(first, second, data, setup))
     if processes.rank == 0:
-        _check_room(first, second, out, data, setup)
+        _check_room(first, second, out, work.path, data, setup)
         work.begin(resume=options.resume)
     cache = work.teacher if options.cache is None else Path(options.cache)
     from hfprune_fast.recovery.trainer import train  # which takes seconds to import
@@ -110,7 +110,7 @@ def recover(
         if processes.rank > 0:
             return {}
         if not outcome.best_step:
-            say("no step was better than the start on held-out text; the start is written")
+            say("no step was better on held-out text; the pruned model is written unchanged")
         record = {
             "dense": first.name,
             "dense_fingerprint": first.fingerprint,
@@ -132,15 +132,15 @@ def recover(
 
 
 def _check_launch() -> None:
-    """Refuse what accelerate's launcher was asked for and would share the weights themselves.
+    """Refuse a launch by accelerate that shards the weights.
 
-    What is saved and written here is that of a process which has all of them.
+    Checkpoints and the result are written by one process, which must hold all of them.
     """
     for name in _NOT_SHARED_BY:
         value = os.environ.get(f"ACCELERATE_USE_{name}", "")
         if value.lower() not in ("", "0", "false", "no", "off", "n", "f"):
             raise ArgumentError(
-                f"recover shares its steps among processes, not the weights, and accelerate's "
+                "recover shares its steps among processes, not the weights, and accelerate's "
                 f"configuration asks for {name}; start it with torchrun, or with "
                 "accelerate launch --multi_gpu"
             )
@@ -225,12 +225,17 @@ def _check_output(
 
 
 def _check_room(
-    dense: ModelSource, pruned: ModelSource, out: Path, data: RecoveryData, setup: Setup
+    dense: ModelSource,
+    pruned: ModelSource,
+    out: Path,
+    work: Path,
+    data: RecoveryData,
+    setup: Setup,
 ) -> None:
     """Refuse a disk without room for the output, the checkpoints and the dense model's states.
 
-    Of these, what an interrupted run has left is there already. All states have their room from the
-    start.
+    What an interrupted run has left in `work` takes part of that room already; its file of states
+    has the room of all of them from the start.
     """
     options, needed = setup.options, setup.checkpoints_bytes
     if not options.adapter:
@@ -244,7 +249,7 @@ def _check_room(
             needed += states
         elif not cache.exists():
             check_writable(cache, states, "cache")
-    left = files_of(work_of(real(out))) if work_of(real(out)).is_dir() else ()
+    left = files_of(work) if work.is_dir() else ()
     check_writable(out, max(0, needed - sum(path.lstat().st_size for path in left)))
 
 

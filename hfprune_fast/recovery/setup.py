@@ -113,9 +113,18 @@ def set_up(
     if rate is None:
         rate = (_LORA_RATE if options.lora else _FULL_RATE) / pruned.spec.hidden_size
     return Setup(
-        options, run, seed, device, dtype, plan, batch_size, processes, rate,
-        options.gradient_checkpointing or plan.recompute, checkpoints_bytes(held["trained_bytes"]),
-    )  # fmt: skip
+        options=options,
+        run=run,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        plan=plan,
+        batch_size=batch_size,
+        processes=processes,
+        learning_rate=rate,
+        recompute=options.gradient_checkpointing or plan.recompute,
+        checkpoints_bytes=checkpoints_bytes(held["trained_bytes"]),
+    )
 
 
 def open_all(

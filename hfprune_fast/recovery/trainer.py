@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -51,26 +50,13 @@ class Outcome:
         return {name: getattr(self, name) for name in names}
 
 
-class _Order(Dataset[int]):
-    """The numbers of the windows that are trained on."""
-
-    def __init__(self, order: Sequence[int]) -> None:
-        self._order = order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, place: int) -> int:
-        return self._order[place]
-
-
 class RecoveryTrainer(Trainer):
     """The loop; of the model it saves and loads only what is trained."""
 
     def __init__(self, data: RecoveryData, batch: Batch, **options: Any) -> None:
         super().__init__(
-            train_dataset=_Order(data.order),
-            eval_dataset=_Order(data.held_out),
+            train_dataset=data.order,
+            eval_dataset=data.held_out,
             data_collator=batch,
             **options,
         )
@@ -207,7 +193,7 @@ def train(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from saying amid the bar by what it orders checkpoints."""
+    """Silence the log line about how transformers orders checkpoints, which breaks the bar."""
     logger = logging.getLogger("transformers.trainer_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -225,11 +211,11 @@ def _written_to(work: Path) -> Iterator[None]:
     except (
         SafetensorError,
         RuntimeError,
-    ) as error:  # safetensors', and torch's writer of zip files
+    ) as error:  # torch's writer of zip files raises the second
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        told = f"no checkpoint can be written to {work} ({one_line(error)}); make room there"
-        raise OutputError(told) from None
+        message = f"no checkpoint can be written to {work} ({one_line(error)}); make room there"
+        raise OutputError(message) from None
 
 
 def _curve(history: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
@@ -276,14 +262,14 @@ def _arguments(data: RecoveryData, setup: Setup, work: Path) -> TrainingArgument
 
 
 def _last_checkpoint(work: Path) -> Path | None:
-    """Return the latest checkpoint that is whole; say which is not."""
+    """Return the latest complete checkpoint; say which are not complete."""
     found = []
     for folder in work.glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
         if number.isdecimal() and _is_whole(folder, int(number)):
             found.append((int(number), folder))
         else:
-            say(f"{folder} is not whole, and is left out")
+            say(f"{folder} is incomplete and is ignored")
     return max(found)[1] if found else None
 
 

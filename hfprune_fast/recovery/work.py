@@ -29,7 +29,7 @@ from hfprune_fast.recovery.teacher import is_begun
 _RUN, _TEACHER = "recovery.json", "teacher.safetensors"
 _OURS = re.compile(r"recovery\.json|teacher\.safetensors|checkpoint-\d+|\..+\.partial-\w+")
 
-# What the same command may not meet again.
+# After these the same command may succeed, so that its work is kept.
 _INTERRUPTIONS = (KeyboardInterrupt, SystemExit, OSError, MemoryShortageError, ProcessError)
 
 
@@ -69,7 +69,7 @@ class WorkFolder:
     def kept_if_interrupted(self, processes: Processes) -> Iterator[None]:
         """Say how to go on where the context is interrupted, or disk, memory or a process fails.
 
-        Of another error, whose cure is another command, nothing is kept that holds no work yet.
+        After any other error, which another command must cure, a folder without work is deleted.
         """
         try:
             yield

@@ -12,8 +12,8 @@ output distribution p there:
     activation      none: only act is added up, and nothing is differentiated
 
 To add a criterion, write its head loss, add an entry to CRITERIA here and its name to CRITERIA in
-`config.py`; docs/add-a-criterion.md lists the other steps. A head loss takes h (R, D) after the
-final norm, R = B·T rows with the padding; the head's weight (V, D); row_weights (R,) fp64; the
+`config/pruning.py`; docs/add-a-criterion.md lists the other steps. A head loss takes h (R, D) after
+the final norm, R = B·T rows with the padding; the head's weight (V, D); row_weights (R,) fp64; the
 batch, for its labels; the seed; and the kernels' other options. It returns the weighted sum of the
 rows' losses, and its gradient (R, D) at h.
 """

@@ -155,7 +155,7 @@ def test_what_got_worse_is_not_written(
     result = recover(**options | {"learning_rate": 100.0})
     assert result["kl_after"] == result["kl_before"] < result["held_out"][-1][1]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (halves("custom") / WEIGHTS).read_bytes()
-    line = "hfprune: no step was better than the start on held-out text; the start is written"
+    line = "hfprune: no step was better on held-out text; the pruned model is written unchanged"
     assert line in capfd.readouterr().err.splitlines()
 
 

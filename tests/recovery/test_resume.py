@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_left_out(
     for folder in (tmp_path / "out.recovery").glob("checkpoint-*"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-100])
     again = recover(resume=True)
-    assert " is not whole, and is left out" in capfd.readouterr().err
+    assert " is incomplete and is ignored" in capfd.readouterr().err
     assert again | {"out": whole["out"]} == whole
 
 
