@@ -1,13 +1,13 @@
-"""The tables of docs/evidence.md: what `fidelity.py` and `samples.py` measured, beside its claims.
+"""The tables of docs/evidence.md and README.md: what `fidelity.py` and `samples.py` measured.
 
-Words are written by hand, tables are put under these headings. Every number of the claims with a
-decimal point, or a percent sign, must be in a table of the page: a test holds that.
+Words are written by hand, tables are put under their headings, and README's under a row that begins
+as it does here. A number with a decimal point in the claims must be in a table of the page.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import samples_tables
@@ -23,6 +23,7 @@ CLAIMS, OTHERS, SMALL, WINDOWS = (
     )
 )  # fmt: skip
 REAL = "smollm2-135m"
+README_ROW = "20% of the neurons removed by"
 RATIOS = (0.2, 0.3, 0.5)
 _NAMES = {
     "wanda_sp": "Wanda-SP", "flap": "FLAP", "llm_pruner": "LLM-Pruner's Taylor term",
@@ -66,34 +67,53 @@ def name(variant: Variant) -> str:
 
 
 def others(model: Measured, link: Link) -> list[str]:
-    """Return all methods on a model, the closest to the dense model last."""
-    header, ratios = model.header, [r for r in RATIOS if r in model.ratios]
-
-    def kl(variant: Variant) -> float:
-        rows = model.of(variant, ratios[0])
-        return -min((row["kl_nats"] for row in rows), default=0.0)
-
-    measured = sorted((v for v in BASELINES if model.of(v, ratios[0])), key=kl)
-    columns = ("KL, nats", "× the paper's", "perplexity", "top-1", "top-5")
+    """Return all methods on a model, at each ratio a table, the closest to the dense model last."""
     lines = [_told(model, link)]
-    for ratio in ratios:
-        cells = [["method", *columns]]
-        for variant in measured:
-            rows = model.of(variant, ratio)
-            if rows:
-                cells.append([
-                    name(variant),
-                    span((row["kl_nats"] for row in rows), number),
-                    span(model.against_paper(variant, ratio), "{:.2f}".format),
-                    span((row["ppl_pruned"] for row in rows), "{:.2f}".format),
-                    span((row["top1_agreement"] for row in rows), "{:.1%}".format),
-                    span((row["top5_agreement"] for row in rows), "{:.1%}".format),
-                ])  # fmt: skip
-        removed = f"{ratio:.0%} of the neurons removed, {model.removed(ratio):.1%} of all weights"
-        lines += ["", f"{removed}; the dense perplexity is {model.rows[0]['ppl_dense']:.2f}:", ""]
-        lines += table(cells)
-    assert header
+    columns = ["method", "KL, nats", "× the paper's", "perplexity", "top-1", "top-5"]
+    for ratio in (r for r in RATIOS if r in model.ratios):
+        cells = [columns]
+        for variant in _ranked(model, ratio):
+            against = span(model.against_paper(variant, ratio), "{:.2f}".format)
+            nats, *others = _cells(model, variant, ratio)
+            cells.append([name(variant), nats, against, *others])
+        lines += ["", f"{_removed(model, ratio)}:", "", *table(cells)]
     return lines
+
+
+def readme(text: str, models: Iterable[Measured]) -> str:
+    """Return README.md with the table of the first ratio of the real model."""
+    for model in (model for model in models if model.header["model"] == REAL):
+        before, heading, rest = text.partition(f"| {README_ROW}")
+        if heading:
+            columns = [README_ROW, "KL, nats", "perplexity", "top-1", "top-5"]
+            dense = ["dense", "0", f"{model.rows[0]['ppl_dense']:.2f}", "100%", "100%"]
+            ranked = _ranked(model, RATIOS[0])
+            cells = [[name(v), *_cells(model, v, RATIOS[0])] for v in ranked]
+            text = before + "\n".join(table([columns, dense, *reversed(cells)])) + rest[rest.index("\n\n") :]
+    return text
+
+
+def _ranked(model: Measured, ratio: float) -> list[Variant]:
+    """Return what was measured at a ratio, the closest to the dense model last."""
+    measured = [v for v in BASELINES if model.of(v, ratio)]
+    return sorted(measured, key=lambda v: -min(row["kl_nats"] for row in model.of(v, ratio)))
+
+
+def _cells(model: Measured, variant: Variant, ratio: float) -> list[str]:
+    rows = model.of(variant, ratio)
+    return [
+        span((row["kl_nats"] for row in rows), number),
+        span((row["ppl_pruned"] for row in rows), "{:.2f}".format),
+        span((row["top1_agreement"] for row in rows), "{:.1%}".format),
+        span((row["top5_agreement"] for row in rows), "{:.1%}".format),
+    ]
+
+
+def _removed(model: Measured, ratio: float) -> str:
+    return (
+        f"{ratio:.0%} of the neurons removed, {model.removed(ratio):.1%} of all weights; the dense "
+        f"perplexity is {model.rows[0]['ppl_dense']:.2f}"
+    )
 
 
 def _told(model: Measured, link: Link) -> str:
@@ -131,9 +151,8 @@ def small_models(models: list[Measured], link: Link) -> Iterator[str]:
 
 
 def unsupported_claims(text: str) -> list[str]:
-    """Return the numbers of the claims that no table of the page has."""
+    """Return the numbers with a decimal point in the claims that no table of the page has."""
     claims = text.partition(CLAIMS)[2].partition("\n## ")[0]
     tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
-    known = set(re.findall(r"\d[\d,]*(?:\.\d+)?%?", tables))
-    said = re.findall(r"\d[\d,]*\.\d+%?|\d+%", claims.replace(" %", "%"))
-    return [number for number in said if number not in known]
+    known = set(re.findall(r"\d+\.\d+", tables))
+    return [found for found in re.findall(r"\d+\.\d+", claims) if found not in known]

@@ -8,8 +8,8 @@
 
 docs/benchmarks.md and the pictures are of the newest file of each machine and suffix:
 <machine>-<date>.json, <machine>-<date>-large.json; fidelity's of all of
-bench/results/fidelity/*.jsonl. Of models with experts docs/experts.md has the table, of recovery
-docs/recovery.md; their words are written by hand. Only the pictures need more than Python.
+bench/results/fidelity/*.jsonl. docs/evidence.md has tables of these beside its claims, docs/experts.md
+of models with experts, docs/recovery.md of recovery; their words are written by hand. Only the pictures need more than Python.
 
 The exit status is 2 when a file is no result, with one line that says why.
 """
@@ -24,6 +24,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+import evidence_tables
 import fidelity_tables
 import mixture_tables
 import page
@@ -97,6 +98,13 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
     if experts.exists():  # most of it is written by hand
         text = experts.read_text(encoding="utf-8")
         texts[experts] = mixture_tables.page(text, mixtures, partial(page.link, root))
+    evidence = evidence_tables.path(root)
+    if evidence.exists():
+        text = evidence.read_text(encoding="utf-8")
+        texts[evidence] = evidence_tables.page(text, fidelity, samples, partial(page.link, root))
+    readme = root / "README.md"
+    if readme.exists():
+        texts[readme] = evidence_tables.readme(readme.read_text(encoding="utf-8"), fidelity)
     recovery = recovery_tables.path(root)
     if recovery.exists():
         at = recovery_tables.picture_path(root)
@@ -128,6 +136,8 @@ def disagreements(root: Path) -> Iterator[str]:
             lines = zip_longest(now.splitlines(), want.splitlines(), fillvalue="nothing")
             i, (has, gives) = next((i, two) for i, two in enumerate(lines, 1) if two[0] != two[1])
             yield f"{path.relative_to(root)}: line {i} has {has!r}, the results give {gives!r}"
+    for number in evidence_tables.unsupported_claims(texts.get(evidence_tables.path(root), "")):
+        yield f"docs/evidence.md: a claim says {number}, which no table of the page has"
     patterns = "*.svg", "*/*.svg", "fidelity/*.md", "*-20[0-9][0-9]-*.md"
     for path in sorted(p for each in patterns for p in (root / "bench" / "results").glob(each)):
         if path not in texts and path not in drawn:
