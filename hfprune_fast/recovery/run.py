@@ -229,8 +229,8 @@ def _check_room(
 ) -> None:
     """Refuse a disk without room for the output, the checkpoints and the dense model's states.
 
-    Of these, what an interrupted run has left is there already. All states have their room from the
-    start.
+    Of these, what an interrupted run has left is there already, or is deleted before they are made.
+    All states have their room from the start.
     """
     options, needed = setup.options, setup.checkpoints_bytes
     if not options.adapter:

@@ -16,7 +16,7 @@ from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import RecoveryOptions, RunOptions
 from hfprune_fast.console import say
 from hfprune_fast.engine.distributed import Processes, own_device
-from hfprune_fast.engine.layerwise import Head, ResidentModel
+from hfprune_fast.engine.layerwise import Head, ResidentModel, check_finite
 from hfprune_fast.engine.plan import Plan
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.weights import CheckpointTensors
@@ -146,7 +146,7 @@ def open_all(
 
         head = teacher.head()
     else:
-        file = _cached(dense, in_dtype, data, setup, cache, progress)
+        file = _cached(dense, pruned, in_dtype, data, setup, cache, progress)
         head = _head_alone(dense, setup)
     # Weights that are trained are in float32, beside which products are made in the run's dtype.
     dtype = setup.dtype if options.lora else torch.promote_types(setup.dtype, torch.float32)
@@ -175,6 +175,7 @@ def open_all(
 
 def _cached(
     dense: ModelSource,
+    pruned: ModelSource,
     in_dtype: Mapping[str, Any],
     data: RecoveryData,
     setup: Setup,
@@ -189,6 +190,8 @@ def _cached(
     shape = (*data.ids.shape, dense.spec.hidden_size)
     if setup.processes.rank == 0:
         file = TeacherFile(cache, identity, shape, setup.dtype)
+        if not file.is_whole:
+            _check_weights(pruned)
         fill(file, loading.blueprint(dense, **in_dtype), data.data, setup.run, progress)
     setup.processes.as_the_first(0)
     made = TeacherFile(cache, identity, shape, setup.dtype) if is_teacher(cache) else None
@@ -198,6 +201,12 @@ def _cached(
             "the folder of out, or of --cache"
         )
     return made
+
+
+def _check_weights(pruned: ModelSource) -> None:
+    """Raise NumericsError for NaN or inf in the student, which opens after the dense model ran."""
+    for name in dict.fromkeys(name for stored in pruned.names.values() for name in stored):
+        check_finite(name, pruned.read(name))
 
 
 def _head_alone(dense: ModelSource, setup: Setup) -> Head:
