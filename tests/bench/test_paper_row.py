@@ -75,11 +75,8 @@ def test_results_of_other_settings_are_refused(
     monkeypatch.setattr("sys.argv", words)
     paper_row.main()
     ran.clear()
-    for option, was in (
-        ("--param-ratio 0.3", "0.2"),
-        ("--limit 9", "None"),
-        ("--tasks x", "paper"),
-    ):
+    others = {"--param-ratio 0.3": "0.2", "--limit 9": "None", "--tasks x": "paper"}
+    for option, was in others.items():
         monkeypatch.setattr("sys.argv", [*words, *option.split()])
         name, _, value = option.partition(" ")
         with pytest.raises(SystemExit, match=f"is of {name} {was}, not {value}; give another"):

@@ -109,7 +109,7 @@ def test_other_settings_and_too_short_a_text_are_refused_before_any_work(
         main("first", "--seq-len", "32")
     with pytest.raises(SystemExit, match=r"of --held-out-samples None, not 3"):
         main("first", "--held-out-samples", "3", "--seq-len", "64")
-    with pytest.raises(SystemExit, match="the text has .* not 50 of each"):
+    with pytest.raises(SystemExit, match=r"the text has .* not 50 of each"):
         main("second", "--tasks", "50")
     with pytest.raises(SystemExit):
         main("third", "--way", "pruend")

@@ -151,7 +151,7 @@ def test_a_forced_run_that_is_refused_discards_nothing(recover: Recover, tmp_pat
     states, room = left.read_bytes(), shutil.disk_usage(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: room._replace(free=0))
-        with pytest.raises(OutputError, match="out .*takes .* only 0 B are free"):
+        with pytest.raises(OutputError, match=r"out .*takes .* only 0 B are free"):
             recover(force=True)
     with pytest.raises(CalibrationError):
         recover(force=True, text=tmp_path / "none.txt")
