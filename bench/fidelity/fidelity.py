@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ RATIOS = (0.1, 0.2, 0.3, 0.5)
 ROWS = {"all": VARIANTS, "baselines": BASELINES, "quick": QUICK}
 ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 # A file is of one of each: rows of others cannot be compared with it.
-SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts", "also")
+SETTINGS = (
+    "model_type", "params", "calibration", "evaluation", "texts", "also", "weights", "windows",
+)  # fmt: skip
 # Two windows with as many equal tokens in a row have them from one document.
 SHARED_RUN = 48
 
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
         name: held_out_windows(args, source, text, drawn.values())
         for name, text in {"": args.text, **args.also}.items()
     }
-    header = header_of(args, source, drawn[args.seeds[0]], held_out[""])
+    header = header_of(args, source, drawn, held_out)
     header["also"] = {name: Path(text).name for name, text in args.also.items()}
     file, done = opened(args.out / f"{header['model']}.jsonl", header)
     measured = {(variant_of(row), row["prune_ratio"], row["seed"]) for row in done}
@@ -129,17 +131,31 @@ def held_out_windows(
 
 
 def header_of(
-    args: argparse.Namespace, source: ModelSource, calibration: TokenData, held_out: TokenData
+    args: argparse.Namespace,
+    source: ModelSource,
+    drawn: Mapping[int, TokenData],
+    held_out: Mapping[str, TokenData],
 ) -> dict[str, Any]:
-    """Return what a file says before its rows."""
+    """Return what a file says before its rows.
+
+    Args:
+        drawn: calibration windows by seed.
+        held_out: windows to measure on, of the main text by the name "".
+    """
+    samples = args.samples if isinstance(args.samples, int) else max(args.samples)
+    # The same whichever seeds a run is asked for.
+    of_seed_0 = drawn.get(0) or windows(args, source, args.calibration, samples, 0)
     return {
         "model": args.name or source.name.rpartition("/")[2],
         "model_type": source.spec.model_type,
         "params": source.spec.total_params,
-        "calibration": {"samples": calibration.sequences, "seq_len": args.seq_len},
-        "evaluation": {"samples": held_out.sequences, "seq_len": args.seq_len},
+        "calibration": {"samples": of_seed_0.sequences, "seq_len": args.seq_len},
+        "evaluation": {"samples": held_out[""].sequences, "seq_len": args.seq_len},
         "texts": [Path(args.calibration).name, Path(args.text).name],
         "also": {},
+        # Another model or text may have the same name and size.
+        "weights": source.fingerprint[:12],
+        "windows": [of_seed_0.sha256[:12], *(data.sha256[:12] for data in held_out.values())],
         **described(),
     }
 
@@ -168,6 +184,8 @@ def _requested(
             f"--only {min(unknown)!r} is not one of --rows {args.rows}: {'; '.join(names)}"
         )
     ratios = args.ratios or (MIXTURE_RATIOS if spec.experts else RATIOS)
+    if unknown := set(args.generate) - set(ratios):
+        raise ArgumentError(f"--generate {min(unknown)} is not one of the ratios: {list(ratios)}")
     for variant in variants:
         if not args.only or str(variant) in args.only:
             yield variant, [r for r in ratios if not spec.experts or sizes(variant, r, spec)]
@@ -206,7 +224,8 @@ def opened(file: Path, header: dict[str, Any]) -> tuple[Path, list[Row]]:
     earlier = read(file)
     for name in SETTINGS:
         default = {} if name == "also" else header[name]  # older files do not have all
-        if (was := earlier.header.get(name, default)) != header[name]:
+        was = next((h[name] for h in reversed(earlier.headers) if name in h), default)
+        if was != header[name]:
             raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
     return file, earlier.rows
 
@@ -253,6 +272,12 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "is only there when all are",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    for option, given in (
+        ("--also", [name for name, _ in args.also]), ("--ratios", args.ratios or []),
+        ("--seeds", args.seeds),
+    ):  # fmt: skip
+        if twice := [each for i, each in enumerate(given) if each in given[:i]]:
+            parser.error(f"{option} has {twice[0]} twice")
     args.also = dict(args.also)
     return args
 
@@ -272,7 +297,7 @@ def reported(name: str, study: Study, args: argparse.Namespace) -> int:
     """Run a study and return the exit status; its file is printed, its progress is on stderr."""
     try:
         print(study(args, lambda line: print(line, file=sys.stderr, flush=True)))
-    except (ResultError, HFPruneError) as error:
+    except (ResultError, HFPruneError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     if not counts:
         raise ArgumentError(f"{args.calibration} holds {most} windows, fewer than {args.samples}")
     held_out = held_out_windows(args, source, args.text, drawn.values())
-    header = header_of(args, source, drawn[args.seeds[0]], held_out)
+    header = header_of(args, source, drawn, {"": held_out})
     # All rows of a file are compared with this number of windows.
     header["calibration"]["samples"] = counts[0]
     file, done = opened(args.out / f"{header['model']}-samples.jsonl", header)

@@ -43,6 +43,8 @@ def write_tasks(text: str, folder: Path, documents: int, seed: int = 0) -> None:
     whole = {" ".join(p) for p in passages if len(p) == _PASSAGE_SENTENCES}
     words = (found for p in sorted(whole) if (found := re.fullmatch(r"(.*\w) (\w{3,})\W*", p)))
     questions = [{"context": w[1], "word": w[2]} for w in words]
+    if documents < _CHOICES:
+        raise SystemExit(f"a task is of {_CHOICES} documents or more, got {documents}")
     if min(len(sentences), len(questions)) < documents:
         found = f"{len(sentences)} sentences and {len(questions)} passages"
         raise SystemExit(f"the text has {found}, not {documents} of each")

@@ -5,7 +5,8 @@
 
 The commands are printed before they run: `hfprune prune --preset paper`, `recover --loss ce` with
 the paper's settings for LoRA, and `evaluate --tasks` of both results. What is in --out already is
-not made again, and an interrupted recovery goes on. docs/reproduce.md says what to expect.
+not made again, and an interrupted recovery goes on; with other settings --out is refused.
+docs/reproduce.md says what to expect.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def accuracies(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def table(pruned: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> str:
     """Return accuracies in percent, a line a task and their mean."""
     first, second = accuracies(pruned), accuracies(tuned)
+    if not first:
+        raise SystemExit("no task has an accuracy, so there is no table")
     lines = [
         [name, first[name]["dense"], first[name]["pruned"], second[name]["pruned"]]
         for name in first
@@ -79,6 +82,20 @@ def table(pruned: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> str:
         f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |\n"
         for name, *values in [*lines, ["mean", *means]]
     )
+
+
+def check_settings(given: argparse.Namespace) -> None:
+    """Refuse a folder with results of other settings."""
+    file = given.out / "settings.json"
+    own = {name: str(value) for name, value in vars(given).items() if name != "out"}
+    if not file.exists():
+        file.write_text(json.dumps(own, indent=1), encoding="utf-8")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for name in own:
+        if found.get(name) != own[name]:
+            option = f"--{name.replace('_', '-')}"
+            told = f"{given.out} is of {option} {found.get(name)}, not {own[name]}"
+            raise SystemExit(f"paper_row.py: {told}; give another --out")
 
 
 def parsed() -> argparse.Namespace:
@@ -104,6 +121,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     given = parsed()
     given.out.mkdir(parents=True, exist_ok=True)
+    check_settings(given)
     pruned = made(
         given.out / "pruned",
         "prune", given.model, "--preset", "paper", "--param-ratio", given.param_ratio,

@@ -9,8 +9,8 @@ tokens. All are measured on a text that no step saw; with --tasks N by zero-shot
 which are made of that text (`local_tasks.py`). Each step is a command of its own in one thread,
 whose processor time and memory are in its row, so that other work on the machine counts little.
 Rows come as they are measured, and an interrupted run goes on where it was; --work DIR keeps its
-models, so that an interrupted recovery goes on too. The table and the picture are of all rows:
-python bench/reporting/report.py.
+models, so that an interrupted recovery goes on too. With other settings both are refused. The table
+and the picture are of all rows: python bench/reporting/report.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # not there with PYTHONSAFEPATH
 from local_tasks import NAMES, write_tasks
 
-from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions
+from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.evaluation.checkpoints import compare_checkpoints
 from hfprune_fast.evaluation.harness import evaluate_tasks
@@ -37,6 +38,9 @@ from hfprune_fast.evaluation.harness import evaluate_tasks
 RESULTS = Path(__file__).parents[1] / "results" / "recovery"
 ON_CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 RATIOS, TOKENS = (0.2, 0.5), (100_000, 500_000)
+WAYS = ("pruned", "reconstructed", "kl", "ce")
+OF_MODELS = ("model", "text", "seq_len", "samples")  # that are kept, rows are of all of these
+SETTINGS = (*OF_MODELS, "held_out", "held_out_samples", "tasks")
 Way = tuple[str, int]  # pruned, reconstructed, kl or ce, and the tokens trained on
 
 
@@ -99,16 +103,46 @@ class Job:
         """Return KL, perplexities, agreement and the tasks' values on the held-out text."""
         given = self.arguments
         dense, other = open_source(given.model), open_source(folder)
-        sampling = CalibrationOptions(given.held_out_samples, given.seq_len)
-        data = calibrate(given.held_out, dense, sampling, evaluation=True)
+        data = held_out(given, dense)
         found = asdict(compare_checkpoints(dense, other, data, RunOptions(**ON_CPU)))
         row = {"held_out_tokens": found.pop("tokens"), **found}
         if given.tasks:
             tasks = self.work / "tasks"
-            write_tasks(Path(given.held_out).read_text(encoding="utf-8"), tasks, given.tasks)
             which: dict[str, Any] = {"tasks": ",".join(NAMES), "include_path": str(tasks)}
             row["tasks"] = [asdict(t) for t in evaluate_tasks(dense, other, **which, **ON_CPU)]
         return row
+
+
+def held_out(given: argparse.Namespace, dense: ModelSource) -> TokenData:
+    """Return what is measured on."""
+    sampling = CalibrationOptions(given.held_out_samples, given.seq_len)
+    return calibrate(given.held_out, dense, sampling, evaluation=True)
+
+
+def settings(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what all rows of a file have in common; of models and texts, the names."""
+    own = {name: getattr(given, name) for name in SETTINGS}
+    return own | {name: Path(own[name]).name for name in ("model", "text", "held_out")}
+
+
+def check(given: argparse.Namespace, out: Path, work: Path) -> None:
+    """Refuse results and models of other settings, and a text to measure on, before any work."""
+    file = work / "settings.json"
+    of_models = {name: getattr(given, name) for name in OF_MODELS}
+    kept = []
+    if file.exists():
+        kept = [(work, json.loads(file.read_text(encoding="utf-8")), of_models)]
+    rows = [(out, row["settings"], settings(given)) for row in read(out) if "settings" in row]
+    for place, found, own in kept + rows:
+        for name, value in own.items():
+            if found[name] != value:
+                told = f"{place} is of --{name.replace('_', '-')} {found[name]}, not {value}"
+                raise SystemExit(f"recovery.py: {told}; give another --name and --work")
+    held_out(given, open_source(given.model))
+    if given.tasks:
+        text = Path(given.held_out).read_text(encoding="utf-8")
+        write_tasks(text, work / "tasks", given.tasks)
+    file.write_text(json.dumps(of_models), encoding="utf-8")
 
 
 def run(job: Job, ways: list[Way], out: Path) -> None:
@@ -119,7 +153,7 @@ def run(job: Job, ways: list[Way], out: Path) -> None:
             folder, facts = job.made(way)
             row = {
                 "name": job.arguments.name, "ratio": job.ratio, "way": way[0], "tokens": way[1],
-                **facts, **job.measured(folder),
+                **facts, **job.measured(folder), "settings": settings(job.arguments),
             }  # fmt: skip
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -139,22 +173,24 @@ def main() -> None:
     parser.add_argument("--held-out-samples", type=int, help="windows [default: the whole text]")
     parser.add_argument("--ratio", type=float, action="append", help="[default: 0.2 and 0.5]")
     parser.add_argument("--tokens", type=int, action="append", help="[default: 100000 and 500000]")
-    parser.add_argument("--way", action="append", help="[default: pruned, reconstructed, kl, ce]")
+    parser.add_argument("--way", action="append", choices=WAYS, help="[default: all]")
     parser.add_argument("--tasks", type=int, default=0, metavar="N", help="documents of each")
     parser.add_argument("--work", type=Path, help="keep models here [default: deleted]")
     arguments = parser.parse_args()
     for name in ("model", "text", "held_out"):  # commands run elsewhere
         if (path := Path(getattr(arguments, name))).exists():
             setattr(arguments, name, str(path.resolve()))
-    ways = arguments.way or ["pruned", "reconstructed", "kl", "ce"]
+    ways = arguments.way or WAYS
     each = [(way, 0) for way in ways if way in ("pruned", "reconstructed")]
     each += [(w, n) for n in arguments.tokens or TOKENS for w in ways if w in ("kl", "ce")]
     RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.work or Path(scratch)).resolve()
         work.mkdir(parents=True, exist_ok=True)
+        out = RESULTS / f"{arguments.name}.jsonl"
+        check(arguments, out, work)
         for ratio in arguments.ratio or RATIOS:
-            run(Job(arguments, ratio, work), each, RESULTS / f"{arguments.name}.jsonl")
+            run(Job(arguments, ratio, work), each, out)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ def readme(text: str, models: Iterable[Measured]) -> str:
             columns = [README_ROW, "KL, nats", "perplexity", "top-1", "top-5"]
             dense = ["dense", "0", f"{model.rows[0]['ppl_dense']:.2f}", "100%", "100%"]
             ranked = _ranked(model, RATIOS[0])
-            cells = [[name(v), *_cells(model, v, RATIOS[0])] for v in ranked]
-            text = before + "\n".join(table([columns, dense, *reversed(cells)])) + rest[rest.index("\n\n") :]
+            cells = [[name(v), *_cells(model, v, RATIOS[0])] for v in reversed(ranked)]
+            after = rest[rest.index("\n\n") :]
+            text = before + "\n".join(table([columns, dense, *cells])) + after
     return text
 
 

@@ -20,13 +20,14 @@ def beside(out: Path, suffix: str) -> Path:
 def check_left(
     left: Path,
     is_ours: Callable[[Path], bool],
-    delete: Callable[[Path], object],
     command: str,
     *,
     resume: bool,
     force: bool,
 ) -> None:
-    """Refuse what an interrupted run left, unless it is to be resumed; `force` deletes it.
+    """Refuse what an interrupted run left, unless it is to be resumed, or `force` discards it.
+
+    It is still there afterwards: a run that is refused for another reason loses nothing.
 
     Raises:
         ResumeError: neither is given, or it is not what `command` leaves.
@@ -42,8 +43,6 @@ def check_left(
         raise ResumeError(
             f"an interrupted run has left {left}; --resume continues it, --force discards it"
         )
-    if not resume:
-        delete(left)
 
 
 def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hfprune_fast.engine.planner import RIDGE_DIRECTIONS
+from hfprune_fast.errors import NumericsError
 from hfprune_fast.scoring.moments import add_gram, check_moments, mirror
 from hfprune_fast.scoring.obs import REFIT_RIDGE, least_squares
 
@@ -89,19 +90,26 @@ class NormalEquations:
         """Return V, (D, K) float64; the sums are gone then.
 
         Raises:
-            NumericsError: the acts hold NaN or inf; it names the layer.
+            NumericsError: the acts or targets hold NaN or inf; it names the layer.
         """
         sums, held, tokens, ridge = self._fitted, self._held, self.tokens, REFIT_RIDGE
         del self._fitted, self._held
         sums.complete(layer)
         if held is not None:
             held.complete(layer)
-            if sums.tokens:
+            if _has_acts(sums) and _has_acts(held):
                 ridge = _best_ridge(sums, held, self.weight)
             sums.gram += held.gram
             sums.cross += held.cross
         gram, cross = sums.gram.div_(tokens), sums.cross.div_(tokens)
+        if not bool(cross.isfinite().all()):
+            raise NumericsError(f"NaN or inf in the residual stream of layer {layer}; try float32")
         return least_squares(gram, cross, self.weight, ridge=ridge)
+
+
+def _has_acts(sums: _Sums) -> bool:
+    """Whether there are acts that are not 0: without any, all ridges give one error."""
+    return bool(sums.gram.diagonal().any())
 
 
 def _best_ridge(fitted: _Sums, held: _Sums, weight: Tensor) -> float:

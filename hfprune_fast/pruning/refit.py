@@ -103,7 +103,7 @@ def refit(
         A `Refitted` of each keep, and the dense model's hidden states of the held-out batches.
 
     Raises:
-        NumericsError: the activations of a layer hold NaN or inf.
+        NumericsError: the activations or the stream of a layer hold NaN or inf.
     """
     fitted = len(batches) - held_out
     fitted_tokens = sum(batch.tokens for batch in batches[:fitted])

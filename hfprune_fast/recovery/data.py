@@ -98,15 +98,15 @@ def recovery_data(
         )
     drawn = _shuffled(list(range(number)), f"{sampling.seed}:held-out")
     rest = drawn[held_out:]
-    order: list[int] = []
-    while len(order) < trained:
-        order += _shuffled(rest, f"{sampling.seed}:{len(order) // len(rest)}")
     passes = trained / len(rest)
     if passes > 1:
         say(
-            f"{text} holds {len(rest) * tokens:,} tokens to train on: {passes:.1f} passes over "
+            f"{text} holds {len(rest) * tokens:,} tokens to train on: {passes:,.1f} passes over "
             f"them make {trained * tokens:,}"
         )
+    order: list[int] = []  # of a typing error's number of tokens it takes a while
+    while len(order) < trained:
+        order += _shuffled(rest, f"{sampling.seed}:{len(order) // len(rest)}")
     return RecoveryData(data, tuple(drawn[:held_out]), tuple(order[:trained]), step_windows)
 
 

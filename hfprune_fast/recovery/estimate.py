@@ -45,15 +45,11 @@ def estimate(
     windows = -(-options.tokens // seq_len) + options.held_out
     shape: dict[str, Any] = {"device": device, "dtype": dtype, "seq_len": seq_len}
     plan = plan_run(spec, student, **shape, sequences=windows, resident_bytes=sum(held.values()))
-    tokens = options.tokens
-    linear, head = spec.linear_params_at(*sizes), spec.vocab_size * spec.hidden_size
-    # The teacher; forward, activations' gradients and the teacher's logits; gradients of weights.
-    flops = 2 * spec.linear_params * windows * seq_len
-    flops += tokens * (4 * linear + 2 * head + (6 if options.lora else 2) * trained)
+    flops = product_flops(spec, sizes, options, trained, windows * seq_len)
     parts = {**held, "activations_bytes": plan.activations_bytes}
     states = hidden_bytes(windows, seq_len, spec.hidden_size, dtype)
     return {
-        "tokens": tokens,
+        "tokens": options.tokens,
         "lora": options.lora,
         "trained_params": trained,
         **parts,
@@ -84,6 +80,23 @@ def held_bytes(
         of_dense = dense_params
     frozen = student + of_dense * dtype.itemsize
     return trained, {"weights_bytes": frozen, "trained_bytes": trained * _TRAINED_COPIES * wide}
+
+
+def product_flops(
+    spec: ModelSpec, sizes: tuple[Any, Any], options: RecoveryOptions, trained: int, states: int
+) -> int:
+    """Return what a recovery multiplies, without the products of attention.
+
+    Args:
+        spec: of the dense model.
+        sizes: of the pruned one, as in `estimate`.
+        trained: how many numbers are.
+        states: tokens that the dense model runs over.
+    """
+    linear, head = spec.linear_params_at(*sizes), spec.vocab_size * spec.hidden_size
+    # Forward, activations' gradients and the teacher's logits; gradients of weights.
+    each = 4 * linear + 2 * head + (6 if options.lora else 2) * trained
+    return 2 * spec.linear_params * states + options.tokens * each
 
 
 def checkpoints_bytes(trained_bytes: int) -> int:

@@ -234,8 +234,8 @@ def _check_room(
 ) -> None:
     """Refuse a disk without room for the output, the checkpoints and the dense model's states.
 
-    What an interrupted run has left in `work` takes part of that room already; its file of states
-    has the room of all of them from the start.
+    What an interrupted run has left in `work` takes part of that room already, or is deleted
+    before anything is written; its file of states has the room of all of them from the start.
     """
     options, needed = setup.options, setup.checkpoints_bytes
     if not options.adapter:

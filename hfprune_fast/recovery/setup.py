@@ -14,9 +14,10 @@ from torch import Tensor
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import RecoveryOptions, RunOptions
-from hfprune_fast.console import say
+from hfprune_fast.console import human_seconds, say
+from hfprune_fast.engine import machine
 from hfprune_fast.engine.distributed import Processes, own_device
-from hfprune_fast.engine.layerwise import Head, ResidentModel
+from hfprune_fast.engine.layerwise import Head, ResidentModel, check_finite
 from hfprune_fast.engine.plan import Plan
 from hfprune_fast.engine.planner import plan_run
 from hfprune_fast.engine.weights import CheckpointTensors
@@ -24,7 +25,7 @@ from hfprune_fast.errors import ArgumentError, UnsupportedModelError, one_line_e
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.recovery.adapters import Changes, add_lora, unfreeze
 from hfprune_fast.recovery.data import RecoveryData
-from hfprune_fast.recovery.estimate import checkpoints_bytes, held_bytes
+from hfprune_fast.recovery.estimate import checkpoints_bytes, held_bytes, product_flops
 from hfprune_fast.recovery.loss import RecoveryLoss
 from hfprune_fast.recovery.student import Student, final_hidden
 from hfprune_fast.recovery.teacher import TeacherFile, fill, is_teacher
@@ -32,6 +33,7 @@ from hfprune_fast.recovery.teacher import TeacherFile, fill, is_teacher
 # The default learning rate times the hidden size, by a sweep: see docs/recovery.md. With Adam, the
 # best rate of a matrix falls as its width grows.
 _LORA_RATE, _FULL_RATE = 0.4, 0.1
+_LONG_SECONDS = 24 * 3600.0  # of products, which are told before they begin
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def set_up(
         dtype = torch.bfloat16
     spec = pruned.spec
     config, sizes = pruned.transformers_config, (spec.widths, None)
-    _, held = held_bytes(config, spec, sizes, options, dtype, dense.spec.total_params)
+    trained, held = held_bytes(config, spec, sizes, options, dtype, dense.spec.total_params)
     plan = plan_run(
         spec,
         replace(run, offload="none"),
@@ -107,6 +109,14 @@ def set_up(
     )
     if plan.recompute and not options.gradient_checkpointing:
         say("memory is short, so activations are computed again in the backward pass")
+    states = len(data.ids) * data.window_tokens
+    flops = product_flops(dense.spec, sizes, options, trained, states) / processes.count
+    seconds = flops / machine.product_flops_per_second(device, dtype)
+    if seconds > _LONG_SECONDS and processes.rank == 0:
+        say(
+            f"{data.tokens:,} tokens in {data.steps:,} steps are about {human_seconds(seconds)} of "
+            "products at this machine's speed"
+        )
     share = data.step_windows // processes.count
     batch_size = max(n for n in range(1, share + 1) if share % n == 0 and n <= plan.batch_size)
     rate = options.learning_rate
@@ -155,7 +165,7 @@ def open_all(
 
         head = teacher.head()
     else:
-        file = _cached(dense, in_dtype, data, setup, cache, progress)
+        file = _cached(dense, pruned, in_dtype, data, setup, cache, progress)
         head = _head_alone(dense, setup)
     # Weights that are trained are in float32, beside which products are made in the run's dtype.
     dtype = setup.dtype if options.lora else torch.promote_types(setup.dtype, torch.float32)
@@ -184,6 +194,7 @@ def open_all(
 
 def _cached(
     dense: ModelSource,
+    pruned: ModelSource,
     in_dtype: Mapping[str, Any],
     data: RecoveryData,
     setup: Setup,
@@ -198,6 +209,8 @@ def _cached(
     shape = (*data.ids.shape, dense.spec.hidden_size)
     if setup.processes.rank == 0:
         file = TeacherFile(cache, identity, shape, setup.dtype)
+        if not file.is_whole:
+            _check_weights(pruned)
         fill(file, loading.blueprint(dense, **in_dtype), data.data, setup.run, progress)
     setup.processes.as_the_first(0)
     made = TeacherFile(cache, identity, shape, setup.dtype) if is_teacher(cache) else None
@@ -207,6 +220,12 @@ def _cached(
             "the folder of out, or of --cache"
         )
     return made
+
+
+def _check_weights(pruned: ModelSource) -> None:
+    """Raise NumericsError for NaN or inf in the student, which opens after the dense model ran."""
+    for name in dict.fromkeys(name for stored in pruned.names.values() for name in stored):
+        check_finite(name, pruned.read(name))
 
 
 def _head_alone(dense: ModelSource, setup: Setup) -> Head:

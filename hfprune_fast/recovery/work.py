@@ -53,9 +53,13 @@ class WorkFolder:
     def begin(self, *, resume: bool) -> None:
         """Make the folder, or take the one that an interrupted run of the same identity left.
 
+        Without `resume`, what is there is deleted: `check_work` has refused it unless forced.
+
         Raises:
             ResumeError: what is there is of another run, with the difference named.
         """
+        if not resume:
+            self.delete()
         if not os.path.lexists(self.path):
             if resume:
                 say(f"nothing to resume: there is no {self.path}; starting from the beginning")
@@ -88,7 +92,7 @@ class WorkFolder:
         return is_begun(self.teacher) or any(self.path.glob("checkpoint-*"))
 
     def delete(self) -> None:
-        """Delete the folder of a run that is complete."""
+        """Delete the folder, of a run that is complete or discarded."""
         _delete(self.path)
 
 
@@ -98,12 +102,12 @@ def work_of(out: Path) -> Path:
 
 
 def check_work(out: Path, *, resume: bool, force: bool) -> None:
-    """Refuse what an interrupted run left, unless it is to be resumed; `force` deletes it.
+    """Refuse what an interrupted run left, unless it is to be resumed, or `force` discards it.
 
     Raises:
         ResumeError: neither is given, or the folder is no such one.
     """
-    check_left(work_of(out), _is_ours, _delete, "recover", resume=resume, force=force)
+    check_left(work_of(out), _is_ours, "recover", resume=resume, force=force)
 
 
 def _is_ours(folder: Path) -> bool:

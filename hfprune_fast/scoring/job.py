@@ -151,6 +151,8 @@ class ScoringJob:
                 lengths = [length for batch in batches for length in batch.lengths]
                 saved = resume_file.resume(total, lengths)
                 total, max_batch_size = saved or (total, max_batch_size)
+            else:
+                resume_file.discard()
             share = self.processes.deal(batches)
             remaining = sum(batch.tokens for batch in share) - total.tokens
             with token_bar("scoring", remaining, progress, self.spec.flops_per_token) as report:

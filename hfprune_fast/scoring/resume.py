@@ -100,6 +100,11 @@ class ResumeFile:
             return {}
         return dict(_read(self._file)[0]["identity"])
 
+    def discard(self) -> None:
+        """Delete what an earlier run has left, as this one begins and does not continue it."""
+        if self._file is not None and _is_state(self._file):
+            self._file.unlink()
+
     def resume(
         self, like: ScoreAccumulator, lengths: Sequence[int]
     ) -> tuple[ScoreAccumulator, int] | None:
@@ -147,8 +152,8 @@ def state_of(out: Path) -> Path:
 
 
 def check_state(out: Path, *, resume: bool, force: bool) -> None:
-    """Raise ResumeError over a state of an interrupted run unless `resume`; `force` deletes it."""
-    check_left(state_of(out), _is_state, Path.unlink, "score", resume=resume, force=force)
+    """Raise ResumeError over a state of an interrupted run unless `resume` or `force`."""
+    check_left(state_of(out), _is_state, "score", resume=resume, force=force)
 
 
 def delete_state(out: Path) -> None:

@@ -15,13 +15,14 @@ import pytest
 import report
 import torch
 from fidelity_subject import Pruning, Seed, Subject
+from fidelity_tables import NEEDED
 from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, Variant, variant_of
 from invented_results import cells
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import load_model
-from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.data.batches import TokenData
 from hfprune_fast.data.calibration import calibrate
@@ -174,6 +175,68 @@ def test_other_settings_are_refused(
     code, said = measure("--seeds", 0)
     assert (code, said.count("\n")) == (2, 1)
     assert re.search(r"demo\.jsonl has params 1000000, not 1049728; give another --out", said)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(what, marks=() if what == "weights" else pytest.mark.slow)
+        for what in ("weights", "text", "calibration", "further text")
+    ],
+)
+def test_what_has_the_same_name_and_size_only_is_refused(
+    measure: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:  # fmt: skip
+    (tmp_path / "texts").mkdir()
+    files = {
+        name: tmp_path / "texts" / name for name in ("heldout.txt", "calibration.txt", "c.txt")
+    }
+    held_out, calibration = (p.read_text(encoding="utf-8") for p in (HELD_OUT, CALIBRATION))
+    for file, text in zip(files.values(), (held_out, calibration, held_out[9000:]), strict=True):
+        file.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(fidelity, "Subject", lambda *_: None)
+    monkeypatch.setattr(Seed, "rows", lambda *_: [dict.fromkeys(NEEDED, 0) | vars(PAPER)])
+
+    def again(*seeds: int) -> tuple[int, str]:
+        also = f"c={files['c.txt']}"
+        return measure(
+            "--seeds", *seeds, "--ratios", 0.2, "--only", str(PAPER), "--also", also,
+            text=files["heldout.txt"], calibration=files["calibration.txt"],
+        )  # fmt: skip
+
+    assert again(3)[0] == again(5, 0)[0] == 0
+    if changed == "weights":
+        monkeypatch.setattr(ModelSource, "fingerprint", "0123456789abcdef")
+    else:
+        name = {"text": "heldout.txt", "calibration": "calibration.txt"}.get(changed, "c.txt")
+        own = files[name].read_text(encoding="utf-8")
+        files[name].write_text(own[1000:], encoding="utf-8")
+    code, said = again(7)
+    what = "weights" if changed == "weights" else "windows"
+    assert (code, said.count("\n")) == (2, 1)
+    assert re.search(rf"demo\.jsonl has {what} .*, not .*; give another --out", said)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--generate", 20], "--generate 20.0 is not one of the ratios"),
+        (["--also", "a=x", "a=y"], "--also has a twice"),
+        (["--seeds", 1, 0, 1], "--seeds has 1 twice"),
+        (["--work", __file__], "File exists: "),
+    ],
+)
+def test_options_that_would_do_nothing_or_twice_are_refused(
+    measure: Callable[..., tuple[int, str]], options: list[Any], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    try:
+        code, said = measure(*options, "--ratios", 0.2, "--only", str(PAPER))
+    except SystemExit as error:  # argparse's
+        code, said = error.code, capsys.readouterr().err
+    assert code == 2
+    assert message in said
 
 
 KL = {

@@ -65,3 +65,25 @@ def test_what_it_runs_and_says(
     assert [each["command"] for each in ran] == ["recover", "evaluate"]
     assert ran[0]["resume"]
     assert json.loads((tmp_path / "row" / "tuned-tasks.json").read_text()) == ROWS
+
+
+def test_results_of_other_settings_are_refused(
+    ran: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["paper_row.py", "demo", "--calibration", "demo", "--text", "demo", "--tokens", "4096"]
+    words += ["--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    paper_row.main()
+    ran.clear()
+    others = {"--param-ratio 0.3": "0.2", "--limit 9": "None", "--tasks x": "paper"}
+    for option, was in others.items():
+        monkeypatch.setattr("sys.argv", [*words, *option.split()])
+        name, _, value = option.partition(" ")
+        with pytest.raises(SystemExit, match=f"is of {name} {was}, not {value}; give another"):
+            paper_row.main()
+    assert not ran
+
+
+def test_tasks_without_an_accuracy_are_one_line() -> None:
+    with pytest.raises(SystemExit, match="no task has an accuracy"):
+        paper_row.table(ROWS[3:], ROWS[3:])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery
 import recovery_tables
 import report
 from local_tasks import NAMES, write_tasks
@@ -71,3 +72,46 @@ def test_tasks_of_a_text_are_right_and_the_same_each_time(tmp_path: Path) -> Non
         assert f"{asked['context']} {asked['word']}." in text
     with pytest.raises(SystemExit, match="40 passages, not 41 of each"):
         write_tasks(text, tmp_path / "more", 41)
+    with pytest.raises(SystemExit, match="of 4 documents or more, got 3"):
+        write_tasks(text, tmp_path / "few", 3)
+
+
+def test_other_settings_and_too_short_a_text_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("It ends soon. " * 200, encoding="utf-8")
+    ran: list[Any] = []
+
+    def measured(job: recovery.Job, ways: Any, out: Path) -> None:
+        ran.append(ways)
+        row = {"ratio": job.ratio, "settings": recovery.settings(job.arguments)}
+        out.write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(recovery, "RESULTS", tmp_path)
+    monkeypatch.setattr(recovery, "run", measured)
+
+    def main(name: str, *options: str) -> None:
+        words = ["recovery.py", "--model", "demo", "--text", "demo", "--held-out", str(short)]
+        words += ["--ratio", "0.2", "--work", str(tmp_path / name), "--name", name]
+        monkeypatch.setattr("sys.argv", [*words, "--seq-len", "64", *options])
+        recovery.main()
+
+    main("first")
+    assert ran == [[("pruned", 0), ("reconstructed", 0), *((w, n) for n in (100_000, 500_000)
+                    for w in ("kl", "ce"))]]  # fmt: skip
+    ran.clear()
+    refused = r"first is of --seq-len 64, not 32; give another --name and --work"
+    with pytest.raises(SystemExit, match=refused):
+        main("first", "--seq-len", "32")
+    (tmp_path / "first" / "settings.json").unlink()
+    with pytest.raises(SystemExit, match=r"first\.jsonl is of --seq-len 64, not 32"):
+        main("first", "--seq-len", "32")
+    with pytest.raises(SystemExit, match=r"of --held-out-samples None, not 3"):
+        main("first", "--held-out-samples", "3", "--seq-len", "64")
+    with pytest.raises(SystemExit, match=r"the text has .* not 50 of each"):
+        main("second", "--tasks", "50")
+    with pytest.raises(SystemExit):
+        main("third", "--way", "pruend")
+    assert "invalid choice: 'pruend'" in capsys.readouterr().err
+    assert not ran

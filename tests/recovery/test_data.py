@@ -12,6 +12,7 @@ from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions, RecoveryOptions
 from hfprune_fast.errors import CalibrationError
+from hfprune_fast.recovery import data
 from hfprune_fast.recovery.data import RecoveryData, recovery_data
 
 
@@ -43,6 +44,20 @@ def test_a_short_text_is_passed_over_again_in_another_order(tmp_path: Path, capf
     assert capfd.readouterr().err.endswith(
         "ids.npy holds 88 tokens to train on: 1.8 passes over them make 160\n"
     )
+
+
+def test_many_passes_are_told_before_their_order_is_made(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(numbers: list[int], key: str) -> list[int]:
+        if key != "0:held-out":
+            raise KeyboardInterrupt
+        return numbers
+
+    monkeypatch.setattr(data, "_shuffled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data_of(tmp_path, 12, tokens=2**31 - 1)
+    assert " 24,403,223.3 passes over them make 2,147,483,648\n" in capfd.readouterr().err
 
 
 def test_the_seed_chooses(tmp_path: Path) -> None:

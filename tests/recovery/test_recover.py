@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from short_recovery import SHORT
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,8 @@ from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.data.calibration import token_windows
 from hfprune_fast.engine import streaming
+from hfprune_fast.errors import NumericsError
+from hfprune_fast.recovery import teacher
 from hfprune_fast.recovery.student import Student
 
 Recover = Callable[..., dict[str, Any]]
@@ -204,6 +207,20 @@ def test_a_recovery_that_diverges_stops(recover: Recover, capfd: Any) -> None:
     assert (result["steps"], result["tokens"]) == (4, 4 * 64)
     assert "held-out loss is NaN or inf after step 4, and training stops" in capfd.readouterr().err
     json.dumps(result, allow_nan=False)
+
+
+def test_a_damaged_pruned_model_is_refused_before_the_dense_one_runs(
+    recover: Recover, halves: Any, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, name = tmp_path / "damaged", "model.layers.2.mlp.up_proj.weight"
+    shutil.copytree(halves("custom"), damaged)
+    tensors = load_file(damaged / WEIGHTS)
+    tensors[name][3, 5] = torch.inf
+    save_file(tensors, damaged / WEIGHTS, {"format": "pt"})
+    monkeypatch.setattr(teacher, "open_model", lambda *_: pytest.fail("the dense model runs"))
+    with pytest.raises(NumericsError, match=f"tensor {name} holds NaN or inf; the checkpoint is"):
+        hf.recover(TINY_MODEL, damaged, text, tmp_path / "out", **SHORT)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.slow

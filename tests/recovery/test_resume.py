@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from hfprune_fast.errors import CheckpointError, OutputError, ResumeError
+from hfprune_fast.errors import CalibrationError, CheckpointError, OutputError, ResumeError
 from hfprune_fast.recovery import run, teacher, trainer
 from hfprune_fast.recovery.estimate import checkpoints_bytes
 from hfprune_fast.recovery.student import Student
@@ -139,6 +139,27 @@ def test_a_disk_without_room_is_refused_before_any_work(recover: Recover, tmp_pa
         with pytest.raises(OutputError, match=r"cache .*takes \d.* only 97.7 KiB are free"):
             recover(cache=tmp_path / "states")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_forced_run_that_is_refused_discards_nothing(recover: Recover, tmp_path: Path) -> None:
+    """Of what an interrupted run left, whose bytes are room for the run that discards it."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, Student, "held_out", 1)
+        with pytest.raises(KeyboardInterrupt):
+            recover()
+    left = tmp_path / "out.recovery" / "teacher.safetensors"
+    states, room = left.read_bytes(), shutil.disk_usage(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: room._replace(free=0))
+        with pytest.raises(OutputError, match=r"out .*takes .* only 0 B are free"):
+            recover(force=True)
+    with pytest.raises(CalibrationError):
+        recover(force=True, text=tmp_path / "none.txt")
+    assert left.read_bytes() == states
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, teacher.TeacherFile, "append", 1)  # the dense model runs again
+        with pytest.raises(KeyboardInterrupt):
+            recover(force=True)
 
 
 def test_what_is_on_one_disk_is_added_up_and_what_is_left_is_not(

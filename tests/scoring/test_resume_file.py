@@ -264,3 +264,13 @@ def test_a_state_that_cannot_be_written_ends_nothing(
     assert "hfprune: 6 of 24 sequences are saved in scores.state" in run.err
     monkeypatch.setattr(resume, "write_whole", write)
     assert_whole(hfprune(*score_args("--resume")))
+
+
+def test_a_forced_run_that_is_refused_discards_nothing(
+    hfprune: Hfprune, interrupted: Hfprune
+) -> None:
+    interrupted(*score_args())
+    left = state_of().read_bytes()
+    assert_refused(hfprune(*score_args("--force", "--calibration", "none.npy")), "none.npy")
+    assert_refused(hfprune(*score_args("--force", "--memory-budget", "1MB")), "memory budget")
+    assert state_of().read_bytes() == left
