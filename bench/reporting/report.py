@@ -9,8 +9,8 @@
 docs/benchmarks.md and the pictures are of the newest file of each machine and suffix:
 <machine>-<date>.json, <machine>-<date>-large.json; fidelity's of all of
 bench/results/fidelity/*.jsonl. docs/evidence.md has tables of these beside its claims,
-docs/experts.md of models with experts, docs/recovery.md of recovery; their words are written by hand.
-Only the pictures need more than Python.
+docs/experts.md of models with experts, docs/recovery.md of recovery; their words are written by
+hand. Only the pictures need more than Python.
 
 The exit status is 2 when a file is no result, with one line that says why.
 """
