@@ -62,7 +62,7 @@ def experts_removal_costs(
         weight = down_of(tiny, model, site).double()
         a = torch.cat(acts[site])
         gram = a.t() @ a / len(a)
-        gram += ridge * gram.diagonal().clamp(min=1e-12).diag()
+        gram += ridge * gram.diagonal().mean() * torch.eye(width, dtype=gram.dtype)
         enough = isinstance(site, int) or rows[site] >= ROWS_A_NEURON * width
         costs[site] = greedy_costs(gram.inverse(), weight, g.t() @ g / len(g))
         costs[site] *= enough

@@ -145,7 +145,7 @@ def own_removal_costs(
     for layer, down in enumerate(downs):
         a, g = torch.cat(acts[layer]), torch.cat(grads[layer])
         gram = a.t() @ a / len(a)
-        gram += ridge * gram.diagonal().diag()
+        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         costs.append(greedy_costs(gram.inverse(), down.weight.double(), g.t() @ g / len(g)))
     return torch.stack(costs)
 

@@ -40,9 +40,10 @@ def test_acts_that_are_all_0_choose_none(silent: slice) -> None:
     acts[silent] = 0
     equations = NormalEquations(down)
     equations.add(acts, wanted, held_out=40)
-    pull = REFIT_RIDGE * acts.square().mean() * len(acts)
-    gram = acts.t() @ acts + pull * torch.eye(8, dtype=torch.float64)
-    own = torch.linalg.solve(gram, acts.t() @ wanted + pull * down.t()).t()
+    pull = REFIT_RIDGE * acts.square().sum(0)
+    own = torch.linalg.solve(
+        acts.t() @ acts + pull.diag(), acts.t() @ wanted + pull[:, None] * down.t()
+    ).t()
     assert torch.allclose(equations.solve(0), own, rtol=1e-9)
 
 
