@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from interruption import assert_refused, score_args
+from interruption import score_args
+from refusals import assert_refused
 from safetensors import safe_open
 from transformers import modeling_utils
 
