@@ -3,7 +3,7 @@
 The MLP's output is y = W a, W its down_proj (D, F) and a its act. For refitted weights V, in which
 the columns of removed neurons are zero, the error is
 
-    E(V) = tr((V - W) A (V - W)ᵀ C)      A = G + λ·diag(G), G = mean(a aᵀ)      C (D, D)
+    E(V) = tr((V - W) A (V - W)ᵀ C)      A = mean(a aᵀ) + λ·mean(diag)·I      C (D, D)
 
 with C the metric in which outputs are compared: the identity, or the covariance of the gradient of
 log p(y) there, y drawn from the model (K-FAC's output factor), which makes ½E the second-order
@@ -62,7 +62,9 @@ def greedy_removal_costs(
     O(F³) operations, almost all in matrix products; 4 matrices of F × F float64 at a time.
     """
     # Written over gram, to need no further matrix.
-    inverse = torch.cholesky_inverse(_cholesky(gram, ridge), out=gram)
+    mean = gram.diagonal().mean()
+    shift = ridge * torch.where(mean > 0, mean, 1)
+    inverse = torch.cholesky_inverse(_cholesky(gram, shift), out=gram)
     wide = weight.to(gram.dtype)
     through = wide if metric is None else metric.to(gram.dtype) @ wide
     products = wide.t() @ through
@@ -139,8 +141,9 @@ def least_squares(
     Raises:
         NumericsError: gram, with the ridge, contains NaN or is not positive definite.
     """
-    right = cross + _pulls(gram, ridge) * weight.to(gram.dtype)
-    solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, ridge))
+    pulls = _pulls(gram, ridge)
+    right = cross + pulls * weight.to(gram.dtype)
+    solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, pulls))
     return solved.t()
 
 
@@ -151,8 +154,8 @@ def _pulls(gram: Tensor, ridge: float) -> Tensor:
     return ridge * gram.diagonal().clamp(min=least)
 
 
-def _cholesky(gram: Tensor, ridge: float) -> Tensor:
-    gram.diagonal().add_(_pulls(gram, ridge))
+def _cholesky(gram: Tensor, shift: Tensor) -> Tensor:
+    gram.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
         raise NumericsError("the activations' second moments are not positive; try float32")
