@@ -86,7 +86,13 @@ def readme(text: str, models: Iterable[Measured]) -> str:
         before, heading, rest = text.partition(f"| {README_ROW}")
         if heading:
             columns = [README_ROW, "KL, nats", "perplexity", "top-1", "top-5"]
-            dense = ["dense", "0", f"{model.rows[0]['ppl_dense']:.2f}", "100%", "100%"]
+            dense = [
+                "nothing: the dense model",
+                "0",
+                f"{model.rows[0]['ppl_dense']:.2f}",
+                "100%",
+                "100%",
+            ]
             ranked = _ranked(model, RATIOS[0])
             cells = [[name(v), *_cells(model, v, RATIOS[0])] for v in reversed(ranked)]
             after = rest[rest.index("\n\n") :]
@@ -122,11 +128,12 @@ def _told(model: Measured, link: Link) -> str:
     calibration, (text, held_out) = header["calibration"], header["texts"]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
     tokens = calibration["samples"] * calibration["seq_len"]
+    runs = dict.fromkeys(f"{each['date'][:10]}, {commit(each)}" for each in model.headers)
     return (
         f"{named(model)}: {calibration['samples']} calibration windows of {calibration['seq_len']} "
         f"tokens of {text}, {tokens:,} in all, drawn with seed {seeds}; measured on "
-        f"{first['tokens']:,} tokens of {held_out}. {hardware(header)}, {header['date'][:10]}, "
-        f"{commit(header)}. [All rows]({link(model.path.with_suffix('.md'))})."
+        f"{first['tokens']:,} tokens of {held_out}. {hardware(header)}, "
+        f"{'; '.join(runs)}. [All rows]({link(model.path.with_suffix('.md'))})."
     )
 
 

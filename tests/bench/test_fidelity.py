@@ -1,23 +1,18 @@
-"""bench/fidelity: what is measured, what a rerun goes on from, and what is shown of it."""
+"""bench/fidelity: what is measured, and what a rerun goes on from."""
 
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import fidelity
-import fidelity_tables
-import pictures
 import pytest
-import report
 import torch
 from fidelity_subject import Pruning, Seed, Subject
 from fidelity_tables import NEEDED
 from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, Variant, variant_of
-from invented_results import cells
+from invented_fidelity import invented, write
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
@@ -29,6 +24,8 @@ from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.pruning import allocation
 
 CALIBRATION, HELD_OUT = TINY_MODEL / "calibration.txt", TINY_MODEL / "heldout.txt"
+
+
 SEQ_LEN, SAMPLES = 64, 8
 
 
@@ -237,141 +234,3 @@ def test_options_that_would_do_nothing_or_twice_are_refused(
         code, said = error.code, capsys.readouterr().err
     assert code == 2
     assert message in said
-
-
-KL = {
-    PAPER: {0.2: (0.10, 0.12, 0.20), 0.5: (1.0, 1.1, 1.2)},
-    RANDOM: {0.2: (0.3, 0.3, 0.3), 0.5: (3.0, 3.3, 3.6)},
-    UNIFORM: {0.2: (0.05, 0.03, 0.04), 0.5: (0.25, 0.55, 0.6)},
-    DEFAULT: {0.2: (0.02, 0.024, 0.04), 0.5: (0.2, 0.22, 0.24)},
-}
-
-
-def invented(
-    name: str, kl: dict[Variant, dict[float, tuple[float, ...]]], params: int = 1_000_000
-) -> list[dict[str, Any]]:
-    header = {
-        "model": name, "model_type": "llama", "params": params,
-        "calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"samples": 4, "seq_len": 64},
-        "texts": ["one.txt", "other.txt"], "date": "2030-01-02T15:00:00+00:00",
-        "machine": {"name": "inventa-9", "device": "cpu", "processor": "Inventa 9", "cores": 2},
-        "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "uncommitted_changes": False,
-    }  # fmt: skip
-    rows = [
-        {
-            **vars(variant), "prune_ratio": ratio, "seed": seed, "widths": [10, 12],
-            "param_ratio": ratio / 2, "kl_nats": value, "ppl_dense": 30.0,
-            "ppl_pruned": 30 + value, "top1_agreement": 1 - value / 10, "tokens": 256,
-        }
-        for variant, of in kl.items()
-        for ratio, values in of.items()
-        for seed, value in enumerate(values)
-    ]  # fmt: skip
-    return [header, *rows]
-
-
-def write(path: Path, told: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in told), encoding="utf-8")
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A project with the results of two models, of which the smaller sorts last by name."""
-    folder = tmp_path / "bench/results/fidelity"
-    write(folder / "small.jsonl", invented("small", KL))
-    double = {
-        variant: {ratio: tuple(2 * v for v in values) for ratio, values in of.items()}
-        for variant, of in KL.items()
-    }
-    write(folder / "large.jsonl", invented("large", double, 8_000_000))
-    (folder / "fidelity.svg").write_text("<svg/>")
-    report.write(tmp_path)
-    return tmp_path
-
-
-def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:
-    text = (root / "bench/results/fidelity/small.md").read_text(encoding="utf-8")
-    ratio, nats, perplexity, agreement = text.split("\n## ")[1:]
-    # Of each seed first, then their mean: 0.02/0.1, 0.024/0.12, 0.04/0.2 are all 0.2.
-    assert cells(ratio, "fisher", "obs", "auto", "yes") == ["0.200", "0.200"]
-    parts = [0.05 / 0.10, 0.03 / 0.12, 0.04 / 0.20]
-    assert cells(ratio, "fisher", "obs", "uniform", "yes")[0] == (
-        f"{mean(parts):.3f} (0.200–0.500)"
-    )
-    assert cells(nats, "entropy", "l1", "uniform", "")[0] == "0.140 (0.100–0.200)"
-    assert cells(perplexity, "entropy", "l1", "uniform", "")[0] == "30.14 (30.10–30.20)"
-    assert cells(agreement, "entropy", "l1", "uniform", "")[0] == "0.986 (0.980–0.990)"
-    assert "20%: 10.00%; 50%: 25.00%" in text
-    assert "2030-01-02, commit 0123456789" in text
-    assert "8 windows of 64 tokens of one.txt, drawn with seeds 0, 1, 2" in text
-
-    page = (root / "docs/benchmarks.md").read_text(encoding="utf-8").split("## Fidelity")[1]
-    head = cells(page, "criterion", "statistic", "allocation", "refit")
-    assert head == [f"{name}, {ratio}%" for name in ("small", "large") for ratio in (20, 30, 50)]
-    # Twice the KL of both is the same part; 30 % was not measured.
-    row = ["0.32", "", f"{mean([0.25 / 1.0, 0.55 / 1.1, 0.6 / 1.2]):.2f}"]
-    assert cells(page, "fisher", "obs", "uniform", "yes") == row * 2
-    links = re.findall(r"\]\((.+?)\)", page)
-    assert len(links) == 3
-    assert all((root / "docs" / link).exists() for link in links)
-
-
-def test_fields_that_older_files_do_not_have_are_shown(root: Path) -> None:
-    folder = root / "bench/results/fidelity"
-    old = (folder / "small.md").read_text(encoding="utf-8")
-    header, *rows = invented("new", KL, 2_000_000)
-    for row in rows:
-        of_code = {"kl_nats": 3 * row["kl_nats"], "ppl_dense": 40.0, "ppl_pruned": 50.0}
-        row |= {"top5_agreement": 0.99, "cpu_seconds": 12.5, "also": {"code": of_code}}
-        if row["prune_ratio"] == 0.5:
-            row["generated"] = {
-                "prompts": 64, "prompt_tokens": 32, "new_tokens": 16, "common_prefix": 3.25,
-                "equal_tokens": 0.125,
-            }  # fmt: skip
-    write(folder / "new.jsonl", [header | {"also": {"code": "code.jsonl"}}, *rows])
-    report.write(root)
-    assert (folder / "small.md").read_text(encoding="utf-8") == old
-    text = (folder / "new.md").read_text(encoding="utf-8")
-    titles = [part.partition("\n")[0] for part in text.split("\n## ")[1:]]
-    assert titles[:4] == [part.partition("\n")[0] for part in old.split("\n## ")[1:]]
-    assert titles[4:] == [
-        "Top-5 agreement",
-        "KL on code.jsonl, nats",
-        "Perplexity on code.jsonl, where the dense model's is 40.00",
-        "Greedy continuations: tokens before the first that is not the dense model's, of 16, after "
-        "64 prompts of 32 tokens",
-        "Greedy continuations: share of tokens that are the dense model's",
-        "CPU seconds to choose and refit, without scoring",
-    ]
-    found = [cells(part, "entropy", "l1", "uniform", "") for part in text.split("\n## ")[5:]]
-    assert found == [
-        ["0.990"] * 2, ["0.420 (0.300–0.600)", "3.30 (3.00–3.60)"], ["50.00"] * 2,
-        ["", "3.2"], ["", "0.125"], ["12.5"] * 2,
-    ]  # fmt: skip
-    pytest.importorskip("matplotlib")
-    models = fidelity_tables.all_of(root)
-    pictures.save(pictures.Picture("", partial(pictures.fidelity, models)), root / "drawn.svg")
-    drawn = (root / "drawn.svg").read_text(encoding="utf-8")
-    assert drawn.count("% of all parameters removed") == 4
-    assert "new, code" in drawn
-
-
-@pytest.mark.parametrize(
-    ("told", "reason"),
-    [
-        ("{", "no result of fidelity.py: "),
-        ("[]\n", "no header"),
-        (json.dumps(invented("x", KL)[1]), "no header"),
-        ("\n".join(map(json.dumps, [invented("x", {})[0], {"seed": 0}])), "a row has no criterion"),
-    ],
-)
-def test_no_result_file(
-    root: Path, told: str, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (root / "bench/results/fidelity/x.jsonl").write_text(told)
-    capsys.readouterr()
-    assert report.main([], root) == 2
-    said = capsys.readouterr().err
-    assert reason in said
-    assert said.count("\n") == 1
