@@ -39,6 +39,7 @@ def variant_of(row: Mapping[str, Any]) -> Variant:
 PAPER = Variant("entropy", "l1")
 DEFAULT = Variant("fisher", "obs", "auto", refit=True)
 UNIFORM = Variant("fisher", "obs", refit=True)
+MEASURED = Variant("fisher", "obs", "measured", refit=True)
 RANDOM, MAGNITUDE = Variant("random", "uniform"), Variant("magnitude", "weight_norm")
 _RANKED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
 # Other authors' methods, by bench/baselines. FLAP is its own form, with the global threshold; its
@@ -54,7 +55,7 @@ LLM_PRUNER, SDMPRUNE = Variant("llm_pruner", "taylor"), Variant("sdmprune", "two
 FLAP_BY_LAYER = replace(FLAP, allocation="uniform")
 PUBLISHED = (WANDA_SP, FLAP, FLAP_BY_LAYER, *GRAILS, LLM_PRUNER, SDMPRUNE)
 CRITERIA_OF_OTHERS = frozenset(variant.criterion for variant in PUBLISHED)
-BASELINES = (PAPER, MAGNITUDE, RANDOM, *PUBLISHED, UNIFORM, DEFAULT)
+BASELINES = (PAPER, MAGNITUDE, RANDOM, *PUBLISHED, UNIFORM, DEFAULT, MEASURED)
 VARIANTS = (
     PAPER,
     Variant("entropy, parity", "l1"),
@@ -69,6 +70,7 @@ VARIANTS = (
     *(Variant(*ranked, each, refit=True) for each in ("uniform", "global") for ranked in _RANKED),
     Variant("activation", "act", refit=True),
     DEFAULT,
+    MEASURED,
     *PUBLISHED,
 )
 QUICK = (PAPER, Variant("fisher", "l2"), RANDOM, UNIFORM, DEFAULT)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import samples_tables
 from fidelity_tables import Measured, named, span
-from fidelity_variants import BASELINES, DEFAULT, PAPER, PUBLISHED, UNIFORM, Variant
+from fidelity_variants import BASELINES, DEFAULT, MEASURED, PAPER, PUBLISHED, UNIFORM, Variant
 from report_text import commit, hardware, number, table
 
 Link = Callable[[Path], str]
@@ -25,6 +25,11 @@ CLAIMS, OTHERS, SMALL, WINDOWS = (
 REAL = "smollm2-135m"
 README_ROW = "20% of the neurons removed by"
 RATIOS = (0.2, 0.3, 0.5)
+_OURS = {
+    DEFAULT: "**ours**",
+    UNIFORM: "**ours, uniform widths**",
+    MEASURED: "ours, widths by measured KL (a trial)",
+}
 _NAMES = {
     "wanda_sp": "Wanda-SP", "flap": "FLAP", "llm_pruner": "LLM-Pruner's Taylor term",
     "sdmprune": "SDMPrune", "magnitude": "magnitude", "random": "at random",
@@ -60,8 +65,8 @@ def name(variant: Variant) -> str:
     """Return what a method is called in words."""
     if variant == PAPER:
         return "HFPrune, the paper's recipe"
-    if variant in (UNIFORM, DEFAULT):
-        return "**ours**" if variant == DEFAULT else "**ours, uniform widths**"
+    if variant in _OURS:
+        return _OURS[variant]
     even = ", even widths" if variant.criterion == "flap" and variant.allocation != "global" else ""
     return _NAMES[variant.criterion] + _CORRECTIONS.get(variant.correction, "") + even
 
