@@ -23,11 +23,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 from fidelity_mixture import sizes
@@ -43,12 +41,11 @@ from fidelity_variants import (
     Variant,
     variant_of,
 )
+from fidelity_windows import held_out_windows, windows
 from records import ResultError, Row, described, rounded
 
 from hfprune_fast.checkpoint.source import ModelSource, open_source
-from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.data.batches import TokenData
-from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import ArgumentError, HFPruneError
 from hfprune_fast.models.spec import ModelSpec
 
@@ -60,8 +57,6 @@ ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 SETTINGS = (
     "model_type", "params", "calibration", "evaluation", "texts", "also", "weights", "windows",
 )  # fmt: skip
-# Two windows with as many equal tokens in a row have them from one document.
-SHARED_RUN = 48
 
 
 def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
@@ -111,23 +106,6 @@ def scores_at(args: argparse.Namespace, name: str) -> Path | None:
     args.work.mkdir(parents=True, exist_ok=True)
     folder: Path = args.work
     return folder / name
-
-
-def windows(
-    args: argparse.Namespace, source: ModelSource, text: str, samples: int, seed: int
-) -> TokenData:
-    return calibrate(text, source, CalibrationOptions(samples, args.seq_len, seed))
-
-
-def held_out_windows(
-    args: argparse.Namespace, source: ModelSource, text: str, calibration: Iterable[TokenData]
-) -> TokenData:
-    """Return windows to measure on; refuse text that is in the calibration too."""
-    check_texts(args.calibration, text)
-    held_out = windows(args, source, text, args.eval_samples, 0)
-    for data in calibration:
-        check_windows(data.batches[0].ids, held_out.batches[0].ids, text)
-    return held_out
 
 
 def header_of(
@@ -189,31 +167,6 @@ def _requested(
     for variant in variants:
         if not args.only or str(variant) in args.only:
             yield variant, [r for r in ratios if not spec.experts or sizes(variant, r, spec)]
-
-
-def check_texts(calibration: str | Path, text: str | Path) -> None:
-    """Refuse one text for both, whatever it is called."""
-    one, other = Path(calibration).resolve(), Path(text).resolve()
-    files = one.is_file() and other.is_file()
-    if one == other or (files and one.read_bytes() == other.read_bytes()):
-        raise ArgumentError(f"text {text} is the calibration text; give one of other documents")
-
-
-def check_windows(calibration: Tensor, held_out: Tensor, text: str) -> None:
-    """Refuse held-out windows that have a long run of tokens in common with calibration."""
-    length = min(SHARED_RUN, calibration.shape[1])
-
-    def runs(windows: Tensor) -> list[set[bytes]]:
-        parts = windows.unfold(1, length, 1).numpy()
-        return [{part.tobytes() for part in window} for window in parts]
-
-    seen = set().union(*runs(calibration))
-    sharing = sum(not seen.isdisjoint(window) for window in runs(held_out))
-    if sharing:
-        raise ArgumentError(
-            f"{sharing} of {len(held_out)} held-out windows of {text} have {SHARED_RUN} tokens in "
-            "a row in common with calibration windows; give texts of different documents"
-        )
 
 
 def opened(file: Path, header: dict[str, Any]) -> tuple[Path, list[Row]]:

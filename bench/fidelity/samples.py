@@ -34,15 +34,14 @@ sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
 from fidelity import (
     append,
     header_of,
-    held_out_windows,
     opened,
     parser_of,
     reported,
     scores_at,
-    windows,
 )
 from fidelity_subject import Seed, Subject
 from fidelity_variants import DEFAULT
+from fidelity_windows import held_out_windows, windows
 from torch import Tensor
 from transformers import PreTrainedModel
 
