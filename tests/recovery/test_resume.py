@@ -177,7 +177,11 @@ def test_what_is_on_one_disk_is_added_up_and_what_is_left_is_not(
 
         whole = needed()
         assert whole == needed(cache=tmp_path / "states") == needed(resume=True)
-        patch.setattr(trainer, "save_file", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(trainer, "save_file", interrupted)
         free[0] = room.free
         with pytest.raises(KeyboardInterrupt):
             recover()
