@@ -11,6 +11,7 @@ import torch
 from fidelity_mixture import keep, sizes
 from fidelity_subject import Seed, Subject
 from fidelity_variants import MIXTURE_RATIOS, MIXTURES, Variant, dropped
+from invented_fidelity import invented_header
 from invented_results import cells
 from tiny_model import RECIPES, new_model
 from transformers import AutoTokenizer
@@ -105,13 +106,7 @@ def test_what_is_measured_is_what_is_written(
 
 
 def invented() -> list[dict[str, Any]]:
-    header = {
-        "model": "mixed", "model_type": "qwen2_moe", "params": 2_000_000,
-        "calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"samples": 4, "seq_len": 64},
-        "texts": ["one.txt", "other.txt"], "date": "2030-01-02T15:00:00+00:00",
-        "machine": {"name": "inventa-9", "device": "cpu", "processor": "Inventa 9", "cores": 2},
-        "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "uncommitted_changes": False,
-    }  # fmt: skip
+    header = invented_header("mixed", "qwen2_moe", 2_000_000)
     rows = [
         {
             **vars(variant), "prune_ratio": ratio, "seed": seed, "widths": [128] * 4,

@@ -14,16 +14,20 @@ KL = {
 }
 
 
-def invented(
-    name: str, kl: dict[Variant, dict[float, tuple[float, ...]]], params: int = 1_000_000
-) -> list[dict[str, Any]]:
-    header = {
-        "model": name, "model_type": "llama", "params": params,
+def invented_header(name: str, model_type: str, params: int) -> dict[str, Any]:
+    return {
+        "model": name, "model_type": model_type, "params": params,
         "calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"samples": 4, "seq_len": 64},
         "texts": ["one.txt", "other.txt"], "date": "2030-01-02T15:00:00+00:00",
         "machine": {"name": "inventa-9", "device": "cpu", "processor": "Inventa 9", "cores": 2},
         "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "uncommitted_changes": False,
     }  # fmt: skip
+
+
+def invented(
+    name: str, kl: dict[Variant, dict[float, tuple[float, ...]]], params: int = 1_000_000
+) -> list[dict[str, Any]]:
+    header = invented_header(name, "llama", params)
     rows = [
         {
             **vars(variant), "prune_ratio": ratio, "seed": seed, "widths": [10, 12],
