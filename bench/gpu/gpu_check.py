@@ -17,6 +17,9 @@ compile:
     timing       the kernels' rows; those with no time left say so
     scoring      an 8B model scored, beside the paper's arithmetic; needs 70 GB of GPU memory
     refit        removal costs and a refit of one layer of an 8B's shape
+    recipe       the default recipe on a 1B model from disk to disk, phase by phase
+    commands     score, prune and recover as users run them, beside the same on the CPU
+    tuning       kernels under other launch configurations
     streamed     a 70B's layers from disk and RAM; 25 GB of disk under TMPDIR, 45 GB of host memory
 
 `--rehearse` runs on a CPU. `--commit` names the commit where there is no git.
@@ -50,7 +53,7 @@ from report import markdown
 # Seconds a phase may take; build, compile, correctness and timing are under 8 minutes together.
 LIMITS_S = {
     "build": 90, "compile": 45, "correctness": 170, "timing": 165, "scoring": 150, "refit": 70,
-    "streamed": 235,
+    "recipe": 150, "commands": 150, "tuning": 200, "streamed": 235,
 }  # fmt: skip
 FIRST, DEFAULT = ("build", "compile"), ("correctness", "timing")
 # Before the limit a process is asked to end, and a worker this long before that starts nothing new.

@@ -93,8 +93,8 @@ class Gated(Statistics):
 
     def truth(self, computes: str) -> Results:
         grad, gate, up = (t.double() for t in (self.grad, *self.pristine))
-        value = gate / (1 + torch.exp(-gate))
-        slope = value / gate * (1 + gate - value)  # of silu: σ (1 + z (1 - σ)), σ = silu(z) / z
+        sigmoid = 1 / (1 + torch.exp(-gate))
+        value, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))  # silu and its slope
         gradients = {"d_gate": grad * up * slope, "d_up": grad * value}
         return sums(grad, value * up) | gradients
 
