@@ -89,7 +89,7 @@ def test_ranking_is_by_removal_costs_or_by_a_statistic() -> None:
     ("fields", "message"),
     [
         ({"select": "best"}, "select must be one of obs, statistic, got 'best'"),
-        ({"allocation": "half"}, "allocation must be one of auto, uniform, global"),
+        ({"allocation": "half"}, "allocation must be one of auto, uniform, measured, global"),
         ({"criterion": "entropy"}, "select obs needs criterion fisher, got entropy"),
         ({"statistic": "l1"}, "select obs ranks by no statistic, got l1"),
         ({"refit": "none"}, "allocation auto is measured after a refit"),

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fidelity_measured
 import fidelity_mixture
 from fidelity_baselines import Baselines, width_budget
 from fidelity_generation import Continuations
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.config import ALLOCATIONS_TRIED
+from hfprune_fast.config import MEASURED_ALLOCATIONS, Recipe
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ScoresFileError
@@ -29,7 +28,7 @@ from hfprune_fast.evaluation import fidelity
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.refit import refit
-from hfprune_fast.pruning.selection import Keep, WidthBudget
+from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.table import check_table
 
@@ -177,26 +176,15 @@ class Seed:
             return self._baselines.keep(variant, ratio)
         width = width_budget(spec, ratio)
         importance = self._importance(variant)
-        if variant.allocation == "measured":
-            return self._by_measured_kl(width, importance)
-        if variant.allocation != "auto":
+        if variant.allocation not in MEASURED_ALLOCATIONS:
             return width.keep(importance, variant.allocation)
-        keeps = [width.keep(importance, a) for a in ALLOCATIONS_TRIED.values()]
+        recipe = Recipe(allocation=variant.allocation)
         with ResidentModel(self.subject.model) as model:
-            kl = allocation.held_out_kl(model, allocation.trial(self._batches), keeps)
-        return keeps[min(range(len(kl)), key=kl.__getitem__)]
-
-    def _by_measured_kl(self, width: WidthBudget, costs: Tensor) -> Keep:
-        *fitted, held_out = allocation.trial(self._batches)
-        each = width.keep(costs, "uniform")
-        with ResidentModel(self.subject.model) as model:
-            few = held_out.split(fidelity_measured.HELD_OUT)[:1]
-            found = fidelity_measured.factors(model, fitted, few, costs, each)
-        return width.keep(costs * found[:, None], "global")
+            return allocation.choose(model, self._batches, importance, width, recipe)[0]
 
     def _share(self, variant: Variant, ratios: Sequence[float]) -> None:
         """Make what rows of a seed share, so that it counts in the time of none."""
-        if variant.allocation in ("auto", "measured"):
+        if variant.allocation in MEASURED_ALLOCATIONS:
             variant = replace(variant, allocation="uniform")
         for ratio in ratios:
             self.keep(variant, ratio)

@@ -12,9 +12,9 @@ CRITERIA = ("entropy", "cross_entropy", "fisher", "self_distillation", "activati
 DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
 EXPERT_SCORES = ("taylor", "reap", "count")
-ALLOCATIONS = ("auto", "uniform", "global")
-# What "auto" tries: shares of the way from one width for all layers to one ranking across them.
-ALLOCATIONS_TRIED = {"uniform": 0.0, "halfway": 0.5, "global": 1.0}
+ALLOCATIONS = ("auto", "uniform", "measured", "global")
+ALLOCATIONS_TRIED = ("uniform", "measured")  # by "auto"
+MEASURED_ALLOCATIONS = ("auto", "measured")  # which run the model
 SELECTS = ("obs", "statistic")
 REFITS = ("linear", "reconstruct", "none")
 
@@ -106,8 +106,9 @@ class Recipe(Options):
     )
     allocation: str = option(
         "auto",
-        "uniform: one width for all layers; global: one ranking across them; auto: whichever of "
-        "uniform, halfway and global is closest to the dense model on held-out calibration text.",
+        "uniform: one width for all layers; global: one ranking across them; measured: the same, "
+        "each layer's scores scaled by the KL that cutting it alone costs; auto: uniform or "
+        "measured, whichever is closest to the dense model on held-out calibration text.",
         choices=ALLOCATIONS,
     )
     refit: str = option(
@@ -126,9 +127,9 @@ class Recipe(Options):
             )
         if self.select == "obs" and self.statistic is not None:
             raise ArgumentError(f"select obs ranks by no statistic, got {self.statistic}")
-        if self.allocation == "auto" and not self.refits:
+        if self.allocation in MEASURED_ALLOCATIONS and not self.refits:
             raise ArgumentError(
-                "allocation auto is measured after a refit; choose another or refit"
+                f"allocation {self.allocation} is measured after a refit; choose another or refit"
             )
 
     @property

@@ -42,6 +42,7 @@ _STORE_SLACK, _RECOMPUTE_SLACK = 1.1, 1.25
 _LIBRARIES_BYTES = 48 << 20  # work space of their own, and the head's temporaries
 RECONSTRUCTED_AT_ONCE = 2048  # tokens of a step of a reconstruction
 RIDGE_DIRECTIONS = 64  # of the output, in which the ridges of a refit are compared
+FACTOR_TOKENS = 2048  # on which the KL of each layer alone cut is measured
 _PIECE_ROWS = 128  # rows that the torch path of the Taylor pass has in fp32 and fp64
 
 
@@ -144,7 +145,8 @@ class MemoryEstimator:
             on_cpu = self.device.type == "cpu"
             self.tables += self.covariances if on_cpu else self.hidden**2 * 4
             # Second moments, of all experts of a layer, and what `obs` and the choice of a ridge
-            # make of them, in fp64; the dense and pruned streams.
+            # make of them, in fp64; the dense and pruned streams, or before those the streams with
+            # each layer alone cut.
             own, each = spec.intermediate_size, spec.expert_width
             widest, count = max(own, each), spec.num_experts
             self.refit_bytes = 4 * widest**2 * 8
@@ -154,7 +156,8 @@ class MemoryEstimator:
             trains = self.refit == "reconstruct"
             # The narrowed MLP.
             self.refit_bytes += 3 * own * self.hidden * self.s
-            self.streams = 2 * tokens * self.hidden * self.s
+            cut = self.layers * min(tokens, max(FACTOR_TOKENS, self.seq_len))
+            self.streams = (tokens + max(tokens, cut)) * self.hidden * self.s
             if on_cpu:
                 # Streams; acts, or in their place what an MLP reads and shall add.
                 read = 2 * self.hidden * self.w if trains else 0

@@ -125,6 +125,30 @@ def compare(
     )
 
 
+@torch.inference_mode()
+def kl_of_each(
+    batches: Sequence[MicroBatch],
+    dense_hidden: Sequence[Tensor],
+    pruned_hidden: Sequence[Sequence[Tensor]],
+    head: Head,
+) -> list[float]:
+    """Return KL(dense || pruned) in nats of several models that share a head; see `compare`."""
+    rows = max(1, _CHUNK_ELEMENTS // len(head.weight))
+    sums, positions = torch.zeros(len(pruned_hidden), dtype=torch.float64), 0
+    for batch, *hidden in zip(batches, dense_hidden, *pruned_hidden, strict=True):
+        for i, length in enumerate(batch.lengths):
+            for p, *others in zip(*(each[i, :length].split(rows) for each in hidden), strict=True):
+                log_p = torch.log_softmax(head(p).float(), dim=-1)
+                for j, q in enumerate(others):
+                    log_q = torch.log_softmax(head(q).float(), dim=-1)
+                    sums[j] += float(_kl(log_p, log_q).double().sum())
+            positions += length
+    if not bool(sums.isfinite().all()):
+        raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
+    kl_nats: list[float] = (sums / positions).tolist()
+    return kl_nats
+
+
 def _perplexity(cross_entropy: float, tokens: int) -> float:
     """Return the perplexity of tokens with that sum of cross entropy; NaN of none."""
     return math.exp(min(cross_entropy / tokens, _MAX_CROSS_ENTROPY_NATS)) if tokens else math.nan
@@ -134,9 +158,12 @@ def _rows(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p and log q, (rows, V) fp32, and KL(p || q), (rows,), of one chunk of logits."""
     log_p = torch.log_softmax(dense.float(), dim=-1)
     log_q = torch.log_softmax(pruned.to(log_p.device).float(), dim=-1)
-    # Where p is 0 (logit -inf) the term is 0, whatever q is.
-    kl = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -torch.inf, 0).sum(dim=-1)
-    return log_p, log_q, kl
+    return log_p, log_q, _kl(log_p, log_q)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q), (rows,); where p is 0 (logit -inf) the term is 0, whatever q is."""
+    return (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -torch.inf, 0).sum(dim=-1)
 
 
 def _sums(

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune_fast.config import ALLOCATIONS_TRIED, Recipe
+from hfprune_fast.config import MEASURED_ALLOCATIONS, Recipe
 from hfprune_fast.console import say, token_bar
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.layerwise import OnProgress, ResidentModel, no_progress
+from hfprune_fast.engine.planner import FACTOR_TOKENS
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.evaluation.fidelity import compare
+from hfprune_fast.evaluation.fidelity import kl_of_each
+from hfprune_fast.pruning.layer_factors import layer_factors
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.selection import Keep, WidthBudget
 
@@ -30,7 +32,8 @@ def choose(
 ) -> tuple[dict[int, Tensor], dict[str, Any]]:
     """Return the neurons to keep, and the choice as it is recorded.
 
-    Allocation "auto" takes the one of ALLOCATIONS_TRIED whose refitted model has the lowest
+    Allocation "measured" ranks across layers by importance times each layer's factor (see
+    `layer_factors`). "auto" takes the one of ALLOCATIONS_TRIED whose refitted model has the lowest
     KL(dense || pruned) on sequences that it was not fitted to.
 
     Args:
@@ -38,20 +41,30 @@ def choose(
         batches: the calibration.
         importance: (L, F), higher = keep; the row of a narrower layer ends in zeros.
     """
-    if recipe.allocation != "auto":
+    if recipe.allocation not in MEASURED_ALLOCATIONS:
         return budget.keep(importance, recipe.allocation), {"allocation": recipe.allocation}
     if model is None:
-        raise ArgumentError("allocation auto needs --calibration; choose uniform or global")
-    numbers = list(ALLOCATIONS_TRIED.values())
-    keeps = [budget.keep(importance, number) for number in numbers]
+        raise ArgumentError(
+            f"allocation {recipe.allocation} needs --calibration; choose uniform or global"
+        )
     tried = trial(batches)
+    held_out = max(1, len(tried) // 4)
+    fitted, few = tried[:-held_out], _few(tried[-held_out])
+    uniform = budget.keep(importance, "uniform")
+    tokens = sum(batch.tokens for batch in (*fitted, few))
+    with token_bar("measuring layers", tokens, progress) as on_progress:
+        factors = layer_factors(model, fitted, [few], uniform, importance, on_progress)
+    measured = budget.keep(importance, "global", factors)
+    if recipe.allocation == "measured":
+        return measured, {"allocation": "measured"}
+    keeps = {"uniform": uniform, "measured": measured}
     with token_bar("allocating", sum(batch.tokens for batch in tried), progress) as on_progress:
-        kl_nats = held_out_kl(model, tried, keeps, on_progress)
-    best = min(range(len(keeps)), key=kl_nats.__getitem__)
-    each = [f"{nats:.4f} {name}" for name, nats in zip(ALLOCATIONS_TRIED, kl_nats, strict=True)]
-    say(f"allocation: KL on held-out calibration is {', '.join(each)}")
-    measured = dict(zip(map(str, numbers), kl_nats, strict=True))
-    return keeps[best], {"allocation": numbers[best], "allocations_kl_nats": measured}
+        kl_nats = held_out_kl(model, tried, list(keeps.values()), held_out, on_progress)
+    by_name = dict(zip(keeps, kl_nats, strict=True))
+    best = min(by_name, key=by_name.__getitem__)
+    each = ", ".join(f"{nats:.4f} {name}" for name, nats in by_name.items())
+    say(f"allocation: KL on held-out calibration is {each}")
+    return keeps[best], {"allocation": best, "allocations_kl_nats": by_name}
 
 
 def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -70,19 +83,22 @@ def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     return first
 
 
+def _few(held_out: MicroBatch) -> MicroBatch:
+    """Return the sequences that each layer's factor is measured on."""
+    return held_out.split(max(1, FACTOR_TOKENS // max(held_out.lengths)))[0]
+
+
 def held_out_kl(
     model: ResidentModel,
     batches: Sequence[MicroBatch],
     keeps: Sequence[Keep],
+    held_out: int,
     on_progress: OnProgress = no_progress,
 ) -> list[float]:
-    """Return KL(dense || pruned) in nats of each keep over the last quarter of the batches.
+    """Return KL(dense || pruned) in nats of each keep over the last `held_out` batches.
 
     The pruned models are refitted on the others.
     """
-    held_out = max(1, len(batches) // 4)
     results, dense = refit(model, batches, keeps, held_out=held_out, on_progress=on_progress)
-    head = model.head()
-    return [
-        compare(batches[-held_out:], dense, result.hidden, head, head).kl_nats for result in results
-    ]
+    hidden = [result.hidden for result in results]
+    return kl_of_each(batches[-held_out:], dense, hidden, model.head())

@@ -88,7 +88,10 @@ def _recipe_rows(
         ranked = f"criterion `{_word(requested['criterion'])}`"
         ranked += f", statistic `{_word(requested['statistic'])}`" if requested["statistic"] else ""
     allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
-    allocation += " between uniform and global" if allocation == "halfway" else ""
+    if allocation == "halfway":  # in records of earlier versions
+        allocation += " between uniform and global"
+    if allocation == "measured":
+        allocation += ": one ranking, a layer's scores scaled by the KL of cutting it alone"
     rows = [("ranked by", ranked), ("allocation", shown(allocation))]
     trained = chosen.get("reconstructed_layers")  # not in records of earlier versions
     if requested["refit"] == "reconstruct" and trained != 0:

@@ -19,6 +19,7 @@ from hfprune_fast.checkpoint.ours import check_not_read, files_of
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
     DATA_FREE,
+    MEASURED_ALLOCATIONS,
     Budget,
     CalibrationOptions,
     OutputOptions,
@@ -226,10 +227,10 @@ def _open_and_score(
     """
     if recipe.refits:
         _warn_of_few_tokens(job)
-    if recipe.allocation == "auto" and job.data.sequences < 2:
+    if recipe.allocation in MEASURED_ALLOCATIONS and job.data.sequences < 2:
         raise ArgumentError(
-            "allocation auto holds a calibration sample out, got 1 in all; give more --samples, or "
-            "--allocation uniform"
+            f"allocation {recipe.allocation} holds a calibration sample out, got 1 in all; give "
+            "more --samples, or --allocation uniform"
         )
     processes = job.processes if given is None else Processes()
     with joined(job.subject.device, processes):

@@ -118,12 +118,23 @@ class WidthBudget:
         """The fraction of the neurons that is removed where no layer is protected."""
         return 1 - self.mean * len(self.dense) / sum(self.dense)
 
-    def keep(self, importance: Tensor, allocation: str | float) -> dict[int, Tensor]:
-        """Return each layer's most important neurons of a (L, F) importance, see `keep_top`."""
+    def keep(
+        self, importance: Tensor, allocation: str | float, factors: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Return each layer's most important neurons of a (L, F) importance, see `keep_top`.
+
+        Across layers, importance times factors (L,) is compared.
+        """
         rows = [row[:width] for row, width in zip(importance, self.dense, strict=True)]
-        return keep_top(
-            rows, self.mean, allocation, self.min_keep, self.protect, round_to=self.step
-        )
+        own = self.mean, allocation, self.min_keep, self.protect, self.step
+        if factors is None:
+            return keep_top(rows, *own)
+        scaled = [row * factor for row, factor in zip(rows, factors, strict=True)]
+        widths = _all_widths(scaled, *own)
+        return {
+            layer: most_important(row, width)
+            for layer, (row, width) in enumerate(zip(rows, widths, strict=True))
+        }
 
     def sizes(self, spec: ModelSpec) -> tuple[list[int], None]:
         """Return what `ModelSpec.params_at` takes, with widths as `even_widths` has them."""

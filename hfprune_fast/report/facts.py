@@ -15,6 +15,8 @@ from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.models.sites import SiteKey, site_of_path
 
 DAMAGED = "hfprune.json is damaged, or not written by hfprune"
+# What records of earlier versions have: shares of the way from uniform to global.
+_SHARES = {"0.0": "uniform", "0.5": "halfway", "1.0": "global"}
 _MAX_LAYERS, _MAX_BINS, _MAX_KL_NATS = 10_000, 1000, 1e6
 
 
@@ -70,9 +72,8 @@ class Facts:
 
 
 def allocation_name(recorded: object) -> str:
-    """Return the name of an allocation that is recorded by its name or its share."""
-    names = {str(share): name for name, share in ALLOCATIONS_TRIED.items()}
-    return names.get(str(recorded), str(recorded))
+    """Return the name of a recorded allocation."""
+    return _SHARES.get(str(recorded), str(recorded))
 
 
 def read_facts(record: Mapping[str, Any]) -> Facts:
@@ -110,7 +111,7 @@ def _facts(record: Mapping[str, Any]) -> Facts:
         raise ValueError("the dense model has no parameters")
     kl_nats = dict(chosen.get("allocations_kl_nats") or {})
     tried = {allocation_name(name): _number(kl, _MAX_KL_NATS) for name, kl in kl_nats.items()}
-    if not tried.keys() <= ALLOCATIONS_TRIED.keys():
+    if not tried.keys() <= {*ALLOCATIONS_TRIED, *_SHARES.values()}:
         raise ValueError("unknown allocation")
     fidelity = record.get("fidelity")
     return Facts(

@@ -166,7 +166,9 @@ def _allocations(report: Report) -> str:
     chosen = html.name(report.facts.allocation)
     text = (
         "<p>How the budget is dealt to the layers: <i>uniform</i> gives all the same, "
-        "<i>global</i> ranks the neurons of all layers together, <i>halfway</i> is between. "
+        "<i>global</i> ranks the neurons of all layers together, <i>measured</i> does so with the "
+        "scores of each layer scaled by the KL that cutting it alone costs, and <i>halfway</i>, of "
+        "earlier versions, is between uniform and global. "
         "Each was tried and measured on a part of the calibration text that it was not fitted to; "
         f"<b>{chosen}</b> was closest to the dense model.</p>"
     )

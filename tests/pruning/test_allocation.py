@@ -17,7 +17,7 @@ import hfprune_fast as hf
 from hfprune_fast.checkpoint import source as source_module
 from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.checkpoint.source import open_source
-from hfprune_fast.config import CalibrationOptions, Recipe
+from hfprune_fast.config import Budget, CalibrationOptions, Recipe
 from hfprune_fast.data import calibration as calibration_module
 from hfprune_fast.data.batches import MicroBatch, numbered
 from hfprune_fast.data.calibration import calibrate
@@ -26,6 +26,7 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.pruning import allocation, selection
 from hfprune_fast.pruning.allocation import held_out_kl, trial
+from hfprune_fast.pruning.layer_factors import layer_factors
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.refit_stored import refit_stored
 from hfprune_fast.pruning.selection import WidthBudget
@@ -44,21 +45,30 @@ def oneshot_record(folder: Path, text: Path, out: Path, **options: Any) -> dict[
     return record
 
 
-@pytest.mark.parametrize(("kl", "chosen"), [([1, 2, 3], 0.0), ([3, 1, 2], 0.5), ([3, 2, 1], 1.0)])
+@pytest.mark.parametrize(("kl", "chosen"), [([1, 2], "uniform"), ([2, 1], "measured")])
 def test_auto_takes_the_closest(
-    kl: list[float], chosen: float, monkeypatch: pytest.MonkeyPatch
+    kl: list[float], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     importance = torch.rand(3, 40, dtype=torch.float64) * torch.tensor([[1.0], [2.0], [5.0]])
+    factors = torch.tensor([9.0, 0.1, 2.0], dtype=torch.float64)
+    monkeypatch.setattr(allocation, "layer_factors", lambda *_: factors)
     monkeypatch.setattr(allocation, "held_out_kl", lambda *_: kl)
-    model: Any = object()  # which only held_out_kl looks at
-    budget = WidthBudget(20, (40,) * 3)
-    keep, record = allocation.choose(model, batches_of(8, 2), importance, budget, Recipe())
-    expected = selection.keep_top(importance, 20, chosen)
-    assert all(torch.equal(keep[layer], expected[layer]) for layer in expected)
-    assert record["allocation"] == chosen
-    assert list(record["allocations_kl_nats"].values()) == kl
-    with pytest.raises(ArgumentError, match="allocation auto needs --calibration"):
-        allocation.choose(None, [], importance, budget, Recipe())
+    model: Any = object()  # which only those two look at
+    budget, batches = WidthBudget(20, (40,) * 3), batches_of(8, 2)
+    expected = {
+        "uniform": selection.keep_top(importance, 20),
+        "measured": selection.keep_top(importance * factors[:, None], 20, "global"),
+    }
+    for recipe, allocated in (Recipe(), chosen), (Recipe(allocation="measured"), "measured"):
+        keep, record = allocation.choose(model, batches, importance, budget, recipe)
+        assert all(torch.equal(keep[layer], expected[allocated][layer]) for layer in keep)
+        assert record["allocation"] == allocated
+        kl_nats = record.get("allocations_kl_nats")
+        assert kl_nats == (
+            None if allocated == recipe.allocation else dict(zip(expected, kl, strict=True))
+        )
+        with pytest.raises(ArgumentError, match=f"{recipe.allocation} needs --calibration"):
+            allocation.choose(None, [], importance, budget, recipe)
 
 
 def test_held_out_kl_is_that_of_the_pruned_model() -> None:
@@ -67,7 +77,7 @@ def test_held_out_kl_is_that_of_the_pruned_model() -> None:
     importance = torch.rand(3, 96, dtype=torch.float64)
     keeps = [selection.keep_top(importance, 48, share) for share in (0.0, 1.0)]
     with ResidentModel(model) as entered:
-        got = held_out_kl(entered, batches, keeps)
+        got = held_out_kl(entered, batches, keeps, 1)
         fitted, _ = refit(entered, batches[:3], keeps)
     for kl, keep, result in zip(got, keeps, fitted, strict=True):
         cut = copy.deepcopy(model)
@@ -143,9 +153,12 @@ def test_the_closest_is_so_by_the_kl_of_checkpoints_that_are_written(
     batches = calibrate(text_file, source, sampling).split(5)
     table = hf.score(source, text_file, criterion="fisher", obs=True, **options)
     dense = load_model(source, device="cpu")
+    widths = WidthBudget.of(source.spec, Budget(prune_ratio=0.5))
     for allocated, kl in kl_nats.items():
-        keep = hf.select(table, prune_ratio=0.5, statistic="obs", allocation=float(allocated))
         with ResidentModel(dense) as entered:
+            uniform = widths.keep(table.obs, "uniform")
+            factors = layer_factors(entered, batches[:3], batches[3:4], uniform, table.obs)
+            keep = uniform if allocated == "uniform" else widths.keep(table.obs, "global", factors)
             # Of 20 sequences in fives the last five are held out.
             replace, _ = refit_stored(entered, batches[:3], source, keep)
         out = tmp_path / allocated
@@ -167,7 +180,7 @@ def test_few_tokens_to_refit_to_are_reported(
 def test_the_whole_job_opens_tokenises_and_loads_once(
     llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default, with scoring, removal costs, three allocations and a refit."""
+    """By default, with scoring, removal costs, two allocations and a refit."""
     calls = Counter[str]()
 
     def counted(module: Any, name: str) -> None:
@@ -200,9 +213,9 @@ def test_the_default_recipe_on_the_command_line(
     assert once.code == 0, once.err
     result = once.json()
     assert (result["criterion"], result["select"], result["refit"]) == ("fisher", "obs", "linear")
-    assert result["allocation"] in (0.0, 0.5, 1.0)
+    assert result["allocation"] in ("uniform", "measured")
     record = json.loads((tmp_path / "once" / "hfprune.json").read_text())
-    assert record["chosen"]["allocations_kl_nats"].keys() == {"0.0", "0.5", "1.0"}
+    assert record["chosen"]["allocations_kl_nats"].keys() == {"uniform", "measured"}
     card = (tmp_path / "once" / "README.md").read_text()
     assert "| ranked by | what a removal costs when the others are refitted" in card
     assert "| down_proj | refitted to the dense model by least squares |" in card

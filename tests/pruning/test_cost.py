@@ -15,7 +15,7 @@ SAMPLES, SEQ_LEN, F = 32, 64, 256
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_default_recipe_multiplies_little_more_than_six_forward_passes(
+def test_the_default_recipe_multiplies_less_than_seven_forward_passes(
     save_checkpoint: Callable[..., Path],
     text_file: Path,
     tmp_path: Path,
@@ -23,7 +23,7 @@ def test_the_default_recipe_multiplies_little_more_than_six_forward_passes(
 ) -> None:
     """Over the same tokens, with attention that the counter sees.
 
-    It is 6.2; of models whose head is a smaller part, on which nothing is fitted, 7.5.
+    It is 6.6; of models whose head is a smaller part, on which nothing is fitted, 7.5.
     """
     model = random_llama(intermediate_size=F)
     model.set_attn_implementation("eager")
@@ -36,8 +36,8 @@ def test_the_default_recipe_multiplies_little_more_than_six_forward_passes(
             save_checkpoint(model), text_file, tmp_path / "out", prune_ratio=0.2,
             attention="eager", **options,
         )  # fmt: skip
-    assert len(made["allocations_kl_nats"]) == 3
+    assert len(made["allocations_kl_nats"]) == 2
     # Of the greedy removal, which grows with the neurons and not with the tokens, 6 · F³ a layer.
     of_tokens = flops.get_total_flops() - 6 * F**3 * model.config.num_hidden_layers
     measured(f"the default recipe multiplies {of_tokens / forward:.2f} times what a forward does")
-    assert of_tokens <= 6.5 * forward
+    assert of_tokens <= 7 * forward

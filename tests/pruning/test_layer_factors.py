@@ -1,0 +1,76 @@
+"""Widths by measured KL: what cutting one layer alone costs, of models that are cut by hand."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from refit_truth import plain_fit
+from torch import Tensor
+from truth import tiny_model
+
+import hfprune_fast as hf
+from hfprune_fast.checkpoint.loading import blueprint
+from hfprune_fast.data.batches import MicroBatch, numbered
+from hfprune_fast.engine.layerwise import ResidentModel
+from hfprune_fast.engine.mlp_hooks import inputs_of
+from hfprune_fast.engine.streaming import open_model
+from hfprune_fast.errors import NumericsError
+from hfprune_fast.pruning.layer_factors import layer_factors
+
+IDS = torch.randint(127, (8, 20), generator=torch.Generator().manual_seed(3))
+BATCHES = list(numbered(MicroBatch(part, (20, 13)) for part in IDS.split(2)))
+COSTS = torch.rand(3, 96, generator=torch.Generator().manual_seed(4)).double()
+
+
+def kept(whole: int | None = None) -> dict[int, Tensor]:
+    numbers = [96 if layer == whole else 60 for layer in range(3)]
+    return {
+        i: row.topk(n).indices.sort().values
+        for i, (row, n) in enumerate(zip(COSTS, numbers, strict=True))
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp_bias": True}])
+def test_each_layer_cut_alone(options: dict[str, Any]) -> None:
+    """The second layer is left whole, as a protected one is."""
+    model, keep = tiny_model("llama", **options), kept(whole=1)
+    done: list[float] = []
+    with ResidentModel(model) as entered:
+        found = layer_factors(entered, BATCHES[:3], BATCHES[3:], keep, COSTS, done.append)
+    assert found[1] == 1
+    assert sum(done) == pytest.approx(sum(batch.tokens for batch in BATCHES))
+    windows = [IDS[i : i + 1, : (20, 13)[i % 2]] for i in range(8)]
+    for layer in (0, 2):
+        down = model.model.layers[layer].mlp.down_proj
+        with inputs_of(down) as acts:
+            for window in windows[:6]:
+                model(window)
+        act, weight = torch.cat([each[0] for each in acts]), down.weight.detach()
+        own = keep[layer]
+        fitted = plain_fit(act[:, own], act @ weight.t(), weight[:, own], 0)
+        cut = copy.deepcopy(model)
+        with torch.no_grad():
+            cut.model.layers[layer].mlp.down_proj.weight.zero_()[:, own] = fitted
+        kl = hf.evaluate(model, cut, windows[6:]).kl_nats
+        removed = sum(float(COSTS[layer, i]) for i in {*range(96)} - {*own.tolist()})
+        assert float(found[layer]) == pytest.approx(kl / removed, rel=1e-6)
+
+
+def test_streamed_is_resident(llama_dir: Path) -> None:
+    found = []
+    for offload in ("none", "disk"):
+        with open_model(blueprint(llama_dir, dtype="float32", device="cpu"), offload) as model:
+            found.append(layer_factors(model, BATCHES[:3], BATCHES[3:], kept(), COSTS))
+    assert torch.equal(*found)
+    assert (found[0] > 0).all()
+
+
+def test_infinite_acts_are_named() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e200)
+        model.model.layers[1].mlp.gate_proj.weight.mul_(1e200)
+    with ResidentModel(model) as entered, pytest.raises(NumericsError, match="layer 1"):
+        layer_factors(entered, BATCHES[:3], BATCHES[3:], kept(), COSTS)
