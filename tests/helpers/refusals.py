@@ -11,8 +11,8 @@ def assert_refused(run: Any, message: str) -> None:
     assert re.search(message, lines[-1]), lines[-1]
     # Nothing else is there but progress bars and what was said before.
     bars = re.compile(
-        r"\s*(Writing model shards: |scoring: |removal costs: |allocating: |refitting: |"
-        r"evaluating: |writing: |verifying: |hfprune: |$)"
+        r"\s*(Writing model shards: |scoring: |removal costs: |measuring layers: |allocating: |"
+        r"refitting: |evaluating: |writing: |verifying: |hfprune: |$)"
     )
     assert all(bars.match(line) for line in lines), run.err
     assert run.out == ""
