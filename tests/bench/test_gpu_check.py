@@ -51,7 +51,7 @@ def rehearsed(tmp_path: Path, *phases: str) -> Any:
     """Return the result of a rehearsal without errors, in an image without what it may lack."""
     absent = tmp_path / "absent"
     absent.mkdir()
-    for name in ("hypothesis", "pytest_timeout", "matplotlib", "datasets"):
+    for name in ("hypothesis", "pytest_timeout", "matplotlib"):
         (absent / f"{name}.py").write_text("raise ImportError('not in a stock image')\n")
     out = tmp_path / "out"
     done = gpu_check(
@@ -101,9 +101,19 @@ def test_rehearsal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rehearsal_of_what_scores(tmp_path: Path) -> None:
-    result = rehearsed(tmp_path, "scoring", "streamed")
-    rows = result["rows"]
+@pytest.mark.timeout(900)
+def test_rehearsal_of_whole_jobs(tmp_path: Path) -> None:
+    result = rehearsed(tmp_path, "scoring", "recipe", "commands", "tuning", "streamed")
+    found = result["rows"]
+    told = [line.partition(": ")[0] for line in result["phases"]["commands"]["tests"]]
+    assert told[-2:] == ["prune, paper", "recover, teacher cached"]
+    assert "scores, cpu float32, obs" in told
+    assert [row["provider"] for row in found if row["op"] == "default_recipe"] == [
+        "scoring", "removal costs", "allocation", "refit", "writing", "all",
+    ]  # fmt: skip
+    tuned = {row["provider"]: row["ms"] for row in found if "configurations" in row["op"]}
+    assert tuned.keys() == {"ours, LANES 1024 num_warps 32" + more for more in ("", " maxnreg 64")}
+    rows = [row for row in found if row["op"] == "score"]
     assert [row["provider"] for row in rows] == [
         "ours", *(f"ours, stored, {n} at once" for n in (1, 4)),
         *(f"ours, recomputed, {n} at once" for n in (2, 4)), "HFPrune's arithmetic",
