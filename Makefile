@@ -14,9 +14,9 @@ demo: install
 test: $(VENV)/.dev install lint types
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-# All tests, two minutes of the fuzz among them: what CI runs.
+# All tests, a minute of the fuzz among them: what CI runs.
 test-all: $(VENV)/.dev install lint types
-	HFPRUNE_FUZZ_SECONDS=120 $(BIN)/pytest -n $(JOBS) --dist worksteal
+	HFPRUNE_FUZZ_SECONDS=60 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # Five minutes of commands on mutated files; of the other tests it is half a minute.
 fuzz: $(VENV)/.dev install

@@ -1,6 +1,7 @@
 """Small checkpoints, made on the spot, and the command line run in this process."""
 
 import contextlib
+import gc
 import os
 
 # OpenMP's threads, which otherwise spin at every barrier, sleep: tiny products take a sixth of the
@@ -35,6 +36,12 @@ from transformers import PreTrainedModel
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.cli import main
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: whoever collects garbage need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -32,15 +32,17 @@ CHUNK_ROWS = 16
 TRIED = [("torch", FP32), ("torch", BF16), ("cpp", BF16), ("triton", BF16)]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
-every_way = pytest.mark.parametrize("way", ["stored", "recomputed", "disk", "cpu"])
-every_path = pytest.mark.parametrize(
-    ("backend", "dtype"),
+WAYS = ["stored", "recomputed", "disk", "cpu"]
+SLOW_WAYS = ["stored", "disk"]  # of Triton: where the weights are is nothing to a kernel
+every_path_and_way = pytest.mark.parametrize(
+    ("backend", "dtype", "way"),
     [
-        pytest.param(*path.values, marks=[*path.marks, pytest.mark.slow])
+        pytest.param(*path.values, way, marks=[*path.marks, pytest.mark.slow])
         if path.values[0] == "triton"
-        else path
+        else pytest.param(*path.values, way, marks=path.marks)
         for path in PATHS
         if path.values in TRIED
+        for way in (SLOW_WAYS if path.values[0] == "triton" else WAYS)
     ],
 )
 
@@ -89,8 +91,7 @@ def score(
     return lambda: hf.score(tmp_path, ids, offload=way, dtype=dtype, **options)
 
 
-@every_way
-@every_path
+@every_path_and_way
 def test_the_logits_are_never_whole(
     score: Callable[[], hf.ImportanceTable], dtype: torch.dtype
 ) -> None:
@@ -103,8 +104,7 @@ def test_the_logits_are_never_whole(
     assert max(sizes) <= most < B * S * V * dtype.itemsize / 2
 
 
-@every_way
-@every_path
+@every_path_and_way
 def test_products_are_those_documented_and_none_makes_a_gradient_of_a_weight(
     score: Callable[[], hf.ImportanceTable], way: str, model: PreTrainedModel
 ) -> None:

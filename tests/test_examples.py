@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -127,19 +128,22 @@ def test_modelopt_scores_of_the_model_that_ships(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_own_loop_learns_and_its_scores_are_of_use(tmp_path: Path) -> None:
-    out = output_of("own_loop.py", tmp_path)
+@pytest.mark.usefixtures("one_thread")
+def test_own_loop_learns_and_its_scores_are_of_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(EXAMPLES / "own_loop.py"), run_name="__main__")
+    out = capsys.readouterr().out
     losses = re.findall(r"removed: (\w+).*cross entropy ([\d.]+) nats\n", out)
     none, lowest, random = (float(loss) for _, loss in losses)
     assert [name for name, _ in losses] == ["none", "lowest", "random"]
     assert none < 2.6  # 3.29 is the entropy of the bytes alone
     assert 0 < lowest - none < 0.8 * (random - none)
+    assert_scores_are_those_of_whole_fp64_logits(names)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_own_loop_scores_are_those_of_whole_fp64_logits() -> None:
-    names = runpy.run_path(str(EXAMPLES / "own_loop.py"))
+def assert_scores_are_those_of_whole_fp64_logits(names: dict[str, Any]) -> None:
     embed, gate, up, head = (names[name].double() for name in ("embed", "gate", "up", "head"))
     down = names["weight"].detach().double(), names["down"].bias.detach().double()
     truth = torch.zeros(256, dtype=torch.float64)

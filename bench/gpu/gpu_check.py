@@ -149,6 +149,7 @@ class Run:
         }  # fmt: skip
         if rehearse:
             self.env["CUDA_VISIBLE_DEVICES"] = ""
+            self.env["TORCH_COMPILE_DISABLE"] = "1"  # it compiles for minutes, and nothing is timed
 
     def phase(self, name: str) -> bool:
         print(f"{name} ...", flush=True)

@@ -25,7 +25,7 @@ Results = dict[str, Tensor]
 # Rows whose gradients are compared, spread over all: each is computed alone.
 CHECKED_ROWS = 64
 # The least number of rounds of each provider, and about how many seconds of calls.
-LEAST_ROUNDS, BUDGET_S = 1 if INTERPRETED else 3, 0.5
+LEAST_ROUNDS, BUDGET_S = 3, 0.5
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -210,7 +210,9 @@ def measured(case: Case, name: str, benchmark: Any = None) -> Row:
         case.refill()
         peak = peak_bytes(call)
         case.floor()
-        rounds = rounds_for(call, case.ready, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
+        rounds = 1  # a rehearsal's times mean nothing
+        if not INTERPRETED:
+            rounds = rounds_for(call, case.ready, BUDGET_S, LEAST_ROUNDS, case.most_rounds)
         clock = partial(alternated_ms, on_gpu=case.on_gpu)
         if benchmark is not None:
             clock = partial(by_fixture, benchmark)

@@ -57,7 +57,7 @@ def specs_of(cases: dict[str, Any], scale: str) -> Iterator[Spec]:
     """
     for op, case in cases.items():
         names = {"full": tuple(MODELS), "small": case.small, "tiny": ("",)}[scale]
-        tokens = {"full": 8192, "small": case.small_tokens, "tiny": 24}[scale]
+        tokens = {"full": 8192, "small": case.small_tokens, "tiny": 12}[scale]
         products = scale == "small" and case.floor_name == "products"
         dtypes = product_dtypes(case.dtypes) if products else case.dtypes
         for dtype in dtypes:

@@ -213,13 +213,12 @@ def test_torchrun_starts_them(hfprune: Hfprune) -> None:
 
 
 # Where the first process is when the other dies, and where the other is then.
-MIDDLE = ("hfprune_fast.scoring.passes:Pass.add_to", "hfprune_fast.scoring.passes:Pass.add_to")
 JOINING = ("torch.distributed:init_process_group", "hfprune_fast.scoring.score:calibrate")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("places", [MIDDLE, JOINING], ids=["in the middle", "while one joins"])
-def test_torchrun_ends_all_when_one_is_killed(places: tuple[str, str]) -> None:
+def test_torchrun_ends_all_when_one_is_killed_while_another_joins() -> None:
+    """Without torchrun, tests above have one die in the middle."""
     Path("driver.py").write_text(
         "import os, sys, time\n"
         "from pathlib import Path\n"
@@ -229,7 +228,7 @@ def test_torchrun_ends_all_when_one_is_killed(places: tuple[str, str]) -> None:
         "    while not Path('there').exists():\n"
         "        time.sleep(0.05)\n"
         "if __name__ == '__main__':\n"
-        f"    first, other = {places}\n"
+        f"    first, other = {JOINING}\n"
         "    if os.environ['RANK'] == '0':\n"
         "        do_first(first, Path('there').touch)\n"
         "    else:\n"

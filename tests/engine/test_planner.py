@@ -270,7 +270,7 @@ def test_estimates_are_true_or_on_the_safe_side(
 ) -> None:
     """Of anonymous memory: weights that stay in the file's pages are not in it."""
     checkpoint = synthetic_checkpoint(
-        tmp_path / "model", hidden=512, width=2048, layers=8, vocab=16000, heads=8, dtype=stored
+        tmp_path / "model", hidden=512, width=2048, layers=4, vocab=16000, heads=8, dtype=stored
     )
     given = {"dtype": "float32", "samples": 8, "batch_size": 4, **options}
     done = subprocess.run(
