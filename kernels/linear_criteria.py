@@ -169,9 +169,6 @@ def linear_fisher(
     return loss, d_hidden
 
 
-linear_sampled_cross_entropy = linear_fisher
-
-
 def linear_self_distillation(
     hidden: Tensor,
     weight: Tensor,
