@@ -62,7 +62,7 @@ def cli(ctx: click.Context) -> None:
     type=click.Choice(CRITERIA),
     multiple=True,
     default=("entropy",),
-    help="What to score by; several share the forward. [default: entropy, the paper's]",
+    help="What to score by; several share the forward pass. [default: entropy, the paper's]",
 )
 @click.option(
     "--obs",
@@ -110,7 +110,7 @@ def score(
 def prune(
     model: str, calibration: str | None, out: Path, as_json: bool, debug: bool, **flags: Any
 ) -> None:
-    """Write a smaller checkpoint."""
+    """Remove the least important MLP neurons, refit the others, write a smaller checkpoint."""
     from hfprune_fast.commands import prune as command
 
     result = command.run(model, calibration, out, **flags)

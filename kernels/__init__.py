@@ -22,7 +22,6 @@ from hfprune_fast.kernels.linear_criteria import (
     linear_cross_entropy_loss,
     linear_cross_entropy_reference,
     linear_fisher,
-    linear_sampled_cross_entropy,
     linear_self_distillation,
 )
 from hfprune_fast.kernels.linear_entropy import linear_entropy, linear_entropy_reference
@@ -54,7 +53,6 @@ __all__ = [
     "linear_kl",
     "linear_kl_loss",
     "linear_kl_reference",
-    "linear_sampled_cross_entropy",
     "linear_self_distillation",
     "resolve_backend",
     "rms_norm",

@@ -44,6 +44,7 @@ def loss_and_grads(
     heads: Sequence[Head],
     row_weight: Tensor,
     row_pass: RowPass,
+    *,
     fp32_logits: bool,
     grad_scale: float,
     logits_budget_bytes: int | None,
@@ -137,8 +138,9 @@ def _linear_criterion(
         )  # fmt: skip
 
     return loss_and_grads(
-        [Head(hidden, weight, bias)], row_weight, row_pass,
-        fp32_logits, grad_scale, logits_budget_bytes, weight_grads, resolved,
+        [Head(hidden, weight, bias)], row_weight, row_pass, fp32_logits=fp32_logits,
+        grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes,
+        weight_grads=weight_grads, backend=resolved,
     )  # fmt: skip
 
 
@@ -155,19 +157,31 @@ def _flops(hidden: torch.Size, weight: torch.Size, *options: Any, **__: object) 
 
 
 def linear_criterion(
-    hidden: Tensor, weight: Tensor, row_weight: Tensor | None, bias: Tensor | None,
-    criterion: Criterion, *options: Any, weight_grads: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    row_weight: Tensor | None,
+    bias: Tensor | None,
+    criterion: Criterion,
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    fp32_logits: bool,
+    grad_scale: float,
+    logits_budget_bytes: int | None,
+    backend: str | None,
+    weight_grads: bool = False,
+) -> tuple[Tensor, ...]:
     """Return (loss, d_hidden, d_weight, d_bias) of a criterion; the last two empty if not wanted.
 
-    options: softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend.
+    The other arguments are those of `linear_entropy`.
 
     Raises:
         ValueError: arguments that do not belong together, or a backend that cannot run.
     """
     found: tuple[Tensor, ...] = _linear_criterion(
         hidden, weight, row_weight_or_mean(hidden, row_weight), bias,
-        *vars(criterion).values(), *options[:-1], weight_grads, options[-1],
+        *vars(criterion).values(), softcap, logit_scale, fp32_logits, grad_scale,
+        logits_budget_bytes, weight_grads, backend,
     )  # fmt: skip
     return found
 

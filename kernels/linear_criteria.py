@@ -79,7 +79,8 @@ def linear_cross_entropy(
     """
     loss, d_hidden, *_ = linear_criterion(
         hidden, weight, row_weight, bias, Criterion("cross_entropy", labels),
-        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+        softcap=softcap, logit_scale=logit_scale, fp32_logits=fp32_logits,
+        grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes, backend=backend,
     )  # fmt: skip
     return loss, d_hidden
 
@@ -116,7 +117,8 @@ def linear_cross_entropy_loss(
     ) -> tuple[Tensor, ...]:
         return linear_criterion(
             hidden, weight, row_weight, bias, Criterion("cross_entropy", labels),
-            softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+            softcap=softcap, logit_scale=logit_scale, fp32_logits=fp32_logits,
+            grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes, backend=backend,
             weight_grads=weight_grads,
         )  # fmt: skip
 
@@ -164,12 +166,10 @@ def linear_fisher(
     """
     loss, d_hidden, *_ = linear_criterion(
         hidden, weight, row_weight, bias, Criterion("fisher", row_id, seed),
-        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+        softcap=softcap, logit_scale=logit_scale, fp32_logits=fp32_logits,
+        grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes, backend=backend,
     )  # fmt: skip
     return loss, d_hidden
-
-
-linear_sampled_cross_entropy = linear_fisher
 
 
 def linear_self_distillation(
@@ -212,6 +212,7 @@ def linear_self_distillation(
     loss, d_hidden, *_ = linear_criterion(
         hidden, weight, row_weight, bias,
         Criterion("self_distillation", labels, alpha=alpha, temperature=temperature),
-        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+        softcap=softcap, logit_scale=logit_scale, fp32_logits=fp32_logits,
+        grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes, backend=backend,
     )  # fmt: skip
     return loss, d_hidden

@@ -82,6 +82,7 @@ def linear_entropy(
     """
     loss, d_hidden, *_ = linear_criterion(
         hidden, weight, row_weight, bias, ENTROPY,
-        softcap, logit_scale, fp32_logits, grad_scale, logits_budget_bytes, backend,
+        softcap=softcap, logit_scale=logit_scale, fp32_logits=fp32_logits,
+        grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes, backend=backend,
     )  # fmt: skip
     return loss, d_hidden

@@ -126,8 +126,9 @@ def _linear_kl(
 
     return loss_and_grads(
         [Head(hidden, weight, bias), Head(teacher_hidden, teacher_weight, teacher_bias)],
-        row_weight, row_pass,
-        fp32_logits, grad_scale, logits_budget_bytes, weight_grads, resolved,
+        row_weight, row_pass, fp32_logits=fp32_logits,
+        grad_scale=grad_scale, logits_budget_bytes=logits_budget_bytes,
+        weight_grads=weight_grads, backend=resolved,
     )  # fmt: skip
 
 

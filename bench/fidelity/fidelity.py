@@ -59,7 +59,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     """Measure what is not in the file yet; return the file."""
     source = open_source(args.model)
     drawn = {s: windows(args, source, args.calibration, args.samples, s) for s in args.seeds}
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, told: Callable[[str], None]) -> Path:
             append(file, row)
             now = time.monotonic()
             left_s = (now - begun) * (len(remaining) - i) / i
-            told(
+            say(
                 f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}, "
                 f"{row['prune_ratio']:.0%} in {now - last:.0f} s; about {left_s / 60:.0f} min to go"
             )
@@ -189,7 +189,7 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of what all studies of a model's fidelity are told."""
+    """Return a parser of the arguments that all studies of a model's fidelity take."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

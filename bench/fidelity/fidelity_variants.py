@@ -34,8 +34,8 @@ def variant_of(row: Mapping[str, Any]) -> Variant:
     return Variant(**found)
 
 
-# The others are compared with the paper's, so it is measured first. Of `auto`, uniform and global
-# are two of the three that it chooses from.
+# The others are compared with the paper's, so it is measured first. `auto` chooses between UNIFORM
+# and MEASURED.
 PAPER = Variant("entropy", "l1")
 DEFAULT = Variant("fisher", "obs", "auto", refit=True)
 UNIFORM = Variant("fisher", "obs", refit=True)

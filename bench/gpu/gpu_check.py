@@ -58,14 +58,8 @@ LIMITS_S = {
 FIRST, DEFAULT = ("build", "compile"), ("correctness", "timing")
 # Before the limit a process is asked to end, and a worker this long before that starts nothing new.
 GRACE_S = 20
-TESTS = (
-    "taylor",
-    "entropy",
-    "linear_entropy",
-    "linear_kl",
-    "operations",
-    "norms",
-)  # the quickest to tell most first
+# The short ones that cover most come first.
+TESTS = ("taylor", "entropy", "linear_entropy", "linear_kl", "operations", "norms")
 
 
 def main() -> None:

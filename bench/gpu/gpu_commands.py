@@ -52,8 +52,8 @@ class Commands:
     def __init__(self, phase: Phase) -> None:
         self.phase, self.folder = phase, phase.out.parent / "commands"
         self.folder.mkdir()
-        self.told: list[str] = []
-        phase.result["tests"] = self.told
+        self.verdicts: list[str] = []
+        phase.result["tests"] = self.verdicts
 
     def run(self, name: str, *arguments: object) -> dict[str, Any]:
         """Return what a command says with --json; raise with the end of its log if it fails."""
@@ -69,10 +69,11 @@ class Commands:
         said: dict[str, Any] = json.loads(done.stdout)
         return said
 
-    def tell(self, text: str, wrong: bool) -> None:
-        self.told.append(f"{text}{' WRONG' if wrong else ''}")
-        self.phase.note(self.told[-1])
-        if wrong:
+    def check(self, text: str, is_right: bool) -> None:
+        """Keep a comparison in words, and as an error unless it is right."""
+        self.verdicts.append(text if is_right else f"{text} WRONG")
+        self.phase.note(self.verdicts[-1])
+        if not is_right:
             self.phase.result["errors"].append(text)
 
     def scores(self, device: str, dtype: str, *options: str) -> dict[str, Tensor]:
@@ -110,8 +111,8 @@ class Commands:
                     allowed = OF_BFLOAT16
                 elif not name.startswith("entropy"):
                     allowed += OTHER_DRAWS
-                told = f"scores, {' '.join(way)}, {name}: off by {error:.1e} ({allowed:.1e})"
-                self.tell(told, not error <= allowed)
+                text = f"scores, {' '.join(way)}, {name}: off by {error:.1e} ({allowed:.1e})"
+                self.check(text, error <= allowed)
 
     def prune(self, name: str, device: str) -> tuple[Path, float]:
         """Prune by a recipe; return the folder and its KL, as the CPU measures it in float32."""
@@ -124,11 +125,11 @@ class Commands:
         return out, self.kl(out)
 
     def kl(self, pruned: Path) -> float:
-        told = self.run(
+        measured = self.run(
             f"evaluate {pruned.name}", "evaluate", "demo", pruned, "--text", HELD_OUT, "--samples",
             SAMPLES, "--seq-len", 256, "--device", "cpu", "--dtype", "float32",
         )  # fmt: skip
-        return float(told["kl_nats"])
+        return float(measured["kl_nats"])
 
     def compare_recipes(self) -> None:
         ways = [
@@ -140,8 +141,8 @@ class Commands:
         for name in RECIPES:
             wanted = made[name if name in OF_THE_CPU else "default", "cpu"][1]
             found = made[name, DEVICE][1]
-            told = f"prune, {name}: KL {found:.4f}, the CPU's {wanted:.4f}"
-            self.tell(told, not found <= MORE_KL * wanted)
+            text = f"prune, {name}: KL {found:.4f}, the CPU's {wanted:.4f}"
+            self.check(text, found <= MORE_KL * wanted)
         pruned, before = made["paper", DEVICE]
         for teacher in TEACHERS:
             out = self.folder / f"recovered-{teacher}"
@@ -150,8 +151,8 @@ class Commands:
                 TOKENS, "--seq-len", 256, "--teacher", teacher, "--device", DEVICE, "--out", out,
             )  # fmt: skip
             after = self.kl(out)
-            told = f"recover, teacher {teacher}: KL {before:.4f} -> {after:.4f}"
-            self.tell(told, not after < before)
+            text = f"recover, teacher {teacher}: KL {before:.4f} -> {after:.4f}"
+            self.check(text, after < before)
 
 
 def main() -> None:

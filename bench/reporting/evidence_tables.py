@@ -13,7 +13,7 @@ from pathlib import Path
 import samples_tables
 from fidelity_tables import Measured, named, span
 from fidelity_variants import BASELINES, DEFAULT, MEASURED, PAPER, PUBLISHED, UNIFORM, Variant
-from report_text import commit, hardware, number, table
+from report_text import hardware, number, table
 
 Link = Callable[[Path], str]
 CLAIMS, OTHERS, SMALL, WINDOWS = (
@@ -28,7 +28,7 @@ RATIOS = (0.2, 0.3, 0.5)
 _OURS = {
     DEFAULT: "**ours**",
     UNIFORM: "**ours, uniform widths**",
-    MEASURED: "ours, widths by measured KL (a trial)",
+    MEASURED: "ours, allocation measured",
 }
 _NAMES = {
     "wanda_sp": "Wanda-SP", "flap": "FLAP", "llm_pruner": "LLM-Pruner's Taylor term",
@@ -73,7 +73,7 @@ def name(variant: Variant) -> str:
 
 def others(model: Measured, link: Link) -> list[str]:
     """Return all methods on a model, at each ratio a table, the closest to the dense model last."""
-    lines = [_told(model, link)]
+    lines = [_caption(model, link)]
     columns = ["method", "KL, nats", "× the paper's", "perplexity", "top-1", "top-5"]
     for ratio in (r for r in RATIOS if r in model.ratios):
         cells = [columns]
@@ -128,17 +128,15 @@ def _removed(model: Measured, ratio: float) -> str:
     )
 
 
-def _told(model: Measured, link: Link) -> str:
+def _caption(model: Measured, link: Link) -> str:
     header, first = model.header, model.rows[0]
     calibration, (text, held_out) = header["calibration"], header["texts"]
-    seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
     tokens = calibration["samples"] * calibration["seq_len"]
-    runs = dict.fromkeys(f"{each['date'][:10]}, {commit(each)}" for each in model.headers)
     return (
         f"{named(model)}: {calibration['samples']} calibration windows of {calibration['seq_len']} "
-        f"tokens of {text}, {tokens:,} in all, drawn with seed {seeds}; measured on "
-        f"{first['tokens']:,} tokens of {held_out}. {hardware(header)}, "
-        f"{'; '.join(runs)}. [All rows]({link(model.path.with_suffix('.md'))})."
+        f"tokens of {text}, {tokens:,} in all, drawn with seed {model.seeds}; measured on "
+        f"{first['tokens']:,} tokens of {held_out}. {hardware(header)}, {model.runs}. "
+        f"[All rows]({link(model.path.with_suffix('.md'))})."
     )
 
 
@@ -152,13 +150,13 @@ def small_models(models: list[Measured], link: Link) -> Iterator[str]:
     cells = [["model", "removed", "ours", "ours, uniform widths", "closest other method", ""]]
     for model in models:
         for ratio in (r for r in RATIOS if r in model.ratios):
-            told = {v: model.against_paper(v, ratio) for v in (DEFAULT, UNIFORM, *PUBLISHED)}
-            rivals = [v for v in PUBLISHED if told[v]]
-            best = min(rivals, key=lambda v: sum(told[v]) / len(told[v]), default=None)
+            against = {v: model.against_paper(v, ratio) for v in (DEFAULT, UNIFORM, *PUBLISHED)}
+            rivals = [v for v in PUBLISHED if against[v]]
+            best = min(rivals, key=lambda v: sum(against[v]) / len(against[v]), default=None)
             cells.append([
                 f"[{named(model)}]({link(model.path.with_suffix('.md'))})", f"{ratio:.0%}",
-                *(span(told[v], "{:.2f}".format) for v in (DEFAULT, UNIFORM)),
-                *((span(told[best], "{:.2f}".format), name(best)) if best else ("", "")),
+                *(span(against[v], "{:.2f}".format) for v in (DEFAULT, UNIFORM)),
+                *((span(against[best], "{:.2f}".format), name(best)) if best else ("", "")),
             ])  # fmt: skip
     yield from table(cells, 2)
 

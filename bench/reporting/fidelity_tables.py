@@ -56,6 +56,16 @@ class Measured:
         self.ratios = sorted({row["prune_ratio"] for row in rows})
         self.has_experts = any("experts" in row for row in rows)
 
+    @property
+    def seeds(self) -> str:
+        return ", ".join(map(str, sorted({row["seed"] for row in self.rows})))
+
+    @property
+    def runs(self) -> str:
+        """The date and commit of each run that added rows."""
+        each = (f"{header['date'][:10]}, {commit(header)}" for header in self.headers)
+        return "; ".join(dict.fromkeys(each))
+
     def of(self, variant: Variant, ratio: float) -> list[Row]:
         rows = (row for row in self.rows if row["prune_ratio"] == ratio)
         return [row for row in rows if variant_of(row) == variant]
@@ -126,12 +136,10 @@ def span(values: Iterable[float], show: Callable[[float], str]) -> str:
 def markdown(model: Measured) -> str:
     """Return all of a model: KL against the paper's, then a table of each field."""
     header, first = model.header, model.rows[0]
-    seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
     calibration, (text, held_out) = header["calibration"], header["texts"]
-    runs = dict.fromkeys(f"{each['date'][:10]}, {commit(each)}" for each in model.headers)
     caption = (
-        f"{hardware(header)}, {'; '.join(runs)}. Calibration: {calibration['samples']} windows of "
-        f"{calibration['seq_len']} tokens of {text}, drawn with seeds {seeds}; measured on "
+        f"{hardware(header)}, {model.runs}. Calibration: {calibration['samples']} windows of "
+        f"{calibration['seq_len']} tokens of {text}, drawn with seeds {model.seeds}; measured on "
         f"{first['tokens']} tokens of {held_out}, where the dense model's perplexity is "
         f"{first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest)."
     )

@@ -24,10 +24,9 @@ def section(models: list[Measured]) -> list[str]:
     ]
     for model in models:
         header, tokens = model.header, model.rows[0]["tokens"]
-        seeds = ", ".join(map(str, sorted({row["seed"] for row in model.rows})))
         caption = (
             f"{named(model)}: windows of {header['calibration']['seq_len']} tokens of "
-            f"{header['texts'][0]}, seeds {seeds}; {tokens} tokens of {header['texts'][1]}. "
+            f"{header['texts'][0]}, seeds {model.seeds}; {tokens} tokens of {header['texts'][1]}. "
             f"{hardware(header)}, {header['date'][:10]}."
         )
         cells = [["removed", "windows", *COLUMNS]]

@@ -9,13 +9,12 @@ from typing import Any
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions, RunOptions, TaskOptions
 from hfprune_fast.console import text_table
-from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.checkpoints import compare_checkpoints
 from hfprune_fast.evaluation.fidelity import check_vocabularies
 from hfprune_fast.evaluation.harness import evaluate_tasks
 from hfprune_fast.options import keyword_options
-from hfprune_fast.pruning.measured import warn_of_calibration_text
+from hfprune_fast.pruning.checkpoint_fidelity import held_out_windows, warn_of_calibration_text
 
 _COLUMNS = ("dense", "pruned", "difference")
 
@@ -42,7 +41,7 @@ def run(
     data = None
     if text_source is not None:  # what can be refused is refused before the tasks run
         check_vocabularies(first.spec.vocab_size, second.spec.vocab_size)
-        data = calibrate(text_source, first, sampling, evaluation=True)
+        data = held_out_windows(text_source, first, sampling)
         warn_of_calibration_text(second, data)
     result: dict[str, Any] = {}
     if which.tasks is not None:

@@ -14,7 +14,7 @@ from hfprune_fast.pruning.oneshot import oneshot
 def run(
     model: str, calibration: str | None, out: Path, *, preset: str, **options: Any
 ) -> dict[str, Any]:
-    """Write a smaller checkpoint; empty in the processes of torchrun but the first."""
+    """Write a smaller checkpoint and return what was achieved, as `oneshot` does."""
     return oneshot(
         model, calibration, out, recipe=preset, distributed=True, progress=True, **options
     )

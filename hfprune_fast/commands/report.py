@@ -12,7 +12,7 @@ from hfprune_fast.config import CalibrationOptions, RunOptions
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.options import keyword_options
-from hfprune_fast.pruning.measured import held_out, measure
+from hfprune_fast.pruning.checkpoint_fidelity import held_out_windows, measure
 from hfprune_fast.pruning.on_disk import read_record
 from hfprune_fast.pruning.reporting import check_report, write_report
 from hfprune_fast.report.facts import read_facts
@@ -48,7 +48,7 @@ def run(
                 f"{pruned} was made of a model of {facts.dense_params:,} parameters "
                 f"({facts.base_model}), and {dense} has {source.spec.total_params:,}"
             )
-        data = held_out(text, source, sampling)
+        data = held_out_windows(text, source, sampling)
         measurement, changed = measure(source, folder, data, options, progress)
     write_report(out, folder, table=table, measurement=measurement, changed=changed, force=force)
     return {"out": str(out), "fidelity": asdict(measurement.fidelity) if measurement else None}

@@ -37,7 +37,7 @@ class Budget(Options):
         most=LARGEST_COUNT,
     )
     min_keep: float = option(
-        0.05, "Fraction of a layer's neurons that is kept at least, where the budget is above it.",
+        0.05, "Each layer keeps at least this fraction of its neurons, unless the budget is lower.",
         least=0, most=1,
     )  # fmt: skip
     protect: tuple[int, ...] = option(
@@ -102,8 +102,9 @@ class Recipe(Options):
         choices=SELECTS,
     )
     statistic: str | None = option(
-        None, "Which one; l1 is the paper's. [default: the criterion's own]", choices=STATISTICS
-    )
+        None, "The statistic to rank by; l1 is the paper's. [default: the criterion's own]",
+        choices=STATISTICS,
+    )  # fmt: skip
     allocation: str = option(
         "auto",
         "uniform: one width for all layers; global: one ranking across them; measured: the same, "

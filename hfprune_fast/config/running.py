@@ -21,10 +21,13 @@ class CalibrationOptions(Options):
     """Which windows of a text are used."""
 
     samples: int | None = option(
-        128, "Samples to draw; None takes all of the text, in order.", least=1, most=LARGEST_COUNT
+        128,
+        "Samples to draw; None, the default of evaluate and report, takes the whole text in order.",
+        least=1,
+        most=LARGEST_COUNT,
     )
     seq_len: int | None = option(
-        None, f"Tokens a sample. [default: {DEFAULT_SEQ_LEN}, or the model's longest if less]",
+        None, f"Tokens per sample. [default: {DEFAULT_SEQ_LEN}, or the model's longest if less]",
         least=1, most=LARGEST_COUNT,
     )  # fmt: skip
     seed: int = option(
@@ -46,7 +49,7 @@ class RunOptions(Options):
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one.")
     dtype: str = option(
         "auto",
-        "Dtype to run in; auto is the checkpoint's own, float32 on a CPU slow in it.",
+        "Dtype to run in; auto is the checkpoint's own, but float32 on a CPU that is slow in it.",
         choices=DTYPES,
     )
     attention: str = option(

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune_fast.engine.mlp_hooks import ACTIVATIONS, Target, TaylorOptions
+from hfprune_fast.engine.mlp_hooks import ACTIVATIONS, PROBE_SIZES, Target, TaylorOptions
 from hfprune_fast.engine.routing import Routing, Rows, routed_rows
 from hfprune_fast.kernels import TaylorStatistics, gated_taylor, taylor_statistics
 from hfprune_fast.models.experts import ExpertsMLP
@@ -148,9 +148,7 @@ def known_gate(experts: ExpertsMLP) -> str | None:
         return None
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(1, 2 * experts.width, generator=generator)
-    gate_up = torch.cat([row * size for size in (1.0, 30.0, 1000.0)]).to(
-        weight.device, weight.dtype
-    )
+    gate_up = torch.cat([row * size for size in PROBE_SIZES]).to(weight.device, weight.dtype)
     gate, up = experts.halves(gate_up)
     act = experts.act(gate_up)
     for name, act_fn in ACTIVATIONS.items():

@@ -235,6 +235,11 @@ class ResidentModel:
             )
         return self._activations[layer]
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return the head's input of a residual stream after the last layer, (B, T, D)."""
+        normed: Tensor = self.parts.norm(hidden.to(self.device))
+        return normed
+
     def head(self) -> Head:
         """Return the head; it stays usable after other layers have run."""
         head = self.parts.head
@@ -257,7 +262,7 @@ class ResidentModel:
 
         for_each_layer(self, forward, then=self.head_unit)
         with self.weights_of(self.head_unit, then=0):
-            return [self._offload(self.parts.norm(h.to(self.device))) for h in hidden]
+            return [self._offload(self.normed(h)) for h in hidden]
 
     def _offload(self, hidden: Tensor) -> Tensor:
         """Return what is kept of a micro-batch's hidden states until the next layer runs."""

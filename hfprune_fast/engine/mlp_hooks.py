@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
     "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
 }
-_PROBES = (1.0, 30.0, 1000.0)  # sizes of the inputs by which an MLP's formula is compared
+PROBE_SIZES = (1.0, 30.0, 1000.0)  # of the inputs by which an MLP's formula is compared
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def known_activation(mlp: GatedMLP) -> str | None:
         return None
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(1, 1, weight.shape[0], generator=generator)
-    x = torch.cat([row * size for size in _PROBES], dim=1).to(weight.device, weight.dtype)
+    x = torch.cat([row * size for size in PROBE_SIZES], dim=1).to(weight.device, weight.dtype)
     output = mlp.module(x)
     gate, up = _gate_and_up(mlp, x)
     for name, act_fn in ACTIVATIONS.items():

@@ -12,7 +12,7 @@ Both models run over the same token windows, and each row of logits is compared 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from hfprune_fast.models.plain import plain_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rows of logits compared at a time, over this many elements, bound the extra memory.
+# Of a model's logits, in the rows that are compared at a time: it bounds the extra memory.
 _CHUNK_ELEMENTS = 1 << 24
 # exp of more overflows; for a model that far off, KL is the number to read.
 _MAX_CROSS_ENTROPY_NATS = 700.0
@@ -81,40 +81,38 @@ def check_windows(batches: Sequence[MicroBatch]) -> None:
 
 
 def compare(
-    batches: Iterable[MicroBatch],
+    batches: Sequence[MicroBatch],
     dense_hidden: Iterable[Tensor],
     pruned_hidden: Iterable[Tensor],
     dense_head: Head,
     pruned_head: Head,
     changes: TokenChanges | None = None,
 ) -> Fidelity:
-    """Compare two models by their heads' inputs (B, T, D), a chunk of rows at a time.
+    """Compare two models by their heads' inputs, (B, T, D) of each batch.
 
     `changes` takes the KL of each position too.
+
+    Raises:
+        NumericsError: NaN or inf in the logits.
     """
-    rows = max(1, _CHUNK_ELEMENTS // len(dense_head.weight))
     # kl, cross entropy dense and pruned, agreements with one and with five
     sums = torch.zeros(5, dtype=torch.float64)
-    positions = predicted = 0
     with torch.inference_mode():
-        for batch, p_all, q_all in zip(batches, dense_hidden, pruned_hidden, strict=True):
-            for i, length in enumerate(batch.lengths):
-                ids = batch.ids[i, :length]
-                # The last position of a window has no next token in it: -1 leaves it out.
-                labels = torch.cat([ids[1:], ids.new_full((1,), -1)])
-                for start in range(0, length, rows):
-                    chunk = slice(start, min(start + rows, length))
-                    p_logits = dense_head(p_all[i, chunk])
-                    q_logits = pruned_head(q_all[i, chunk])
-                    log_p, log_q, kl = _rows(p_logits, q_logits)
-                    sums += _sums(p_logits, q_logits, log_p, log_q, kl, labels[chunk])
-                    if changes is not None:
-                        changes.add(batch.first + i, start, log_p, log_q, kl)
-                positions += length
-                predicted += length - 1
+        for batch, i, rows, (p, q) in _chunks(batches, dense_head, dense_hidden, pruned_hidden):
+            ids = batch.ids[i, : batch.lengths[i]]
+            # The last position of a window has no next token in it: -1 leaves it out.
+            labels = torch.cat([ids[1:], ids.new_full((1,), -1)])[rows]
+            p_logits, q_logits = dense_head(p), pruned_head(q)
+            log_p = torch.log_softmax(p_logits.float(), dim=-1)
+            log_q = torch.log_softmax(q_logits.to(log_p.device).float(), dim=-1)
+            kl = _kl(log_p, log_q)
+            sums += _sums(p_logits, q_logits, log_p, log_q, kl, labels)
+            if changes is not None:
+                changes.add(batch.first + i, rows.start, log_p, log_q, kl)
+    _check_logits(sums[:3])
     kl_sum, ce_dense, ce_pruned, top1, top5 = sums.tolist()
-    if not all(math.isfinite(x) for x in (kl_sum, ce_dense, ce_pruned)):
-        raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
+    positions = sum(batch.tokens for batch in batches)
+    predicted = positions - sum(len(batch.ids) for batch in batches)
     return Fidelity(
         kl_nats=kl_sum / positions,
         ppl_dense=_perplexity(ce_dense, predicted),
@@ -132,33 +130,41 @@ def kl_of_each(
     pruned_hidden: Sequence[Sequence[Tensor]],
     head: Head,
 ) -> list[float]:
-    """Return KL(dense || pruned) in nats of several models that share a head; see `compare`."""
-    rows = max(1, _CHUNK_ELEMENTS // len(head.weight))
-    sums, positions = torch.zeros(len(pruned_hidden), dtype=torch.float64), 0
-    for batch, *hidden in zip(batches, dense_hidden, *pruned_hidden, strict=True):
+    """Return KL(dense || pruned) in nats of several models that share a head, as `compare` does.
+
+    The dense model's distribution is made once for all of them.
+    """
+    sums = torch.zeros(len(pruned_hidden), dtype=torch.float64)
+    for _, _, _, (p, *others) in _chunks(batches, head, dense_hidden, *pruned_hidden):
+        log_p = torch.log_softmax(head(p).float(), dim=-1)
+        for j, q in enumerate(others):
+            log_q = torch.log_softmax(head(q).float(), dim=-1)
+            sums[j] += float(_kl(log_p, log_q).double().sum())
+    _check_logits(sums)
+    kl_nats: list[float] = (sums / sum(batch.tokens for batch in batches)).tolist()
+    return kl_nats
+
+
+def _chunks(
+    batches: Iterable[MicroBatch], head: Head, *hidden: Iterable[Tensor]
+) -> Iterator[tuple[MicroBatch, int, slice, list[Tensor]]]:
+    """Yield a batch, a sequence's index in it, a chunk of its rows, and each model's (rows, D)."""
+    most = max(1, _CHUNK_ELEMENTS // len(head.weight))
+    for batch, *each in zip(batches, *hidden, strict=True):
         for i, length in enumerate(batch.lengths):
-            for p, *others in zip(*(each[i, :length].split(rows) for each in hidden), strict=True):
-                log_p = torch.log_softmax(head(p).float(), dim=-1)
-                for j, q in enumerate(others):
-                    log_q = torch.log_softmax(head(q).float(), dim=-1)
-                    sums[j] += float(_kl(log_p, log_q).double().sum())
-            positions += length
+            for start in range(0, length, most):
+                rows = slice(start, min(start + most, length))
+                yield batch, i, rows, [own[i, rows] for own in each]
+
+
+def _check_logits(sums: Tensor) -> None:
     if not bool(sums.isfinite().all()):
         raise NumericsError("NaN or inf in the logits of the dense or the pruned model")
-    kl_nats: list[float] = (sums / positions).tolist()
-    return kl_nats
 
 
 def _perplexity(cross_entropy: float, tokens: int) -> float:
     """Return the perplexity of tokens with that sum of cross entropy; NaN of none."""
     return math.exp(min(cross_entropy / tokens, _MAX_CROSS_ENTROPY_NATS)) if tokens else math.nan
-
-
-def _rows(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p and log q, (rows, V) fp32, and KL(p || q), (rows,), of one chunk of logits."""
-    log_p = torch.log_softmax(dense.float(), dim=-1)
-    log_q = torch.log_softmax(pruned.to(log_p.device).float(), dim=-1)
-    return log_p, log_q, _kl(log_p, log_q)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.engine.run_log import RunLog
 from hfprune_fast.errors import OutputError
 from hfprune_fast.evaluation.changes import ChangedToken
+from hfprune_fast.pruning.checkpoint_fidelity import held_out_windows, measure
 from hfprune_fast.pruning.experts import ExpertBudget
-from hfprune_fast.pruning.measured import held_out, measure
 from hfprune_fast.pruning.on_disk import add_to_record
 from hfprune_fast.pruning.reporting import check_report, write_report
 from hfprune_fast.pruning.selection import WidthBudget
@@ -72,7 +72,7 @@ class AfterPruning:
                     f"report {report} is, is inside or is above out {out}; choose a place beside it"
                 )
         whole = replace(sampling, samples=None)  # which are the calibration's
-        data = None if options.text is None else held_out(options.text, source, whole)
+        data = None if options.text is None else held_out_windows(options.text, source, whole)
         return cls(source, out, run, output.force, data, report)
 
     def finish(self, table: ImportanceTable, progress: bool) -> dict[str, Any]:

@@ -40,6 +40,10 @@ def choose(
         model: the dense model, entered; None where nothing is refitted.
         batches: the calibration.
         importance: (L, F), higher = keep; the row of a narrower layer ends in zeros.
+
+    Raises:
+        ArgumentError: the allocation is measured, and there is no model or a single sample.
+        NumericsError: the activations of a layer, or logits, hold NaN or inf.
     """
     if recipe.allocation not in MEASURED_ALLOCATIONS:
         return budget.keep(importance, recipe.allocation), {"allocation": recipe.allocation}
@@ -79,7 +83,9 @@ def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     if len(first) == 1:
         first = first[0].split(max(1, len(first[0].ids) * 3 // 4))
     if len(first) == 1:
-        raise ArgumentError("allocation auto needs 2 calibration samples or more, got 1")
+        raise ArgumentError(
+            "auto and measured allocation need 2 calibration samples or more, got 1"
+        )
     return first
 
 

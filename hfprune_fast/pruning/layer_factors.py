@@ -83,15 +83,10 @@ def layer_factors(
 
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):
-
-        def finals(own: Sequence[Tensor]) -> list[Tensor]:
-            return [model.parts.norm(hidden.to(model.device)).cpu() for hidden in own]
-
-        dense = finals(streams[len(fitted) :])
-        pruned = {layer: finals(own) for layer, own in cut.items()}
+        dense = [model.normed(hidden).cpu() for hidden in streams[len(fitted) :]]
+        pruned = [[model.normed(hidden).cpu() for hidden in own] for own in cut.values()]
     factors = torch.ones(len(importance), dtype=torch.float64)
-    kl_nats = kl_of_each(held_out, dense, list(pruned.values()), model.head())
-    for layer, nats in zip(pruned, kl_nats, strict=True):
+    for layer, nats in zip(cut, kl_of_each(held_out, dense, pruned, model.head()), strict=True):
         removed = float(importance[layer].index_fill(0, keep[layer], 0).sum())
         if removed > 0:
             factors[layer] = max(0.0, nats) / removed

@@ -200,7 +200,7 @@ def model_card(record: dict[str, Any], facts: Mapping[str, Any]) -> str:
     """Return README.md of a pruned checkpoint.
 
     Args:
-        record: what becomes its hfprune.json; with "fidelity", as `pruning.measured` records it.
+        record: what becomes its hfprune.json; "fidelity" in it is a `Measurement.record()`.
         facts: the source's licence and languages, as `checkpoint.source_card` reads them.
     """
     base_model, achieved = record["base_model"], record["achieved"]

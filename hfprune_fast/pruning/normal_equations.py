@@ -17,9 +17,11 @@ from torch import Tensor
 from hfprune_fast.engine.planner import RIDGE_DIRECTIONS
 from hfprune_fast.errors import NumericsError
 from hfprune_fast.scoring.moments import add_gram, check_moments, mirror
-from hfprune_fast.scoring.obs import REFIT_RIDGE, least_squares
+from hfprune_fast.scoring.obs import cholesky
 
-RIDGES = (0.01, 0.03, REFIT_RIDGE, 0.3, 1.0, 3.0)
+DEFAULT_RIDGE = 0.1  # where no tokens are held out, or no act of them is other than 0
+RIDGES = (0.01, 0.03, DEFAULT_RIDGE, 0.3, 1.0, 3.0)
+_LEAST_OF_LARGEST = 1e-12  # of the mean squares of acts
 
 
 @dataclass
@@ -36,13 +38,14 @@ class _Sums:
         return cls(gram, gram.new_zeros(weight.shape))
 
     def add(self, acts: Tensor, targets: Tensor, weights: Tensor | None) -> None:
-        weighted = None
-        if weights is not None:
+        if weights is None:
+            add_gram(self.gram, acts)
+            weighted = acts.to(targets.dtype)
+        else:
             acts = acts.to(targets.dtype)
             weighted = acts * weights
-        add_gram(self.gram, acts, weighted)
-        wide = acts.to(targets.dtype) if weighted is None else weighted
-        self.cross += targets.t() @ wide
+            add_gram(self.gram, acts, weighted)
+        self.cross += targets.t() @ weighted
         self.tokens += len(acts)
 
     def complete(self, layer: int) -> None:
@@ -92,7 +95,7 @@ class NormalEquations:
         Raises:
             NumericsError: the acts or targets hold NaN or inf; it names the layer.
         """
-        sums, held, tokens, ridge = self._fitted, self._held, self.tokens, REFIT_RIDGE
+        sums, held, tokens, ridge = self._fitted, self._held, self.tokens, DEFAULT_RIDGE
         del self._fitted, self._held
         sums.complete(layer)
         if held is not None:
@@ -126,3 +129,35 @@ def _best_ridge(fitted: _Sums, held: _Sums, weight: Tensor) -> float:
         return float((v @ held.gram).sub_(held_cross, alpha=2).mul_(v).sum())
 
     return min(RIDGES, key=error)
+
+
+def least_squares(gram: Tensor, cross: Tensor, weight: Tensor, *, ridge: float) -> Tensor:
+    """Return the V that minimises mean‖y - V a‖² + λ Σ_j mean(a_j²)·‖v_j - weight_j‖².
+
+    The pull is in proportion to each act's own mean square, so that nothing changes if an act is
+    scaled and its column divided by as much. In proportion to the mean of all it would be far above
+    most where a neuron makes massive activations: in layer 11 of SmolLM2-135M 680 times the median.
+
+    Args:
+        gram: (K, K) float64, mean of a aᵀ; overwritten.
+        cross: (D, K) float64, mean of y aᵀ.
+        weight: (D, K), what the ridge pulls V towards.
+        ridge: λ.
+
+    Returns:
+        (D, K) float64.
+
+    Raises:
+        NumericsError: gram, with the ridge, contains NaN or is not positive definite.
+    """
+    pulls = _pulls(gram, ridge)
+    right = cross + pulls * weight.to(gram.dtype)
+    solved: Tensor = torch.cholesky_solve(right.t(), cholesky(gram, pulls))
+    return solved.t()
+
+
+def _pulls(gram: Tensor, ridge: float) -> Tensor:
+    """Return what is added to the diagonal, (K,): λ times it, and a little for acts that are 0."""
+    largest = gram.diagonal().max()
+    least = torch.where(largest > 0, _LEAST_OF_LARGEST * largest, 1)
+    return ridge * gram.diagonal().clamp(min=least)

@@ -159,13 +159,9 @@ def refit(
 
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):
-
-        def finals(stream: list[Tensor]) -> list[Tensor]:
-            return [model.parts.norm(hidden.to(model.device)).cpu() for hidden in stream[fitted:]]
-
         for stream, result in zip(streams, results, strict=True):
-            result.hidden = finals(stream)
-        return results, finals(dense)
+            result.hidden = [model.normed(hidden).cpu() for hidden in stream[fitted:]]
+        return results, [model.normed(hidden).cpu() for hidden in dense[fitted:]]
 
 
 def _last_eighth(batches: Sequence[MicroBatch]) -> list[int]:

@@ -121,20 +121,10 @@ class WidthBudget:
     def keep(
         self, importance: Tensor, allocation: str | float, factors: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Return each layer's most important neurons of a (L, F) importance, see `keep_top`.
-
-        Across layers, importance times factors (L,) is compared.
-        """
+        """Return each layer's most important neurons of a (L, F) importance, see `keep_top`."""
         rows = [row[:width] for row, width in zip(importance, self.dense, strict=True)]
         own = self.mean, allocation, self.min_keep, self.protect, self.step
-        if factors is None:
-            return keep_top(rows, *own)
-        scaled = [row * factor for row, factor in zip(rows, factors, strict=True)]
-        widths = _all_widths(scaled, *own)
-        return {
-            layer: most_important(row, width)
-            for layer, (row, width) in enumerate(zip(rows, widths, strict=True))
-        }
+        return keep_top(rows, *own, factors)
 
     def sizes(self, spec: ModelSpec) -> tuple[list[int], None]:
         """Return what `ModelSpec.params_at` takes, with widths as `even_widths` has them."""
@@ -153,9 +143,16 @@ def keep_top(
     min_keep: float = Budget.min_keep,
     protect: Collection[int] = (),
     round_to: int = 1,
+    factors: Tensor | None = None,
 ) -> dict[int, Tensor]:
-    """Return each layer's most important neurons of L importances (F,), ties by index."""
-    widths = _all_widths(importance, width, allocation, min_keep, protect, round_to)
+    """Return each layer's most important neurons of L importances (F,), ties by index.
+
+    Layers are compared by importance times factors (L,), if given.
+    """
+    compared = importance
+    if factors is not None:
+        compared = [row * factor for row, factor in zip(importance, factors, strict=True)]
+    widths = _all_widths(compared, width, allocation, min_keep, protect, round_to)
     rows = zip(importance, widths, strict=True)
     return {layer: most_important(row, kept) for layer, (row, kept) in enumerate(rows)}
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune_fast.config import ALLOCATIONS_TRIED
 from hfprune_fast.errors import CheckpointError, one_line_errors, shown
 from hfprune_fast.evaluation.changes import PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
@@ -17,6 +16,13 @@ from hfprune_fast.models.sites import SiteKey, site_of_path
 DAMAGED = "hfprune.json is damaged, or not written by hfprune"
 # What records of earlier versions have: shares of the way from uniform to global.
 _SHARES = {"0.0": "uniform", "0.5": "halfway", "1.0": "global"}
+# Those that were tried, in words; the last two by earlier versions.
+ALLOCATIONS = {
+    "uniform": "gives all the same",
+    "measured": "ranks all neurons together, each layer’s scores scaled by the KL of cutting it",
+    "global": "ranks the neurons of all layers together",
+    "halfway": "is between uniform and global",
+}
 _MAX_LAYERS, _MAX_BINS, _MAX_KL_NATS = 10_000, 1000, 1e6
 
 
@@ -111,7 +117,7 @@ def _facts(record: Mapping[str, Any]) -> Facts:
         raise ValueError("the dense model has no parameters")
     kl_nats = dict(chosen.get("allocations_kl_nats") or {})
     tried = {allocation_name(name): _number(kl, _MAX_KL_NATS) for name, kl in kl_nats.items()}
-    if not tried.keys() <= {*ALLOCATIONS_TRIED, *_SHARES.values()}:
+    if not tried.keys() <= ALLOCATIONS.keys():
         raise ValueError("unknown allocation")
     fidelity = record.get("fidelity")
     return Facts(

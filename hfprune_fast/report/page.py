@@ -17,7 +17,7 @@ from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.models.size_text import experts_text, suits_text, widths_text
 from hfprune_fast.report import html, pictures
-from hfprune_fast.report.facts import Facts, Measurement
+from hfprune_fast.report.facts import ALLOCATIONS, Facts, Measurement
 
 # What a report begins with: by it, an earlier one is known and may be replaced.
 START = '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="hfprune_fast'
@@ -151,10 +151,12 @@ def _importance(report: Report) -> str:
     if picture is None:
         return ""
     at = "height" if len(report.ranked) <= pictures.MOST_CURVES else "colour"
+    cuts = f"Layers that are cut at the same {at} gave up neurons that were worth the same."
+    if report.facts.allocation == "measured":
+        cuts = "Each layer’s importance was scaled to compare it with that of other layers."
     text = (
         "<p>Each layer’s neurons by importance, most important first, on a logarithmic scale. "
-        "Those to the left of the cut were kept. Layers that are cut at the same "
-        f"{at} gave up neurons that were worth the same.</p>"
+        f"Those to the left of the cut were kept. {cuts}</p>"
     )
     return html.section("Importance and the cut", text, picture)
 
@@ -164,11 +166,9 @@ def _allocations(report: Report) -> str:
     if not tried:
         return ""
     chosen = html.name(report.facts.allocation)
+    each = "; ".join(f"<i>{name}</i> {ALLOCATIONS[name]}" for name in tried)
     text = (
-        "<p>How the budget is dealt to the layers: <i>uniform</i> gives all the same, "
-        "<i>global</i> ranks the neurons of all layers together, <i>measured</i> does so with the "
-        "scores of each layer scaled by the KL that cutting it alone costs, and <i>halfway</i>, of "
-        "earlier versions, is between uniform and global. "
+        f"<p>How the budget is dealt to the layers: {each}. "
         "Each was tried and measured on a part of the calibration text that it was not fitted to; "
         f"<b>{chosen}</b> was closest to the dense model.</p>"
     )

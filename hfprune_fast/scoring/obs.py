@@ -26,8 +26,6 @@ from torch import Tensor
 from hfprune_fast.checkpoint import native
 from hfprune_fast.errors import NumericsError
 
-REFIT_RIDGE = 0.1
-_LEAST_OF_LARGEST = 1e-12  # of the mean squares of acts
 _COMPACT_BELOW = 0.8  # of the rows; compacting the matrices after each block costs more
 
 
@@ -60,7 +58,7 @@ def greedy_removal_costs(
     # Written over gram, to need no further matrix.
     mean = gram.diagonal().mean()
     shift = ridge * torch.where(mean > 0, mean, 1)
-    inverse = torch.cholesky_inverse(_cholesky(gram, shift), out=gram)
+    inverse = torch.cholesky_inverse(cholesky(gram, shift), out=gram)
     wide = weight.to(gram.dtype)
     through = wide if metric is None else metric.to(gram.dtype) @ wide
     products = wide.t() @ through
@@ -120,41 +118,12 @@ def _remove(
     return order, added
 
 
-def least_squares(
-    gram: Tensor, cross: Tensor, weight: Tensor, *, ridge: float = REFIT_RIDGE
-) -> Tensor:
-    """Return the V that minimises mean‖y - V a‖² + λ Σ_j mean(a_j²)·‖v_j - weight_j‖².
-
-    The pull is in proportion to each act's own mean square, so that nothing changes if an act is
-    scaled and its column divided by as much. In proportion to the mean of all it would be far above
-    most where a neuron makes massive activations: in layer 11 of SmolLM2-135M 680 times the median.
-
-    Args:
-        gram: (K, K) float64, mean of a aᵀ; overwritten.
-        cross: (D, K) float64, mean of y aᵀ.
-        weight: (D, K), what the ridge pulls V towards.
-        ridge: λ.
-
-    Returns:
-        (D, K) float64.
+def cholesky(gram: Tensor, shift: Tensor) -> Tensor:
+    """Add shift, () or (F,), to the diagonal of gram (F, F), and return its Cholesky factor.
 
     Raises:
-        NumericsError: gram, with the ridge, contains NaN or is not positive definite.
+        NumericsError: gram, with the shift, contains NaN or is not positive definite.
     """
-    pulls = _pulls(gram, ridge)
-    right = cross + pulls * weight.to(gram.dtype)
-    solved: Tensor = torch.cholesky_solve(right.t(), _cholesky(gram, pulls))
-    return solved.t()
-
-
-def _pulls(gram: Tensor, ridge: float) -> Tensor:
-    """Return what is added to the diagonal, (K,): λ times it, and a little for acts that are 0."""
-    largest = gram.diagonal().max()
-    least = torch.where(largest > 0, _LEAST_OF_LARGEST * largest, 1)
-    return ridge * gram.diagonal().clamp(min=least)
-
-
-def _cholesky(gram: Tensor, shift: Tensor) -> Tensor:
     gram.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:

@@ -133,7 +133,3 @@ def test_no_rows_and_no_vocabulary(backend: str, tokens: int, vocab: int) -> Non
     ):
         assert loss == 0
         assert torch.equal(d_hidden, torch.zeros(tokens, 4))
-
-
-def test_the_alias_is_the_same_function() -> None:
-    assert kernels.linear_sampled_cross_entropy is kernels.linear_fisher

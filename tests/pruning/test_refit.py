@@ -18,8 +18,8 @@ from hfprune_fast.data.batches import MicroBatch, numbered
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
+from hfprune_fast.pruning.normal_equations import least_squares
 from hfprune_fast.pruning.refit import refit
-from hfprune_fast.scoring import obs
 from hfprune_fast.scoring.costs import removal_costs
 
 LENGTHS = (40, 23, 40, 31)
@@ -208,7 +208,7 @@ def test_moments_of_bfloat16_acts_are_of_float32_products(
 
     def note(gram: Tensor, *rest: Any, **options: Any) -> Tensor:
         noted.extend([gram.clone(), *rest])
-        return obs.least_squares(gram, *rest, **options)
+        return least_squares(gram, *rest, **options)
 
     def note_costs(gram: Tensor, *_: Any) -> Tensor:
         noted.append(gram.clone())

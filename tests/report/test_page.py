@@ -103,6 +103,19 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pictures, name, lambda *_, svg=svg: svg)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_each_allocation_is_explained() -> None:
+    facts, tried = report_of().facts, {"uniform": 0.05, "measured": 0.03}
+    found = checked(page(report_of())).text
+    assert "cut at the same height" in found
+    assert "halfway is between uniform and global" in found
+    measured = replace(facts, allocation="measured", allocations_kl_nats=tried)
+    found = checked(page(report_of(facts=measured))).text
+    assert "cut at the same height" not in found
+    assert "halfway" not in found
+    assert "measured ranks all neurons together" in found
+
+
 @pytest.mark.parametrize(("layers", "dense"), [(1, 8), (3, 96), (80, 256)])
 def test_every_size(layers: int, dense: int) -> None:
     found = checked(page(report_of(layers, dense)))

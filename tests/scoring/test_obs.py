@@ -1,4 +1,4 @@
-"""Removal costs and the refit against explicit solutions on small matrices, in float64."""
+"""Removal costs against explicit solutions on small matrices, in float64."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from watch import Seeing
 
 from hfprune_fast.errors import NumericsError
-from hfprune_fast.scoring.obs import greedy_removal_costs, least_squares
+from hfprune_fast.scoring.obs import greedy_removal_costs
 
 # Solutions of systems of F <= 40 with a condition number below 1e4 agree to eps · F · 1e4.
 RTOL = 40 * 1e4 * torch.finfo(torch.float64).eps
@@ -127,18 +127,6 @@ def test_a_neuron_that_never_fires_or_writes_nothing_costs_nothing() -> None:
     assert costs[3] < 1e-6 * costs.median()
 
 
-def test_scaled_acts_change_no_refit() -> None:
-    """As where one neuron makes massive activations."""
-    gram, weight, _ = a_layer(12)
-    scale = torch.ones(12, dtype=torch.float64)
-    scale[4], scale[7] = 133, 1e-3
-    wanted = weight.flip(1) @ gram
-    fitted = least_squares(gram.clone(), wanted, weight, ridge=0.3)
-    scaled = gram * scale * scale[:, None]
-    found = least_squares(scaled, wanted * scale, weight / scale, ridge=0.3)
-    assert torch.allclose(found * scale, fitted)
-
-
 def test_acts_of_low_rank_in_many_dimensions() -> None:
     """Rank 20 of 300: the ridge alone holds the rest, and blocks change rounding alone."""
     generator = torch.Generator().manual_seed(0)
@@ -157,32 +145,3 @@ def test_moments_of_no_act_are_refused(spoiled: float) -> None:
     gram[1, 1] = spoiled
     with pytest.raises(NumericsError, match="second moments"):
         greedy_removal_costs(gram.clone(), weight)
-    with pytest.raises(NumericsError, match="second moments"):
-        least_squares(gram, weight @ gram, weight)
-
-
-def test_refit_solves_the_augmented_system() -> None:
-    """Least squares of acts above √(ridge Σ a_j²) rows that pull towards the weight."""
-    generator = torch.Generator().manual_seed(1)
-    acts = torch.randn(50, 7, dtype=torch.float64, generator=generator)
-    wanted = torch.randn(50, 4, dtype=torch.float64, generator=generator)
-    weight = torch.randn(4, 7, dtype=torch.float64, generator=generator)
-    gram, cross = acts.t() @ acts / 50, wanted.t() @ acts / 50
-    pull = (0.3 * acts.square().sum(0)).sqrt()
-    expected = torch.linalg.lstsq(
-        torch.cat([acts, pull.diag()]),
-        torch.cat([wanted, pull[:, None] * weight.t()]),
-    ).solution.t()
-    assert torch.allclose(
-        least_squares(gram.clone(), cross, weight, ridge=0.3), expected, rtol=RTOL
-    )
-
-
-def test_refit_between_the_data_and_the_weight() -> None:
-    gram, weight, _ = a_layer(9)
-    truth = weight.flip(1)
-    exact = least_squares(gram.clone(), truth @ gram, weight, ridge=1e-13)
-    assert torch.allclose(exact, truth, rtol=1e-6)
-    assert torch.allclose(least_squares(gram.clone(), truth @ gram, weight, ridge=1e9), weight)
-    nothing = torch.zeros_like(gram)  # no act ever fired
-    assert torch.allclose(least_squares(nothing, torch.zeros_like(weight), weight), weight)

@@ -1,4 +1,4 @@
-"""A pruned checkpoint measured on held-out text, and the result put into its record and card."""
+"""The fidelity of a pruned checkpoint on held-out text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from hfprune_fast.pruning.on_disk import read_record
 from hfprune_fast.report.facts import Measurement
 
 
-def held_out(text: str, source: ModelSource, sampling: CalibrationOptions) -> TokenData:
-    """Return windows of a held-out text, as `hfprune evaluate` reads it."""
+def held_out_windows(
+    text: str | Path, source: ModelSource, sampling: CalibrationOptions
+) -> TokenData:
+    """Return windows of a held-out text; refuse those of one token, which predict none."""
     data = calibrate(text, source, sampling, evaluation=True)
     check_windows(data.batches)
     return data
