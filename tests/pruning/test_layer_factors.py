@@ -17,6 +17,7 @@ from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.engine.mlp_hooks import inputs_of
 from hfprune_fast.engine.streaming import open_model
 from hfprune_fast.errors import NumericsError
+from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.layer_factors import layer_factors
 
 IDS = torch.randint(127, (8, 20), generator=torch.Generator().manual_seed(3))
@@ -102,3 +103,14 @@ def test_infinite_acts_are_named() -> None:
         model.model.layers[1].mlp.gate_proj.weight.mul_(1e200)
     with ResidentModel(model) as entered, pytest.raises(NumericsError, match="layer 1"):
         layer_factors(entered, BATCHES[:3], BATCHES[3:], kept(), COSTS)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 65, 119])
+def test_on_so_many_tokens_of_batches_of_any_size(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "FACTOR_TOKENS", tokens)
+    ids = torch.zeros(8, 20, dtype=torch.int64)
+    for at_once in (1, 2, 8):
+        few = allocation._few([MicroBatch(each, (20,) * len(each)) for each in ids.split(at_once)])
+        assert sum(len(batch.ids) for batch in few) == max(1, tokens // 20)
