@@ -55,7 +55,9 @@ def page(text: str, models: list[Measured], samples: list[Measured], link: Link)
         WINDOWS: samples_tables.section(samples) if samples else [],
     }
     for heading, lines in tables.items():
-        before, _, rest = text.partition(heading)
+        before, found, rest = text.partition(heading)
+        if not found:
+            continue
         after = rest[rest.index("\n## ") :]
         text = before + heading + "\n".join([*(lines or ["Nothing yet."]), ""]) + after
     return text
@@ -167,3 +169,18 @@ def unsupported_claims(text: str) -> list[str]:
     tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     known = set(re.findall(r"\d+\.\d+", tables))
     return [found for found in re.findall(r"\d+\.\d+", claims) if found not in known]
+
+
+def lost_headings(evidence: str | None, readme: str | None) -> Iterator[str]:
+    """Yield a line for each place of a table or of the claims that is not in the text any more.
+
+    Nothing would be compared there.
+    """
+    headings = (CLAIMS, OTHERS, SMALL, WINDOWS)
+    for file, text, places in (
+        ("docs/evidence.md", evidence, headings),
+        ("README.md", readme, (f"| {README_ROW}",)),
+    ):
+        for place in places:
+            if text is not None and place not in text:
+                yield f"{file}: nothing begins with {place.strip()!r}, so that it is not compared"

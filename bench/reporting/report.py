@@ -137,7 +137,9 @@ def disagreements(root: Path) -> Iterator[str]:
             lines = zip_longest(now.splitlines(), want.splitlines(), fillvalue="nothing")
             i, (has, gives) = next((i, two) for i, two in enumerate(lines, 1) if two[0] != two[1])
             yield f"{path.relative_to(root)}: line {i} has {has!r}, the results give {gives!r}"
-    for number in evidence_tables.unsupported_claims(texts.get(evidence_tables.path(root), "")):
+    evidence, readme = texts.get(evidence_tables.path(root)), texts.get(root / "README.md")
+    yield from evidence_tables.lost_headings(evidence, readme)
+    for number in evidence_tables.unsupported_claims(evidence or ""):
         yield f"docs/evidence.md: a claim says {number}, which no table of the page has"
     patterns = "*.svg", "*/*.svg", "fidelity/*.md", "*-20[0-9][0-9]-*.md"
     for path in sorted(p for each in patterns for p in (root / "bench" / "results").glob(each)):

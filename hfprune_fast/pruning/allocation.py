@@ -53,11 +53,11 @@ def choose(
         )
     tried = trial(batches)
     held_out = max(1, len(tried) // 4)
-    fitted, few = tried[:-held_out], _few(tried[-held_out])
+    fitted, few = tried[:-held_out], _few(tried[-held_out:])
     uniform = budget.keep(importance, "uniform")
-    tokens = sum(batch.tokens for batch in (*fitted, few))
+    tokens = sum(batch.tokens for batch in (*fitted, *few))
     with token_bar("measuring layers", tokens, progress) as on_progress:
-        factors = layer_factors(model, fitted, [few], uniform, importance, on_progress)
+        factors = layer_factors(model, fitted, few, uniform, importance, on_progress)
     measured = budget.keep(importance, "global", factors)
     if recipe.allocation == "measured":
         return measured, {"allocation": "measured"}
@@ -89,9 +89,16 @@ def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     return first
 
 
-def _few(held_out: MicroBatch) -> MicroBatch:
-    """Return the sequences that each layer's factor is measured on."""
-    return held_out.split(max(1, FACTOR_TOKENS // max(held_out.lengths)))[0]
+def _few(held_out: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Return the sequences that each layer's factor is measured on: FACTOR_TOKENS, or one."""
+    few: list[MicroBatch] = []
+    for batch in held_out:
+        room = FACTOR_TOKENS - sum(each.tokens for each in few)
+        sequences = room // max(batch.lengths)
+        if few and sequences < 1:
+            break
+        few.append(batch.split(max(1, sequences))[0])
+    return few
 
 
 def held_out_kl(

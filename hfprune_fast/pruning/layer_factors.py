@@ -6,6 +6,10 @@ layer in turn is cut to its part of a budget, and its down_proj is fitted to its
 factor is KL(dense || pruned) of that model over the importance of what went. One ranking across
 layers of importance times factor is allocation "measured". (Scores of blocks that are replaced one
 at a time choose the architecture in Puzzle, arXiv 2411.19146, too.)
+
+Of each layer's KL and importance, a twentieth of the layers' mean is added to both, so that a layer
+says little of which little went. Where only dead neurons went, its KL is 0 or of rounding alone,
+and the factor would give no neuron to the others of that layer, or all to it.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from hfprune_fast.pruning.normal_equations import NormalEquations
 from hfprune_fast.pruning.selection import Keep
 from hfprune_fast.scoring.moments import moments_dtype, token_rows
 
+_OF_MEAN = 0.05
+
 
 @torch.no_grad()
 def layer_factors(
@@ -39,7 +45,7 @@ def layer_factors(
     importance: Tensor,
     on_progress: OnProgress = no_progress,
 ) -> Tensor:
-    """Return (L,) float64 factors: KL in nats over importance removed; 1 of a layer left whole.
+    """Return (L,) float64 factors; of a layer that is left whole, that of all the others together.
 
     The dense model runs once, and each model with a cut layer from that layer on, over `held_out`
     alone; their residual streams are in memory.
@@ -84,10 +90,17 @@ def layer_factors(
     for_each_layer(model, visit, then=model.head_unit)
     with model.weights_of(model.head_unit, then=0):
         dense = [model.normed(hidden).cpu() for hidden in streams[len(fitted) :]]
-        pruned = [[model.normed(hidden).cpu() for hidden in own] for own in cut.values()]
-    factors = torch.ones(len(importance), dtype=torch.float64)
-    for layer, nats in zip(cut, kl_of_each(held_out, dense, pruned, model.head()), strict=True):
-        removed = float(importance[layer].index_fill(0, keep[layer], 0).sum())
-        if removed > 0:
-            factors[layer] = max(0.0, nats) / removed
-    return factors
+        # One by one: all streams and their final hidden states would not fit the plan together.
+        pruned = {
+            layer: [model.normed(hidden).cpu() for hidden in cut.pop(layer)] for layer in list(cut)
+        }
+    layers = list(pruned)
+    nats = kl_of_each(held_out, dense, list(pruned.values()), model.head())
+    kl_nats, removed = torch.zeros(2, len(importance), dtype=torch.float64)
+    kl_nats[layers] = torch.tensor(nats, dtype=torch.float64).clamp(min=0)  # less by rounding
+    for layer in layers:
+        removed[layer] = importance[layer].index_fill(0, keep[layer], 0).sum()
+    added_nats, added = (_OF_MEAN * each.sum() / max(1, len(layers)) for each in (kl_nats, removed))
+    if added == 0 or added_nats == 0:
+        return torch.ones_like(removed)
+    return (kl_nats + added_nats) / (removed + added)

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from hfprune_fast.config import DATA_FREE, PRESETS, Budget, Recipe, ScoringOptions
+from hfprune_fast.config import (
+    DATA_FREE,
+    MEASURED_ALLOCATIONS,
+    PRESETS,
+    Budget,
+    Recipe,
+    ScoringOptions,
+)
 from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.engine.planner import FACTOR_TOKENS
 from hfprune_fast.errors import ArgumentError, shown
@@ -80,6 +87,10 @@ def resolve_recipe(
     values["refit"] = given.get("refit", values["refit"] if has_text else "none")
     if values["allocation"] == "auto" and values["refit"] == "none":
         values["allocation"] = "uniform"
+    if given.get("allocation") in MEASURED_ALLOCATIONS and not has_text:
+        raise ArgumentError(
+            f"allocation {given['allocation']} needs --calibration, the text to measure on"
+        )
     return Recipe(**{**values, **given})
 
 

@@ -154,3 +154,8 @@ def test_evidence_and_readme(root: Path) -> None:
     kl, perplexity, top1, top5 = cells(shown, "ours")
     assert (kl, perplexity) == ("0.0280 (0.0200–0.0400)", "30.03 (30.02–30.04)")
     assert (top1, top5) == ("99.7% (99.6%–99.8%)", "50.0%")
+
+    evidence.write_text(text.replace("## Claims", "## Said"), encoding="utf-8")
+    readme.write_text(shown.replace("20% of", "A fifth of"), encoding="utf-8")
+    lost = [line for line in report.disagreements(root) if "nothing begins with" in line]
+    assert [line.partition(":")[0] for line in lost] == ["docs/evidence.md", "README.md"]

@@ -270,6 +270,7 @@ def test_baselines_need_no_text(
     ("flags", "message"),
     [
         (["--refit", "linear"], "refit linear needs --calibration"),
+        (["--allocation", "measured"], "allocation measured needs --calibration, the text"),
         (["--criterion", "fisher"], "by entropy, not by fisher; score again"),
         (["--criterion", "random"], "criterion random takes no --scores"),
         (["--protect", "0,x"], "protect must be layers such as 0,1,31, got '0,x'"),

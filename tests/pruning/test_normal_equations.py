@@ -119,3 +119,28 @@ def test_moments_of_no_act_are_refused(spoiled: float) -> None:
     gram[1, 1] = spoiled
     with pytest.raises(NumericsError, match="second moments"):
         least_squares(gram, weight @ gram, weight, ridge=0.1)
+
+
+def test_a_neuron_that_is_all_but_silent_is_not_fitted_to_noise() -> None:
+    """On another text it says as much as any: the dense weight is still right for it there."""
+    drawn = torch.Generator().manual_seed(0)
+    acts, down, noise, others = (
+        torch.randn(n, 24, generator=drawn).double() for n in (400, 32, 400, 200)
+    )
+    acts[:, 3] *= 1e-4
+    equations = NormalEquations(down)
+    equations.add(acts, acts @ down.t() + 2 * noise @ torch.ones(24, 32).double(), held_out=50)
+    error = others @ (equations.solve(0) - down).t()
+    assert error.norm() < (others @ down.t()).norm()
+
+
+def test_a_neuron_of_the_held_out_text_alone_does_not_choose_the_ridge() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    acts, down, noise = (torch.randn(n, 24, generator=drawn).double() for n in (400, 32, 400))
+    acts[:-50, 3] *= 1e-4
+    better = down + torch.randn(32, 24, generator=drawn).double()
+    wanted = acts @ better.t() + noise @ torch.ones(24, 32).double() / 24**0.5
+    equations = NormalEquations(down)
+    equations.add(acts, wanted, held_out=50)
+    fitted = equations.solve(0)
+    assert (wanted - acts @ fitted.t()).square().mean() < 4
