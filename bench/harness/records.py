@@ -89,7 +89,9 @@ def described() -> Result:
     import torch
 
     cuda = torch.cuda.is_available()
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    # But for result files, to which a run adds rows.
+    status = "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"
+    changed = _output("git", "-C", str(ROOT), *status)
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

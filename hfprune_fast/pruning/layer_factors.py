@@ -100,7 +100,8 @@ def layer_factors(
     kl_nats[layers] = torch.tensor(nats, dtype=torch.float64).clamp(min=0)  # less by rounding
     for layer in layers:
         removed[layer] = importance[layer].index_fill(0, keep[layer], 0).sum()
-    added_nats, added = (_OF_MEAN * each.sum() / max(1, len(layers)) for each in (kl_nats, removed))
-    if added == 0 or added_nats == 0:
+    share = _OF_MEAN / max(1, len(layers))
+    if not bool(removed.any() and kl_nats.any()):
         return torch.ones_like(removed)
-    return (kl_nats + added_nats) / (removed + added)
+    factors: Tensor = (kl_nats + share * kl_nats.sum()) / (removed + share * removed.sum())
+    return factors
