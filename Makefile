@@ -14,9 +14,9 @@ demo: install
 test: $(VENV)/.dev install lint types
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-# All tests, a minute of the fuzz among them: what CI runs.
-test-all: $(VENV)/.dev install lint types
-	HFPRUNE_FUZZ_SECONDS=60 $(BIN)/pytest -n $(JOBS) --dist worksteal
+# All tests, half a minute of the fuzz among them, and mypy beside them: what CI runs.
+test-all: $(VENV)/.dev install lint
+	($(MYPY)) & mypy=$$!; $(BIN)/pytest -n $(JOBS) --dist worksteal; tests=$$?; wait $$mypy && exit $$tests
 
 # Five minutes of commands on mutated files; of the other tests it is half a minute.
 fuzz: $(VENV)/.dev install
@@ -63,8 +63,10 @@ lint: $(VENV)/.dev
 
 # From tests/, so that mypy sees the installed package and not the source tree, where kernels/ is not
 # yet hfprune_fast.kernels.
+MYPY = cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p hfprune_fast
+
 types: $(VENV)/.dev install
-	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p hfprune_fast
+	$(MYPY)
 
 # Every kernel for every architecture, without a GPU: registers, shared memory, spills, wide loads and
 # stores. About a minute on 2 cores.
@@ -84,17 +86,17 @@ bench-large: $(VENV)/.bench install
 	HFPRUNE_LARGE=1 $(BENCH) --small --rows-suffix=-large -k from_disk
 
 # Trains the model that ships with the package again, beside it; about a quarter of an hour on 2 cores.
-tiny-model: $(VENV)/.runtime
+tiny-model: install
 	rm -rf build/tiny
 	$(BIN)/python tools/tiny_model.py --out build/tiny
 
 # A trained model of another family and shape, which does not ship; about a quarter of an hour too.
-qwen3-model: $(VENV)/.runtime
+qwen3-model: install
 	rm -rf build/qwen3
 	$(BIN)/python tools/tiny_model.py --family qwen3 --out build/qwen3
 
 # A trained mixture of experts: 14 minutes of CPU time.
-mixture-model: $(VENV)/.runtime
+mixture-model: install
 	rm -rf build/mixture
 	$(BIN)/python tools/tiny_model.py --family qwen2_moe --out build/mixture
 
@@ -103,19 +105,20 @@ install: $(VENV)/.runtime
 	rm -rf build/lib build/bdist*
 	$(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --force-reinstall .
 
+# What the package depends on, and it without its C++, which `install` alone compiles.
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "installing into $(VENV); torch is large, this takes a minute or more"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 cmake ninja
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation .
+	HFPRUNE_BUILD_NATIVE=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[dev]'
+	HFPRUNE_BUILD_NATIVE=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.runtime
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[bench]'
+	HFPRUNE_BUILD_NATIVE=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[bench]'
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
 """Builds hfprune_fast._C from csrc/ with CMake and Ninja; all else is declared in pyproject.toml.
 
 The extension is optional: without a C++17 compiler the package installs all the same, says so, and
-does the extension's work in plain torch. HFPRUNE_REQUIRE_NATIVE=1 makes a failed build an error.
+does the extension's work in plain torch. HFPRUNE_REQUIRE_NATIVE=1 makes a failed build an error;
+HFPRUNE_BUILD_NATIVE=0 leaves it out, where only what the package depends on is wanted.
 """
 
 import os
@@ -18,6 +19,8 @@ CSRC = Path("csrc")
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if os.environ.get("HFPRUNE_BUILD_NATIVE") == "0":
+            return
         try:
             self._build(ext)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:

@@ -22,8 +22,10 @@ del os.environ["TRITON_INTERPRET"]
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,18 @@ from hfprune_fast.cli import main
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: whoever collects garbage need not look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    """So does what the first training imported: each run of a Trainer collects garbage."""
+    if "transformers.trainer" in sys.modules:
+        freeze_again()
+
+
+@cache
+def freeze_again() -> None:
     gc.collect()
     gc.freeze()
 

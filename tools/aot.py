@@ -1,13 +1,15 @@
 """Compile every kernel ahead of time, on a machine without a GPU, and read what was made.
 
-    python tools/aot.py [--arch sm_90 ...] [--json FILE]
+    python tools/aot.py [--arch sm_90 ...] [--in-turn] [--json FILE]
 
 The launchers are called with tensors that have a shape and no memory, and triton works out the
 launch as usual, stopped only where it would compile for this machine's GPU. So configurations,
 options and divisibility are a real launch's (in triton 3.6 and 3.7). What it was about to compile
-is compiled for each architecture. With --only-compile that is all: it fills TRITON_CACHE_DIR for
-the next to launch. Else the exit status is 1, with a line for each fault, where a kernel does not
-compile, or asks for more shared memory than the chip gives one program, or, on NVIDIA's,
+is compiled for each architecture; with --in-turn each case for two of them, so that any three
+cases that follow one another are compiled for all. With --only-compile that is all: it fills
+TRITON_CACHE_DIR for the next to launch. Else the exit status is 1, with a line for each fault,
+where a kernel does not compile, or asks for more shared memory than the chip gives one program, or,
+on NVIDIA's,
 
 - spills registers or has a stack,
 - moves rows by loads or stores narrower than 16 bytes though the data allow 16,
@@ -25,7 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -56,6 +58,10 @@ SHARED_LIMIT_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gf
 WIDE_SHARE = 0.9
 # Of those of a kernel without a loop: beside 32 bytes of a row, a thread may store 4 for its sum.
 WIDE_SHARE_UNLOOPED = 0.85
+IN_TURN = (
+    ("sm_80", "sm_90"), ("sm_100", "gfx942"), ("sm_80", "sm_100"),
+    ("sm_90", "gfx942"), ("sm_80", "gfx942"), ("sm_90", "sm_100"),
+)  # fmt: skip
 ROW = "{:<32} {:<24} {:<7} {:>5} {:>10} {:>8} {:>7} {:>10} {:>10} {:>13}"
 
 
@@ -175,6 +181,7 @@ def _faults(case: Case, report: Report) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--in-turn", action="store_true", help="each case for two of them")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     parser.add_argument("--match", default="", help="only cases whose names have this in them")
     parser.add_argument("--only-compile", action="store_true", help="look at nothing")
@@ -200,7 +207,12 @@ def main() -> None:
     )
     reports = []
     cases = [case for case in CASES if args.match in case.name]
-    jobs = list(product(cases, args.arch, [args.only_compile]))
+    jobs = [
+        (case, arch, args.only_compile)
+        for case, two in zip(cases, cycle(IN_TURN), strict=False)
+        for arch in args.arch
+        if arch in two or not args.in_turn
+    ]
     # A cache of its own, where none is named: nothing stale is read, and no home is needed.
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)

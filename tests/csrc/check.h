@@ -119,8 +119,10 @@ class Buffer {
   bool starts_with(const Bytes& expected) const {
     return expected.empty() || std::memcmp(expected.data(), data_, expected.size()) == 0;
   }
-  bool guards_intact() const {
-    return std::all_of(data_ - before_, data_, [](auto byte) { return byte == kGuardByte; });
+  bool guards_intact() const {  // the first is, and each is the one before: fast unoptimised, too
+    const std::uint8_t* first = data_ - before_;
+    return before_ == 0 ||
+           (*first == kGuardByte && std::memcmp(first, first + 1, before_ - 1) == 0);
   }
 
  private:

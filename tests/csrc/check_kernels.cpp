@@ -65,9 +65,10 @@ double rounding(Type type) {
   return type == Type::float32 ? 1e-5 : type == Type::bfloat16 ? 0x1p-8 : 0x1p-11;
 }
 
-void expect(double got, double expected, double allowed, const std::string& what) {
+// The words are joined on a failure alone: there are millions of numbers.
+void expect(double got, double expected, double allowed, const std::string& of, const char* what) {
   if (!(std::abs(got - expected) <= allowed)) {
-    fail(what + ": " + std::to_string(got) + ", expected " + std::to_string(expected));
+    fail(of + ", " + what + ": " + std::to_string(got) + ", expected " + std::to_string(expected));
   }
 }
 
@@ -130,14 +131,14 @@ void check_rows(const char* instructions, Type type, std::size_t columns, unsign
       if (q > 0) entropy -= q * log_q[i];
       if (p > 0) divergence += p * (log_t[i] - log_q[i]);
     }
-    expect(static_cast<double>(values[row]), entropy, 1e-4, what + ", entropy");
-    expect(static_cast<double>(teacher_values[row]), divergence, 1e-4, what + ", divergence");
+    expect(static_cast<double>(values[row]), entropy, 1e-4, what, "entropy");
+    expect(static_cast<double>(teacher_values[row]), divergence, 1e-4, what, "divergence");
     for (std::size_t i = 0; i < columns; ++i) {
       const double q = std::exp(log_q[i]), p = std::exp(log_t[i]);
       const double slope = q > 0 ? -q * (log_q[i] + entropy) : 0;
       const double allowed = 1e-5 + rounding(type);
-      expect(grad.get(row * columns + i), slope, allowed * (1 + std::abs(slope)), what + ", grad");
-      expect(d_logits.get(row * columns + i), q - p, allowed, what + ", grad of the divergence");
+      expect(grad.get(row * columns + i), slope, allowed * (1 + std::abs(slope)), what, "grad");
+      expect(d_logits.get(row * columns + i), q - p, allowed, what, "grad of the divergence");
     }
   }
   ++cases;
@@ -184,8 +185,8 @@ void check_tokens(const char* instructions, Type type, std::size_t width, unsign
         const double g = grad.get(i), a = z * s * up.get(i);
         const double d = g * up.get(i) * s * (1 + z * (1 - s));
         const double allowed = (rounding(type) + 1e-5) * (1 + std::abs(d));
-        expect(gate.get(i), counts ? d : 0, allowed, what + ", d_gate");
-        expect(d_up.get(i), counts ? g * z * s : 0, (rounding(type) + 1e-5) * 5, what + ", d_up");
+        expect(gate.get(i), counts ? d : 0, allowed, what, "d_gate");
+        expect(d_up.get(i), counts ? g * z * s : 0, (rounding(type) + 1e-5) * 5, what, "d_up");
         if (!counts) continue;
         l1 += std::abs(g * a);
         l2 += g * a * g * a;
@@ -196,7 +197,7 @@ void check_tokens(const char* instructions, Type type, std::size_t width, unsign
     }
     const double expected[] = {l1, l2, mask, act};
     for (std::size_t k = 0; k < 4; ++k) {
-      expect(sums[k * width + j], expected[k], 1e-3 * (1 + expected[k]), what + ", sums");
+      expect(sums[k * width + j], expected[k], 1e-3 * (1 + expected[k]), what, "sums");
     }
   }
   ++cases;

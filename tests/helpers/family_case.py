@@ -1,7 +1,6 @@
 """A family's tiny model, saved, with what the tests of every family ask of it."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from criteria_truth import TRUTHS, drawn_token, mean_entropy
-from family_models import down_projections, plain_experts, sequences, tiny_family_model
+from family_models import NOTES, down_projections, plain_experts, sequences, tiny_family_model
 from family_truth import Float64, masked_logits, own_logits, own_removal_costs, own_scores
 from mixture_configs import MODELS
 from padding import padded
@@ -23,9 +22,6 @@ import hfprune_fast as hf
 from hfprune_fast.config import STATISTICS
 from hfprune_fast.scoring.table import ImportanceTable
 
-# Lines of {"family", "known_as", "what", "error"} are added to this file, of which
-# bench/reporting/families_table.py makes docs/families.md.
-NOTES = os.environ.get("HFPRUNE_FAMILIES")
 F = 40  # width of every layer
 NARROW = (17, F, 9, 24, 31, 5)  # widths that differ
 

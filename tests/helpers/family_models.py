@@ -1,6 +1,8 @@
 """One tiny random model of every family, of transformers' own class."""
 
 import math
+import os
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +21,42 @@ from transformers import (
 FAST = {"llama", "stablelm", "phi3", "granite", "gemma2", "gemma4_text", "olmo2"}
 FAST |= {"lfm2", "qwen3_5_text", "falcon_h1", "gemma3", "qwen2_5_vl", "smolvlm"}
 EVERY = [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in TINY]
+# Lines of {"family", "known_as", "what", "error"} are added to this file, of which
+# bench/reporting/families_table.py makes docs/families.md.
+NOTES = os.environ.get("HFPRUNE_FAMILIES")
+
+
+def in_turn(
+    ways: Sequence[str],
+    number: int = 1,
+    *,
+    families: Collection[str] = TINY,
+    fast: Collection[str] = FAST,
+    slow_ways: Collection[str] = (),
+) -> list[Any]:
+    """Return pairs of a family and a way to try it: of fast families all, of others some in turn.
+
+    Of families with one mechanism, which are neighbours, each way is thus tried. With NOTES, for
+    which every family is tried in every way, all pairs.
+    """
+    pairs = []
+    for start, family in enumerate(families):
+        all_ways = family in fast or NOTES
+        tried = ways if all_ways else [ways[(start + i) % len(ways)] for i in range(number)]
+        for way in tried:
+            slow = family not in fast or way in slow_ways
+            marks = pytest.mark.slow if slow else ()
+            pairs.append(pytest.param(family, way, marks=marks, id=f"{family}-{way}"))
+    return pairs
+
+
+def every_other(families: Collection[str] = TINY, fast: Collection[str] = FAST) -> list[Any]:
+    """Return the fast families and half of the others; with NOTES, all."""
+    return [
+        pytest.param(family, marks=() if family in fast else pytest.mark.slow)
+        for number, family in enumerate(families)
+        if family in fast or NOTES or number % 2
+    ]
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

@@ -1,7 +1,7 @@
 """A family's tiny model with experts, saved, with what the tests of every such family ask of it."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from criteria_truth import TRUTHS, drawn_token, mean_entropy
 from experts_truth import Site, experts_scores, masked_logits, widths_of
 from family_case import FamilyCase, Written, largest_error
+from family_models import every_other, in_turn
 from family_truth import Float64, own_logits
 from mixture_configs import MIXTURES, E, Mixture
 from torch import Tensor
@@ -27,8 +28,13 @@ def slow(value: Any) -> Any:
 
 
 EVERY_MIXTURE = [f if f in FAST_MIXTURES else slow(f) for f in MIXTURES]
+SOME_MIXTURES = every_other(MIXTURES, FAST_MIXTURES)
+mixtures_in_turn = partial(in_turn, families=MIXTURES, fast=FAST_MIXTURES)
 # What is removed: whole experts, neurons of experts, of the other MLPs, or some of each.
 FORMS = ("dropped", "narrowed", "own", "all")
+FORMS_IN_TURN = [
+    *mixtures_in_turn(["all"]), *mixtures_in_turn(FORMS[:3], slow_ways=FORMS[:3])
+]  # fmt: skip
 KEPT_OF_EXPERT, KEPT_OF_OWN = 13, {40: 24, 28: 17}
 OF_EXPERTS = ("expert_reap", "expert_count", "expert_mass")
 

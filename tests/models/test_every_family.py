@@ -7,7 +7,7 @@ import pytest
 import torch
 from criteria_truth import SEED, mean_entropy
 from family_case import FamilyCase, largest_error, statistics_error
-from family_models import EVERY, down_projections, tiny_config
+from family_models import EVERY, down_projections, in_turn, tiny_config
 from family_truth import Float64, masked_logits, own_scores
 from mixture_configs import MODELS, model_type
 
@@ -46,7 +46,9 @@ def test_the_outputs_are_peaked_and_depend_on_every_layers_acts(case: FamilyCase
     assert [name for name, t in stored if t.numel() > 1 and (t == t.flatten()[0]).all()] == []
 
 
-@pytest.mark.parametrize("way", ["resident", "recomputed", "cpu", "disk"])
+@pytest.mark.parametrize(
+    ("case", "way"), in_turn(["resident", "disk", "recomputed", "cpu"], 2), indirect=["case"]
+)
 def test_scores_are_the_truth(case: FamilyCase, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "recomputed":
         monkeypatch.setattr(job, "PassOptions", recomputing)
@@ -67,7 +69,7 @@ def test_scores_of_a_loaded_model_are_the_truth(case: FamilyCase) -> None:
     case.note("removal costs", largest_error(table.obs, case.removal_costs), COSTS)
 
 
-@pytest.mark.parametrize("offload", ["none", "disk"])
+@pytest.mark.parametrize(("case", "offload"), in_turn(["none", "disk"]), indirect=["case"])
 def test_logits_are_the_models_own(case: FamilyCase, offload: str) -> None:
     batches = [micro_batch(batch, 127) for batch in case.batches]
     with Float64(), open_model(blueprint(case.folder, device="cpu"), offload) as model:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from family_case import F, FamilyCase, assert_same, largest_error, perplexity
 from family_configs import V
-from family_models import sequences
+from family_models import every_other, in_turn, sequences
 from family_truth import Float64, own_logits
 from safetensors.torch import load_file
 
@@ -26,7 +26,9 @@ from hfprune_fast.pruning.refit import refit
 LOGITS = 1e-12
 
 
-@pytest.mark.parametrize("layout", ["uniform", "custom", "padded"])
+@pytest.mark.parametrize(
+    ("case", "layout"), in_turn(["uniform", "custom", "padded"], 2), indirect=["case"]
+)
 def test_a_pruned_checkpoint_is_the_masked_model(case: FamilyCase, layout: str) -> None:
     written = case.written(layout)
     error = case.pruned_error(case.load(written.folder), written.keep)
@@ -38,6 +40,7 @@ def test_a_pruned_checkpoint_is_the_masked_model(case: FamilyCase, layout: str) 
     assert_same({name: pruned[name] for name in others}, {name: dense[name] for name in others})
 
 
+@pytest.mark.parametrize("case", every_other(), indirect=True)
 def test_a_custom_checkpoint_is_exported_padded(case: FamilyCase, tmp_path: Path) -> None:
     export(str(case.written("custom").folder), "padded", tmp_path / "padded")
     assert_same(
@@ -46,7 +49,7 @@ def test_a_custom_checkpoint_is_exported_padded(case: FamilyCase, tmp_path: Path
     case.note("export padded", 0.0, 0.0)
 
 
-@pytest.mark.parametrize("layout", ["uniform", "custom"])
+@pytest.mark.parametrize(("case", "layout"), in_turn(["uniform", "custom"]), indirect=["case"])
 def test_a_model_pruned_in_memory_is_the_masked_model(
     case: FamilyCase, layout: str, tmp_path: Path
 ) -> None:
@@ -73,6 +76,7 @@ def test_a_refit_that_keeps_every_neuron_returns_the_weights(case: FamilyCase) -
     case.note("refit", error, 100 * torch.finfo(torch.float64).eps * (F / 0.1 + 1))
 
 
+@pytest.mark.parametrize("case", every_other(), indirect=True)
 def test_a_refit_is_closer_than_the_cut_alone(case: FamilyCase) -> None:
     batches = torch.stack(sequences((48,) * 16, seed=4)).split(8)
     keep = case.keep([32] * len(case.downs))
@@ -92,6 +96,7 @@ def test_a_plan_counts_the_parameters_of_the_text(
     assert run.json()["dense_params"] == case.text_params()
 
 
+@pytest.mark.parametrize("case", every_other(), indirect=True)
 def test_evaluation_is_of_the_models_own_logits(case: FamilyCase) -> None:
     pruned = copy.deepcopy(case.model)
     hf.prune(pruned, case.written("uniform").keep)
@@ -110,6 +115,7 @@ def test_evaluation_is_of_the_models_own_logits(case: FamilyCase) -> None:
         case.note("evaluation", error, 1e-9)
 
 
+@pytest.mark.parametrize("case", every_other(), indirect=True)
 def test_a_reconstruction_is_of_the_layer_as_the_family_runs_it(
     case: FamilyCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""A recovered checkpoint of every family is the model whose KL was measured while it trained."""
+"""A recovered checkpoint of a family is the model whose KL was measured while it trained."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from family_case import FamilyCase
-from family_configs import TINY
-from family_models import FAST, sequences
+from family_models import every_other, in_turn, sequences
 from family_truth import Float64, own_logits
-from mixture_case import MixtureCase
+from mixture_case import SOME_MIXTURES, MixtureCase
 from mixture_configs import MODELS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,17 +36,11 @@ def own_kl(case: FamilyCase, folder: Path, ids: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-# A family of each group is recovered both ways, the others by turns.
 WAYS: dict[str, dict[str, Any]] = {"custom": {}, "uniform": {"lora": 0, "teacher": "resident"}}
-EACH = [
-    pytest.param(family, way, id=f"{family}-{way}")
-    for i, family in enumerate(TINY)
-    for j, way in enumerate(WAYS)
-    if family in FAST or (i + j) % 2
-]
+SOME = [family.values[0] for family in every_other()]
 
 
-@pytest.mark.parametrize(("case", "layout"), EACH, indirect=["case"])
+@pytest.mark.parametrize(("case", "layout"), in_turn(list(WAYS), families=SOME), indirect=["case"])
 def test_what_is_written_has_the_measured_kl(case: FamilyCase, layout: str) -> None:
     options = WAYS[layout]
     pruned = case.written(layout).folder
@@ -67,6 +60,7 @@ def test_what_is_written_has_the_measured_kl(case: FamilyCase, layout: str) -> N
     case.note(f"recovered {layout}", abs(after / result["kl_after"] - 1), KL)
 
 
+@pytest.mark.parametrize("mixture", SOME_MIXTURES, indirect=True)
 def test_experts_are_recovered(mixture: MixtureCase) -> None:
     pruned = mixture.written("narrowed").folder
     ids, result = recover(mixture.folder.parent, pruned)

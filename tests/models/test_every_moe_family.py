@@ -11,7 +11,13 @@ from experts_truth import Seen, all_experts, experts_scores, masked_logits, unch
 from family_case import largest_error
 from family_models import sequences
 from family_truth import Float64, own_logits
-from mixture_case import EVERY_MIXTURE, MixtureCase, expert_errors, slow
+from mixture_case import (
+    EVERY_MIXTURE,
+    SOME_MIXTURES,
+    MixtureCase,
+    expert_errors,
+    mixtures_in_turn,
+)
 from padding import padded
 
 import hfprune_fast as hf
@@ -71,7 +77,11 @@ def test_every_expert_is_chosen_and_routing_is_decided(mixture: MixtureCase) -> 
             assert torch.equal(chosen, seen.chosen[layer].double())
 
 
-@pytest.mark.parametrize("way", ["resident", slow("recomputed"), slow("cpu"), "disk"])
+@pytest.mark.parametrize(
+    ("mixture", "way"),
+    mixtures_in_turn(["resident", "disk", "recomputed", "cpu"], 2, slow_ways=("recomputed", "cpu")),
+    indirect=["mixture"],
+)
 def test_scores_are_the_truth(
     mixture: MixtureCase, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +122,9 @@ def test_scores_of_a_loaded_model_are_the_truth(mixture: MixtureCase) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", ["none", "disk"])
+@pytest.mark.parametrize(
+    ("mixture", "offload"), mixtures_in_turn(["none", "disk"]), indirect=["mixture"]
+)
 def test_logits_are_the_models_own(mixture: MixtureCase, offload: str) -> None:
     batches = [micro_batch(batch, 127) for batch in mixture.batches]
     with Float64(), open_model(blueprint(mixture.folder, device="cpu"), offload) as model:
@@ -148,6 +160,7 @@ def test_bfloat16_in_float32(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixture", SOME_MIXTURES, indirect=True)
 def test_removal_costs_are_the_truth(mixture: MixtureCase) -> None:
     """Of experts that tokens enough chose; there are some without."""
     ids = sequences((96,) * 10, seed=6)

@@ -23,6 +23,7 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx942"}
 PREAMBLE = f"""
 import json, sys
 from functools import partial
+from itertools import product
 from unittest import mock
 import torch
 sys.path.insert(0, {str(AOT.parent)!r})
@@ -65,7 +66,7 @@ def kernels_in_the_sources() -> set[str]:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_everywhere_without_a_fault(tmp_path: Path) -> None:
-    done = run(AOT, "--json", tmp_path / "reports.json", HOME=str(tmp_path / "home"))
+    done = run(AOT, "--in-turn", "--json", tmp_path / "reports.json", HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     reports = json.loads((tmp_path / "reports.json").read_text())
     kernels = kernels_in_the_sources()
@@ -82,7 +83,7 @@ def test_every_kernel_compiles_everywhere_without_a_fault(tmp_path: Path) -> Non
 def test_every_shipped_configuration_is_reached(tmp_path: Path) -> None:
     code = """
 used = []
-for case, arch in aot.product(aot.CASES, aot.TARGETS):
+for case, arch in product(aot.CASES, aot.TARGETS):
     for launch in aot.record(case.launch, arch):
         names = launch.kernel.arg_names
         constants = {names[i]: value for (i,), value in launch.constants.items()}
@@ -161,27 +162,21 @@ print(json.dumps([
 
 
 @pytest.mark.slow
-def test_narrow_loads_and_stores_are_a_fault(tmp_path: Path) -> None:
+def test_faults_are_seen(tmp_path: Path) -> None:
+    """The kernels hold their bounds above; here a bound below, and a lane that threads share."""
     code = """
+found = []
+
 def entropy_rows(stride):
     rows = torch.empty(64, stride, dtype=bf16, device="meta")[:, :32_000]
     scale = torch.empty(64, device="meta")
     _rows.rows_loss_and_grad(rows, scale, rows, softcap=None, logit_scale=1.0, backend=None)
 
-print(json.dumps([
+found += [
     aot.check(aot.Case("_rows_kernel", "", partial(entropy_rows, stride)), "sm_90")[0].faults
     for stride in (32_000, 32_001)
-]))
-"""
-    aligned, (loads, stores) = run_code(code, tmp_path)
-    assert aligned == []
-    assert "loads in loops are narrower" in loads
-    assert "stores in loops are narrower" in stores
+]
 
-
-@pytest.mark.slow
-def test_spills_too_much_shared_memory_and_errors_are_faults(tmp_path: Path) -> None:
-    code = """
 def faults(name, module, arch, **configuration):
     case = next(case for case in aot.CASES if case.name == name)
     with mock.patch.object(module, "_CONFIGS", dict.fromkeys(("sm", "gfx"), configuration)):
@@ -190,29 +185,16 @@ def faults(name, module, arch, **configuration):
 rows = "bf16 gradient in place", _rows_triton
 stages = {"BLOCK_T": 8, "BLOCK_F": 128, "STAGES": 30, "num_warps": 4}
 taylor = "bf16 gated silu", _statistics_triton
-print(json.dumps([
+found += [
     faults(*rows, "sm_90", LANES=8192, num_warps=32),
     faults(*taylor, "sm_80", **stages),
     faults(*taylor, "sm_90", **stages),
     faults(*rows, "sm_90", LANES=1000, num_warps=4),
-]))
-"""
-    spilled, sm_80, sm_90, broken = run_code(code, tmp_path)
-    assert any(fault.startswith("spills") for fault in spilled)
-    assert any("shared memory, more than 166912" in fault for fault in sm_80)
-    assert sm_90 == []
-    assert len(broken) == 1
-    assert broken[0].startswith("does not compile")
+]
 
-
-@pytest.mark.slow
-def test_more_instructions_and_exchanges_in_loops_are_faults(tmp_path: Path) -> None:
-    """The kernels hold their bounds above; here a bound below, and a lane that threads share."""
-    code = """
 case = next(case for case in aot.CASES if case.name == "bf16 gradient in place")
 tight = case._replace(instructions=(15.0, 15.0))
 narrow = dict.fromkeys(("sm", "gfx"), {"LANES": 512, "num_warps": 32})
-found = []
 for arch in ("sm_90", "gfx942"):
     (report,) = aot.check(tight, arch)
     found.append([report.instructions, *report.faults])
@@ -220,8 +202,17 @@ with mock.patch.object(_rows_triton, "_CONFIGS", narrow):
     found.append(list(aot.check(case, "sm_90")[0].faults))
 print(json.dumps(found))
 """
-    *tight, shared = run_code(code, tmp_path)
-    for instructions, fault in tight:
+    aligned, narrow, *configured, below, below_too, shared = run_code(code, tmp_path)
+    assert aligned == []
+    assert "loads in loops are narrower" in narrow[0]
+    assert "stores in loops are narrower" in narrow[1]
+    spilled, sm_80, sm_90, broken = configured
+    assert any(fault.startswith("spills") for fault in spilled)
+    assert any("shared memory, more than 166912" in fault for fault in sm_80)
+    assert sm_90 == []
+    assert len(broken) == 1
+    assert broken[0].startswith("does not compile")
+    for instructions, fault in (below, below_too):
         assert 15 < instructions < 22.5
         assert "instructions a logit, more than 15.0" in fault
     assert "exchanges between threads in a loop" in shared
