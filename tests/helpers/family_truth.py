@@ -8,49 +8,33 @@ Shapes: N sequences, S positions, F intermediate_size, V vocab_size, L layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 LossOf = Callable[[Tensor, Tensor, int], Tensor]  # logits (S, V), ids (S,), the sequence's number
 
 
-_SOFTMAXES = [
-    (module, name)
-    for module in (torch, torch.special, functional, Tensor)
-    for name in ("softmax", "log_softmax")
-    if hasattr(module, name)
-]
-
-
-@contextmanager
-def Float64() -> Iterator[None]:  # noqa: N802
+class Float64(TorchFunctionMode):
     """Inside, casts to float32 are casts to float64.
 
     Families compute norms, rotary angles, softmax and states in float32 even in a float64 model,
     where a difference in the last bit of float64 may become one in the last bit of float32.
     """
-    with ExitStack() as patches:
-        for owner, name in [*_SOFTMAXES, (Tensor, "to"), (Tensor, "type")]:
-            patches.enter_context(mock.patch.object(owner, name, _wide(getattr(owner, name))))
-        patches.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
-        yield
 
-
-def _wide(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that gets float64 for float32. A mode would see every call of torch."""
-
-    def wide(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*(torch.float64 if arg is torch.float32 else arg for arg in args), **kwargs)
-
-    return wide
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.float:
+            return args[0].double()
+        if func in (Tensor.to, Tensor.type) or "softmax" in getattr(func, "__name__", ""):
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 @contextmanager
