@@ -14,7 +14,8 @@ its own. The held-out windows are the same for all seeds.
 
 Rows go to NAME.jsonl in bench/results/fidelity as they come. An interrupted run goes on where it
 was, with --work from the scores of a seed too, and so does one that is asked for further seeds,
-ratios or rows. A row that is there stays as it is, also where it has no continuations yet.
+ratios or rows. A row that is there stays as it is, also where it has no continuations yet or was
+measured on fewer texts.
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.5)
 ROWS = {"all": VARIANTS, "baselines": BASELINES, "quick": QUICK}
 ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 # A file is of one of each: rows of others cannot be compared with it.
-SETTINGS = (
-    "model_type", "params", "calibration", "evaluation", "texts", "also", "weights", "windows",
-)  # fmt: skip
+SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts", "weights")
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
@@ -175,12 +174,26 @@ def opened(file: Path, header: dict[str, Any]) -> tuple[Path, list[Row]]:
     if not file.exists():
         return file, []
     earlier = read(file)
-    for name in SETTINGS:
-        default = {} if name == "also" else header[name]  # older files do not have all
-        was = next((h[name] for h in reversed(earlier.headers) if name in h), default)
+    for name in SETTINGS:  # older files do not have all
+        was = next((h[name] for h in reversed(earlier.headers) if name in h), header[name])
         if was != header[name]:
             raise ResultError(f"{file} has {name} {was}, not {header[name]}; give another --out")
+    digests = _digests(header)
+    for was_of in map(_digests, earlier.headers):
+        for name in was_of.keys() & digests.keys():
+            if was_of[name] != digests[name]:
+                raise ResultError(f"{file} has other windows of its {name}; give another --out")
     return file, earlier.rows
+
+
+def _digests(header: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of each text's windows; a row may be measured on more texts than others."""
+    names = (
+        "calibration text",
+        "held-out text",
+        *(f"text {name!r}" for name in header.get("also", {})),
+    )
+    return dict(zip(names, header.get("windows", ()), strict=False))
 
 
 def append(file: Path, line: dict[str, Any]) -> None:

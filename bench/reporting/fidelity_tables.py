@@ -53,6 +53,8 @@ class Measured:
     def __init__(self, path: Path, headers: list[Row], rows: list[Row]) -> None:
         self.path, self.headers, self.rows = path, headers, rows
         self.header = headers[0]  # later runs have the same settings
+        # Further texts that rows are measured on, some or all: a name, and the file.
+        self.also = {name: file for h in headers for name, file in h.get("also", {}).items()}
         self.ratios = sorted({row["prune_ratio"] for row in rows})
         self.has_experts = any("experts" in row for row in rows)
 
@@ -188,7 +190,7 @@ def _fields(model: Measured) -> Iterator[tuple[str, Form, Callable[[Row], float 
     yield "Perplexity", "{:.2f}".format, at("ppl_pruned")
     yield "Top-1 agreement", share, at("top1_agreement")
     yield "Top-5 agreement", share, at("top5_agreement")
-    for name, file in model.header.get("also", {}).items():
+    for name, file in model.also.items():
         dense = next(r["also"][name]["ppl_dense"] for r in model.rows if name in r.get("also", {}))
         yield f"KL on {file}, nats", number, at("also", name, "kl_nats")
         title = f"Perplexity on {file}, where the dense model's is {dense:.2f}"

@@ -124,7 +124,7 @@ def kernels(panels: list[list[Row]], where: str) -> Any:
 
 def fidelity(models: list[fidelity_tables.Measured]) -> Any:
     """Draw KL against parameters removed, a panel a model and text, the same scale in all."""
-    panels = [(model, name) for model in models for name in ("", *model.header.get("also", ()))]
+    panels = [(model, name) for model in models for name in ("", *model.also)]
     down = -(-len(panels) // 3)
     figure, axes = _figure(down, min(3, len(panels)), size=(9, 3 * down + 0.6))
     figure.suptitle("KL(dense ‖ pruned) without training, held-out text, nats", size=9)

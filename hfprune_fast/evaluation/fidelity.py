@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Of a model's logits, in the rows that are compared at a time: it bounds the extra memory.
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 22
 # exp of more overflows; for a model that far off, KL is the number to read.
 _MAX_CROSS_ENTROPY_NATS = 700.0
 

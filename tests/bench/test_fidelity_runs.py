@@ -11,7 +11,7 @@ import fidelity_subject
 import pytest
 import torch
 from fidelity_subject import Seed, Subject
-from fidelity_tables import NEEDED
+from fidelity_tables import NEEDED, read
 from fidelity_variants import DEFAULT, PAPER, QUICK, UNIFORM, Variant
 
 import hfprune_fast as hf
@@ -176,8 +176,13 @@ def test_further_texts_are_measured_too(run: Run, tmp_path: Path) -> None:
     code, said = run(*only, "--also", f"same={CALIBRATION}")
     assert (code, said.count("\n")) == (2, 1)
     assert "is the calibration text" in said
-    code, said = run(*only)
-    assert "has also {'half': 'other.txt'}, not {}; give another --out" in said
+    other.write_text(text[: len(text) // 2], encoding="utf-8")
+    code, said = run(*only, "--also", f"half={other}")
+    assert "has other windows of its text 'half'; give another --out" in said
+    # Rows of fewer texts may be added, and then of more.
+    assert run("--only", "fisher l2", "--ratios", 0.5)[0] == 0
+    assert "also" not in rows(tmp_path)[1]
+    assert read(tmp_path / "demo.jsonl").also == {"half": "other.txt"}
 
 
 def test_only_some_rows_by_their_names(run: Run) -> None:
