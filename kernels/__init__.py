@@ -17,6 +17,7 @@ from hfprune_fast.kernels.entropy import (
     softmax_entropy_grad_reference,
 )
 from hfprune_fast.kernels.gated_taylor import gated_taylor, gated_taylor_reference
+from hfprune_fast.kernels.kl import softmax_kl_grad_
 from hfprune_fast.kernels.linear_criteria import (
     linear_cross_entropy,
     linear_cross_entropy_loss,
@@ -63,6 +64,7 @@ __all__ = [
     "softmax_entropy",
     "softmax_entropy_grad_",
     "softmax_entropy_grad_reference",
+    "softmax_kl_grad_",
     "taylor_statistics",
     "taylor_statistics_reference",
 ]

@@ -38,3 +38,28 @@ def check_devices(first: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{name} must be on {first.device}, got {tensor.device}")
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """Raise ValueError unless logits are a (T, V) float tensor of unit stride along V."""
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"{name} must be a (T, V) float tensor, got {tuple(logits.shape)} {logits.dtype}"
+        )
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"{name} must have unit stride along V, got strides {logits.stride()}")
+
+
+def check_overwritten_logits(logits: Tensor, row_scale: Tensor) -> None:
+    """Raise ValueError unless logits are rows of their own, with one factor each in row_scale."""
+    check_logits(logits)
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"rows of logits must not overlap to be overwritten, got strides {logits.stride()}"
+        )
+    if row_scale.shape != logits.shape[:1]:
+        raise ValueError(
+            f"row_scale must be ({logits.shape[0]},), one factor a row, "
+            f"got {tuple(row_scale.shape)}"
+        )
+    check_devices(logits, row_scale=row_scale)

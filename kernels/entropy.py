@@ -22,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune_fast.kernels._arguments import check_devices, check_transform
+from hfprune_fast.kernels._arguments import (
+    check_logits,
+    check_overwritten_logits,
+    check_transform,
+)
 from hfprune_fast.kernels._operation import operation
 from hfprune_fast.kernels._rows import rows_loss_and_grad
 
@@ -47,7 +51,8 @@ def softmax_entropy_grad_reference(
 def _softmax_entropy(
     logits: Tensor, softcap: float | None, logit_scale: float, backend: str | None
 ) -> Tensor:
-    _check(logits, None, softcap, logit_scale)
+    check_logits(logits)
+    check_transform(softcap, logit_scale)
     return rows_loss_and_grad(logits, softcap=softcap, logit_scale=logit_scale, backend=backend)
 
 
@@ -69,7 +74,8 @@ def _softmax_entropy_grad_(
     logits: Tensor, row_scale: Tensor, softcap: float | None, logit_scale: float,
     backend: str | None,
 ) -> Tensor:  # fmt: skip
-    _check(logits, row_scale, softcap, logit_scale)
+    check_overwritten_logits(logits, row_scale)
+    check_transform(softcap, logit_scale)
     return rows_loss_and_grad(
         logits, row_scale, logits,
         softcap=softcap, logit_scale=logit_scale, backend=backend,
@@ -163,25 +169,3 @@ def softmax_entropy_grad_(
     million elements.
     """
     return _softmax_entropy_grad_(logits, row_scale, softcap, logit_scale, backend)
-
-
-def _check(
-    logits: Tensor, row_scale: Tensor | None, softcap: float | None, logit_scale: float
-) -> None:
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits must be a (T, V) float tensor, got {tuple(logits.shape)} {logits.dtype}"
-        )
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(f"logits must have unit stride along V, got strides {logits.stride()}")
-    if row_scale is not None and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
-        raise ValueError(
-            f"rows of logits must not overlap to be overwritten, got strides {logits.stride()}"
-        )
-    if row_scale is not None and row_scale.shape != logits.shape[:1]:
-        raise ValueError(
-            f"row_scale must be ({logits.shape[0]},), one factor a row, "
-            f"got {tuple(row_scale.shape)}"
-        )
-    check_devices(logits, row_scale=row_scale)
-    check_transform(softcap, logit_scale)

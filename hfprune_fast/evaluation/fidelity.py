@@ -23,6 +23,7 @@ from hfprune_fast.data.batches import MicroBatch, as_batches, token_data
 from hfprune_fast.engine.layerwise import Head, ResidentModel, own_modes
 from hfprune_fast.errors import ArgumentError, CalibrationError, NumericsError
 from hfprune_fast.evaluation.changes import TokenChanges
+from hfprune_fast.kernels import softmax_kl_grad_
 from hfprune_fast.models.plain import plain_model
 
 if TYPE_CHECKING:
@@ -132,14 +133,14 @@ def kl_of_each(
 ) -> list[float]:
     """Return KL(dense || pruned) in nats of several models that share a head, as `compare` does.
 
-    The dense model's distribution is made once for all of them.
+    The dense model's logits are made once for all of them.
     """
     sums = torch.zeros(len(pruned_hidden), dtype=torch.float64)
     for _, _, _, (p, *others) in _chunks(batches, head, dense_hidden, *pruned_hidden):
-        log_p = torch.log_softmax(head(p).float(), dim=-1)
+        dense = head(p)
+        unused = dense.new_zeros(len(dense))  # a factor of the gradients
         for j, q in enumerate(others):
-            log_q = torch.log_softmax(head(q).float(), dim=-1)
-            sums[j] += float(_kl(log_p, log_q).double().sum())
+            sums[j] += float(softmax_kl_grad_(head(q), dense, unused).double().sum())
     _check_logits(sums)
     kl_nats: list[float] = (sums / sum(batch.tokens for batch in batches)).tolist()
     return kl_nats

@@ -21,6 +21,7 @@ from hfprune_fast.kernels import (
     rotary,
     softmax_entropy,
     softmax_entropy_grad_,
+    softmax_kl_grad_,
     taylor_statistics,
 )
 
@@ -53,6 +54,11 @@ def _overwrite_logits(x: Inputs, **options: Any) -> list[Tensor]:
     return [softmax_entropy_grad_(logits, x.scale, **options), logits]
 
 
+def _overwrite_student(x: Inputs, **options: Any) -> list[Tensor]:
+    logits = x.logits.clone()
+    return [softmax_kl_grad_(logits, x.logits.flip(0), x.scale, **options), logits]
+
+
 def _gated(x: Inputs, mode: str, **options: Any) -> list[Tensor]:
     gate, up = x.gate.clone(), x.up.clone()
     if mode == "overwrite":
@@ -72,6 +78,7 @@ def _angles(x: Inputs) -> tuple[Tensor, Tensor]:
 OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "softmax_entropy": lambda x=SMALL, **kw: [softmax_entropy(x.logits, **kw)],
     "softmax_entropy_grad_": lambda x=SMALL, **kw: _overwrite_logits(x, **kw),
+    "softmax_kl_grad_": lambda x=SMALL, **kw: _overwrite_student(x, **kw),
     "linear_entropy": lambda x=SMALL, **kw: [*linear_entropy(x.hidden, x.weight, **kw)],
     "linear_cross_entropy": lambda x=SMALL, **kw: [
         *linear_cross_entropy(x.hidden, x.weight, x.keys, **kw)
@@ -108,6 +115,7 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.softmax_entropy, (x.logits.clone().requires_grad_(), 30.0, 1.0)),
         (ops.softmax_entropy_backward, (x.logits, x.scale, None, 1.0)),
         (ops.softmax_entropy_grad_, (x.logits, x.scale, None, 1.0)),
+        (ops.softmax_kl_grad_, (x.logits, x.logits.flip(0), x.scale, None, 9.0, 1.0, 2.0)),
         (ops.linear_criterion, (*head, "entropy", None, *plain, None, 1.0, False, 1.0, 9, False)),
         (ops.linear_criterion, (*head, "cross_entropy", x.keys, *plain, *capped)),
         (ops.linear_criterion, (*head, "fisher", x.keys, 9, *plain[1:], *capped)),
@@ -128,6 +136,7 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
 
 NAN = float("nan")
 _LOGITS = {"logits": torch.zeros(3, 2)}
+_TEACHER = {"teacher_logits": torch.zeros(3, 2), "row_scale": torch.ones(3)}
 _HEAD = {"hidden": torch.zeros(3, 5), "weight": torch.zeros(7, 5)}
 _THREE = torch.zeros(2, 3, 4)
 _MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -146,6 +155,17 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Any], list[tuple[dict[str, An
         *_BAD_LOGITS,
         ({"row_scale": torch.zeros(2)}, r"row_scale must be \(3,\)"),
         ({"logits": torch.zeros(2).expand(3, 2)}, "rows of logits must not overlap"),
+    ]),
+    (softmax_kl_grad_, _LOGITS | _TEACHER, [
+        *_BAD_LOGITS,
+        ({"row_scale": torch.zeros(2)}, r"row_scale must be \(3,\)"),
+        ({"logits": torch.zeros(2).expand(3, 2)}, "rows of logits must not overlap"),
+        ({"teacher_logits": torch.zeros(3)}, r"teacher_logits must be a \(T, V\)"),
+        ({"teacher_logits": torch.zeros(3, 4)}, r"teacher_logits must be \(3, 2\) .*got \(3, 4\)"),
+        ({"teacher_logits": torch.zeros(3, 4)[:, ::2]}, "teacher_logits must have unit stride"),
+        ({"teacher_logits": torch.zeros(3, 2).double()}, "both be float64 or neither"),
+        ({"teacher_logits": _LOGITS["logits"]}, "teacher_logits are the logits"),
+        ({"teacher_softcap": 0.0}, "^teacher_softcap must be"),
     ]),
     (linear_entropy, _HEAD, [
         ({"hidden": torch.zeros(3, 4)}, r"hidden must be \(T, D\).*got \(3, 4\) and \(7, 5\)"),

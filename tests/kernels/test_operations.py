@@ -50,6 +50,7 @@ def test_registration_passes_opcheck(operation: Any, arguments: tuple[Any, ...])
 DIFFERENTIATED: dict[str, Callable[[Tensor], Any]] = {
     "softmax_entropy": kernels.softmax_entropy,
     "softmax_entropy_grad_": lambda x: kernels.softmax_entropy_grad_(x.clone(), torch.ones(3)),
+    "softmax_kl_grad_": lambda x: kernels.softmax_kl_grad_(x.clone(), x.flip(1), torch.ones(3)),
     "linear_entropy": lambda x: kernels.linear_entropy(x, torch.ones(7, 5)),
     "the head's weight": lambda x: kernels.linear_entropy(torch.ones(2, 5), x),
     "row weights": lambda x: kernels.linear_entropy(torch.ones(3, 5), x, x[:, 0]),
