@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 
 import samples_tables
 from fidelity_tables import Measured, named, span
@@ -16,10 +17,11 @@ from fidelity_variants import BASELINES, DEFAULT, MEASURED, PAPER, PUBLISHED, UN
 from report_text import hardware, number, table
 
 Link = Callable[[Path], str]
-CLAIMS, OTHERS, SMALL, WINDOWS = (
+CLAIMS, OTHERS, ELSEWHERE, SMALL, WINDOWS = (
     f"## {title}\n\n"
     for title in (
-        "Claims", "Against other methods", "On small models", "How many calibration windows",
+        "Claims", "Against other methods", "On other texts, and in generation", "On small models",
+        "How many calibration windows",
     )
 )  # fmt: skip
 REAL = "smollm2-135m"
@@ -51,6 +53,7 @@ def page(text: str, models: list[Measured], samples: list[Measured], link: Link)
     small = [model for model in models if model.header["model"] != REAL]
     tables = {
         OTHERS: [line for model in real for line in others(model, link)],
+        ELSEWHERE: [line for model in real for line in elsewhere(model)],
         SMALL: list(small_models(small, link)),
         WINDOWS: samples_tables.section(samples) if samples else [],
     }
@@ -85,6 +88,54 @@ def others(model: Measured, link: Link) -> list[str]:
             cells.append([name(variant), nats, against, *others])
         lines += ["", f"{_removed(model, ratio)}:", "", *table(cells)]
     return lines
+
+
+def elsewhere(model: Measured) -> list[str]:
+    """Return what was measured on further texts too, and by greedy continuations."""
+    texts = {"": model.header["texts"][1], **model.also}
+    columns = ["removed", "method", *texts.values(), "common prefix", "equal tokens"]
+    cells = [columns]
+    for ratio in (r for r in RATIOS if r in model.ratios):
+        of_paper = _nats(model, PAPER, ratio)
+        for variant in _ranked(model, ratio):
+            nats = _nats(model, variant, ratio)
+            if any(nats[text] for text in model.also):
+                shown = [_beside(nats[text], of_paper[text]) for text in texts]
+                generated = [r["generated"] for r in model.of(variant, ratio) if "generated" in r]
+                cells.append([
+                    f"{ratio:.0%}", name(variant), *shown,
+                    span((g["common_prefix"] for g in generated), "{:.1f}".format),
+                    span((g["equal_tokens"] for g in generated), "{:.1%}".format),
+                ])  # fmt: skip
+    if not cells[1:]:
+        return []
+    lines = [
+        "KL(dense ‖ pruned) in nats on each text, and times that of the paper's recipe there; all "
+        f"are calibrated on {model.header['texts'][0]}."
+    ]
+    if generated := next((row["generated"] for row in model.rows if "generated" in row), None):
+        lines[0] += (
+            " Greedy continuations of {prompts} prompts of {prompt_tokens} tokens, {new_tokens} "
+            "tokens each: how many come before the first that is not the dense model's, and the "
+            "share that is equal at the same place.".format(**generated)
+        )
+    return [*lines, "", *table(cells, 2)]
+
+
+def _nats(model: Measured, variant: Variant, ratio: float) -> dict[str, list[float]]:
+    """Return KL by text, "" the main one; of a text that a row was not measured on, none."""
+    rows = model.of(variant, ratio)
+    return {
+        "": [row["kl_nats"] for row in rows],
+        **{
+            n: [r["also"][n]["kl_nats"] for r in rows if n in r.get("also", {})] for n in model.also
+        },
+    }
+
+
+def _beside(nats: list[float], of_paper: list[float]) -> str:
+    against = f" ({mean(nats) / mean(of_paper):.2f} ×)" if nats and of_paper else ""
+    return span(nats, number) + against
 
 
 def readme(text: str, models: Iterable[Measured]) -> str:
@@ -176,7 +227,7 @@ def lost_headings(evidence: str | None, readme: str | None) -> Iterator[str]:
 
     Nothing would be compared there.
     """
-    headings = (CLAIMS, OTHERS, SMALL, WINDOWS)
+    headings = (CLAIMS, OTHERS, ELSEWHERE, SMALL, WINDOWS)
     for file, text, places in (
         ("docs/evidence.md", evidence, headings),
         ("README.md", readme, (f"| {README_ROW}",)),

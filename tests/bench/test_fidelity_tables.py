@@ -11,7 +11,7 @@ import fidelity_tables
 import pictures
 import pytest
 import report
-from fidelity_variants import RANDOM, Variant
+from fidelity_variants import DEFAULT, PAPER, RANDOM, Variant, variant_of
 from invented_fidelity import KL, invented, write
 from invented_results import cells
 
@@ -123,9 +123,20 @@ def test_evidence_and_readme(root: Path) -> None:
     lines = invented("smollm2-135m", KL | of_others, 135_000_000)
     for row in lines[1:]:
         row["top5_agreement"] = 0.5
+    on_code = [next(r for r in lines[1:] if variant_of(r) == v) for v in (PAPER, DEFAULT)]
+    for row, nats in zip(on_code, (0.5, 0.25), strict=True):
+        row["also"] = {"code": {"kl_nats": nats, "ppl_dense": 40.0, "ppl_pruned": 50.0}}
+        row["generated"] = {
+            "prompts": 64, "prompt_tokens": 32, "new_tokens": 16, "common_prefix": 3.25,
+            "equal_tokens": 0.125,
+        }  # fmt: skip
+    lines[0]["also"] = {"code": "code.jsonl"}
     write(root / "bench/results/fidelity/smollm2-135m.jsonl", lines)
     page = "## Claims\n\nOurs: 0.0280, of small 0.20. {}\n\n"
-    for title in ("Against other methods", "On small models", "How many calibration windows"):
+    for title in (
+        "Against other methods", "On other texts, and in generation", "On small models",
+        "How many calibration windows",
+    ):  # fmt: skip
         page += f"## {title}\n\nold\n\n"
     evidence, readme = root / "docs/evidence.md", root / "README.md"
     evidence.write_text(page + "## Limits\n\nwords\n", encoding="utf-8")
@@ -143,6 +154,12 @@ def test_evidence_and_readme(root: Path) -> None:
     methods = re.findall(r"^\| (.+?) +\|", real, re.M)[1:]
     assert {*methods[:2]} == {"FLAP with its bias", "at random"}
     assert methods[-1] == "**ours**"
+    other = text.partition("## On other texts, and in generation\n")[2].partition("\n## ")[0]
+    assert "Greedy continuations of 64 prompts of 32 tokens, 16 tokens each" in other
+    nats, on_code = cells(other, "20%", "ours")[:2]
+    assert (nats, on_code) == ("0.0280 (0.0200–0.0400) (0.20 ×)", "0.250 (0.50 ×)")
+    assert cells(other, "20%", "ours")[2:] == ["3.2", "12.5%"]
+    assert len(re.findall(r"^\| 20%", other, re.M)) == 2  # those that were measured there
     assert "[small (llama, 1.0 M)]" in text.partition("## On small models\n")[2]
     assert evidence_tables.unsupported_claims(text) == []
     evidence.write_text(text.replace("{}", "3.14"), encoding="utf-8")
