@@ -34,7 +34,7 @@ SHAPES = {
     "small": Shape(512, 1376, 4, 8, 4, 32000),
     "tiny": Shape(32, 64, 2, 4, 2, 500),
 }
-SAMPLES = {"full": 64, "small": 16, "tiny": 4}
+SAMPLES = {"full": 64, "small": 8, "tiny": 4}
 SEQ_LEN = {"full": 512, "small": 512, "tiny": 64}
 # Each phase, and the function that it is.
 PHASES = {

@@ -50,7 +50,7 @@ class Head(Case):
 
     EAGER = {"entropy": mean_of(eager_entropy), "cross entropy": cross_entropy_loss}  # noqa: RUF012
     floor_name = "products"
-    letters, small_tokens, small = "TDV", 64, ("Llama-2-7B", "Qwen3-0.6B")
+    letters, small_tokens, small = "TDV", 48, ("Llama-2-7B", "Qwen3-0.6B")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)

@@ -42,7 +42,7 @@ class Distillation(Case):
 
     EAGER = {"KL": eager}  # noqa: RUF012
     computes, floor_name = "KL", "products"
-    letters, small_tokens, small = "TDV", 64, ("Qwen3-0.6B",)
+    letters, small_tokens, small = "TDV", 48, ("Qwen3-0.6B",)
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
