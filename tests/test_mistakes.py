@@ -1,11 +1,7 @@
 """Whatever is typed, set, closed or lacking: one printable line and exit 2, or the work done."""
 
-import io
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +14,7 @@ from checkpoints import random_llama
 from safetensors.torch import load_file, save_file
 
 import hfprune_fast as hf
-from hfprune_fast import cli, console
+from hfprune_fast import cli
 from hfprune_fast.errors import ArgumentError, HFPruneError, is_out_of_memory
 
 Hfprune = Callable[..., Any]
@@ -172,62 +168,6 @@ def test_other_errors_are_no_shortage_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def full_disk() -> io.TextIOWrapper:
-    return open("/dev/full", "w", buffering=1, encoding="utf-8")
-
-
-def closed() -> io.TextIOWrapper:
-    stream = full_disk()
-    stream.close()
-    return stream
-
-
-def broken_pipe() -> io.TextIOWrapper:
-    reading, writing = os.pipe()
-    os.close(reading)
-    return os.fdopen(writing, "w", buffering=1)
-
-
-BROKEN: dict[str, Callable[[], Any]] = {
-    "none": lambda: None, "closed": closed, "full": full_disk, "broken pipe": broken_pipe,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("stream", BROKEN)
-def test_the_work_goes_on_without_stderr(
-    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stream: str
-) -> None:
-    monkeypatch.setattr(sys, "stderr", BROKEN[stream]())
-    out = tmp_path / "out"
-    running = ["--calibration", "demo", "--samples", 2, "--seq-len", 32, "--preset", "paper"]
-    assert hfprune("prune", "demo", *running, "--prune-ratio", 0.2, "--out", out).code == 0
-    assert (out / "model.safetensors").exists()
-    assert hfprune("plan", "demo").code == 2
-    console.say("a message of a program that uses the package")
-
-
-@pytest.mark.parametrize(("stream", "code"), [("none", 0), ("broken pipe", 141), ("full", 2)])
-def test_stdout_that_takes_nothing(
-    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch, stream: str, code: int
-) -> None:
-    monkeypatch.setattr(sys, "stdout", BROKEN[stream]())
-    run = hfprune(*PLAN)
-    assert run.code == code
-    assert run.err == ("hfprune: error: [Errno 28] No space left on device\n" if code == 2 else "")
-
-
-def test_stdout_that_cannot_show_every_letter(
-    hfprune: Hfprune, monkeypatch: pytest.MonkeyPatch, llama_dir: Path
-) -> None:
-    taken = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(taken, encoding="latin-1"))
-    folder = llama_dir.rename(llama_dir.with_name("m\xe9\u4e2d\x1b[31m\u202e\udcff"))
-    assert hfprune("plan", folder, "--prune-ratio", 0.2).code == 0
-    shown = taken.getvalue().decode("latin-1")
-    assert "m\xe9\\u4e2d\\x1b[31m\\u202e\\udcff " in shown
-    assert shown.replace("\n", "").isprintable()
-
-
 def test_control_characters_in_a_checkpoint_are_escaped(
     hfprune: Hfprune, llama_dir: Path, tmp_path: Path
 ) -> None:
@@ -309,22 +249,3 @@ def test_numbers_of_numpy_and_devices_of_torch_are_taken() -> None:
     assert table.provenance["seed"] == 3
     keep = hf.select(table, prune_ratio=np.float32(0.5), protect=[np.int64(0)])
     assert [len(kept) for kept in keep.values()] == [384, 192, 192, 192]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("redirection", "code"),
-    [
-        ("2>&-", 0), ("2>/dev/full", 0), (">&- 2>&- <&-", 0), ("| true", 141), (">/dev/full", 2),
-        ("| true 2>&-", 141),
-    ],
-)  # fmt: skip
-def test_exit_codes_of_real_processes(tmp_path: Path, redirection: str, code: int) -> None:
-    """Python itself exits with 120 where it cannot flush a stream."""
-    command = '"$0" -m hfprune_fast score demo --calibration demo --samples 2 --seq-len 32 --out s'
-    done = subprocess.run(
-        ["bash", "-c", f"{command} {redirection}; exit ${{PIPESTATUS[0]}}", sys.executable],
-        cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == code
-    assert hf.ImportanceTable.load(tmp_path / "s").provenance["samples"] == 2

@@ -43,7 +43,7 @@ def test_kl_of_the_default_is_not_above_the_papers(
     tmp_path: Path,
     measured: Callable[[str], None],
 ) -> None:
-    dense = save_checkpoint(trained(family, steps=100))
+    dense = save_checkpoint(trained(family, steps=60))
     calibration, text = texts
     for ratio in FAMILIES[family]:
         size = {"prune_ratio": ratio, "round_to": 1}
