@@ -13,7 +13,17 @@ from statistics import mean
 
 import samples_tables
 from fidelity_tables import Measured, named, span
-from fidelity_variants import BASELINES, DEFAULT, MEASURED, PAPER, PUBLISHED, UNIFORM, Variant
+from fidelity_variants import (
+    BASELINES,
+    DEFAULT,
+    MAGNITUDE,
+    MEASURED,
+    PAPER,
+    PUBLISHED,
+    RANDOM,
+    UNIFORM,
+    Variant,
+)
 from report_text import hardware, number, table
 
 Link = Callable[[Path], str]
@@ -151,7 +161,7 @@ def readme(text: str, models: Iterable[Measured]) -> str:
                 "100%",
                 "100%",
             ]
-            ranked = _ranked(model, RATIOS[0])
+            ranked = [v for v in _ranked(model, RATIOS[0]) if v not in (MAGNITUDE, RANDOM)]
             cells = [[name(v), *_cells(model, v, RATIOS[0])] for v in reversed(ranked)]
             after = rest[rest.index("\n\n") :]
             text = before + "\n".join(table([columns, dense, *cells])) + after
