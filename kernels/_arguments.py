@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 # Far inside the range of fp32, so that products and quotients with usual numbers stay inside.
@@ -31,6 +32,15 @@ def check_grad_scale(grad_scale: float) -> None:
     """Raise ValueError unless grad_scale is a power of two, whose removal is exact."""
     if not _SMALLEST <= grad_scale <= _LARGEST or math.frexp(grad_scale)[0] != 0.5:
         raise ValueError(f"grad_scale must be a power of two in 2^-100 .. 2^100, got {grad_scale}")
+
+
+def check_float64(tensor: Tensor, teacher: Tensor, name: str) -> None:
+    """Raise ValueError unless `name` and teacher_`name` are both float64 or neither."""
+    if (teacher.dtype == torch.float64) != (tensor.dtype == torch.float64):
+        raise ValueError(
+            f"{name} and teacher_{name} must both be float64 or neither, "
+            f"got {tensor.dtype} and {teacher.dtype}"
+        )
 
 
 def check_devices(first: Tensor, **others: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hfprune_fast.kernels._arguments import (
     check_devices,
+    check_float64,
     check_logits,
     check_overwritten_logits,
     check_transform,
@@ -90,10 +91,15 @@ def _check_teacher(logits: Tensor, teacher_logits: Tensor) -> None:
             f"teacher_logits must be {tuple(logits.shape)} as the logits are, "
             f"got {tuple(teacher_logits.shape)}"
         )
-    if (teacher_logits.dtype == torch.float64) != (logits.dtype == torch.float64):
-        raise ValueError(
-            "logits and teacher_logits must both be float64 or neither, "
-            f"got {logits.dtype} and {teacher_logits.dtype}"
-        )
-    if logits.numel() and teacher_logits.data_ptr() == logits.data_ptr():
-        raise ValueError("teacher_logits are the logits, which are overwritten")
+    check_float64(logits, teacher_logits, "logits")
+    (first, end), (teacher_first, teacher_end) = map(_span, (logits, teacher_logits))
+    if first < teacher_end and teacher_first < end:
+        raise ValueError("teacher_logits must be in memory of its own: the logits are overwritten")
+
+
+def _span(rows: Tensor) -> tuple[int, int]:
+    """Return the address of the first byte of (T, V) rows, and where the last row ends."""
+    if rows.numel() == 0:
+        return 0, 0
+    elements = (rows.shape[0] - 1) * rows.stride(0) + rows.shape[1]
+    return rows.data_ptr(), rows.data_ptr() + elements * rows.element_size()

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hfprune_fast.kernels._arguments import (
+    check_float64,
     check_grad_scale,
     check_temperature,
     check_transform,
@@ -270,8 +271,4 @@ def _check_teacher(
             f"teacher_weight must have the {len(weight)} entries of weight, "
             f"got {len(teacher_weight)}: both models must have one vocabulary"
         )
-    if (teacher_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
-        raise ValueError(
-            "hidden and teacher_hidden must both be float64 or neither, "
-            f"got {hidden.dtype} and {teacher_hidden.dtype}"
-        )
+    check_float64(hidden, teacher_hidden, "hidden")

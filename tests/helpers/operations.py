@@ -136,6 +136,7 @@ def registrations(x: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
 
 NAN = float("nan")
 _LOGITS = {"logits": torch.zeros(3, 2)}
+_FOUR = torch.zeros(4, 2)
 _TEACHER = {"teacher_logits": torch.zeros(3, 2), "row_scale": torch.ones(3)}
 _HEAD = {"hidden": torch.zeros(3, 5), "weight": torch.zeros(7, 5)}
 _THREE = torch.zeros(2, 3, 4)
@@ -164,7 +165,8 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Any], list[tuple[dict[str, An
         ({"teacher_logits": torch.zeros(3, 4)}, r"teacher_logits must be \(3, 2\) .*got \(3, 4\)"),
         ({"teacher_logits": torch.zeros(3, 4)[:, ::2]}, "teacher_logits must have unit stride"),
         ({"teacher_logits": torch.zeros(3, 2).double()}, "both be float64 or neither"),
-        ({"teacher_logits": _LOGITS["logits"]}, "teacher_logits are the logits"),
+        ({"teacher_logits": _LOGITS["logits"]}, "teacher_logits must be in memory of its own"),
+        ({"logits": _FOUR[:3], "teacher_logits": _FOUR[1:]}, "in memory of its own"),
         ({"teacher_softcap": 0.0}, "^teacher_softcap must be"),
     ]),
     (linear_entropy, _HEAD, [
