@@ -44,7 +44,7 @@ class Fidelity:
     ppl_pruned: float
     top1_agreement: float
     tokens: int
-    top5_agreement: float | None = None  # None where an earlier version measured it
+    top5_agreement: float
 
 
 @own_modes()

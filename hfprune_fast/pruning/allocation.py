@@ -33,7 +33,7 @@ def choose(
     """Return the neurons to keep, and the choice as it is recorded.
 
     Allocation "measured" ranks across layers by importance times each layer's factor (see
-    `layer_factors`). "auto" takes the one of ALLOCATIONS_TRIED whose refitted model has the lowest
+    `layer_factors`). "auto" takes this or "uniform", whichever refitted model has the lower
     KL(dense || pruned) on sequences that it was not fitted to.
 
     Args:

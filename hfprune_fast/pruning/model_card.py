@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.models.size_text import experts_text, suits_text, widths_in, widths_text
-from hfprune_fast.report.facts import allocation_name
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -87,17 +86,14 @@ def _recipe_rows(
     else:
         ranked = f"criterion `{_word(requested['criterion'])}`"
         ranked += f", statistic `{_word(requested['statistic'])}`" if requested["statistic"] else ""
-    allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
-    if allocation == "halfway":  # in records of earlier versions
-        allocation += " between uniform and global"
+    allocation = str(chosen.get("allocation", requested["allocation"]))
     if allocation == "measured":
         allocation += ": one ranking, a layer's scores scaled by the KL of cutting it alone"
     rows = [("ranked by", ranked), ("allocation", shown(allocation))]
-    trained = chosen.get("reconstructed_layers")  # not in records of earlier versions
-    if requested["refit"] == "reconstruct" and trained != 0:
-        count = "" if trained is None else f" in {int(trained)} layers"
-        rows.append(("kept neurons", f"trained{count}, one at a time, to give the dense stream"))
-    elif requested["refit"] not in ("none", False):  # True in records of earlier versions
+    if trained := int(chosen.get("reconstructed_layers", 0)):
+        how = f"trained in {trained} layers, one at a time, to give the dense stream"
+        rows.append(("kept neurons", how))
+    elif requested["refit"] != "none":
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
 

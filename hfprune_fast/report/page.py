@@ -17,7 +17,7 @@ from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.models.size_text import experts_text, suits_text, widths_text
 from hfprune_fast.report import html, pictures
-from hfprune_fast.report.facts import ALLOCATIONS, Facts, Measurement
+from hfprune_fast.report.facts import ALLOCATION_TEXTS, Facts, Measurement
 
 # What a report begins with: by it, an earlier one is known and may be replaced.
 START = '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="hfprune_fast'
@@ -166,7 +166,7 @@ def _allocations(report: Report) -> str:
     if not tried:
         return ""
     chosen = html.name(report.facts.allocation)
-    each = "; ".join(f"<i>{name}</i> {ALLOCATIONS[name]}" for name in tried)
+    each = "; ".join(f"<i>{name}</i> {ALLOCATION_TEXTS[name]}" for name in tried)
     text = (
         f"<p>How the budget is dealt to the layers: {each}. "
         "Each was tried and measured on a part of the calibration text that it was not fitted to; "
