@@ -154,7 +154,7 @@ def linear_fisher(
             logits_budget_bytes, backend: as in `linear_cross_entropy`.
 
     Returns:
-        loss, d_hidden: as in `linear_entropy`. Both backends draw with the same uniform numbers
+        loss, d_hidden: as in `linear_entropy`. All backends draw with the same uniform numbers
             (`_philox.py`); samples differ only where rounding decides between two entries. An
             entry of p = 0 is never drawn; a row that is -inf throughout adds 0.
 

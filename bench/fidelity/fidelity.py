@@ -71,30 +71,29 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     file, done = opened(args.out / f"{header['model']}.jsonl", header)
     measured = {(variant_of(row), row["prune_ratio"], row["seed"]) for row in done}
     remaining = [
-        (seed, variant, together)
+        (seed, variant, ratio)
         for seed in args.seeds
         for variant, ratios in _requested(args, source.spec)
-        if (left := [r for r in ratios if (variant, r, seed) not in measured])
-        for together in ([left] if args.together else [[ratio] for ratio in left])
+        for ratio in ratios
+        if (variant, ratio, seed) not in measured
     ]
     if remaining:
         append(file, header)
         text = held_out.pop("")
         subject, scored = Subject(source, text, held_out, args.generate), None
     begun = last = time.monotonic()
-    for i, (seed, variant, ratios) in enumerate(remaining, 1):
+    for i, (seed, variant, ratio) in enumerate(remaining, 1):
         if scored is None or scored.seed != seed:
             kept_at = scores_at(args, f"{header['model']}-{args.rows}-seed{seed}")
             scored = Seed(subject, drawn[seed], seed, kept_at, _criteria(args, source.spec))
-        for row in scored.rows(variant, ratios):
-            append(file, row)
-            now = time.monotonic()
-            left_s = (now - begun) * (len(remaining) - i) / i
-            say(
-                f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}, "
-                f"{row['prune_ratio']:.0%} in {now - last:.0f} s; about {left_s / 60:.0f} min to go"
-            )
-            last = now
+        append(file, scored.row(variant, ratio))
+        now = time.monotonic()
+        left_s = (now - begun) * (len(remaining) - i) / i
+        say(
+            f"{header['model']} {i}/{len(remaining)}: seed {seed}, {variant}, "
+            f"{ratio:.0%} in {now - last:.0f} s; about {left_s / 60:.0f} min to go"
+        )
+        last = now
     return file
 
 
@@ -231,11 +230,6 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--generate", type=float, nargs="+", default=[], metavar="RATIO",
         help="compare greedy continuations too, at these ratios",
-    )  # fmt: skip
-    parser.add_argument(
-        "--together", action="store_true",
-        help="refit all ratios of a variant in one run of the dense model: less time, but a row "
-        "is only there when all are",
     )  # fmt: skip
     args = parser.parse_args(argv)
     for option, given in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from hfprune_fast.config import MEASURED_ALLOCATIONS, Recipe
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ScoresFileError
-from hfprune_fast.evaluation import fidelity
+from hfprune_fast.evaluation.fidelity import HeldOut
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.refit import refit
@@ -35,21 +35,6 @@ from hfprune_fast.scoring.table import check_table
 BATCH = 16
 # Of models with experts the first two.
 CRITERIA = ("entropy", "fisher", "cross_entropy", "self_distillation", "activation")
-
-
-class HeldOut:
-    """Windows of a text, with a dense model's hidden states over them."""
-
-    def __init__(self, dense: PreTrainedModel, windows: TokenData) -> None:
-        self.ids, self.batches = windows.batches[0].ids, windows.split(BATCH)
-        fidelity.check_windows(self.batches)
-        with ResidentModel(dense) as model:
-            self._dense_hidden = list(model.final_hidden(self.batches))
-
-    def measure(self, pruned: PreTrainedModel) -> fidelity.Fidelity:
-        with ResidentModel(pruned) as model:
-            hidden, head = model.final_hidden(self.batches), model.head()
-            return fidelity.compare(self.batches, self._dense_hidden, hidden, head, head)
 
 
 @dataclass(frozen=True)
@@ -78,9 +63,11 @@ class Subject:
     ) -> None:
         self.source = source
         self.model = loading.load_model(source, dtype="float32", device="cpu")
-        self.held_out = HeldOut(self.model, held_out)
-        self._also = {name: HeldOut(self.model, data) for name, data in (also or {}).items()}
-        self._generate = generate
+        self.held_out = HeldOut(self.model, held_out.split(BATCH))
+        self._also = {
+            name: HeldOut(self.model, data.split(BATCH)) for name, data in (also or {}).items()
+        }
+        self._ids, self._generate = held_out.batches[0].ids, generate
 
     def pruned(self, pruning: Pruning) -> PreTrainedModel:
         smaller = copy.deepcopy(self.model)
@@ -102,7 +89,7 @@ class Subject:
 
     @cached_property
     def _continuations(self) -> Continuations:
-        return Continuations(self.model, self.held_out.ids)
+        return Continuations(self.model, self._ids)
 
 
 class Seed:
@@ -125,12 +112,12 @@ class Seed:
         self.calibration, self._kept_at, self._criteria = calibration, kept_at, criteria
         self.ids, self._batches = calibration.batches[0].ids, calibration.split(BATCH)
 
-    def rows(self, variant: Variant, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Measure a variant at all ratios, whose refits share the dense model's run."""
-        for ratio, pruning in zip(ratios, self.prune(variant, ratios), strict=True):
-            yield self.row(variant, ratio, pruning)
+    def row(self, variant: Variant, ratio: float) -> dict[str, Any]:
+        """Prune by a variant and measure what came of it."""
+        return self.measured(variant, ratio, self.prune(variant, ratio))
 
-    def row(self, variant: Variant, ratio: float, pruning: Pruning) -> dict[str, Any]:
+    def measured(self, variant: Variant, ratio: float, pruning: Pruning) -> dict[str, Any]:
+        """Return the row of a pruning."""
         spec = self.subject.source.spec
         widths = [len(pruning.keep.get(layer, ())) for layer in range(spec.num_layers)]
         experts, of_experts = None, {}
@@ -149,23 +136,19 @@ class Seed:
             **self.subject.measure(self.subject.pruned(pruning), ratio),
         }  # fmt: skip
 
-    def prune(self, variant: Variant, ratios: Sequence[float]) -> list[Pruning]:
-        """Choose neurons and refit, at all ratios together."""
-        self._share(variant, ratios)
+    def prune(self, variant: Variant, ratio: float) -> Pruning:
+        """Choose neurons and refit."""
+        self._share(variant, ratio)
         begun = time.process_time()
-        keeps = [self.keep(variant, ratio) for ratio in ratios]
-        found = [Pruning(keep) for keep in keeps]
+        keep = self.keep(variant, ratio)
+        found = Pruning(keep)
         if variant.refit:
             with ResidentModel(self.subject.model) as model:
-                fitted = refit(model, self._batches, keeps)[0]
-            found = [
-                Pruning(keep, result.weights, unfitted=result.unfitted)
-                for keep, result in zip(keeps, fitted, strict=True)
-            ]
+                (fitted,), _ = refit(model, self._batches, [keep])
+            found = Pruning(keep, fitted.weights, unfitted=fitted.unfitted)
         if variant.correction:
-            found = [Pruning(k, *self._baselines.correction(variant, k)) for k in keeps]
-        seconds = (time.process_time() - begun) / len(ratios)
-        return [replace(pruning, cpu_seconds=seconds) for pruning in found]
+            found = Pruning(keep, *self._baselines.correction(variant, keep))
+        return replace(found, cpu_seconds=time.process_time() - begun)
 
     def keep(self, variant: Variant, ratio: float) -> Keep:
         """Return the neurons that a variant keeps."""
@@ -182,12 +165,11 @@ class Seed:
         with ResidentModel(self.subject.model) as model:
             return allocation.choose(model, self._batches, importance, width, recipe)[0]
 
-    def _share(self, variant: Variant, ratios: Sequence[float]) -> None:
+    def _share(self, variant: Variant, ratio: float) -> None:
         """Make what rows of a seed share, so that it counts in the time of none."""
         if variant.allocation in MEASURED_ALLOCATIONS:
             variant = replace(variant, allocation="uniform")
-        for ratio in ratios:
-            self.keep(variant, ratio)
+        self.keep(variant, ratio)
         if variant.correction == "grail":
             _ = self._baselines.grams
 

@@ -110,8 +110,8 @@ def compared(
     few: Seed, most: Seed, ratio: float, most_widths: Sequence[int] | None
 ) -> dict[str, Any]:
     """Return a row: the default recipe on few windows, beside what it keeps on the most."""
-    (pruning,) = few.prune(DEFAULT, [ratio])
-    row = few.row(DEFAULT, ratio, pruning)
+    pruning = few.prune(DEFAULT, ratio)
+    row = few.measured(DEFAULT, ratio, pruning)
     costs = most.scores.importance("obs", "fisher")
     want = most_costly(costs, most_widths or row["widths"])
     kept = torch.zeros_like(want)

@@ -24,7 +24,7 @@ from fidelity_variants import (
     UNIFORM,
     Variant,
 )
-from report_text import hardware, number, table
+from report_text import hardware, number, table, under
 
 Link = Callable[[Path], str]
 CLAIMS, OTHERS, ELSEWHERE, SMALL, WINDOWS = (
@@ -68,11 +68,8 @@ def page(text: str, models: list[Measured], samples: list[Measured], link: Link)
         WINDOWS: samples_tables.section(samples) if samples else [],
     }
     for heading, lines in tables.items():
-        before, found, rest = text.partition(heading)
-        if not found:
-            continue
-        after = rest[rest.index("\n## ") :]
-        text = before + heading + "\n".join([*(lines or ["Nothing yet."]), ""]) + after
+        if heading in text:  # else `lost_headings` says so
+            text = under(text, heading, "\n".join([*(lines or ["Nothing yet."]), ""]))
     return text
 
 

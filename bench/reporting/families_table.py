@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+from report_text import under
+
 from hfprune_fast.models.families import FAMILIES
 from hfprune_fast.models.refused import REFUSED
 
@@ -156,8 +159,7 @@ def refused() -> str:
 def page(result: dict[str, Any], text: str) -> str:
     """Return the page with this result, and what is refused, under their headings."""
     for heading, made in (("Supported", supported(result)), ("Refused by name", refused())):
-        before, heading, rest = text.partition(f"## {heading}\n\n")
-        text = before + heading + made + rest[rest.index("\n## ") :]
+        text = under(text, f"## {heading}\n\n", made)
     return text
 
 

@@ -8,7 +8,7 @@ from statistics import mean
 
 from fidelity_tables import MIXTURE_HEADER, Measured, mixture_cells, named, span
 from fidelity_variants import MIXTURES
-from report_text import hardware, number, table
+from report_text import hardware, number, table, under
 
 _HEADING = "## What was measured\n\n"
 
@@ -19,9 +19,8 @@ def path(root: Path) -> Path:
 
 def page(text: str, models: list[Measured], link: Callable[[Path], str]) -> str:
     """Return docs/experts.md with the tables under their heading."""
-    before, heading, rest = text.partition(_HEADING)
     lines = [line for model in models for line in [*section(model, link), ""]]
-    return before + heading + "\n".join(lines or ["Nothing yet.", ""]) + rest[rest.index("\n## ") :]
+    return under(text, _HEADING, "\n".join(lines or ["Nothing yet.", ""]))
 
 
 def section(model: Measured, link: Callable[[Path], str]) -> list[str]:

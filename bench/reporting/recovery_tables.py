@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from records import ResultError
-from report_text import duration, number, size, table
+from report_text import duration, number, size, table, under
 
 WAYS = {
     "pruned": "pruned",
@@ -51,9 +51,8 @@ def way(row: RecoveryRow) -> str:
 
 def page(text: str, models: dict[str, list[RecoveryRow]], picture: str) -> str:
     """Return docs/recovery.md with the tables under their heading."""
-    before, heading, rest = text.partition(_HEADING)
     lines = [line for name, rows in models.items() for line in [*section(name, rows), ""]]
-    return before + heading + "\n".join(["", *lines, picture, ""]) + rest[rest.index("\n## ") :]
+    return under(text, _HEADING, "\n".join(["", *lines, picture, ""]))
 
 
 def section(name: str, rows: list[RecoveryRow]) -> list[str]:

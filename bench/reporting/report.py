@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -95,23 +95,17 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
     recovered = recovery_tables.all_of(root)
     drawn = pictures.planned(root, current, fidelity, recovered)
     texts[page.path(root)] = page.markdown(root, current, fidelity, samples, drawn)
-    experts = mixture_tables.path(root)
-    if experts.exists():  # most of it is written by hand
-        text = experts.read_text(encoding="utf-8")
-        texts[experts] = mixture_tables.page(text, mixtures, partial(page.link, root))
-    evidence = evidence_tables.path(root)
-    if evidence.exists():
-        text = evidence.read_text(encoding="utf-8")
-        texts[evidence] = evidence_tables.page(text, fidelity, samples, partial(page.link, root))
-    readme = root / "README.md"
-    if readme.exists():
-        texts[readme] = evidence_tables.readme(readme.read_text(encoding="utf-8"), fidelity)
-    recovery = recovery_tables.path(root)
-    if recovery.exists():
-        at = recovery_tables.picture_path(root)
-        image = f"![{drawn[at].alt}]({page.link(root, at)})" if at in drawn else ""
-        text = recovery.read_text(encoding="utf-8")
-        texts[recovery] = recovery_tables.page(text, recovered, image)
+    link, at = partial(page.link, root), recovery_tables.picture_path(root)
+    image = f"![{drawn[at].alt}]({link(at)})" if at in drawn else ""
+    by_hand: dict[Path, Callable[[str], str]] = {
+        mixture_tables.path(root): lambda text: mixture_tables.page(text, mixtures, link),
+        evidence_tables.path(root): lambda t: evidence_tables.page(t, fidelity, samples, link),
+        root / "README.md": lambda text: evidence_tables.readme(text, fidelity),
+        recovery_tables.path(root): lambda text: recovery_tables.page(text, recovered, image),
+    }
+    for path, with_tables in by_hand.items():  # most of each page
+        if path.exists():
+            texts[path] = with_tables(path.read_text(encoding="utf-8"))
     return texts, drawn
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from records import Result, Row
+from records import Result, ResultError, Row
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 OURS = ("ours, triton", "ours, cpp", "ours, torch")  # what runs by default before what does not
@@ -131,6 +131,14 @@ def table(rows: list[list[str]], left: int = 1) -> list[str]:
     ]
     rule = ["-" * (w + 1) + ("-" if s == "<" else ":") for s, w in zip(sides, widths, strict=True)]
     return [f"| {lines[0]} |", f"|{'|'.join(rule)}|", *(f"| {line} |" for line in lines[1:])]
+
+
+def under(text: str, heading: str, made: str) -> str:
+    """Return a page with what stands under a heading, up to the next of its level, replaced."""
+    before, found, rest = text.partition(heading)
+    if not found:
+        raise ResultError(f"no page has {heading.strip()!r}, under which results would be put")
+    return before + heading + made + rest[rest.find("\n## ") if "\n## " in rest else len(rest) :]
 
 
 def hardware(result: Result) -> str:

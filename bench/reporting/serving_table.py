@@ -4,8 +4,12 @@ python bench/reporting/serving_table.py
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path[:0] = map(str, Path(__file__).parents[1].glob("*/"))
+from report_text import under
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "bench" / "results" / "serving" / "serving.json"
@@ -62,9 +66,7 @@ def section(result: dict[str, Any]) -> str:
 
 def page(result: dict[str, Any], text: str) -> str:
     """Return the page with this result under its heading "Measured"."""
-    before, heading, rest = text.partition("## Measured\n\n")
-    following = rest[rest.index("\n## ") :] if "\n## " in rest else ""
-    return before + heading + section(result) + following
+    return under(text, "## Measured\n\n", section(result))
 
 
 def main() -> None:

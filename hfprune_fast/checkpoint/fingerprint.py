@@ -10,11 +10,9 @@ from itertools import accumulate
 from typing import Any
 
 from hfprune_fast.checkpoint.pretrained import own_fields
-from hfprune_fast.checkpoint.safetensors import ITEM_BYTES, SafetensorsFile
+from hfprune_fast.checkpoint.safetensors import ITEM_BYTES
 
 _FINGERPRINT_ROWS = 16
-# The first fingerprint is of the text of a configuration, but for these.
-_NOT_IN_FIRST = {"_name_or_path", "auto_map", "transformers_version", "use_cache"}
 # What changes nothing that a model computes, or is known from the shapes of its tensors.
 _MEANS_NOTHING = {"initializer_range", "use_cache", "pretraining_tp", "attention_dropout"}
 _MEANS_NOTHING |= {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -26,24 +24,6 @@ _MEANS_NOTHING |= {"tie_word_embeddings", "block_auto_adjust_ff_dim"}
 _MEANS_NOTHING |= {"use_sliding_window", "max_window_layers"}
 
 
-def samples_of(shards: Iterable[SafetensorsFile]) -> dict[str, bytes]:
-    """Return a digest of each tensor's dtype, shape and a sample of it.
-
-    The sample is 16 rows of each matrix, evenly spaced from the first to the last, and all of each
-    vector: enough to tell a fine-tuned sibling apart without reading the whole checkpoint.
-    """
-    return {
-        name: sample_of(dtype, shape, shard.data(name, prefetch=False))
-        for shard in shards
-        for name, (dtype, shape, _, _) in shard.tensors.items()
-    }
-
-
-def first_fingerprint(config: Mapping[str, Any], samples: Mapping[str, bytes]) -> str:
-    """Return the fingerprint of earlier releases: over the text of config.json."""
-    return _digest({k: v for k, v in config.items() if k not in _NOT_IN_FIRST}, samples)
-
-
 def fingerprint_of(family: str, config: Any, samples: Mapping[str, bytes]) -> str:
     """Return a sha256 over a family, what a transformers config means for it, and samples."""
     names = own_fields(type(config)) - _MEANS_NOTHING
@@ -51,7 +31,10 @@ def fingerprint_of(family: str, config: Any, samples: Mapping[str, bytes]) -> st
     if set(meaning.get("layer_types") or ()) == {"full_attention"}:
         del meaning["layer_types"]
     meaning = {name: value for name, value in meaning.items() if value not in (None, False)}
-    return _digest({"family": family, **meaning}, samples)
+    digest = hashlib.sha256(json.dumps({"family": family, **meaning}, sort_keys=True).encode())
+    for name, sample in sorted(samples.items()):
+        digest.update(f"{name}\n".encode() + sample)
+    return digest.hexdigest()
 
 
 def _normal(value: Any) -> Any:
@@ -62,15 +45,12 @@ def _normal(value: Any) -> Any:
     return float(value) if is_number and abs(value) < 2**53 else value
 
 
-def _digest(meaning: Mapping[str, Any], samples: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-    for name, sample in sorted(samples.items()):
-        digest.update(f"{name}\n".encode() + sample)
-    return digest.hexdigest()
-
-
 def sample_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> bytes:
-    """Return the digest of a tensor's dtype, shape and sampled rows."""
+    """Return the digest of a tensor's dtype, shape and a sample of it.
+
+    The sample is 16 rows of a matrix, evenly spaced from the first to the last, and all of a
+    vector: enough to tell a fine-tuned sibling apart without reading the whole checkpoint.
+    """
     digest = hashlib.sha256(f"{dtype} {shape}".encode())
     rows: Iterable[int] = [0]
     row_bytes = len(data)

@@ -16,10 +16,8 @@ import torch
 from hfprune_fast.checkpoint.config_json import read_config, text_config
 from hfprune_fast.checkpoint.fingerprint import (
     fingerprint_of,
-    first_fingerprint,
     sample_of,
     sample_of_rows,
-    samples_of,
 )
 from hfprune_fast.checkpoint.folder import (
     IGNORED_SUFFIX,
@@ -93,11 +91,6 @@ class ModelSource:
     @property
     def _tied(self) -> bool:
         return self.text.get("tie_word_embeddings") is True
-
-    @cached_property
-    def first_fingerprint(self) -> str:
-        """The fingerprint that earlier releases wrote into scores files."""
-        return first_fingerprint(self.config, samples_of(self.shards.values()))
 
     def _sample_of(self, ours: str) -> bytes:
         """Return the sample of a parameter, of experts the same however they are stored."""

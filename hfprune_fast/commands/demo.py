@@ -21,8 +21,7 @@ from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import TINY_MODEL, Budget, CalibrationOptions, OutputOptions
 from hfprune_fast.console import say, text_table
 from hfprune_fast.data.calibration import calibrate
-from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.evaluation.fidelity import compare
+from hfprune_fast.evaluation.fidelity import HeldOut
 from hfprune_fast.pruning.in_memory import prune
 from hfprune_fast.pruning.oneshot import check_output, oneshot
 from hfprune_fast.pruning.selection import WidthBudget
@@ -65,15 +64,11 @@ def run(
         oneshot(source, text, uniform, allocation="uniform", **budget)
         pruned["uniform"] = load_model(uniform, **on_cpu)
     dense = load_model(source, **on_cpu)
-    held_out = calibrate(source.folder / "heldout.txt", source, CalibrationOptions(None, SEQ_LEN))
-    batches = held_out.split(_BATCH_SIZE)
-    with ResidentModel(dense) as opened:  # once for all models that are compared with it
-        hidden, head = list(opened.final_hidden(batches)), opened.head()
+    windows = calibrate(source.folder / "heldout.txt", source, CalibrationOptions(None, SEQ_LEN))
+    held_out = HeldOut(dense, windows.split(_BATCH_SIZE))
 
     def measure(model: Any) -> dict[str, Any]:
-        with ResidentModel(model) as pruned:
-            final = pruned.final_hidden(batches)
-            return asdict(compare(batches, hidden, final, head, pruned.head()))
+        return asdict(held_out.measure(model))
 
     def measure_kept(importance: torch.Tensor) -> dict[str, Any]:
         model = copy.deepcopy(dense)

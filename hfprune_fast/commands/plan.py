@@ -27,10 +27,9 @@ from hfprune_fast.engine import machine, planner
 from hfprune_fast.engine.plan import Plan
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.declared import family_of
-from hfprune_fast.models.size_text import suits_text, widths_in
+from hfprune_fast.models.size_text import suits_text, widths_in, widths_text
 from hfprune_fast.models.spec import ModelSpec
 from hfprune_fast.options import keyword_options
-from hfprune_fast.pruning.model_card import neurons_text
 from hfprune_fast.pruning.recipe import pruning_flops
 from hfprune_fast.pruning.selection import budget_of
 from hfprune_fast.recovery import estimate
@@ -128,14 +127,14 @@ def text(result: dict[str, Any]) -> str:
         dense, pruned = result[f"dense_{key}"], result[key]
         return name, show(dense), show(pruned), f"{1 - pruned / dense:.2%}"
 
-    dense, _, pruned = neurons_text(result).rpartition(" of ")[::-1]
+    rows: list[tuple[str, ...]] = []
     own, had = (
-        mean(result.get(f"{prefix}mlp_widths", [result[f"{prefix}intermediate_size"]]))
+        [w for w in result.get(f"{prefix}mlp_widths", [result[f"{prefix}intermediate_size"]]) if w]
         for prefix in ("", "dense_")
     )
-    removed = f"{1 - own / had:.2%}" if had else ""
-    own_row: tuple[str, ...] = ("MLP neurons a layer", dense, pruned, removed)
-    rows = [own_row] if result["intermediate_size"] else []
+    if own:
+        removed = f"{1 - mean(own) / mean(had):.2%}"
+        rows.append(("MLP neurons a layer", widths_text(had), widths_text(own), removed))
     if "experts" in result:
         rows += [
             row("experts a layer", "experts", str),

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_fast.commands import evaluate
-from hfprune_fast.models.size_text import suits_text, widths_in
-from hfprune_fast.pruning.model_card import neurons_text
+from hfprune_fast.models.size_text import neurons_text, suits_text, widths_in
 from hfprune_fast.pruning.oneshot import oneshot
 
 

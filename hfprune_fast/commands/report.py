@@ -13,7 +13,7 @@ from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.checkpoint_fidelity import held_out_windows, measure
-from hfprune_fast.pruning.on_disk import read_record
+from hfprune_fast.pruning.record import read_record
 from hfprune_fast.pruning.reporting import check_report, write_report
 from hfprune_fast.report.facts import read_facts
 from hfprune_fast.scoring.table import ImportanceTable

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hfprune_fast.config.pruning import (
     ALLOCATIONS,
-    ALLOCATIONS_TRIED,
     BUDGETS,
     CRITERIA,
     DATA_FREE,
@@ -47,7 +46,6 @@ TINY_MODEL = Path(__file__).parents[1] / "tiny"  # the model that ships with the
 
 __all__ = [
     "ALLOCATIONS",
-    "ALLOCATIONS_TRIED",
     "ATTENTIONS",
     "BUDGETS",
     "CRITERIA",

@@ -13,7 +13,6 @@ DATA_FREE = ("magnitude", "random")
 STATISTICS = ("l1", "l2", "fisher_mask", "act")
 EXPERT_SCORES = ("taylor", "reap", "count")
 ALLOCATIONS = ("auto", "uniform", "measured", "global")
-ALLOCATIONS_TRIED = ("uniform", "measured")  # by "auto"
 MEASURED_ALLOCATIONS = ("auto", "measured")  # which run the model
 SELECTS = ("obs", "statistic")
 REFITS = ("linear", "reconstruct", "none")

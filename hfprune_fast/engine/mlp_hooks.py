@@ -16,7 +16,7 @@ forward and is hooked at the input of down_proj.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,11 +76,6 @@ class Target:
 def in_sequences(tensor: Tensor, sequences: int) -> Tensor:
     """Return (B, T, n) of a tensor in which tokens may have one axis: shared experts get that."""
     return tensor if tensor.dim() == 3 else tensor.reshape(sequences, -1, tensor.shape[-1])
-
-
-def acts_of(mlp: GatedMLP) -> AbstractContextManager[list[Tensor]]:
-    """Collect the inputs of down_proj."""
-    return inputs_of(mlp.down)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Fidelity:
     ppl_pruned: float
     top1_agreement: float
     tokens: int
-    top5_agreement: float | None = None  # None where an earlier version measured it
+    top5_agreement: float
 
 
 @own_modes()
@@ -64,6 +64,22 @@ def evaluate(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[
         items = token_data(as_batches(batches), p.vocab).batches
         check_windows(items)
         return compare(items, p.final_hidden(items), q.final_hidden(items), p.head(), q.head())
+
+
+class HeldOut:
+    """Held-out windows and a dense model's hidden states over them, for several comparisons."""
+
+    def __init__(self, dense: PreTrainedModel, batches: Sequence[MicroBatch]) -> None:
+        check_windows(batches)
+        self.batches = batches
+        with ResidentModel(dense) as model:
+            self._dense_hidden, self._dense_head = list(model.final_hidden(batches)), model.head()
+
+    def measure(self, pruned: PreTrainedModel) -> Fidelity:
+        """Compare a pruned model with the dense one."""
+        with ResidentModel(pruned) as model:
+            hidden, heads = model.final_hidden(self.batches), (self._dense_head, model.head())
+            return compare(self.batches, self._dense_hidden, hidden, *heads)
 
 
 def check_vocabularies(dense: int, pruned: int) -> None:
@@ -131,9 +147,10 @@ def kl_of_each(
     pruned_hidden: Sequence[Sequence[Tensor]],
     head: Head,
 ) -> list[float]:
-    """Return KL(dense || pruned) in nats of several models that share a head, as `compare` does.
+    """Return KL(dense || pruned) in nats of several models that share a head.
 
-    The dense model's logits are made once for all of them.
+    The dense model's logits are made once for all of them, and a row's KL is `softmax_kl_grad_`'s,
+    in one pass over both rows; `compare` takes it from two log-softmaxes, so rounding differs.
     """
     sums = torch.zeros(len(pruned_hidden), dtype=torch.float64)
     for _, _, _, (p, *others) in _chunks(batches, head, dense_hidden, *pruned_hidden):
@@ -150,11 +167,11 @@ def _chunks(
     batches: Iterable[MicroBatch], head: Head, *hidden: Iterable[Tensor]
 ) -> Iterator[tuple[MicroBatch, int, slice, list[Tensor]]]:
     """Yield a batch, a sequence's index in it, a chunk of its rows, and each model's (rows, D)."""
-    most = max(1, _CHUNK_ELEMENTS // len(head.weight))
+    max_rows = max(1, _CHUNK_ELEMENTS // len(head.weight))
     for batch, *each in zip(batches, *hidden, strict=True):
         for i, length in enumerate(batch.lengths):
-            for start in range(0, length, most):
-                rows = slice(start, min(start + most, length))
+            for start in range(0, length, max_rows):
+                rows = slice(start, min(start + max_rows, length))
                 yield batch, i, rows, [own[i, rows] for own in each]
 
 

@@ -275,9 +275,7 @@ def experts_path(family: Family, layer: int) -> str:
 
 
 def site_of_path(path: str) -> SiteKey:
-    """Return the layer, or (layer, expert), that `site_path` names; also of a layer's number alone.
-
-    Records of earlier releases name layers by their numbers.
+    """Return the layer, or (layer, expert), that `site_path` names.
 
     Raises:
         ValueError: there are no such numbers in it.

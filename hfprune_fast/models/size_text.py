@@ -30,10 +30,36 @@ def widths_in(achieved: Mapping[str, Any]) -> list[int]:
     return [width for width in (*own, *of_experts) if width]
 
 
-def experts_text(count: int, dense_count: int, width: int, dense_width: int) -> str:
-    """Say how many experts a layer keeps, and how many neurons each, of how many."""
-    neurons = f"{width} of {dense_width} neurons" if width < dense_width else f"all {width} neurons"
-    return f"{count} of {dense_count} experts, {neurons} of each"
+def kept_text(
+    widths: Sequence[int], dense_widths: Sequence[int], experts: Sequence[int] = ()
+) -> str:
+    """Say how many neurons layers keep of how many: 61 of 96, or 40 to 61 (mean 50.3) of 96.
+
+    Args:
+        widths, dense_widths: of the layers' own MLPs; 0 where there is none.
+        experts: of a model that has any, how many a layer keeps, of how many, and each one's width
+            and dense width.
+    """
+    own, dense = ([width for width in each if width] for each in (widths, dense_widths))
+    neurons = f"{widths_text(own)} of {widths_text(dense)}" if own else ""
+    if not experts:
+        return neurons
+    count, dense_count, width, dense_width = experts
+    of_each = f"{width} of {dense_width} neurons" if width < dense_width else f"all {width} neurons"
+    others = f" and {neurons} neurons of other MLPs" if own else ""
+    return f"{count} of {dense_count} experts, {of_each} of each{others}"
+
+
+def neurons_text(achieved: Mapping[str, Any]) -> str:
+    """Say as `kept_text` does what `ModelSpec.pruned_to` has achieved."""
+    names = ("experts", "dense_experts", "expert_width", "dense_expert_width")
+    text = kept_text(
+        achieved.get("mlp_widths", [achieved["intermediate_size"]]),
+        achieved.get("dense_mlp_widths", [achieved["dense_intermediate_size"]]),
+        [achieved[name] for name in names] if "experts" in achieved else (),
+    )
+    padded = achieved.get("layout") == "padded"
+    return text + (", padded with zeros to the widest" if padded else "")
 
 
 def suits_text(widths: Sequence[int]) -> str:

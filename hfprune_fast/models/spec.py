@@ -34,7 +34,6 @@ class ModelSpec:
     params_per_neuron: int  # biases included
     # If not all are intermediate_size, the widest; 0 where a layer has experts alone.
     mlp_widths: tuple[int, ...] | None = None
-    # 0 in a spec that was read from a scores file, which has no use for them.
     vocab_size: int = 0
     attention_width: int = 0  # heads · head_dim
     experts: tuple[int, ...] = ()  # how many each layer has; empty where none has any

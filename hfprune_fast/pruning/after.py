@@ -25,7 +25,7 @@ from hfprune_fast.errors import OutputError
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.pruning.checkpoint_fidelity import held_out_windows, measure
 from hfprune_fast.pruning.experts import ExpertBudget
-from hfprune_fast.pruning.on_disk import add_to_record
+from hfprune_fast.pruning.record import add_to_record
 from hfprune_fast.pruning.reporting import check_report, write_report
 from hfprune_fast.pruning.selection import WidthBudget
 from hfprune_fast.scoring.table import ImportanceTable

@@ -33,7 +33,7 @@ def choose(
     """Return the neurons to keep, and the choice as it is recorded.
 
     Allocation "measured" ranks across layers by importance times each layer's factor (see
-    `layer_factors`). "auto" takes the one of ALLOCATIONS_TRIED whose refitted model has the lowest
+    `layer_factors`). "auto" takes this or "uniform", whichever refitted model has the lower
     KL(dense || pruned) on sequences that it was not fitted to.
 
     Args:
@@ -51,9 +51,9 @@ def choose(
         raise ArgumentError(
             f"allocation {recipe.allocation} needs --calibration; choose uniform or global"
         )
-    tried = trial(batches)
+    tried = trial_batches(batches)
     held_out = max(1, len(tried) // 4)
-    fitted, few = tried[:-held_out], _few(tried[-held_out:])
+    fitted, few = tried[:-held_out], factor_batches(tried[-held_out:])
     uniform = budget.keep(importance, "uniform")
     tokens = sum(batch.tokens for batch in (*fitted, *few))
     with token_bar("measuring layers", tokens, progress) as on_progress:
@@ -71,7 +71,7 @@ def choose(
     return keeps[best], {"allocation": best, "allocations_kl_nats": by_name}
 
 
-def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+def trial_batches(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Return the first sequences of a calibration, in two micro-batches or more."""
     half = sum(len(batch.ids) for batch in batches) // 2
     needed = min(max(half, _MIN_TRIAL_SEQUENCES), _MAX_TRIAL_SEQUENCES)
@@ -89,7 +89,7 @@ def trial(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     return first
 
 
-def _few(held_out: Sequence[MicroBatch]) -> list[MicroBatch]:
+def factor_batches(held_out: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Return the sequences that each layer's factor is measured on: FACTOR_TOKENS, or one."""
     few: list[MicroBatch] = []
     for batch in held_out:

@@ -15,7 +15,7 @@ from hfprune_fast.errors import CheckpointError
 from hfprune_fast.evaluation.changes import ChangedToken, TokenChanges, changed_tokens
 from hfprune_fast.evaluation.checkpoints import compare_checkpoints
 from hfprune_fast.evaluation.fidelity import check_windows
-from hfprune_fast.pruning.on_disk import read_record
+from hfprune_fast.pruning.record import read_record
 from hfprune_fast.report.facts import Measurement
 
 

@@ -20,7 +20,8 @@ from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, CheckpointError, one_line_errors, printable
 from hfprune_fast.pruning.model_card import model_card
-from hfprune_fast.pruning.on_disk import RECORD, carried_record, prune_checkpoint
+from hfprune_fast.pruning.on_disk import prune_checkpoint
+from hfprune_fast.pruning.record import RECORD, carried_record
 from hfprune_fast.report.facts import read_facts
 
 _CONVERTER = "convert_hf_to_gguf.py"

@@ -27,7 +27,7 @@ from hfprune_fast.engine.layerwise import (
     for_each_layer,
     no_progress,
 )
-from hfprune_fast.engine.mlp_hooks import acts_of, outputs_of, pruned_down_proj
+from hfprune_fast.engine.mlp_hooks import inputs_of, outputs_of, pruned_down_proj
 from hfprune_fast.evaluation.fidelity import kl_of_each
 from hfprune_fast.pruning.normal_equations import NormalEquations
 from hfprune_fast.pruning.selection import Keep
@@ -71,7 +71,7 @@ def layer_factors(
         mlp, kept = model.parts.own_mlps[layer], keep[layer].to(model.device)
         equations = NormalEquations(mlp.down.weight.detach()[:, kept])
         for i, batch in each_batch(fitted, on_progress, model.head_unit):
-            with acts_of(mlp) as acts, outputs_of(mlp.down) as outputs:
+            with inputs_of(mlp.down) as acts, outputs_of(mlp.down) as outputs:
                 streams[i] = run(layer, streams[i], batch)
             output = outputs[0] if mlp.down.bias is None else outputs[0] - mlp.down.bias
             target = output.to(moments_dtype(model))

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune_fast._version import __version__
 from hfprune_fast.errors import MAX_CHARS, printable
-from hfprune_fast.models.size_text import experts_text, suits_text, widths_in, widths_text
-from hfprune_fast.report.facts import allocation_name
+from hfprune_fast.models.size_text import neurons_text, suits_text, widths_in
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -38,22 +37,6 @@ def loading_text(layout: str) -> str:
     if layout == "decilm":
         return "Load it with vLLM, `--trust-remote-code`; transformers has no class for it."
     return f"Load it with `AutoModelForCausalLM.from_pretrained`{_LOADING.get(layout, '')}."
-
-
-def neurons_text(achieved: dict[str, Any]) -> str:
-    """Say how many neurons layers kept of how many: 61 of 96, or 40 to 61 (mean 50.3) of 96."""
-    kept = achieved.get("mlp_widths", [achieved["intermediate_size"]])
-    kept = [width for width in kept if width]
-    dense = [
-        w for w in achieved.get("dense_mlp_widths", [achieved["dense_intermediate_size"]]) if w
-    ]
-    if "experts" in achieved:
-        names = ("experts", "dense_experts", "expert_width", "dense_expert_width")
-        text = experts_text(*(achieved[name] for name in names))
-        others = f"; {widths_text(kept)} of {widths_text(dense)} in other MLPs" if kept else ""
-        return text + others
-    padding = ", padded with zeros to the widest" if achieved.get("layout") == "padded" else ""
-    return f"{widths_text(kept)} of {widths_text(dense)}{padding}"
 
 
 def made_rows(
@@ -87,17 +70,14 @@ def _recipe_rows(
     else:
         ranked = f"criterion `{_word(requested['criterion'])}`"
         ranked += f", statistic `{_word(requested['statistic'])}`" if requested["statistic"] else ""
-    allocation = allocation_name(chosen.get("allocation", requested["allocation"]))
-    if allocation == "halfway":  # in records of earlier versions
-        allocation += " between uniform and global"
+    allocation = str(chosen.get("allocation", requested["allocation"]))
     if allocation == "measured":
         allocation += ": one ranking, a layer's scores scaled by the KL of cutting it alone"
     rows = [("ranked by", ranked), ("allocation", shown(allocation))]
-    trained = chosen.get("reconstructed_layers")  # not in records of earlier versions
-    if requested["refit"] == "reconstruct" and trained != 0:
-        count = "" if trained is None else f" in {int(trained)} layers"
-        rows.append(("kept neurons", f"trained{count}, one at a time, to give the dense stream"))
-    elif requested["refit"] not in ("none", False):  # True in records of earlier versions
+    if trained := int(chosen.get("reconstructed_layers", 0)):
+        how = f"trained in {trained} layers, one at a time, to give the dense stream"
+        rows.append(("kept neurons", how))
+    elif requested["refit"] != "none":
         rows.append(("down_proj", "refitted to the dense model by least squares"))
     return rows
 

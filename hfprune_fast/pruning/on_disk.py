@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from hfprune_fast._version import __version__
-from hfprune_fast.checkpoint.atomic import check_writable, whole_folder, write_whole
+from hfprune_fast.checkpoint.atomic import check_writable, whole_folder
 from hfprune_fast.checkpoint.carried import carry
-from hfprune_fast.checkpoint.folder import INDEX, read_json_object
+from hfprune_fast.checkpoint.folder import INDEX
 from hfprune_fast.checkpoint.layouts import (
     check_layout,
     check_native,
@@ -29,23 +29,17 @@ from hfprune_fast.checkpoint.layouts import (
 from hfprune_fast.checkpoint.ours import check_not_read, files_of, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.checkpoint.source_card import CARD
-from hfprune_fast.checkpoint.writer import Writing, json_text, write_json
+from hfprune_fast.checkpoint.writer import Writing, write_json
 from hfprune_fast.config import OutputOptions
 from hfprune_fast.console import parse_bytes, say, to_path
 from hfprune_fast.errors import CheckpointError, OutputError
 from hfprune_fast.models.kept import kept_experts
-from hfprune_fast.models.sites import SiteKey, check_keep, experts_path, site_path
+from hfprune_fast.models.sites import check_keep
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.model_card import model_card
+from hfprune_fast.pruning.record import RECORD, kept_record, read_record
 
-RECORD = "hfprune.json"
 _PREDICTS_FURTHER = re.compile(r"(^|\.)(mtp|nextn)[._]")  # layers for multi-token prediction
-_MAX_RECORD_BYTES = 256 << 20
-# Of a record, what is true of the same neurons in another form, or trained.
-_CARRIED = (
-    *("base_model", "achieved", "requested", "chosen", "provenance"),
-    *("keep", "experts", "recovery"),
-)
 _MADE_ANEW = {"config.json", RECORD, CARD, INDEX}
 
 
@@ -143,25 +137,6 @@ def prune_checkpoint(
     return achieved
 
 
-def kept_record(source: ModelSource, keep: Mapping[SiteKey, Tensor]) -> dict[str, Any]:
-    """Return what a record says of a keep: neurons by MLP, and experts where there are any.
-
-    MLPs and experts are named by their paths in the dense model.
-    """
-    family, counts = source.family, source.spec.experts
-    neurons: dict[str, list[int]] = {}
-    experts: dict[str, list[int]] = {}
-    for site in source.spec.sites:
-        if site not in keep:
-            continue
-        layer = site if isinstance(site, int) else site[0]
-        path = site_path(family, site, with_experts=bool(counts and counts[layer]))
-        neurons[path] = keep[site].tolist()
-        if not isinstance(site, int):
-            experts.setdefault(experts_path(family, layer), []).append(site[1])
-    return {"keep": neurons, **({"experts": experts} if experts else {})}
-
-
 def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: int = 0) -> None:
     """Refuse an output that would overwrite other files or has no room, before any work is done."""
     target = real(out)
@@ -180,44 +155,6 @@ def check_output_folder(out: Path, source: Path, *, force: bool, needed_bytes: i
                 f"only what its {RECORD} lists"
             )
     check_writable(out, needed_bytes)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return what hfprune.json of a pruned model says, or raise CheckpointError."""
-    if not (folder / RECORD).is_file():
-        raise CheckpointError(
-            f"{folder} has no {RECORD}; expected the folder of a model that hfprune has pruned"
-        )
-    return read_json_object(folder / RECORD, _MAX_RECORD_BYTES)
-
-
-def carried_record(source: ModelSource, *others: str) -> dict[str, Any]:
-    """Return what stays true of a pruned model's record; say if there is none.
-
-    Args:
-        others: of the record, what stays true here beside what always does.
-    """
-    if not (source.folder / RECORD).is_file():
-        say(f"{source.name} has no {RECORD}: what was pruned is not known, and not in the card")
-        return {}
-    found = read_record(source.folder)
-    return {name: found[name] for name in (*_CARRIED, *others) if name in found}
-
-
-def is_padded(folder: Path) -> bool:
-    """Tell whether hfprune wrote this model with zero neurons up to the widest layer."""
-    try:
-        return bool(read_record(folder)["achieved"]["layout"] == "padded")
-    except (CheckpointError, KeyError, TypeError):
-        return False
-
-
-def add_to_record(source: ModelSource, out: Path, more: Mapping[str, Any]) -> None:
-    """Add to the record of a pruned checkpoint of `source`, and to its card what that shows."""
-    record = {**read_record(out), **more}
-    card = model_card(record, source.card)
-    for name, text in ((CARD, card), (RECORD, json_text(record, indent=None))):
-        write_whole(out / name, text.encode())
 
 
 def foreign_files(out: Path) -> list[str]:

@@ -39,8 +39,9 @@ from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.after import AfterPruning, say_what_could_be_closer
 from hfprune_fast.pruning.experts import ExpertBudget
-from hfprune_fast.pruning.on_disk import check_output_folder, is_padded, prune_checkpoint
+from hfprune_fast.pruning.on_disk import check_output_folder, prune_checkpoint
 from hfprune_fast.pruning.recipe import checked_recipe, for_experts
+from hfprune_fast.pruning.record import is_padded
 from hfprune_fast.pruning.refit_stored import refit_stored
 from hfprune_fast.pruning.selection import Keep, WidthBudget, budget_of
 from hfprune_fast.scoring.costs import TOKENS_A_NEURON

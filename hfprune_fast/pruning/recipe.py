@@ -47,7 +47,7 @@ def checked_recipe(
     if data_free and scoring.resume:
         raise ArgumentError(f"criterion {resolved.criterion} scores nothing that could be resumed")
     if scores is None and not data_free:
-        check_criteria((resolved.criterion,), resolved.select == "obs", scoring, processes, "state")
+        check_criteria((resolved.criterion,), resolved.select == "obs", scoring, processes)
     return resolved
 
 

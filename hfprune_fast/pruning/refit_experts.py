@@ -25,7 +25,7 @@ from torch import Tensor
 from hfprune_fast.data.batches import MicroBatch
 from hfprune_fast.engine.expert_hooks import Visit, visited_experts
 from hfprune_fast.engine.layerwise import ResidentModel
-from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences, outputs_of, pruned_down_proj
+from hfprune_fast.engine.mlp_hooks import in_sequences, inputs_of, outputs_of, pruned_down_proj
 from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.pruning.normal_equations import NormalEquations
@@ -165,7 +165,7 @@ class PrunedExperts:
         path = self._experts.described.shared_gate
         if path:
             gates = stack.enter_context(outputs_of(self._experts.layer.get_submodule(path)))
-        acts = stack.enter_context(acts_of(self._mlp))
+        acts = stack.enter_context(inputs_of(self._mlp.down))
         return acts, stack.enter_context(outputs_of(self._mlp.down)), gates
 
     def _own_factor(self, gates: list[Tensor], batch: MicroBatch) -> Tensor:

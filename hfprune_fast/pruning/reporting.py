@@ -17,7 +17,7 @@ from hfprune_fast.errors import ScoresFileError, one_line_errors
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.pruning.model_card import loading_text, made_rows, training_text
-from hfprune_fast.pruning.on_disk import read_record
+from hfprune_fast.pruning.record import read_record
 from hfprune_fast.report.facts import DAMAGED, Facts, Measurement, read_facts, recorded_keep
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib

@@ -104,7 +104,6 @@ class WidthBudget:
     def of(cls, spec: ModelSpec, budget: Budget) -> WidthBudget:
         """Return a model's budget; ArgumentError where no table of scores could meet it."""
         protected_layers(budget.protect, spec.num_layers)
-        _check_min_keep(budget.min_keep)
         mean = mean_width(spec, budget)
         step = step_of(budget, spec.intermediate_size)
         if step > spec.intermediate_size and mean != spec.mean_width:
@@ -119,12 +118,23 @@ class WidthBudget:
         return 1 - self.mean * len(self.dense) / sum(self.dense)
 
     def keep(
-        self, importance: Tensor, allocation: str | float, factors: Tensor | None = None
+        self,
+        importance: Sequence[Tensor] | Tensor,
+        allocation: str | float = "uniform",
+        factors: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        """Return each layer's most important neurons of a (L, F) importance, see `keep_top`."""
+        """Return each layer's most important neurons, ties by index.
+
+        Args:
+            importance: of each layer, (F,) or longer.
+            factors: (L,); layers are compared by importance times these.
+        """
         rows = [row[:width] for row, width in zip(importance, self.dense, strict=True)]
-        own = self.mean, allocation, self.min_keep, self.protect, self.step
-        return keep_top(rows, *own, factors)
+        compared = rows
+        if factors is not None:
+            compared = [row * factor for row, factor in zip(rows, factors, strict=True)]
+        kept = zip(rows, self._widths(compared, allocation), strict=True)
+        return {layer: most_important(row, width) for layer, (row, width) in enumerate(kept)}
 
     def sizes(self, spec: ModelSpec) -> tuple[list[int], None]:
         """Return what `ModelSpec.params_at` takes, with widths as `even_widths` has them."""
@@ -132,62 +142,33 @@ class WidthBudget:
 
     def even_widths(self) -> list[int]:
         """Return widths of the same sum as those of any allocation but uniform, nearly even."""
-        nothing = [torch.zeros(width) for width in self.dense]
-        return _all_widths(nothing, self.mean, 0.0, self.min_keep, self.protect, self.step)
+        return self._widths([torch.zeros(width) for width in self.dense], 0.0)
 
-
-def keep_top(
-    importance: Sequence[Tensor] | Tensor,
-    width: float,
-    allocation: str | float = "uniform",
-    min_keep: float = Budget.min_keep,
-    protect: Collection[int] = (),
-    round_to: int = 1,
-    factors: Tensor | None = None,
-) -> dict[int, Tensor]:
-    """Return each layer's most important neurons of L importances (F,), ties by index.
-
-    Layers are compared by importance times factors (L,), if given.
-    """
-    compared = importance
-    if factors is not None:
-        compared = [row * factor for row, factor in zip(importance, factors, strict=True)]
-    widths = _all_widths(compared, width, allocation, min_keep, protect, round_to)
-    rows = zip(importance, widths, strict=True)
-    return {layer: most_important(row, kept) for layer, (row, kept) in enumerate(rows)}
-
-
-def _all_widths(
-    importance: Sequence[Tensor] | Tensor,
-    mean: float,
-    allocation: str | float,
-    min_keep: float,
-    protect: Collection[int],
-    step: int,
-) -> list[int]:
-    """Return a width for each layer; those that are protected, or narrower than a step, stay."""
-    widths = [len(row) for row in importance]
-    protected = protected_layers(protect, len(widths))
-    share, of_mean = _as_number(allocation), sum(widths) / len(widths)
-    _check_min_keep(min_keep)
-    if mean == of_mean:  # nothing to remove, even if widths are not multiples of step
-        return widths
-    pruned = [
-        layer for layer, width in enumerate(widths) if layer not in protected and width >= step
-    ]
-    of_pruned = [widths[layer] for layer in pruned]
-    targets = [mean * (width / of_mean) for width in of_pruned]
-    if allocation == "uniform":
-        blocks = [
-            _blocks(target, 1, width // step, step)
-            for target, width in zip(targets, of_pruned, strict=True)
+    def _widths(self, importance: Sequence[Tensor], allocation: str | float) -> list[int]:
+        """Return a width for each layer; those protected, or narrower than a step, stay."""
+        widths, step = list(self.dense), self.step
+        protected = protected_layers(self.protect, len(widths))
+        share, of_mean = _as_number(allocation), sum(widths) / len(widths)
+        if self.mean == of_mean:  # nothing to remove, even if widths are not multiples of step
+            return widths
+        pruned = [
+            layer for layer, width in enumerate(widths) if layer not in protected and width >= step
         ]
-    else:
-        total = _blocks(math.fsum(targets), len(pruned), sum(w // step for w in of_pruned), step)
-        blocks = _dealt([importance[layer] for layer in pruned], total, share, min_keep, step)
-    for layer, count in zip(pruned, blocks, strict=True):
-        widths[layer] = count * step
-    return widths
+        of_pruned = [widths[layer] for layer in pruned]
+        targets = [self.mean * (width / of_mean) for width in of_pruned]
+        if allocation == "uniform":
+            blocks = [
+                _blocks(target, 1, width // step, step)
+                for target, width in zip(targets, of_pruned, strict=True)
+            ]
+        else:
+            most = sum(width // step for width in of_pruned)
+            total = _blocks(math.fsum(targets), len(pruned), most, step)
+            compared = [importance[layer] for layer in pruned]
+            blocks = _dealt(compared, total, share, self.min_keep, step)
+        for layer, count in zip(pruned, blocks, strict=True):
+            widths[layer] = count * step
+        return widths
 
 
 def _dealt(
@@ -245,11 +226,6 @@ def _as_number(allocation: str | float) -> float:
             f"allocation must be uniform, global or a number in [0, 1], got {allocation!r}"
         )
     return float(number)
-
-
-def _check_min_keep(min_keep: float) -> None:
-    if not 0 <= min_keep <= 1:
-        raise ArgumentError(f"min_keep must be in [0, 1], got {min_keep}")
 
 
 def mean_width(spec: ModelSpec, budget: Budget) -> float:

@@ -18,12 +18,8 @@ from hfprune_fast.checkpoint.writer import write_json
 from hfprune_fast.config import OutputOptions
 from hfprune_fast.models.families import NON_UNIFORM
 from hfprune_fast.pruning.model_card import escaped, made_rows, training_text
-from hfprune_fast.pruning.on_disk import (
-    RECORD,
-    carried_record,
-    foreign_files,
-    prune_checkpoint,
-)
+from hfprune_fast.pruning.on_disk import foreign_files, prune_checkpoint
+from hfprune_fast.pruning.record import RECORD, carried_record
 from hfprune_fast.recovery.adapters import ADAPTER
 
 

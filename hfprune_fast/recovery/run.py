@@ -23,7 +23,8 @@ from hfprune_fast.engine.layerwise import own_modes
 from hfprune_fast.errors import ArgumentError, CheckpointError, shown
 from hfprune_fast.evaluation.fidelity import check_vocabularies
 from hfprune_fast.options import keyword_options
-from hfprune_fast.pruning.on_disk import check_output_folder, read_record
+from hfprune_fast.pruning.on_disk import check_output_folder
+from hfprune_fast.pruning.record import read_record
 from hfprune_fast.recovery.adapters import Trained, check_packages, reset_lora
 from hfprune_fast.recovery.data import RecoveryData, recovery_data
 from hfprune_fast.recovery.output import write_adapter, write_recovered

@@ -14,14 +14,10 @@ from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.models.sites import SiteKey, site_of_path
 
 DAMAGED = "hfprune.json is damaged, or not written by hfprune"
-# What records of earlier versions have: shares of the way from uniform to global.
-_SHARES = {"0.0": "uniform", "0.5": "halfway", "1.0": "global"}
-# Those that were tried, in words; the last two by earlier versions.
-ALLOCATIONS = {
+# Those that allocation "auto" tries, in words.
+ALLOCATION_TEXTS = {
     "uniform": "gives all the same",
     "measured": "ranks all neurons together, each layer’s scores scaled by the KL of cutting it",
-    "global": "ranks the neurons of all layers together",
-    "halfway": "is between uniform and global",
 }
 _MAX_LAYERS, _MAX_BINS, _MAX_KL_NATS = 10_000, 1000, 1e6
 
@@ -77,11 +73,6 @@ class Facts:
         return own if self.experts is None else [*own, self.experts.width]
 
 
-def allocation_name(recorded: object) -> str:
-    """Return the name of a recorded allocation."""
-    return _SHARES.get(str(recorded), str(recorded))
-
-
 def read_facts(record: Mapping[str, Any]) -> Facts:
     """Return what a record says, or raise CheckpointError if it is damaged."""
     if "recovery" in record and "achieved" not in record:
@@ -116,8 +107,8 @@ def _facts(record: Mapping[str, Any]) -> Facts:
     if _count(achieved["dense_params"]) == 0:
         raise ValueError("the dense model has no parameters")
     kl_nats = dict(chosen.get("allocations_kl_nats") or {})
-    tried = {allocation_name(name): _number(kl, _MAX_KL_NATS) for name, kl in kl_nats.items()}
-    if not tried.keys() <= ALLOCATIONS.keys():
+    tried = {name: _number(kl, _MAX_KL_NATS) for name, kl in kl_nats.items()}
+    if not tried.keys() <= ALLOCATION_TEXTS.keys():
         raise ValueError("unknown allocation")
     fidelity = record.get("fidelity")
     return Facts(
@@ -129,7 +120,7 @@ def _facts(record: Mapping[str, Any]) -> Facts:
         dense_params=_count(achieved["dense_params"]),
         prune_ratio=_number(achieved["prune_ratio"]),
         param_ratio=_number(achieved["param_ratio"]),
-        allocation=allocation_name(chosen.get("allocation", "")),
+        allocation=str(chosen.get("allocation", "")),
         allocations_kl_nats=tried,
         measurement=None if fidelity is None else _measurement(fidelity),
         experts=experts,
@@ -176,7 +167,6 @@ def _measurement(fidelity: Mapping[str, Any]) -> Measurement:
     ends = [-1, *(each.last for each in bins)]
     if any(e.first != end + 1 or e.last <= end for e, end in zip(bins, ends, strict=False)):
         raise ValueError("its positions do not follow one another")
-    top5 = fidelity.get("top5_agreement")
     return Measurement(
         str(fidelity["text"]),
         Fidelity(
@@ -185,7 +175,7 @@ def _measurement(fidelity: Mapping[str, Any]) -> Measurement:
             ppl_pruned=_number(fidelity["ppl_pruned"]),
             top1_agreement=_number(fidelity["top1_agreement"]),
             tokens=_count(fidelity["tokens"]),
-            top5_agreement=None if top5 is None else _number(top5),
+            top5_agreement=_number(fidelity["top5_agreement"]),
         ),
         bins,
     )

@@ -15,9 +15,9 @@ from hfprune_fast._version import __version__
 from hfprune_fast.console import human_bytes, human_seconds
 from hfprune_fast.errors import MAX_CHARS, printable
 from hfprune_fast.evaluation.changes import ChangedToken
-from hfprune_fast.models.size_text import experts_text, suits_text, widths_text
+from hfprune_fast.models.size_text import kept_text, suits_text
 from hfprune_fast.report import html, pictures
-from hfprune_fast.report.facts import ALLOCATIONS, Facts, Measurement
+from hfprune_fast.report.facts import ALLOCATION_TEXTS, Facts, Measurement
 
 # What a report begins with: by it, an earlier one is known and may be replaced.
 START = '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="hfprune_fast'
@@ -108,13 +108,9 @@ def _summary(facts: Facts, training: str) -> str:
 
 def _left(facts: Facts) -> str:
     """Say how many neurons layers have left of how many, and experts."""
-    experts, own = facts.experts, [w for w in facts.widths if w]
-    dense = [width for width in facts.dense_widths if width]
-    neurons = f"{widths_text(own)} of {widths_text(dense)}" if own else ""
-    if experts is None:
-        return neurons
-    of_each = experts.count, experts.dense_count, experts.width, experts.dense_width
-    return experts_text(*of_each) + (f" and {neurons} neurons of other MLPs" if own else "")
+    of = facts.experts
+    experts = (of.count, of.dense_count, of.width, of.dense_width) if of else ()
+    return kept_text(facts.widths, facts.dense_widths, experts)
 
 
 def _short(count: int) -> str:
@@ -166,7 +162,7 @@ def _allocations(report: Report) -> str:
     if not tried:
         return ""
     chosen = html.name(report.facts.allocation)
-    each = "; ".join(f"<i>{name}</i> {ALLOCATIONS[name]}" for name in tried)
+    each = "; ".join(f"<i>{name}</i> {ALLOCATION_TEXTS[name]}" for name in tried)
     text = (
         f"<p>How the budget is dealt to the layers: {each}. "
         "Each was tried and measured on a part of the calibration text that it was not fitted to; "

@@ -18,7 +18,7 @@ from hfprune_fast.engine.layerwise import (
     for_each_layer,
     no_progress,
 )
-from hfprune_fast.engine.mlp_hooks import acts_of, in_sequences
+from hfprune_fast.engine.mlp_hooks import in_sequences, inputs_of
 from hfprune_fast.engine.routing import Rows
 from hfprune_fast.models.sites import ModelParts, SiteKey, site_slices, table_shape
 from hfprune_fast.scoring.moments import (
@@ -126,7 +126,7 @@ class _Grams:
         acts: list[Tensor] = []
         with ExitStack() as hooks:
             if self._mlp is not None:
-                acts = hooks.enter_context(acts_of(self._mlp))
+                acts = hooks.enter_context(inputs_of(self._mlp.down))
             if self._experts is not None:
                 visited = visited_experts(self._experts, self._visit, on_device, sequences)
                 hooks.enter_context(visited)

@@ -207,7 +207,6 @@ def check_criteria(
     obs: bool,
     scoring: ScoringOptions,
     processes: Processes,
-    state_file: str | Path | None,
 ) -> None:
     """Refuse criteria and options that do not go together."""
     if not all(isinstance(name, str) for name in criteria):
@@ -225,8 +224,6 @@ def check_criteria(
         raise ArgumentError("--resume is for one process; several save no state")
     if scoring.parity and several:
         raise ArgumentError("--parity is for one process, in which the paper's code adds up")
-    if scoring.resume and state_file is None:
-        raise ArgumentError("resume needs the state_file of the interrupted run, got none")
 
 
 def _sum(total: ScoreAccumulator, processes: Processes) -> ScoreAccumulator:

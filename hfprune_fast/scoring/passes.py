@@ -35,7 +35,7 @@ from hfprune_fast.engine.layerwise import (
     no_progress,
     on_host,
 )
-from hfprune_fast.engine.mlp_hooks import TaylorOptions, acts_of, in_sequences
+from hfprune_fast.engine.mlp_hooks import TaylorOptions, in_sequences, inputs_of
 from hfprune_fast.engine.routing import Routing, Rows
 from hfprune_fast.engine.scored_graph import ScoredGraph
 from hfprune_fast.kernels import TaylorStatistics, taylor_statistics
@@ -160,7 +160,7 @@ class Pass:
         acts: list[Tensor] = []
         with ExitStack() as hooks:
             if mlp is not None:
-                acts = hooks.enter_context(acts_of(mlp))
+                acts = hooks.enter_context(inputs_of(mlp.down))
             routing = None if experts is None else Routing.of(experts)
             if experts is not None and routing is not None:
                 visit = partial(_add_expert_acts, sums, layer, experts, routing, backend)

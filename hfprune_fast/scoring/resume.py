@@ -65,7 +65,7 @@ class ResumeFile:
         header = {
             "format_version": _VERSION,
             "identity": self.identity,
-            "most": max_batch_size,  # the key of the first release's files
+            "max_batch_size": max_batch_size,
             **{name: getattr(total, name) for name in _NUMBERS},
         }
         fields = {name: getattr(total, name) for name in _TENSORS}
@@ -143,7 +143,7 @@ class ResumeFile:
         self._saved_samples = header["samples"]
         say(f"continuing after {self._saved_samples} sequences, from {self._file}")
         values["loss_nats"] = tuple(values["loss_nats"])
-        return ScoreAccumulator(**values), header["most"]
+        return ScoreAccumulator(**values), header["max_batch_size"]
 
 
 def state_of(out: Path) -> Path:
@@ -187,7 +187,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"format version {header['format_version']}, not {_VERSION}")
         if header["digest"] != digest_of(header, tensors):
             raise ValueError("its digest is that of other contents")
-        counts = {name: header[name] for name in ("most", "samples", "tokens")}
+        counts = {name: header[name] for name in ("max_batch_size", "samples", "tokens")}
         identity = header["identity"]
         counts["batch_size"] = identity["batch_size"]
         if identity.get("logits_budget_bytes") is not None:

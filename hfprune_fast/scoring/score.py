@@ -77,7 +77,9 @@ def score(
     one = isinstance(criterion, str) or not isinstance(criterion, Iterable)
     criteria: tuple[str, ...] = (criterion,) if one else tuple(criterion)  # type: ignore[assignment]
     state_file = None if state_file is None else to_path(state_file, "state_file")
-    check_criteria(criteria, obs, scoring, processes, state_file)
+    check_criteria(criteria, obs, scoring, processes)
+    if scoring.resume and state_file is None:
+        raise ArgumentError("resume needs the state_file of the interrupted run, got none")
     if isinstance(model_or_path, str | Path | ModelSource):
         job = open_job(
             model_or_path, batches_or_source, criteria, obs, calibration, run, scoring, processes

@@ -14,8 +14,6 @@ says; of experts, (E,) of all experts of all layers.
     CRITERION.expert_taylor  Σ|<gradient, w·y>| of an expert's output y, w its routing weight
     expert_reap            the mean of w·‖y‖ over the tokens that chose it
     expert_count, _mass    how many tokens chose it, and the sum of their w
-
-Version 2, which is still read, called fisher_mask mask, and had no vocab_size or attention_width.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +49,8 @@ _OF_A_CRITERION = ("l1", "l2", "fisher_mask")
 _OF_EXPERTS = ("expert_reap", "expert_count", "expert_mass")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _VERSION = 3
-# A table read from a file of version 2 does not know the others.
-_ABSENT_BEFORE_3 = ("vocab_size", "attention_width")
-_OF_EXPERTS_ALONE = {f.name for f in fields(ModelSpec) if "expert" in f.name}
-_COMPARED = [f.name for f in fields(ModelSpec) if f.name not in _ABSENT_BEFORE_3]
+_SPEC = [f.name for f in fields(ModelSpec)]
+_MAY_BE_0 = {f.name for f in fields(ModelSpec) if f.default == 0}
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no single bool
@@ -163,15 +159,14 @@ class ImportanceTable:
                     )
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             header = json.loads(metadata[SCORES])
-            if header["format_version"] not in (2, _VERSION):
+            if header["format_version"] != _VERSION:
                 raise ScoresFileError(
                     f"{path} has scores of format version {header['format_version']}; "
-                    f"this release reads versions 2 and {_VERSION}"
+                    f"this release reads version {_VERSION}: score again"
                 )
-            statistics = {n.replace(".mask", ".fisher_mask"): t for n, t in tensors.items()}
             provenance = dict(header["provenance"])
-            _check_provenance(provenance, statistics)
-            table = cls(statistics, _spec(header["model"]), provenance)
+            _check_provenance(provenance, tensors)
+            table = cls(tensors, _spec(header["model"]), provenance)
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
         except ScoresFileError:
@@ -187,16 +182,11 @@ class ImportanceTable:
 
 
 def _spec(header: dict[str, Any]) -> ModelSpec:
-    """Return the model's spec; what a field's default stands for, older versions leave out."""
-    names = [f.name for f in fields(ModelSpec) if f.name in header or f.default is MISSING]
-    values = {name: header[name] for name in names}
+    """Return the model's spec, or raise over a field that it cannot have."""
+    values = {name: header[name] for name in _SPEC}
     layers, widest = values["num_layers"], values["intermediate_size"]
-    has_experts = bool(values.get("experts"))
-    may_be_0 = {
-        *_ABSENT_BEFORE_3,
-        *_OF_EXPERTS_ALONE,
-        *(["intermediate_size"] if has_experts else []),
-    }
+    has_experts = bool(values["experts"])
+    may_be_0 = _MAY_BE_0 | ({"intermediate_size"} if has_experts else set())
     for name, value in values.items():
         if name == "model_type":
             ok = isinstance(value, str)
@@ -240,7 +230,7 @@ def check_table(table: ImportanceTable, source: ModelSource) -> None:
     """Refuse a table that was scored on another model."""
     differing = [
         f"{key} {theirs!s:.60}, not {ours}"
-        for key in _COMPARED
+        for key in _SPEC
         if (theirs := getattr(table.model, key)) != (ours := getattr(source.spec, key))
     ]
     if differing:
@@ -249,7 +239,7 @@ def check_table(table: ImportanceTable, source: ModelSource) -> None:
         )
     scored = table.provenance.get("model_fingerprint")
     if scored is not None:
-        same = scored == source.fingerprint or scored == source.first_fingerprint
+        same = scored == source.fingerprint
     else:
         # Scored in memory, perhaps in another dtype, which moves a norm by its rounding at most.
         site = list(source.spec.sites)[-1]

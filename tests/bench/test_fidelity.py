@@ -72,7 +72,7 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
 def test_what_is_measured_is_what_the_default_recipe_writes(
     subject: Subject, seed: Seed, tmp_path: Path
 ) -> None:
-    (row,) = seed.rows(DEFAULT, [0.4])
+    row = seed.row(DEFAULT, 0.4)
     options: dict[str, Any] = {
         "round_to": 1,
         "samples": SAMPLES,
@@ -105,7 +105,7 @@ def test_each_variant_ranks_by_its_own_scores(seed: Seed) -> None:
 def test_auto_keeps_what_is_closest(seed: Seed, best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocation, "held_out_kl", lambda *_: [float(i != best) for i in range(2)])
     as_itself = Variant("fisher", "obs", ("uniform", "measured")[best], refit=True)
-    (one,), (other,) = seed.rows(as_itself, [0.3]), seed.rows(DEFAULT, [0.3])
+    one, other = seed.row(as_itself, 0.3), seed.row(DEFAULT, 0.3)
     assert {**untimed(one), "allocation": "auto"} == untimed(other)
     assert sum(one["widths"]) == 4 * round(0.7 * 384)
 
@@ -193,7 +193,7 @@ def test_what_has_the_same_name_and_size_only_is_refused(
     for file, text in zip(files.values(), (held_out, calibration, held_out[9000:]), strict=True):
         file.write_text(text, encoding="utf-8")
     monkeypatch.setattr(fidelity, "Subject", lambda *_: None)
-    monkeypatch.setattr(Seed, "rows", lambda *_: [dict.fromkeys(NEEDED, 0) | vars(PAPER)])
+    monkeypatch.setattr(Seed, "row", lambda *_: dict.fromkeys(NEEDED, 0) | vars(PAPER))
 
     def again(*seeds: int) -> tuple[int, str]:
         also = f"c={files['c.txt']}"

@@ -91,7 +91,7 @@ def test_random_experts_are_drawn_by_the_seed_and_layer(seed: Seed) -> None:
 def test_what_is_measured_is_what_is_written(
     source: ModelSource, seed: Seed, tmp_path: Path
 ) -> None:
-    (row,) = seed.rows(dropped("fisher taylor", True), [0.25])
+    row = seed.row(dropped("fisher taylor", True), 0.25)
     assert (row["experts"], row["widths"]) == ((6, 128), [128] * 4)
     assert row["experts_not_refitted"] == 24, "more tokens than a refit needs"
     written = hf.oneshot(

@@ -1,7 +1,7 @@
 """fidelity.py over interrupted sessions and further texts: what is kept, refused and timed."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,26 +61,25 @@ def test_each_row_is_there_as_soon_as_it_is_measured(
 ) -> None:
     asked = []
 
-    def fake(self: Seed, variant: Variant, ratios: list[float]) -> Iterator[dict[str, Any]]:
-        asked.append((variant, tuple(ratios)))
-        for ratio in ratios:
-            if (variant, ratio) == (UNIFORM, 0.5):
-                raise KeyboardInterrupt
-            yield dict.fromkeys(NEEDED, 0) | vars(variant) | {"prune_ratio": ratio}
+    def fake(self: Seed, variant: Variant, ratio: float) -> dict[str, Any]:
+        asked.append((variant, ratio))
+        if (variant, ratio) == (UNIFORM, 0.5):
+            raise KeyboardInterrupt
+        return dict.fromkeys(NEEDED, 0) | vars(variant) | {"prune_ratio": ratio}
 
-    monkeypatch.setattr(Seed, "rows", fake)
+    monkeypatch.setattr(Seed, "row", fake)
     ratios = "--ratios", 0.2, 0.5
     with pytest.raises(KeyboardInterrupt):
         run(*ratios)
     assert rows(tmp_path)[-1]["prune_ratio"] == 0.2
-    assert asked[-2:] == [(UNIFORM, (0.2,)), (UNIFORM, (0.5,))]
+    assert asked[-2:] == [(UNIFORM, 0.2), (UNIFORM, 0.5)]
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
-        run(*ratios, "--together")
-    assert asked == [(UNIFORM, (0.5,))], "what was there is measured again"
+        run(*ratios)
+    assert asked == [(UNIFORM, 0.5)], "what was there is measured again"
     asked.clear()
-    assert run("--ratios", 0.3, 0.4, "--together", "--only", str(DEFAULT))[0] == 0
-    assert asked == [(DEFAULT, (0.3, 0.4))]
+    assert run("--ratios", 0.3, 0.4, "--only", str(DEFAULT))[0] == 0
+    assert asked == [(DEFAULT, 0.3), (DEFAULT, 0.4)]
 
 
 def test_scores_are_kept_for_the_same_windows_and_model(
@@ -151,9 +150,8 @@ def test_the_time_of_a_row_has_no_scoring_and_no_measuring(
     monkeypatch.setattr(fidelity_subject, "refit", taking(8, fidelity_subject.refit))
     monkeypatch.setattr(Subject, "measure", taking(100, Subject.measure))
     seed = Seed(subject, windows(CALIBRATION, 4), 0)
-    assert [row["cpu_seconds"] for row in seed.rows(UNIFORM, [0.2, 0.5])] == [4, 4]
-    (row,) = seed.rows(PAPER, [0.2])
-    assert row["cpu_seconds"] == 0
+    assert seed.row(UNIFORM, 0.2)["cpu_seconds"] == 8
+    assert seed.row(PAPER, 0.2)["cpu_seconds"] == 0
 
 
 def test_further_texts_are_measured_too(run: Run, tmp_path: Path) -> None:
@@ -166,7 +164,7 @@ def test_further_texts_are_measured_too(run: Run, tmp_path: Path) -> None:
     assert row["also"]["half"].keys() < row.keys()
     subject = Subject(open_source("demo"), windows(HELD_OUT, 2))
     seed = Seed(subject, windows(CALIBRATION, 4), 0)
-    smaller = subject.pruned(seed.prune(PAPER, [0.5])[0])
+    smaller = subject.pruned(seed.prune(PAPER, 0.5))
     want = hf.evaluate(subject.model, smaller, windows(other, 2).batches[0].ids)
     found = row["also"]["half"]
     assert found["kl_nats"] == pytest.approx(want.kl_nats, rel=1e-4)

@@ -19,7 +19,7 @@ from torch import Tensor
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.data.batches import MicroBatch, token_data
-from hfprune_fast.pruning.selection import keep_top
+from hfprune_fast.pruning.selection import WidthBudget
 
 CALIBRATION, HELD_OUT = TINY_MODEL / "calibration.txt", TINY_MODEL / "heldout.txt"
 
@@ -36,7 +36,7 @@ def test_first_windows_are_in_an_order_drawn_by_the_seed() -> None:
 def test_the_most_costly_are_what_is_kept() -> None:
     costs = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     found = samples.most_costly(costs, [8, 8, 8])
-    for layer, kept in keep_top(costs, 8).items():
+    for layer, kept in WidthBudget(8, (20,) * 3).keep(costs).items():
         assert found[layer].nonzero()[:, 0].tolist() == kept.tolist()
     assert samples.most_costly(costs, [1, 2, 3]).sum(dim=1).tolist() == [1, 2, 3]
 

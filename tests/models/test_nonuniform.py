@@ -27,7 +27,7 @@ from hfprune_fast.commands import evaluate
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.models import nonuniform
 from hfprune_fast.models.registration import main_class
-from hfprune_fast.pruning import selection
+from hfprune_fast.pruning.selection import WidthBudget
 from hfprune_fast.scoring.table import check_table
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -253,7 +253,7 @@ def test_scores_are_those_of_the_padded_model(llama_dir: Path, tmp_path: Path) -
 def test_scored_and_pruned_from_the_command_line(
     llama_dir: Path, tmp_path: Path, hfprune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "keep_top", lambda *_, **__: keep_of())
+    monkeypatch.setattr(WidthBudget, "keep", lambda *_, **__: keep_of())
     text = ["--calibration", "demo", "--samples", 2, "--seq-len", 32, "--device", "cpu"]
     run = hfprune("prune", llama_dir, "--out", tmp_path / "out", "--prune-ratio", 0.3, *text)
     assert run.code == 0, run.err

@@ -24,8 +24,8 @@ from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.engine import streaming
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError
-from hfprune_fast.pruning import allocation, selection
-from hfprune_fast.pruning.allocation import held_out_kl, trial
+from hfprune_fast.pruning import allocation
+from hfprune_fast.pruning.allocation import held_out_kl, trial_batches
 from hfprune_fast.pruning.layer_factors import layer_factors
 from hfprune_fast.pruning.refit import refit
 from hfprune_fast.pruning.refit_stored import refit_stored
@@ -56,8 +56,8 @@ def test_auto_takes_the_closest(
     model: Any = object()  # which only those two look at
     budget, batches = WidthBudget(20, (40,) * 3), batches_of(8, 2)
     expected = {
-        "uniform": selection.keep_top(importance, 20),
-        "measured": selection.keep_top(importance * factors[:, None], 20, "global"),
+        "uniform": budget.keep(importance),
+        "measured": budget.keep(importance * factors[:, None], "global"),
     }
     for recipe, allocated in (Recipe(), chosen), (Recipe(allocation="measured"), "measured"):
         keep, record = allocation.choose(model, batches, importance, budget, recipe)
@@ -75,7 +75,7 @@ def test_held_out_kl_is_that_of_the_pruned_model() -> None:
     model = tiny_model("llama")
     batches = batches_of(8, 2)
     importance = torch.rand(3, 96, dtype=torch.float64)
-    keeps = [selection.keep_top(importance, 48, share) for share in (0.0, 1.0)]
+    keeps = [WidthBudget(48, (96,) * 3).keep(importance, share) for share in (0.0, 1.0)]
     with ResidentModel(model) as entered:
         got = held_out_kl(entered, batches, keeps, 1)
         fitted, _ = refit(entered, batches[:3], keeps)
@@ -88,12 +88,12 @@ def test_held_out_kl_is_that_of_the_pruned_model() -> None:
 
 
 def test_a_trial_has_something_to_hold_out() -> None:
-    assert [len(b.ids) for b in trial(batches_of(8, 8))] == [6, 2]
-    assert [len(b.ids) for b in trial(batches_of(2, 2))] == [1, 1]
+    assert [len(b.ids) for b in trial_batches(batches_of(8, 8))] == [6, 2]
+    assert [len(b.ids) for b in trial_batches(batches_of(2, 2))] == [1, 1]
     for samples, tried in ((20, 16), (31, 16), (60, 32), (100, 56), (128, 64), (500, 64)):
-        assert sum(len(b.ids) for b in trial(batches_of(samples, 8))) == tried
+        assert sum(len(b.ids) for b in trial_batches(batches_of(samples, 8))) == tried
     with pytest.raises(ArgumentError, match="2 calibration samples or more, got 1"):
-        trial(batches_of(1, 1))
+        trial_batches(batches_of(1, 1))
 
 
 def test_what_a_trial_needs_is_said_before_the_scoring(

@@ -1,5 +1,6 @@
 """Which experts stay and which neurons of each, and the whole job on a mixture."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,14 @@ def test_a_dense_model_has_no_experts_to_drop(hfprune: Hfprune) -> None:
     done = hfprune("prune", "demo", "--calibration", "demo", "--expert-ratio", 0.5, "--out", "x")
     assert done.code == 2
     assert "expert_ratio is for models with experts" in done.err
+
+
+def test_a_plan_has_a_row_for_what_is_left_of_each_kind(hfprune: Hfprune, tmp_path: Path) -> None:
+    tiny_mixture("qwen2_moe").save_pretrained(tmp_path)
+    run = hfprune("plan", tmp_path, "--expert-ratio", 0.25, "--prune-ratio", 0.5)
+    own = r"20 to 40 \(mean 26\.7\) +10 to 20 \(mean 13\.3\) +50\.00%"
+    for row in (f"MLP neurons a layer +{own}", "experts a layer +4 +3 +25", "expert +24 +16 +33"):
+        assert re.search(row, run.out), run.out
 
 
 def test_prune_drops_and_narrows_and_refits(

@@ -112,5 +112,7 @@ def test_on_so_many_tokens_of_batches_of_any_size(
     monkeypatch.setattr(allocation, "FACTOR_TOKENS", tokens)
     ids = torch.zeros(8, 20, dtype=torch.int64)
     for at_once in (1, 2, 8):
-        few = allocation._few([MicroBatch(each, (20,) * len(each)) for each in ids.split(at_once)])
+        few = allocation.factor_batches(
+            [MicroBatch(each, (20,) * len(each)) for each in ids.split(at_once)]
+        )
         assert sum(len(batch.ids) for batch in few) == max(1, tokens // 20)

@@ -114,8 +114,8 @@ def test_its_tables_say_what_is_recorded() -> None:
     assert "| ranked by | criterion `entropy`, statistic `l2` |" in card
     assert "| allocation | uniform |" in card
     assert "refitted" not in card
-    default = {**record, "requested": asdict(Recipe()), "chosen": {"allocation": 0.5}}
-    assert "| allocation | halfway between uniform and global |" in model_card(default, {})
+    default = {**record, "requested": asdict(Recipe()), "chosen": {"allocation": "measured"}}
+    assert r"| allocation | measured\: one ranking, " in model_card(default, {})
     assert "| down_proj | refitted to the dense model by least squares |" in model_card(default, {})
     assert "| calibration size | 3 samples, 96 tokens |" in card
     assert model_card({**record, "provenance": {"calibration": "edited by hand"}}, {})

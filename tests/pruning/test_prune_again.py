@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from uneven import WIDTHS
+from widths import kept_of
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.config import Budget
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.spec import ModelSpec
-from hfprune_fast.pruning.selection import WidthBudget, keep_top
+from hfprune_fast.pruning.selection import WidthBudget
 
 # Of layers that differ in width, as those of a pruned model do.
 DIFFERENT = (12, 5, 9, 2, 16)
@@ -34,7 +35,7 @@ def test_different_widths_are_cut_by_every_allocation(
     values: list[int], mean: int, step: int, allocation: str | float
 ) -> None:
     rows = rows_of(values)
-    keep = keep_top(rows, mean, allocation, min_keep=0.25, round_to=step)
+    keep = kept_of(rows, mean, allocation, min_keep=0.25, step=step)
     widths = [len(kept) for kept in keep.values()]
     narrow = [width < step for width in DIFFERENT]  # which stay as they are
     cut = [width for width, stays in zip(DIFFERENT, narrow, strict=True) if not stays]
@@ -52,10 +53,10 @@ def test_different_widths_are_cut_by_every_allocation(
 def test_uniform_keeps_the_same_fraction_of_different_widths() -> None:
     rows = rows_of(list(range(sum(DIFFERENT))))
     half = sum(DIFFERENT) / len(DIFFERENT) / 2
-    halved = keep_top(rows, half, min_keep=1)  # of which uniform takes no notice
+    halved = kept_of(rows, half, min_keep=1)  # of which uniform takes no notice
     assert [len(k) for k in halved.values()] == [6, 3, 5, 1, 8]
-    assert [len(k) for k in keep_top(rows, half, protect=[4]).values()] == [6, 3, 5, 1, 16]
-    even = keep_top(rows, half, 0.0)
+    assert [len(k) for k in kept_of(rows, half, protect=[4]).values()] == [6, 3, 5, 1, 16]
+    even = kept_of(rows, half, 0.0)
     assert sum(map(len, even.values())) == 22
     assert all(
         abs(len(k) - width / 2) < 1 for k, width in zip(even.values(), DIFFERENT, strict=True)
@@ -64,7 +65,7 @@ def test_uniform_keeps_the_same_fraction_of_different_widths() -> None:
 
 def test_global_is_one_ranking_of_different_widths() -> None:
     rows = [torch.rand(width, dtype=torch.float64) * (1 + i) for i, width in enumerate(DIFFERENT)]
-    keep = keep_top(rows, 6, "global", min_keep=0)
+    keep = kept_of(rows, 6, "global", min_keep=0)
     threshold = torch.cat(rows).sort(descending=True).values[6 * len(DIFFERENT) - 1]
     assert sum(map(len, keep.values())) == 6 * len(DIFFERENT)
     for row, kept in zip(rows, keep.values(), strict=True):

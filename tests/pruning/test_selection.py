@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from widths import kept_of
 
 import hfprune_fast as hf
 from hfprune_fast.config import Budget
 from hfprune_fast.errors import ArgumentError
 from hfprune_fast.models.size_text import suits_text
 from hfprune_fast.models.spec import ModelSpec
-from hfprune_fast.pruning.selection import WidthBudget, keep_top
+from hfprune_fast.pruning.selection import WidthBudget
 
 # meta-llama/Llama-2-7b: 20 % and 30 % of all parameters are the paper's widths.
 LLAMA_2_7B = ModelSpec("llama", 32, 4096, 11008, 6_738_415_616, 6_607_077_376, 3 * 4096)
@@ -71,7 +72,7 @@ def test_the_most_important_are_kept_sorted_by_index() -> None:
 
 
 def test_ties_are_broken_by_index() -> None:
-    keep = keep_top(torch.zeros(2, 1000, dtype=torch.float64), 700)
+    keep = kept_of(torch.zeros(2, 1000, dtype=torch.float64), 700)
     assert keep[0].tolist() == keep[1].tolist() == list(range(700))
 
 
@@ -191,7 +192,7 @@ def test_every_allocation_keeps_as_many(
 ) -> None:
     importance = torch.tensor(rows, dtype=torch.float64)
     width = max(step, width // step * step)
-    keep = keep_top(importance, width, allocation, min_keep=0.2, round_to=step)
+    keep = kept_of(importance, width, allocation, min_keep=0.2, step=step)
     widths = [len(kept) for kept in keep.values()]
     assert sum(widths) == width * len(rows)
     assert all(w % step == 0 for w in widths)
@@ -205,11 +206,11 @@ def test_every_allocation_keeps_as_many(
 def test_global_is_one_ranking() -> None:
     importance = torch.rand(4, 50, dtype=torch.float64)
     importance[1] *= 3
-    keep = keep_top(importance, 20, "global", min_keep=0)
+    keep = kept_of(importance, 20, "global", min_keep=0)
     threshold = importance.flatten().sort(descending=True).values[4 * 20 - 1]
     for layer, kept in keep.items():
         assert kept.tolist() == (importance[layer] >= threshold).nonzero().squeeze(1).tolist()
-    halfway = keep_top(importance, 20, 0.5, min_keep=0)
+    halfway = kept_of(importance, 20, 0.5, min_keep=0)
     for layer, kept in halfway.items():
         assert abs(len(kept) - (20 + len(keep[layer])) / 2) < 1
 
@@ -220,7 +221,7 @@ def test_whole_blocks_are_dealt_by_their_mean(dear: float, widths: list[int]) ->
     importance = torch.tensor(
         [[3, 9, 9, 0.5, 9, 9, 3], [0, 9, 0, dear, 0, 9, 0]], dtype=torch.float64
     )
-    keep = keep_top(importance, 4, "global", min_keep=0, round_to=2)
+    keep = kept_of(importance, 4, "global", min_keep=0, step=2)
     assert [len(k) for k in keep.values()] == widths
     assert keep[0].tolist() == ([0, 1, 2, 4, 5, 6] if dear == 5 else [1, 2, 4, 5])
     assert keep[1].tolist() == ([1, 5] if dear == 5 else [0, 1, 3, 5])
@@ -231,21 +232,21 @@ def test_parts_of_a_block_go_where_the_next_one_is_worth_most() -> None:
     for layer, strong in enumerate((0, 3, 9)):  # with their floors a global ranking's widths
         importance[layer, :strong] = 5
     importance[1, 3:] = 1e-3
-    keep = keep_top(importance, 4, "global", min_keep=0.1)
+    keep = kept_of(importance, 4, "global", min_keep=0.1)
     assert [len(k) for k in keep.values()] == [1, 3, 8]
     # 4 + 0.3 · (-3, -1, 4) = 3.1, 3.7, 5.2, and the third's sixth neuron is worth more than the
     # second's fourth.
-    assert [len(k) for k in keep_top(importance, 4, 0.3, min_keep=0.1).values()] == [3, 3, 6]
+    assert [len(k) for k in kept_of(importance, 4, 0.3, min_keep=0.1).values()] == [3, 3, 6]
 
 
 def test_a_floor_gives_way_to_the_width_and_leaves_no_layer_empty() -> None:
     importance = torch.stack([torch.full((20,), 1e-6), torch.rand(20) + 1, torch.rand(20) + 1])
     importance = importance.double()
     for min_keep, least in ((0, 1), (0.01, 1), (0.26, 6), (1, 7)):
-        keep = keep_top(importance, 7, "global", min_keep=min_keep)
+        keep = kept_of(importance, 7, "global", min_keep=min_keep)
         assert len(keep[0]) == least
         assert sum(map(len, keep.values())) == 21
-    in_blocks = keep_top(importance, 8, "global", min_keep=0.15, round_to=4)
+    in_blocks = kept_of(importance, 8, "global", min_keep=0.15, step=4)
     assert len(in_blocks[0]) == 4
 
 
@@ -253,7 +254,7 @@ def test_what_is_dense_stays_so() -> None:
     importance = torch.rand(3, 13, dtype=torch.float64)
     for allocation in ("uniform", "global", 0.5):
         for step in (1, 5):  # 13 is no multiple of 5, and nothing is to go
-            keep = keep_top(importance, 13, allocation, round_to=step)
+            keep = kept_of(importance, 13, allocation, step=step)
             assert [k.tolist() for k in keep.values()] == [list(range(13))] * 3
 
 
@@ -265,10 +266,10 @@ def test_protected_layers_are_apart(
     importance = torch.tensor([*rows, rows[0]], dtype=torch.float64)
     protected = min(protected, len(rows))
     width = max(step, width // step * step)
-    keep = keep_top(importance, width, "global", protect=[protected], round_to=step)
+    keep = kept_of(importance, width, "global", protect=[protected], step=step)
     assert keep.pop(protected).tolist() == list(range(13))
     others = torch.cat([importance[:protected], importance[protected + 1 :]])
-    alone = keep_top(others, width, "global", round_to=step)
+    alone = kept_of(others, width, "global", step=step)
     for kept, expected in zip(keep.values(), alone.values(), strict=True):
         assert torch.equal(kept, expected)
 
@@ -276,12 +277,12 @@ def test_protected_layers_are_apart(
 def test_a_layer_keeps_its_part_and_a_protected_one_all() -> None:
     importance = torch.arange(30, dtype=torch.float64).view(10, 3).t().contiguous()
     importance[0] = 1e-9
-    widths = [len(k) for k in keep_top(importance, 6, "global", min_keep=0.25).values()]
+    widths = [len(k) for k in kept_of(importance, 6, "global", min_keep=0.25).values()]
     assert widths[0] == 3
     assert sum(widths) == 18
-    protected = keep_top(importance, 6, "global", min_keep=0.25, protect=[0])
+    protected = kept_of(importance, 6, "global", min_keep=0.25, protect=[0])
     assert [len(k) for k in protected.values()] == [10, 6, 6]
-    assert [len(k) for k in keep_top(importance, 6, protect=[2]).values()] == [6, 6, 10]
+    assert [len(k) for k in kept_of(importance, 6, protect=[2]).values()] == [6, 6, 10]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ HOSTILE = (
 )  # fmt: skip
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 BINS = (PositionBin(0, 31, 0.03, 320), PositionBin(32, 63, 0.01, 320))
-MEASURED = Measurement("heldout.txt", Fidelity(0.02, 31.5, 32.25, 0.875, 640), BINS)
+MEASURED = Measurement("heldout.txt", Fidelity(0.02, 31.5, 32.25, 0.875, 640, 0.96), BINS)
 NO_CHANGE = ChangedToken("text up to", 3, " here", " a", 0.5, " b", 0.25, 1.5)
 
 
@@ -71,8 +71,8 @@ def report_of(layers: int = 3, dense: int = 96, layout: str = "custom", **change
     facts = Facts(
         base_model="org/model", layout=layout, widths=widths,
         dense_widths=(dense,) * layers, params=902_272, dense_params=1_049_728, prune_ratio=0.25,
-        param_ratio=0.14, allocation="halfway",
-        allocations_kl_nats={"uniform": 0.05, "halfway": 0.03, "global": 0.04},
+        param_ratio=0.14, allocation="uniform",
+        allocations_kl_nats={"uniform": 0.03, "measured": 0.05},
         measurement=MEASURED,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -105,14 +105,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 def test_each_allocation_is_explained() -> None:
-    facts, tried = report_of().facts, {"uniform": 0.05, "measured": 0.03}
     found = checked(page(report_of())).text
     assert "cut at the same height" in found
-    assert "halfway is between uniform and global" in found
-    measured = replace(facts, allocation="measured", allocations_kl_nats=tried)
+    assert "uniform gives all the same" in found
+    measured = replace(report_of().facts, allocation="measured")
     found = checked(page(report_of(facts=measured))).text
     assert "cut at the same height" not in found
-    assert "halfway" not in found
     assert "measured ranks all neurons together" in found
 
 
@@ -183,24 +181,21 @@ def test_scores_of_zero_are_drawn_or_left_out(important: list[int]) -> None:
 
 
 RECORD: dict[str, Any] = {
-    "base_model": "org/model", "hfprune_fast": "0.1.0", "keep": {"0": [0, 1], "1": [1]},
+    "base_model": "org/model", "hfprune_fast": "0.1.0",
+    "keep": {"model.layers.0.mlp": [0, 1], "model.layers.1.mlp": [1]},
     "achieved": {
         "dense_intermediate_size": 4, "intermediate_size": 2, "params": 9, "dense_params": 12,
         "prune_ratio": 0.5, "param_ratio": 0.25, "layout": "custom", "mlp_widths": [2, 1],
     },
-    "chosen": {"allocation": 0.5, "allocations_kl_nats": {"0.0": 0.2, "0.5": 0.1, "1.0": 0.3}},
+    "chosen": {"allocation": "measured", "allocations_kl_nats": {"uniform": 0.2, "measured": 0.1}},
     "fidelity": MEASURED.record(),
 }  # fmt: skip
 
 
-PATHS = {"model.layers.0.mlp": [0, 1], "model.layers.1.mlp": [1]}
-
-
-@pytest.mark.parametrize("keep", [RECORD["keep"], PATHS])  # by number in earlier releases
-def test_a_record_is_read_as_it_is_written(keep: dict[str, Any]) -> None:
-    facts = read_facts({**RECORD, "keep": keep})
-    assert (facts.widths, facts.dense_widths, facts.allocation) == ((2, 1), (4, 4), "halfway")
-    assert facts.allocations_kl_nats == {"uniform": 0.2, "halfway": 0.1, "global": 0.3}
+def test_a_record_is_read_as_it_is_written() -> None:
+    facts = read_facts(RECORD)
+    assert (facts.widths, facts.dense_widths, facts.allocation) == ((2, 1), (4, 4), "measured")
+    assert facts.allocations_kl_nats == {"uniform": 0.2, "measured": 0.1}
     assert facts.measurement == MEASURED
 
 
@@ -266,7 +261,7 @@ def test_a_damaged_record_of_experts_is_one_line(where: Sequence[str], value: An
         (["achieved", "params"], 1 << 99), (["chosen", "allocations_kl_nats"], {"<b>": 0.1}),
         (["achieved", "prune_ratio"], float("nan")), (["achieved", "prune_ratio"], "x"),
         (["achieved", "dense_mlp_widths"], [4]), (["achieved", "dense_intermediate_size"], 10**30),
-        (["chosen", "allocations_kl_nats"], {"0.0": "<b>"}), (["chosen"], [1]),
+        (["chosen", "allocations_kl_nats"], {"uniform": "<b>"}), (["chosen"], [1]),
         (["fidelity"], {}), (["fidelity", "kl_nats"], float("inf")),
         (["fidelity", "kl_nats_by_position"], [[0, 1]]),
         (["fidelity", "kl_nats_by_position"], [[0, 3, 0.1, 9], [2, 5, 0.1, 9]]),
