@@ -1,11 +1,11 @@
-"""Writes a calibration text of three kinds in equal parts: prose, code and chat.
+"""Writes a calibration text of three kinds in nearly equal parts: prose, code and chat.
 
     python tools/mixed_text.py MODEL --text valid.txt --texts texts --out texts/mixed.jsonl
 
-`texts` is a folder that `tools/texts.py` has written, and MODEL's tokenizer is used. So that a model
-calibrated on the mixture can be measured on `texts` with `fidelity.py --also`, every document is
-left out that shares a run of 24 tokens with the windows which that draws (`--eval-samples`,
-`--seq-len`); of a document of fewer tokens, all of it.
+`texts` is a folder that `tools/texts.py` has written. So that a model calibrated on the mixture can
+be measured on it with `fidelity.py --also`, every document is left out that shares a run of 8
+words with the windows which that draws (`--eval-samples`, `--seq-len`, by MODEL's tokenizer), or,
+if it is shorter, is there as a whole.
 """
 
 import argparse
@@ -15,72 +15,51 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hfprune_fast.checkpoint.source import ModelSource, open_source
+from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.data.calibration import calibrate
+from hfprune_fast.data.sources import documents_of
 
-RUN_TOKENS = 24
-MAX_CHARS_OF_A_KIND, MAX_CHARS_OF_A_DOCUMENT, MIN_CHARS_OF_AN_ARTICLE = 400_000, 20_000, 500
+RUN_WORDS = 8
+MAX_CHARS_OF_A_KIND, MAX_CHARS_OF_A_DOCUMENT, MIN_CHARS_OF_AN_ARTICLE = 120_000, 20_000, 500
 # The chats are a line or two each: so many are a document.
 CHATS_TOGETHER = 60
 
 
-def documents(file: Path) -> Iterator[str]:
-    """Yield the documents of a file of `tools/texts.py`, a chat as `role: content` lines."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
-        if "messages" in found:
-            yield "\n".join(f"{each['role']}: {each['content']}" for each in found["messages"])
-        else:
-            yield found["text"]
-
-
-def not_in(held_out: list[list[int]], texts: Iterable[str], source: ModelSource) -> Iterator[str]:
-    """Yield the texts that share no run of tokens with the windows, or no words if they are short.
-
-    Args:
-        held_out: token ids of the windows.
-        texts: what to choose from.
-        source: whose tokenizer the windows are of.
-    """
-    whole = " ".join(source.tokenizer.decode(window) for window in held_out)
-    seen = {run for window in held_out for run in _runs(window)}
+def not_in(held_out: Iterable[str], texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts that share no run of words with what is held out, however it is spaced."""
+    words = [text.split() for text in held_out]
+    seen = {run for each in words for run in _runs(each)}
+    whole = f" {' '.join(word for each in words for word in each)} "
     for text in texts:
-        ids = source.tokenizer(text)["input_ids"]
-        if len(ids) < RUN_TOKENS:
-            shared = text.strip() in whole
-        else:
-            shared = any(run in seen for run in _runs(ids))
+        own = text.split()
+        shared = f" {' '.join(own)} " in whole if len(own) < RUN_WORDS else seen & set(_runs(own))
         if not shared:
             yield text
 
 
-def _runs(ids: list[int]) -> Iterator[tuple[int, ...]]:
-    return (tuple(ids[i : i + RUN_TOKENS]) for i in range(len(ids) - RUN_TOKENS + 1))
+def _runs(words: list[str]) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[i : i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1))
 
 
 def mixed(code: list[str], chats: list[str], articles: list[str]) -> list[str]:
-    """Return documents of each kind, as many characters of one as of another, in random order.
-
-    The first of each list are taken, up to the length of the shortest.
-    """
-    kinds = (code, chats, articles)
-    chars = min(MAX_CHARS_OF_A_KIND, *(sum(map(len, kind)) for kind in kinds))
-    code, chats, articles = (list(_first(kind, chars)) for kind in kinds)
+    """Return the first documents of each kind, about as many characters of one as of another."""
+    code, chats, articles = (list(_first(kind)) for kind in (code, chats, articles))
     chats = [
         "\n\n".join(chats[i : i + CHATS_TOGETHER]) for i in range(0, len(chats), CHATS_TOGETHER)
     ]
-    found = [text[:MAX_CHARS_OF_A_DOCUMENT] for text in (*code, *chats, *articles)]
+    found = [*code, *chats, *articles]
     random.shuffle(found)
     return found
 
 
-def _first(texts: Iterable[str], chars: int) -> Iterator[str]:
+def _first(texts: Iterable[str]) -> Iterator[str]:
+    chars = 0
     for text in texts:
-        if chars <= 0:
+        if chars >= MAX_CHARS_OF_A_KIND:
             return
-        yield text
-        chars -= len(text)
+        yield text[:MAX_CHARS_OF_A_DOCUMENT]
+        chars += len(text[:MAX_CHARS_OF_A_DOCUMENT])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("code.jsonl", "chat.jsonl"):
         file = args.texts / name
         windows = calibrate(file, source, CalibrationOptions(args.eval_samples, args.seq_len))
-        held_out = [ids for batch in windows.batches for ids in batch.ids.tolist()]
-        kinds.append(list(not_in(held_out, documents(file), source)))
+        held_out = [source.tokenizer.decode(ids) for batch in windows.batches for ids in batch.ids]
+        kinds.append(list(not_in(held_out, (each.text for each in documents_of(file)))))
         random.shuffle(kinds[-1])
     articles = args.text.read_text(encoding="utf-8").split("\n = ")
     articles = [text for text in articles if len(text) > MIN_CHARS_OF_AN_ARTICLE]
