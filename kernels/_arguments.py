@@ -73,3 +73,22 @@ def check_overwritten_logits(logits: Tensor, row_scale: Tensor) -> None:
             f"got {tuple(row_scale.shape)}"
         )
     check_devices(logits, row_scale=row_scale)
+    check_own_memory(logits, row_scale=row_scale)
+
+
+def check_own_memory(logits: Tensor, **others: Tensor) -> None:
+    """Raise ValueError if a tensor is read where the logits are overwritten."""
+    first, end = _span(logits)
+    for name, tensor in others.items():
+        other_first, other_end = _span(tensor)
+        if first < other_end and other_first < end:
+            raise ValueError(f"{name} must be in memory of its own: the logits are overwritten")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of the first byte of a tensor, and where its last element ends."""
+    if tensor.numel() == 0:
+        return 0, 0
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

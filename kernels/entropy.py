@@ -153,8 +153,8 @@ def softmax_entropy_grad_(
 
     Args:
         logits: as in `softmax_entropy`; overwritten.
-        row_scale: (T,) factor of each row's gradient, for example 1 / sequence length. Where it is
-            0 the gradient is exactly 0, whatever the logits.
+        row_scale: (T,) factor of each row's gradient, in memory of its own, for example 1 /
+            sequence length. Where it is 0 the gradient is exactly 0, whatever the logits.
         softcap, logit_scale, backend: as in `softmax_entropy`.
 
     Returns:

@@ -14,6 +14,7 @@ from hfprune_fast.kernels._arguments import (
     check_float64,
     check_logits,
     check_overwritten_logits,
+    check_own_memory,
     check_transform,
 )
 from hfprune_fast.kernels._dispatch import resolve_backend
@@ -62,7 +63,8 @@ def softmax_kl_grad_(
         logits: (T, V) bf16, fp16, fp32 or fp64; rows of any stride, unit stride along V;
             overwritten.
         teacher_logits: (T, V), in memory of its own; its dtype may be another one, but for fp64.
-        row_scale: (T,) factor of each row's gradient; where it is 0 the gradient is exactly 0.
+        row_scale: (T,) factor of each row's gradient, in memory of its own; where it is 0 the
+            gradient is exactly 0.
         softcap, logit_scale, teacher_softcap, teacher_logit_scale: as in `linear_entropy`, of each.
         backend: as in `softmax_entropy`.
 
@@ -92,14 +94,4 @@ def _check_teacher(logits: Tensor, teacher_logits: Tensor) -> None:
             f"got {tuple(teacher_logits.shape)}"
         )
     check_float64(logits, teacher_logits, "logits")
-    (first, end), (teacher_first, teacher_end) = map(_span, (logits, teacher_logits))
-    if first < teacher_end and teacher_first < end:
-        raise ValueError("teacher_logits must be in memory of its own: the logits are overwritten")
-
-
-def _span(rows: Tensor) -> tuple[int, int]:
-    """Return the address of the first byte of (T, V) rows, and where the last row ends."""
-    if rows.numel() == 0:
-        return 0, 0
-    elements = (rows.shape[0] - 1) * rows.stride(0) + rows.shape[1]
-    return rows.data_ptr(), rows.data_ptr() + elements * rows.element_size()
+    check_own_memory(logits, teacher_logits=teacher_logits)

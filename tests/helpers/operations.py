@@ -156,11 +156,13 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Any], list[tuple[dict[str, An
         *_BAD_LOGITS,
         ({"row_scale": torch.zeros(2)}, r"row_scale must be \(3,\)"),
         ({"logits": torch.zeros(2).expand(3, 2)}, "rows of logits must not overlap"),
+        ({"logits": _FOUR[:3], "row_scale": _FOUR.flatten()[5:8]}, "row_scale must be in memory"),
     ]),
     (softmax_kl_grad_, _LOGITS | _TEACHER, [
         *_BAD_LOGITS,
         ({"row_scale": torch.zeros(2)}, r"row_scale must be \(3,\)"),
         ({"logits": torch.zeros(2).expand(3, 2)}, "rows of logits must not overlap"),
+        ({"logits": _FOUR[:3], "row_scale": _FOUR.flatten()[5:8]}, "row_scale must be in memory"),
         ({"teacher_logits": torch.zeros(3)}, r"teacher_logits must be a \(T, V\)"),
         ({"teacher_logits": torch.zeros(3, 4)}, r"teacher_logits must be \(3, 2\) .*got \(3, 4\)"),
         ({"teacher_logits": torch.zeros(3, 4)[:, ::2]}, "teacher_logits must have unit stride"),
