@@ -50,6 +50,8 @@ _OF_EXPERTS = ("expert_reap", "expert_count", "expert_mass")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _VERSION = 3
 _SPEC = [f.name for f in fields(ModelSpec)]
+# Of a damaged header no more is made.
+_MAX_LAYERS, _MAX_EXPERTS = 1 << 16, 1 << 20
 _MAY_BE_0 = {f.name for f in fields(ModelSpec) if f.default == 0}
 
 
@@ -161,7 +163,7 @@ class ImportanceTable:
             header = json.loads(metadata[SCORES])
             if header["format_version"] != _VERSION:
                 raise ScoresFileError(
-                    f"{path} has scores of format version {header['format_version']}; "
+                    f"{path} has scores of format version {header['format_version']!r:.60}; "
                     f"this release reads version {_VERSION}: score again"
                 )
             provenance = dict(header["provenance"])
@@ -195,9 +197,11 @@ def _spec(header: dict[str, Any]) -> ModelSpec:
         elif name == "experts":
             ok = value == [] or _are_sizes(value, layers, 0, 1 << 16)
             ok = ok and len({count for count in value if count}) <= 1
+            ok = ok and sum(value) <= _MAX_EXPERTS
             values[name] = tuple(value) if ok else ()
         else:
             ok = type(value) is int and value >= (name not in may_be_0)
+            ok = ok and (name != "num_layers" or value <= _MAX_LAYERS)
         if not ok:
             raise ValueError(f"{name} is {value!r:.60}")
     return ModelSpec(**values)

@@ -63,6 +63,11 @@ def test_not_a_scores_file(tmp_path: Path) -> None:
         save_file({"l1": torch.zeros(2, 5)}, path, {"hfprune_scores": header})
         with pytest.raises(ScoresFileError, match=f"format version {version}; .* score again"):
             hf.ImportanceTable.load(path)
+    header = json.dumps({"format_version": "x" * 999})
+    save_file({"l1": torch.zeros(2, 5)}, path, {"hfprune_scores": header})
+    with pytest.raises(ScoresFileError) as raised:
+        hf.ImportanceTable.load(path)
+    assert len(str(raised.value)) < 500
     nested = "[" * 10**5
     for header in ("{", "7", nested, '{"format_version": 3}', '{"format_version": 3, "model": []}'):
         save_file({"l1": torch.zeros(2, 5)}, path, {"hfprune_scores": header})
@@ -115,6 +120,24 @@ def test_hostile_scores_are_one_line(tmp_path: Path, case: str) -> None:
         hf.ImportanceTable.load(path)
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("num_layers", {"num_layers": 10**6}),
+        ("experts", {"num_layers": 20, "experts": [1 << 16] * 20, "num_experts": 1 << 16}),
+    ],
+)
+def test_no_table_is_made_of_impossible_sizes(
+    tmp_path: Path, name: str, fields: dict[str, Any]
+) -> None:
+    """A billion layers would take all memory."""
+    path = tmp_path / "s"
+    a_table().save(path)
+    rewritten(path, lambda header, _: header["model"].update(fields))
+    with pytest.raises(ScoresFileError, match=f"{name} is "):
+        hf.ImportanceTable.load(path)
 
 
 @pytest.fixture
