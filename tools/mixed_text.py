@@ -19,7 +19,9 @@ from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import CalibrationOptions
 from hfprune_fast.data.calibration import calibrate
 from hfprune_fast.data.sources import documents_of
+from hfprune_fast.errors import HFPruneError
 
+NAMES = "code.jsonl", "chat.jsonl"
 RUN_WORDS = 8
 MAX_CHARS_OF_A_KIND, MAX_CHARS_OF_A_DOCUMENT, MIN_CHARS_OF_AN_ARTICLE = 120_000, 20_000, 500
 # The chats are a line or two each: so many are a document.
@@ -71,20 +73,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eval-samples", type=int, default=40, help="windows held out of a text")
     parser.add_argument("--seq-len", type=int, default=512, help="their tokens")
     args = parser.parse_args(argv)
+    inputs = [args.text, *(args.texts / name for name in NAMES)]
+    if args.out.resolve() in {file.resolve() for file in inputs}:
+        parser.error(f"--out {args.out} is read; give it another name")
+    try:
+        documents = of_three_kinds(args)
+        lines = [json.dumps({"text": text}) + "\n" for text in documents]
+        args.out.write_text("".join(lines), encoding="utf-8")
+    except (HFPruneError, OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"{args.out}: {len(lines)} documents", file=sys.stderr)
+
+
+def of_three_kinds(args: argparse.Namespace) -> list[str]:
+    """Return the documents; raise if a file is missing, or nothing of it is left."""
+    articles = args.text.read_text(encoding="utf-8").split("\n = ")
+    articles = [text for text in articles if len(text) > MIN_CHARS_OF_AN_ARTICLE]
     source = open_source(args.model)
     random.seed(0)
     kinds = []
-    for name in ("code.jsonl", "chat.jsonl"):
+    for name in NAMES:
         file = args.texts / name
         windows = calibrate(file, source, CalibrationOptions(args.eval_samples, args.seq_len))
         held_out = [source.tokenizer.decode(ids) for batch in windows.batches for ids in batch.ids]
         kinds.append(list(not_in(held_out, (each.text for each in documents_of(file)))))
         random.shuffle(kinds[-1])
-    articles = args.text.read_text(encoding="utf-8").split("\n = ")
-    articles = [text for text in articles if len(text) > MIN_CHARS_OF_AN_ARTICLE]
-    lines = [json.dumps({"text": text}) + "\n" for text in mixed(*kinds, articles)]
-    args.out.write_text("".join(lines), encoding="utf-8")
-    print(f"{args.out}: {len(lines)} documents", file=sys.stderr)
+    for file, kind in zip((*NAMES, args.text), (*kinds, articles), strict=True):
+        if not kind:
+            raise ValueError(f"{file} has no document for the mixture; give a longer text")
+    return mixed(*kinds, articles)
 
 
 if __name__ == "__main__":

@@ -72,3 +72,24 @@ def test_as_much_of_each_kind(texts: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for kind in ("code", "chat", "article"):
         chars = sum(len(document) for document in found if kind in document)
         assert 1200 <= chars < 1200 + max(map(len, found)), kind
+
+
+def test_what_is_missing_or_read_is_an_error_and_stays(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(valid: str, out: str) -> str:
+        arguments = ["--text", texts / valid, "--texts", texts, "--out", texts / out, *WINDOWS]
+        with pytest.raises(SystemExit) as raised:
+            mixed_text.main([str(TINY_MODEL), *map(str, arguments)])
+        assert raised.value.code == 2
+        return capsys.readouterr().err
+
+    (texts / "empty.txt").touch()
+    code = (texts / "code.jsonl").read_text()
+    assert "empty.txt has no document for the mixture" in refused("empty.txt", "mixed.jsonl")
+    assert "No such file" in refused("gone.txt", "mixed.jsonl")
+    assert "is read; give it another name" in refused("valid.txt", "code.jsonl")
+    assert (texts / "code.jsonl").read_text() == code
+    (texts / "chat.jsonl").unlink()
+    assert "no file or folder" in refused("valid.txt", "mixed.jsonl")
+    assert not (texts / "mixed.jsonl").exists()
