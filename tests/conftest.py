@@ -32,12 +32,15 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import random_llama
+from interpreted import make_quicker
 from interruption import interrupt, make_inputs
 from transformers import PreTrainedModel
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.cli import main
+
+make_quicker()
 
 
 def pytest_collection_finish() -> None:
