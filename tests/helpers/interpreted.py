@@ -16,9 +16,8 @@ from hfprune_fast.kernels import TRITON_VERSION
 def make_quicker() -> None:
     """Keep what the interpreter otherwise finds anew, to the same result.
 
-    That is the functions of the language that it replaces, for which it goes through all names of
-    several modules at each launch and at each call of a function of the device; and numpy's dtype of
-    each tensor that it makes.
+    These are the functions of the language that it replaces, for which it looks through several
+    modules at each launch and at each call within a kernel, and numpy's dtype of each tensor.
     """
     if TRITON_VERSION is None:
         return
