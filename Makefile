@@ -15,12 +15,15 @@ demo: install
 	$(BIN)/hfprune demo
 
 # Lint, types and the fast tests: six minutes on 2 idle cores.
-test: $(VENV)/.dev install lint types
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
+test: $(VENV)/.dev install lint
+	$(call beside-mypy,$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow")
 
-# All tests, half a minute of the fuzz among them, and mypy beside them: what CI runs.
+# All tests, half a minute of the fuzz among them: what CI runs.
 test-all: $(VENV)/.dev install lint
-	($(MYPY)) & mypy=$$!; $(BIN)/pytest -n $(JOBS) --dist worksteal; tests=$$?; wait $$mypy && exit $$tests
+	$(call beside-mypy,$(BIN)/pytest -n $(JOBS) --dist worksteal)
+
+# mypy takes one core, and ends before the tests.
+beside-mypy = ($(MYPY)) & mypy=$$!; $(1); tests=$$?; wait $$mypy && exit $$tests
 
 # Five minutes of commands on mutated files; of the other tests it is half a minute.
 fuzz: $(VENV)/.dev install
