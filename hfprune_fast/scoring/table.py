@@ -166,7 +166,8 @@ class ImportanceTable:
                 )
             provenance = dict(header["provenance"])
             _check_provenance(provenance, tensors)
-            table = cls(tensors, _spec(header["model"]), provenance)
+            entries = max((tensor.numel() for tensor in tensors.values()), default=0)
+            table = cls(tensors, _spec(header["model"], entries), provenance)
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
         except ScoresFileError:
@@ -181,8 +182,12 @@ class ImportanceTable:
         return table
 
 
-def _spec(header: dict[str, Any]) -> ModelSpec:
-    """Return the model's spec, or raise over a field that it cannot have."""
+def _spec(header: dict[str, Any], entries: int) -> ModelSpec:
+    """Return the model's spec, or raise over a field that it cannot have.
+
+    Args:
+        entries: of the largest statistic; the table has that many layers at most.
+    """
     values = {name: header[name] for name in _SPEC}
     layers, widest = values["num_layers"], values["intermediate_size"]
     has_experts = bool(values["experts"])
@@ -198,6 +203,8 @@ def _spec(header: dict[str, Any]) -> ModelSpec:
             values[name] = tuple(value) if ok else ()
         else:
             ok = type(value) is int and value >= (name not in may_be_0)
+        if name == "num_layers":
+            ok = ok and value <= entries
         if not ok:
             raise ValueError(f"{name} is {value!r:.60}")
     return ModelSpec(**values)
