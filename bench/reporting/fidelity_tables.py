@@ -8,7 +8,7 @@ mean over the seeds, with the lowest and highest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -41,9 +41,14 @@ SHOWN = (
 SHOWN_RATIOS = (0.2, 0.3, 0.5)
 HEADER = ["criterion", "statistic", "allocation", "refit"]
 MIXTURE_HEADER = ["experts dropped by", "neurons ranked by", "narrowed", "refit"]
-NEEDED = {
-    *("criterion", "statistic", "prune_ratio", "seed", "param_ratio", "tokens"),
-    *("kl_nats", "ppl_dense", "ppl_pruned", "top1_agreement"),
+_NUMBERS = dict.fromkeys(
+    ("prune_ratio", "param_ratio", "kl_nats", "ppl_dense", "ppl_pruned", "top1_agreement"),
+    (int, float),
+)
+NEEDED = {"criterion": str, "statistic": str, "seed": int, "tokens": int, **_NUMBERS}
+_OF_A_HEADER = {
+    **{"model": str, "model_type": str, "params": int, "calibration": dict, "texts": list},
+    **{"machine": dict, "date": str},
 }
 
 
@@ -53,8 +58,11 @@ class Measured:
     def __init__(self, path: Path, headers: list[Row], rows: list[Row]) -> None:
         self.path, self.headers, self.rows = path, headers, rows
         self.header = headers[0]  # later runs have the same settings
-        # Further texts that rows are measured on, some or all: a name, and the file.
-        self.also = {name: file for h in headers for name, file in h.get("also", {}).items()}
+        # Further texts that rows are measured on, some or all: a name, and the file. A run that was
+        # interrupted before its first row has added a header alone.
+        on = {name for row in rows for name in row.get("also", {})}
+        given = {name: file for h in headers for name, file in h.get("also", {}).items()}
+        self.also = {name: file for name, file in given.items() if name in on}
         self.ratios = sorted({row["prune_ratio"] for row in rows})
         self.has_experts = any("experts" in row for row in rows)
 
@@ -89,13 +97,28 @@ def read(file: Path) -> Measured:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         headers = [line for line in lines if "machine" in line]
         rows = [line for line in lines if "machine" not in line]
-        if not headers or not {"model", "params", "calibration", "texts"} <= headers[0].keys():
+        if not headers:
             raise ValueError("no header that says of which model and texts")
-        if missing := next((m for row in rows if (m := NEEDED - row.keys())), None):
-            raise ValueError(f"a row has no {', '.join(sorted(missing))}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        for header in headers:
+            _check_fields("a header", header, _OF_A_HEADER)
+            sizes = {"samples": int, "seq_len": int}
+            _check_fields("a header's calibration", header["calibration"], sizes)
+        for row in rows:
+            _check_fields("a row", row, NEEDED)
+            for name, of_text in row.get("also", {}).items():
+                _check_fields(f"a row's text {name!r}", of_text, {"kl_nats": (int, float)})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ResultError(f"{file}: no result of fidelity.py: {error}") from None
     return Measured(file, headers, rows)
+
+
+def _check_fields(what: str, found: Row, kinds: Mapping[str, Any]) -> None:
+    """Raise ValueError unless an object has values of these kinds."""
+    for name, kind in kinds.items():
+        if name not in found:
+            raise ValueError(f"{what} has no {name}")
+        if not isinstance(found[name], kind) or isinstance(found[name], bool):
+            raise ValueError(f"{what} has {name} {str(found[name])[:40]!r}")
 
 
 def all_of(root: Path, samples: bool = False) -> list[Measured]:

@@ -128,7 +128,7 @@ def disagreements(root: Path) -> Iterator[str]:
         if now is None:
             yield f"{path.relative_to(root)}: missing"
         elif want and now != want:
-            lines = zip_longest(now.splitlines(), want.splitlines(), fillvalue="nothing")
+            lines = zip_longest(now.split("\n"), want.split("\n"), fillvalue="nothing")
             i, (has, gives) = next((i, two) for i, two in enumerate(lines, 1) if two[0] != two[1])
             yield f"{path.relative_to(root)}: line {i} has {has!r}, the results give {gives!r}"
     evidence, readme = texts.get(evidence_tables.path(root)), texts.get(root / "README.md")

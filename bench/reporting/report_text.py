@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 
@@ -21,6 +22,8 @@ def number(value: float | None) -> str:
     """Write three digits, without an exponent: 0.0123, 1.20, 123, 12,300."""
     if not value:
         return "" if value is None else "0"
+    if not math.isfinite(value):
+        return str(value)
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.{max(0, 2 - int(f'{rounded:e}'.split('e')[1]))}f}"
 

@@ -5,6 +5,7 @@ import re
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import evidence_tables
 import fidelity_tables
@@ -98,6 +99,21 @@ def test_fields_that_older_files_do_not_have_are_shown(root: Path) -> None:
     assert "new, code" in drawn
 
 
+def test_a_text_that_no_row_is_measured_on_yet_is_left_out(root: Path) -> None:
+    """A run on further texts was interrupted after its header."""
+    folder = root / "bench/results/fidelity"
+    lines = invented("small", KL)
+    write(folder / "small.jsonl", [*lines, lines[0] | {"also": {"code": "code.jsonl"}}])
+    assert list(report.disagreements(root)) == []
+
+
+def damaged(**fields: Any) -> str:
+    """A file whose header or row has other fields."""
+    header, row = invented("x", KL)[:2]
+    (header if header.keys() & fields else row).update(fields)
+    return json.dumps(header) + "\n" + json.dumps(row)
+
+
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
@@ -105,6 +121,13 @@ def test_fields_that_older_files_do_not_have_are_shown(root: Path) -> None:
         ("[]\n", "no header"),
         (json.dumps(invented("x", KL)[1]), "no header"),
         ("\n".join(map(json.dumps, [invented("x", {})[0], {"seed": 0}])), "a row has no criterion"),
+        (damaged(machine="x"), "a header has machine 'x'"),
+        (damaged(params="x"), "a header has params 'x'"),
+        (damaged(calibration={}), "a header's calibration has no samples"),
+        (damaged(kl_nats=None), "a row has kl_nats 'None'"),
+        (damaged(also=[]), "no result of fidelity.py: "),
+        (damaged(also={"code": {}}), "a row's text 'code' has no kl_nats"),
+        ("[" * 100_000, "no result of fidelity.py: "),
     ],
 )
 def test_no_result_file(

@@ -122,6 +122,10 @@ def test_what_is_missing_or_edited_is_found(root: Path, name: str, said: Said) -
     code, output = said(root, "--check")
     assert code == 1
     assert re.match(rf"{name}: line \d+ has '.*2031.*', the results give '.*2030", output)
+    path.write_text(text.rstrip("\n"), encoding="utf-8")
+    assert re.match(
+        rf"{name}: line \d+ has 'nothing', the results give ''", said(root, "--check")[1]
+    )
     report.write(root)
     assert path.read_text(encoding="utf-8") == text
 
@@ -198,6 +202,7 @@ def test_no_result_file(tmp_path: Path, text: str, reason: str, said: Said) -> N
 
 
 def test_numbers_and_tables() -> None:
+    assert [number(float(v)) for v in ("nan", "inf")] == ["nan", "inf"]
     values = [0.01234, 0.999, 0.9996, 1.234, 12.34, 123.4, 999.9, 1234, 1_234_567, 0, None]
     assert [number(value) for value in values] == [
         "0.0123", "0.999", "1.00", "1.23", "12.3", "123", "1,000", "1,230", "1,230,000", "0", "",
