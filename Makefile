@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Tests run in as many processes, of a thread each; a process takes about 1 GB.
 JOBS ?= 2
+# Nothing is compiled as it is installed, which for torch and transformers takes longer than the rest:
+# Python compiles what is imported, once, unless this variable of the environment keeps it from that.
+INSTALL := $(BIN)/pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all test-serving families fuzz lint types aot bench bench-large tiny-model qwen3-model mixture-model install clean
 
@@ -11,12 +15,15 @@ demo: install
 	$(BIN)/hfprune demo
 
 # Lint, types and the fast tests: six minutes on 2 idle cores.
-test: $(VENV)/.dev install lint types
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
+test: $(VENV)/.dev install lint
+	$(call beside-mypy,$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow")
 
-# All tests, half a minute of the fuzz among them, and mypy beside them: what CI runs.
+# All tests, half a minute of the fuzz among them: what CI runs.
 test-all: $(VENV)/.dev install lint
-	($(MYPY)) & mypy=$$!; $(BIN)/pytest -n $(JOBS) --dist worksteal; tests=$$?; wait $$mypy && exit $$tests
+	$(call beside-mypy,$(BIN)/pytest -n $(JOBS) --dist worksteal)
+
+# mypy takes one core, and ends before the tests.
+beside-mypy = ($(MYPY)) & mypy=$$!; $(1); tests=$$?; wait $$mypy && exit $$tests
 
 # Five minutes of commands on mutated files; of the other tests it is half a minute.
 fuzz: $(VENV)/.dev install
@@ -103,22 +110,22 @@ mixture-model: install
 # The package itself, as users get it: built and copied, not editable. Needs no network.
 install: $(VENV)/.runtime
 	rm -rf build/lib build/bdist*
-	$(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --force-reinstall .
+	$(INSTALL) --no-index --no-deps --no-build-isolation --force-reinstall .
 
 # What the package depends on, and it without its C++, which `install` alone compiles.
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "installing into $(VENV); torch is large, this takes a minute or more"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 cmake ninja
-	HFPRUNE_BUILD_NATIVE=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation .
+	$(INSTALL) -c constraints.txt setuptools pybind11 cmake ninja
+	HFPRUNE_BUILD_NATIVE=0 $(INSTALL) -c constraints.txt --no-build-isolation .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	HFPRUNE_BUILD_NATIVE=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[dev]'
+	HFPRUNE_BUILD_NATIVE=0 $(INSTALL) -c constraints.txt --no-build-isolation '.[dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.runtime
-	HFPRUNE_BUILD_NATIVE=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation '.[bench]'
+	HFPRUNE_BUILD_NATIVE=0 $(INSTALL) -c constraints.txt --no-build-isolation '.[bench]'
 	touch $@
 
 clean:

@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("rows") is not None:
+        _check_rows(config)  # before torch is imported, which takes seconds
     import torch
 
     config.stash[ROWS] = []
@@ -41,16 +43,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(2)
     if config.getoption("rows") is not None:
-        from records import RESULTS, described
+        from records import described
 
-        folder, part = config.option.rows, config.option.keyword or config.option.scale == "tiny"
         if torch.cuda.is_available():
             raise pytest.UsageError("result files of a GPU are made by bench/gpu/gpu_check.py")
-        if part and folder.resolve() == RESULTS and not config.option.rows_suffix:
-            raise pytest.UsageError("--rows bench/results is for whole runs; give a --rows-suffix")
-        if folder.exists() and not folder.is_dir():
-            raise pytest.UsageError(f"--rows must be a folder, got the file {folder}")
         config.stash[RESULT] = described()  # of the commit that is measured, not of a later one
+
+
+def _check_rows(config: pytest.Config) -> None:
+    from records import RESULTS
+
+    folder, part = config.option.rows, config.option.keyword or config.option.scale == "tiny"
+    if part and folder.resolve() == RESULTS and not config.option.rows_suffix:
+        raise pytest.UsageError("--rows bench/results is for whole runs; give a --rows-suffix")
+    if folder.exists() and not folder.is_dir():
+        raise pytest.UsageError(f"--rows must be a folder, got the file {folder}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

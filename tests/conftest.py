@@ -21,6 +21,7 @@ import hfprune_fast.kernels  # noqa: F401
 del os.environ["TRITON_INTERPRET"]
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -31,13 +32,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_llama
+from checkpoints import random_llama, save_tokenizer
+from interpreted import make_quicker
 from interruption import interrupt, make_inputs
 from transformers import PreTrainedModel
 
 from hfprune_fast.checkpoint.folder import TINY_MODEL
-from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.cli import main
+
+make_quicker()
 
 
 def pytest_collection_finish() -> None:
@@ -100,16 +103,25 @@ def save_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     def save(model: PreTrainedModel, name: str = "model", **kwargs: Any) -> Path:
         folder = tmp_path / name
         model.save_pretrained(folder, **kwargs)
-        load_tokenizer(TINY_MODEL).save_pretrained(folder)
+        save_tokenizer(folder)
         return folder
 
     return save
 
 
+@pytest.fixture(scope="session")
+def one_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `llama_dir` is a copy of; nothing writes to it."""
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    random_llama().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
 @pytest.fixture
-def llama_dir(save_checkpoint: Callable[..., Path]) -> Path:
+def llama_dir(one_llama_dir: Path, tmp_path: Path) -> Path:
     """A random fp32 Llama of 3 layers x 96 neurons with the shipped tokenizer."""
-    return save_checkpoint(random_llama())
+    return shutil.copytree(one_llama_dir, tmp_path / "model")
 
 
 @pytest.fixture

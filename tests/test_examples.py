@@ -97,11 +97,16 @@ def test_torch_pruning_runs(tmp_path: Path) -> None:
     assert 0 < float(kl) < 0.25  # 0.14; a random quarter costs 0.39 to 0.47
 
 
-def test_modelopt_scores_are_what_puzzletron_reads(tmp_path: Path) -> None:
+def test_modelopt_scores_are_what_puzzletron_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = random_llama()
     table = hf.score(model, torch.arange(64).view(2, 32))
     table.save(tmp_path / "scores.safetensors")
-    output_of("modelopt_scores.py", tmp_path, "--scores", "scores.safetensors", "--statistic", "l2")
+    arguments = ["--scores", "scores.safetensors", "--statistic", "l2"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modelopt_scores.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "modelopt_scores.py"), run_name="__main__")
     folder = tmp_path / "puzzletron_scores"
     assert sorted(path.name for path in folder.iterdir()) == ["args.json", "rank_0.pth"]
     assert json.loads((folder / "args.json").read_text()) == table.provenance

@@ -107,16 +107,6 @@ def run(code: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-def test_our_kernels_are_not_the_package_of_that_name(tmp_path: Path) -> None:
-    code = """
-import importlib.util, hfprune_fast.kernels
-spec = importlib.util.find_spec("kernels")
-print(spec.origin if spec else None)
-"""
-    origin = run(code, tmp_path)
-    assert origin == "None" or "hfprune" not in origin
-
-
 def test_everything_runs_without_triton(tmp_path: Path) -> None:
     code = """
 import sys
@@ -138,18 +128,25 @@ print(hf.evaluate(model, model, [torch.arange(8)[None]]).kl_nats)
     assert run(code, tmp_path) == "0.0"
 
 
-def test_importing_is_light(tmp_path: Path) -> None:
-    """`hfprune --help` must not wait for model code.
+def test_importing_is_light_and_takes_no_others_name(tmp_path: Path) -> None:
+    """`hfprune --help` must not wait for model code, and plain `kernels` is not ours.
 
-    Only transformers' light part is imported: AutoConfig, with which config classes are registered.
+    Only transformers' light part is imported: AutoConfig, with which config classes are registered;
+    of vLLM nothing, also by the module that it finds its plugin in.
     """
     code = """
-import sys, hfprune_fast.cli
+import importlib.util, sys, hfprune_fast.cli, hfprune_fast.kernels
 print({"transformers.modeling_utils", "transformers.generation.utils"} & sys.modules.keys())
 models = [name.split(".") for name in sys.modules if name.startswith("transformers.models.")]
 print({name[2] for name in models})
+spec = importlib.util.find_spec("kernels")
+import hfprune_fast.models.vllm_models
+print("vllm" in sys.modules)
+print(spec.origin if spec else None)
 """
-    assert run(code, tmp_path).split() == ["set()", "{'auto'}"]
+    modules, models, vllm, kernels = run(code, tmp_path).splitlines()
+    assert (modules, models, vllm) == ("set()", "{'auto'}", "False")
+    assert kernels == "None" or "hfprune" not in kernels
 
 
 def test_no_file_is_too_long_to_be_read_at_once() -> None:

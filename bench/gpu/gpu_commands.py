@@ -41,8 +41,10 @@ RECIPES = {
     "bfloat16": ("--dtype", "bfloat16"),
 }
 TEACHERS: tuple[str, ...] = ("cached", "resident")
+CRITERIA: dict[str, tuple[str, ...]] = {"entropy": (), "fisher": ("--obs",)}
 if not GPU:  # a rehearsal of one of each
     RECIPES, TEACHERS = {"paper": RECIPES["paper"]}, ("cached",)
+    CRITERIA = {"fisher": CRITERIA["fisher"]}
 OF_THE_CPU = "default", "reconstruct", "paper"  # which the CPU prunes too
 HELD_OUT = Path(hf.__file__).parent / "tiny" / "heldout.txt"
 AT_ONCE = 8 if GPU else 1
@@ -79,7 +81,7 @@ class Commands:
     def scores(self, device: str, dtype: str, *options: str) -> dict[str, Tensor]:
         """Return the statistics of entropy, and of fisher with removal costs, by full name."""
         found: dict[str, Tensor] = {}
-        for criterion, more in ("entropy", ()), ("fisher", ("--obs",)):
+        for criterion, more in CRITERIA.items():
             file = self.folder / f"{criterion}-{device}-{dtype}{''.join(options)}.safetensors"
             self.run(
                 file.stem, "score", "demo", "--calibration", "demo", "--criterion", criterion,

@@ -34,7 +34,7 @@ CLAIMS, OTHERS, ELSEWHERE, SMALL, WINDOWS = (
         "How many calibration windows",
     )
 )  # fmt: skip
-REAL = "smollm2-135m"
+REAL, MIXED = "smollm2-135m", "smollm2-135m-mixed"  # the same, calibrated on several kinds of text
 README_ROW = "20% of the neurons removed by"
 RATIOS = (0.2, 0.3, 0.5)
 _OURS = {
@@ -59,17 +59,17 @@ def path(root: Path) -> Path:
 
 def page(text: str, models: list[Measured], samples: list[Measured], link: Link) -> str:
     """Return docs/evidence.md with the tables under their headings."""
-    real = [model for model in models if model.header["model"] == REAL]
-    small = [model for model in models if model.header["model"] != REAL]
+    real, mixed = ([m for m in models if m.header["model"] == each] for each in (REAL, MIXED))
+    small = [model for model in models if model not in real + mixed]
     tables = {
         OTHERS: [line for model in real for line in others(model, link)],
-        ELSEWHERE: [line for model in real for line in elsewhere(model)],
+        ELSEWHERE: [line for model in real + mixed for line in elsewhere(model)],
         SMALL: list(small_models(small, link)),
         WINDOWS: samples_tables.section(samples) if samples else [],
     }
     for heading, lines in tables.items():
         if heading in text:  # else `lost_headings` says so
-            text = under(text, heading, "\n".join([*(lines or ["Nothing yet."]), ""]))
+            text = under(text, heading, ("\n".join(lines) or "Nothing yet.").rstrip() + "\n")
     return text
 
 
@@ -97,36 +97,39 @@ def others(model: Measured, link: Link) -> list[str]:
     return lines
 
 
-def elsewhere(model: Measured) -> list[str]:
-    """Return what was measured on further texts too, and by greedy continuations."""
+def elsewhere(model: Measured) -> Iterator[str]:
+    """Yield what was measured on further texts too, and by greedy continuations."""
     texts = {"": model.header["texts"][1], **model.also}
-    columns = ["removed", "method", *texts.values(), "common prefix", "equal tokens"]
-    cells = [columns]
+    generated = next((row["generated"] for row in model.rows if "generated" in row), None)
+    cells = [["removed", "method", *texts.values()]]
+    if generated:
+        cells[0] += ["common prefix", "equal tokens"]
     for ratio in (r for r in RATIOS if r in model.ratios):
         of_paper = _nats(model, PAPER, ratio)
         for variant in _ranked(model, ratio):
             nats = _nats(model, variant, ratio)
             if any(nats[text] for text in model.also):
                 shown = [_beside(nats[text], of_paper[text]) for text in texts]
-                generated = [r["generated"] for r in model.of(variant, ratio) if "generated" in r]
-                cells.append([
-                    f"{ratio:.0%}", name(variant), *shown,
-                    span((g["common_prefix"] for g in generated), "{:.1f}".format),
-                    span((g["equal_tokens"] for g in generated), "{:.1%}".format),
-                ])  # fmt: skip
+                cells.append([f"{ratio:.0%}", name(variant), *shown])
+                if generated:
+                    of = [r["generated"] for r in model.of(variant, ratio) if "generated" in r]
+                    cells[-1] += [
+                        span((g["common_prefix"] for g in of), "{:.1f}".format),
+                        span((g["equal_tokens"] for g in of), "{:.1%}".format),
+                    ]
     if not cells[1:]:
-        return []
-    lines = [
+        return
+    caption = (
         "KL(dense ‖ pruned) in nats on each text, and times that of the paper's recipe there; all "
         f"are calibrated on {model.header['texts'][0]}."
-    ]
-    if generated := next((row["generated"] for row in model.rows if "generated" in row), None):
-        lines[0] += (
+    )
+    if generated:
+        caption += (
             " Greedy continuations of {prompts} prompts of {prompt_tokens} tokens, {new_tokens} "
             "tokens each: how many come before the first that is not the dense model's, and the "
             "share that is equal at the same place.".format(**generated)
         )
-    return [*lines, "", *table(cells, 2)]
+    yield from (caption, "", *table(cells, 2), "")
 
 
 def _nats(model: Measured, variant: Variant, ratio: float) -> dict[str, list[float]]:

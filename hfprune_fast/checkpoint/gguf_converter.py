@@ -1,6 +1,6 @@
 """Runs llama.cpp's convert_hf_to_gguf.py, also for tokenizers missing from its built-in list.
 
-    python -m hfprune_fast.checkpoint.gguf_converter CONVERTER ARGUMENTS...
+    python -P gguf_converter.py CONVERTER ARGUMENTS...
 
 llama.cpp splits text into words by rules of its own, which a GGUF file names (tokenizer.ggml.pre).
 The converter takes the name from a hash of token ids, so it knows the vocabularies in its list and

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune_fast.checkpoint import gguf_file
+from hfprune_fast.checkpoint import gguf_converter, gguf_file
 from hfprune_fast.checkpoint.atomic import check_file, whole_file
 from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
@@ -168,8 +168,8 @@ def _find_converter(given: Path | None) -> Path:
 
 def _convert(converter: Path, folder: Path, out: Path) -> None:
     """Run llama.cpp's converter."""
-    # -P: the current folder holds no modules.
-    command = [sys.executable, "-P", "-m", "hfprune_fast.checkpoint.gguf_converter"]
+    # As a file, which imports nothing of this package. -P: its folder holds no modules.
+    command = [sys.executable, "-P", gguf_converter.__file__]
     command += [str(converter), str(folder), "--outfile", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:

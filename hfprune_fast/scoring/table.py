@@ -50,8 +50,6 @@ _OF_EXPERTS = ("expert_reap", "expert_count", "expert_mass")
 _OF_ALL = ("act", "down_norm", "obs", "weight_norm", "uniform")
 _VERSION = 3
 _SPEC = [f.name for f in fields(ModelSpec)]
-# Of a damaged header no more is made.
-_MAX_LAYERS, _MAX_EXPERTS = 1 << 16, 1 << 20
 _MAY_BE_0 = {f.name for f in fields(ModelSpec) if f.default == 0}
 
 
@@ -168,7 +166,8 @@ class ImportanceTable:
                 )
             provenance = dict(header["provenance"])
             _check_provenance(provenance, tensors)
-            table = cls(tensors, _spec(header["model"]), provenance)
+            entries = max((tensor.numel() for tensor in tensors.values()), default=0)
+            table = cls(tensors, _spec(header["model"], entries), provenance)
             for criterion in table.criteria:
                 table.importance(criterion=criterion)
         except ScoresFileError:
@@ -183,8 +182,12 @@ class ImportanceTable:
         return table
 
 
-def _spec(header: dict[str, Any]) -> ModelSpec:
-    """Return the model's spec, or raise over a field that it cannot have."""
+def _spec(header: dict[str, Any], entries: int) -> ModelSpec:
+    """Return the model's spec, or raise over a field that it cannot have.
+
+    Args:
+        entries: of the largest statistic; no more layers, and no more experts, are made.
+    """
     values = {name: header[name] for name in _SPEC}
     layers, widest = values["num_layers"], values["intermediate_size"]
     has_experts = bool(values["experts"])
@@ -197,11 +200,12 @@ def _spec(header: dict[str, Any]) -> ModelSpec:
         elif name == "experts":
             ok = value == [] or _are_sizes(value, layers, 0, 1 << 16)
             ok = ok and len({count for count in value if count}) <= 1
-            ok = ok and sum(value) <= _MAX_EXPERTS
+            ok = ok and sum(value) <= entries
             values[name] = tuple(value) if ok else ()
         else:
             ok = type(value) is int and value >= (name not in may_be_0)
-            ok = ok and (name != "num_layers" or value <= _MAX_LAYERS)
+        if name == "num_layers":
+            ok = ok and value <= entries
         if not ok:
             raise ValueError(f"{name} is {value!r:.60}")
     return ModelSpec(**values)

@@ -155,6 +155,9 @@ def test_evidence_and_readme(root: Path) -> None:
         }  # fmt: skip
     lines[0]["also"] = {"code": "code.jsonl"}
     write(root / "bench/results/fidelity/smollm2-135m.jsonl", lines)
+    header = {**lines[0], "model": "smollm2-135m-mixed", "texts": ["mixed.txt", "two.txt"]}
+    of_mixed = [{k: v for k, v in row.items() if k != "generated"} for row in on_code]
+    write(root / "bench/results/fidelity/smollm2-135m-mixed.jsonl", [header, *of_mixed])
     page = "## Claims\n\nOurs: 0.0280, of small 0.20. {}\n\n"
     for title in (
         "Against other methods", "On other texts, and in generation", "On small models",
@@ -178,12 +181,17 @@ def test_evidence_and_readme(root: Path) -> None:
     assert {*methods[:2]} == {"FLAP with its bias", "at random"}
     assert methods[-1] == "**ours**"
     other = text.partition("## On other texts, and in generation\n")[2].partition("\n## ")[0]
+    other, mixed = other.removeprefix("\nKL(").split("\nKL(")
+    assert "calibrated on mixed.txt." in mixed
+    assert cells(mixed, "20%", "ours") == ["0.0200 (0.20 ×)", "0.250 (0.50 ×)"]
     assert "Greedy continuations of 64 prompts of 32 tokens, 16 tokens each" in other
     nats, on_code = cells(other, "20%", "ours")[:2]
     assert (nats, on_code) == ("0.0280 (0.0200–0.0400) (0.20 ×)", "0.250 (0.50 ×)")
     assert cells(other, "20%", "ours")[2:] == ["3.2", "12.5%"]
     assert len(re.findall(r"^\| 20%", other, re.M)) == 2  # those that were measured there
-    assert "[small (llama, 1.0 M)]" in text.partition("## On small models\n")[2]
+    small = text.partition("## On small models\n")[2]
+    assert "[small (llama, 1.0 M)]" in small
+    assert "smollm2" not in small
     assert evidence_tables.unsupported_claims(text) == []
     evidence.write_text(text.replace("{}", "3.14"), encoding="utf-8")
     assert "docs/evidence.md: a claim says 3.14, which" in "".join(report.disagreements(root))

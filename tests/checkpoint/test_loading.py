@@ -48,24 +48,29 @@ def assert_same(ours: PreTrainedModel, other: PreTrainedModel) -> None:
         assert torch.equal(ours(IDS).logits, other(IDS).logits)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+STORED_AND_RUN = [
+    (torch.float32, "float32"),
+    (torch.bfloat16, "bfloat16"),
+    (torch.bfloat16, "float32"),
+    (torch.float32, "bfloat16"),
+    (torch.float64, "float64"),
+]
+
+
 @pytest.mark.parametrize(
-    ("stored", "run_in"),
+    ("family", "stored", "run_in", "tied"),
     [
-        (torch.float32, "float32"),
-        (torch.bfloat16, "bfloat16"),
-        (torch.bfloat16, "float32"),
-        (torch.float32, "bfloat16"),
-        (torch.float64, "float64"),
+        (family, *dtypes, bool((i + j) % 2))
+        for i, family in enumerate(FAMILIES)
+        for j, dtypes in enumerate(STORED_AND_RUN)
     ],
 )
 def test_loads_what_transformers_loads(
     save_checkpoint: Callable[..., Path],
     family: str,
-    tied: bool,
     stored: torch.dtype,
     run_in: str,
+    tied: bool,
 ) -> None:
     folder = save_checkpoint(tiny_model(family, dtype=stored, tied=tied))
     ours = load_model(folder, dtype=run_in, device="cpu")

@@ -47,10 +47,16 @@ def assert_pruned(source: Path, out: Path, keep: dict[int, torch.Tensor]) -> Non
     assert not pruned
 
 
-@both_paths
 @pytest.mark.parametrize(
-    ("most", "files", "verify"),
-    [(None, 5, True), ("30MB", 5, False), ("64MiB", 3, True), ("1GB", 1, False), (1, 39, False)],
+    ("most", "files", "verify", "path"),
+    [
+        (None, 5, True, "extension"),
+        ("30MB", 5, False, "extension"),
+        ("30MB", 5, False, "plain"),
+        ("64MiB", 3, True, "plain"),
+        ("1GB", 1, False, "extension"),
+        (1, 39, False, "plain"),
+    ],
 )
 def test_every_byte_in_shards_of_any_size(
     large: Path, tmp_path: Path, path: str, most: int | str | None, files: int, verify: bool

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import hfprune_process, kill_at
 from refusals import assert_refused
 
 import hfprune_fast as hf
@@ -49,20 +50,17 @@ def test_interruption_while_scoring_leaves_nothing(
 
 def test_sigkill_while_writing_leaves_no_output(tmp_path: Path, hfprune: Hfprune) -> None:
     """Killed when weights and config are written and the tokenizer is about to be copied."""
-    code = """
-import os, shutil, signal, sys
-from hfprune_fast.cli import main
-shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-main(sys.argv[1:])
-"""
+    folder, log = tmp_path / "folder", tmp_path / "log"
+    folder.mkdir()
     arguments = ["prune", "demo", "--criterion", "magnitude", "--prune-ratio", "0.2", "--out"]
-    command = [sys.executable, "-c", code, *arguments, "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (leftover,) = tmp_path.iterdir()
+    at_the_copy = kill_at("shutil:copyfile", 0)
+    with hfprune_process(*arguments, folder / "out", log=log, prepare=at_the_copy) as process:
+        process.join(120)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    (leftover,) = folder.iterdir()
     assert leftover.name.startswith(".out.partial-")
     assert (leftover / "model.safetensors").exists()
-    again = hfprune(*arguments, tmp_path / "out")  # the next run says so, and works
+    again = hfprune(*arguments, folder / "out")  # the next run says so, and works
     assert again.code == 0, again.err
     assert f"{leftover} is left over from a run that was killed" in again.err
 

@@ -18,11 +18,16 @@ from hfprune_fast.checkpoint.folder import TINY_MODEL
 Hfprune = Callable[..., Any]
 
 
+@pytest.fixture(scope="module")
+def scores(one_llama_dir: Path) -> hf.ImportanceTable:
+    return hf.score(one_llama_dir, TINY_MODEL / "calibration.txt", samples=2, seq_len=32)
+
+
 @pytest.fixture
-def scores_file(llama_dir: Path, text_file: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "scores.safetensors"
-    hf.score(llama_dir, text_file, samples=2, seq_len=32).save(path)
-    return path
+def scores_file(scores: hf.ImportanceTable, tmp_path: Path) -> Path:
+    """The scores of `llama_dir`."""
+    scores.save(tmp_path / "scores.safetensors")
+    return tmp_path / "scores.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -70,11 +75,12 @@ def test_bad_budget(
     ],
 )
 def test_bad_model(
-    save_checkpoint: Callable[..., Path], scores_file: Path, text_file: Path, tmp_path: Path,
+    save_checkpoint: Callable[..., Path], llama_dir: Path, text_file: Path, tmp_path: Path,
     hfprune: Hfprune, command: str, break_it: str, message: str,
 ) -> None:  # fmt: skip
-    shards = {"max_shard_size": "200KB"} if "shard" in break_it else {}
-    folder = save_checkpoint(random_llama(), "broken", **shards)
+    folder = llama_dir
+    if "shard" in break_it:
+        folder = save_checkpoint(random_llama(), "broken", max_shard_size="200KB")
     weights = folder / "model.safetensors"
     name = "model.layers.0.mlp.up_proj.weight"
     config = json.loads((folder / "config.json").read_text())

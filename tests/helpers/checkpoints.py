@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,8 +18,26 @@ from hfprune_fast.checkpoint.pretrained import load_tokenizer
 
 def random_llama(**overrides: Any) -> PreTrainedModel:
     """A random fp32 Llama of 3 layers x 96 neurons."""
-    vocab = len(load_tokenizer(TINY_MODEL))
-    return tiny_model("llama", dtype=torch.float32, **{"vocab_size": vocab, **overrides})
+    return tiny_model("llama", dtype=torch.float32, **{"vocab_size": vocabulary(), **overrides})
+
+
+@cache
+def vocabulary() -> int:
+    """Return how many tokens the shipped tokenizer has."""
+    return len(load_tokenizer(TINY_MODEL))
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save the shipped tokenizer as transformers does."""
+    for name, data in _tokenizer_files().items():
+        (folder / name).write_bytes(data)
+
+
+@cache
+def _tokenizer_files() -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        load_tokenizer(TINY_MODEL).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def some_keep(layers: int = 3, dense: int = 96, width: int = 61) -> dict[int, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from criteria_truth import SEED, mean_entropy
 from family_case import FamilyCase, largest_error, statistics_error
-from family_models import EVERY, down_projections, in_turn, tiny_config
+from family_models import down_projections, every_other, in_turn, tiny_config
 from family_truth import Float64, masked_logits, own_scores
 from mixture_configs import MODELS, model_type
 
@@ -47,7 +47,9 @@ def test_the_outputs_are_peaked_and_depend_on_every_layers_acts(case: FamilyCase
 
 
 @pytest.mark.parametrize(
-    ("case", "way"), in_turn(["resident", "disk", "recomputed", "cpu"], 2), indirect=["case"]
+    ("case", "way"),
+    in_turn(["resident", "disk", "recomputed", "cpu"], slow_ways=("recomputed", "cpu")),
+    indirect=["case"],
 )
 def test_scores_are_the_truth(case: FamilyCase, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "recomputed":
@@ -62,6 +64,7 @@ def recomputing(**options: Any) -> PassOptions:
     return PassOptions(**options | {"recompute": True})
 
 
+@pytest.mark.parametrize("case", every_other(), indirect=True)
 def test_scores_of_a_loaded_model_are_the_truth(case: FamilyCase) -> None:
     with Float64():
         table = hf.score(case.model, case.batches, criterion=BOTH, obs=True, seed=SEED)
@@ -82,7 +85,7 @@ def test_logits_are_the_models_own(case: FamilyCase, offload: str) -> None:
     case.note(f"logits {offload}", largest_error(logits, case.logits), LOGITS)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", every_other())
 def test_bfloat16_tied_the_other_way_in_float32(family: str, tmp_path: Path) -> None:
     """Embedding and head one tensor where the tiny model has two, or two: files have both kinds."""
     tied = tiny_config(family).tie_word_embeddings

@@ -27,7 +27,7 @@ LOGITS = 1e-12
 
 
 @pytest.mark.parametrize(
-    ("case", "layout"), in_turn(["uniform", "custom", "padded"], 2), indirect=["case"]
+    ("case", "layout"), in_turn(["uniform", "custom", "padded"]), indirect=["case"]
 )
 def test_a_pruned_checkpoint_is_the_masked_model(case: FamilyCase, layout: str) -> None:
     written = case.written(layout)

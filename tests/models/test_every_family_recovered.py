@@ -40,7 +40,9 @@ WAYS: dict[str, dict[str, Any]] = {"custom": {}, "uniform": {"lora": 0, "teacher
 SOME = [family.values[0] for family in every_other()]
 
 
-@pytest.mark.parametrize(("case", "layout"), in_turn(list(WAYS), families=SOME), indirect=["case"])
+@pytest.mark.parametrize(
+    ("case", "layout"), in_turn(list(WAYS), families=SOME, fast=()), indirect=["case"]
+)
 def test_what_is_written_has_the_measured_kl(case: FamilyCase, layout: str) -> None:
     options = WAYS[layout]
     pruned = case.written(layout).folder

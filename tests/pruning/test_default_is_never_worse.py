@@ -15,7 +15,6 @@ FAMILIES = {  # at which ratios: llama at both, the others by turns
     "phi3": (0.5,),  # gate and up in one tensor
     "granite": (0.2,),  # multipliers
     "gemma2": (0.5,),  # a norm behind the MLP, and logits capped
-    "olmo2": (0.2,),  # a norm behind the MLP
     "gemma3": (0.5,),  # the text tower of a model that has others
     "lfm2": (0.2,),  # convolutions and attention
     "qwen3_5_text": (0.5,),  # linear attention and attention

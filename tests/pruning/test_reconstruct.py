@@ -248,9 +248,10 @@ def test_too_few_tokens_to_hold_any_out_train_nothing() -> None:
 
 
 def test_its_memory_is_planned() -> None:
-    model = tiny_model("llama", dtype=torch.float32, intermediate_size=320)
+    sizes = {"intermediate_size": 320, "num_hidden_layers": 2}
+    model = tiny_model("llama", dtype=torch.float32, **sizes)
     batches = batches_of((40,) * 32)
-    keep = keep_of(model, (320,) * 3)
+    keep = keep_of(model, (320,) * 2)
     planned = [
         planner.plan_run(
             spec_of(model), RunOptions(), device=torch.device("cpu"), dtype=torch.float32,

@@ -44,6 +44,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def whole(
+    halves: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What `recover()` returns, in one thread; nothing writes to its folder."""
+    threads, out = torch.get_num_threads(), tmp_path_factory.mktemp("whole") / "out"
+    torch.set_num_threads(1)
+    try:
+        return hf.recover(TINY_MODEL, halves("custom"), text, out, **SHORT)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def recover(
     halves: Callable[[str], Path], text: Path, tmp_path: Path

@@ -1,27 +1,31 @@
 """A recovery that was interrupted continues, and ends as one that was not."""
 
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import hfprune_process
 from safetensors import SafetensorError, safe_open
+from short_recovery import SHORT
 
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.errors import CalibrationError, CheckpointError, OutputError, ResumeError
 from hfprune_fast.recovery import run, teacher, trainer
 from hfprune_fast.recovery.estimate import checkpoints_bytes
 from hfprune_fast.recovery.student import Student
 
-Recover = Callable[..., dict[str, Any]]
+Result = dict[str, Any]
+Recover = Callable[..., Result]
 pytestmark = pytest.mark.usefixtures("one_thread")
-WEIGHTS = "model.safetensors"
+
+
+def weights(folder: str | Path) -> bytes:
+    return (Path(folder) / "model.safetensors").read_bytes()
 
 
 def stop_at(patch: pytest.MonkeyPatch, cls: Any, method: str, call: int) -> None:
@@ -46,9 +50,8 @@ def stop_at(patch: pytest.MonkeyPatch, cls: Any, method: str, call: int) -> None
     ],
 )
 def test_an_interrupted_recovery_ends_as_a_whole_one(
-    recover: Recover, tmp_path: Path, where: tuple[Any, str], call: int
+    recover: Recover, whole: Result, tmp_path: Path, where: tuple[Any, str], call: int
 ) -> None:
-    whole = recover()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher, "_SYNC_SECONDS", 0)
         stop_at(patch, *where, call)
@@ -58,7 +61,7 @@ def test_an_interrupted_recovery_ends_as_a_whole_one(
     assert not (tmp_path / "again").exists()
     again = recover(out="again", resume=True)
     assert again | {"out": whole["out"]} == whole
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert weights(again["out"]) == weights(whole["out"])
     assert not (tmp_path / "again.recovery").exists()
 
 
@@ -109,15 +112,16 @@ def test_what_an_interrupted_run_left_is_resumed_or_discarded_on_request_only(
     (tmp_path / "out.recovery" / "mine.txt").unlink()
     recover(force=True)
     capfd.readouterr()
-    recover(force=True, resume=True)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, Student, "forward", 1)
+        with pytest.raises(KeyboardInterrupt):
+            recover(force=True, resume=True)
     assert "nothing to resume: there is no " in capfd.readouterr().err
 
 
 def test_a_full_disk_at_a_checkpoint_keeps_what_was_done(
-    recover: Recover, tmp_path: Path, capfd: Any
+    recover: Recover, whole: Result, capfd: Any
 ) -> None:
-    whole = recover(out="whole")
-
     def full(*_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
@@ -223,9 +227,8 @@ def test_an_error_before_any_work_leaves_nothing_to_resume(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
 def test_a_damaged_checkpoint_is_left_out(
-    recover: Recover, tmp_path: Path, capfd: Any, name: str
+    recover: Recover, whole: Result, tmp_path: Path, capfd: Any, name: str
 ) -> None:
-    whole = recover(out="whole")
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, Student, "forward", 8)
         with pytest.raises(KeyboardInterrupt):
@@ -238,28 +241,26 @@ def test_a_damaged_checkpoint_is_left_out(
 
 
 @pytest.mark.slow
-def test_a_killed_recovery_ends_as_a_whole_one(halves: Any, text: Path, tmp_path: Path) -> None:
+def test_a_killed_recovery_ends_as_a_whole_one(
+    recover: Recover, halves: Any, text: Path, tmp_path: Path
+) -> None:
     """SIGKILL, after a checkpoint; a half-written one behind it is passed over."""
-    command = [
-        *(sys.executable, "-m", "hfprune_fast", "recover", "demo", str(halves("custom"))),
-        *("--text", str(text), "--seq-len", "32", "--tokens", "1920", "--batch-tokens", "64"),
-        *("--dtype", "float32", "--device", "cpu", "--lora", "4"),
-    ]
-    killed = subprocess.Popen([*command, "--out", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "out.recovery").glob("checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.02)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    options: dict[str, Any] = SHORT | {"tokens": 32 * 60}
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+    command = ["recover", TINY_MODEL, halves("custom"), "--text", text, *chain(*flags)]
+    log = tmp_path / "log"
+    with hfprune_process(*command, "--out", tmp_path / "out", log=log) as killed:
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "out.recovery").glob("checkpoint-*/trainer_state.json")):
+            assert time.monotonic() < deadline
+            assert killed.is_alive(), log.read_text()
+            time.sleep(0.02)
+        killed.kill()  # by SIGKILL
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out.recovery" / "checkpoint-29").mkdir(exist_ok=True)
-    for arguments in (["--out", "out", "--resume"], ["--out", "whole"]):
-        done = subprocess.run(
-            [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    resumed, whole = recover(resume=True, **options), recover(out="whole", **options)
+    assert resumed | {"out": whole["out"]} == whole
+    assert weights(resumed["out"]) == weights(whole["out"])
 
 
 @pytest.mark.slow

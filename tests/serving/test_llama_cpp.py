@@ -24,8 +24,8 @@ from served import (
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hfprune_fast.checkpoint import gguf_converter
 from hfprune_fast.checkpoint.folder import TINY_MODEL
-from hfprune_fast.checkpoint.gguf_converter import rules_of
 
 llama_cpp = pytest.importorskip("llama_cpp")
 CONVERTER = os.environ.get("HFPRUNE_CONVERTER", "")
@@ -41,7 +41,7 @@ def loaded(file: Path) -> Any:
 
 
 def convert(folder: Path, out: Path, *options: str) -> None:
-    command = [sys.executable, "-P", "-m", "hfprune_fast.checkpoint.gguf_converter", CONVERTER]
+    command = [sys.executable, "-P", gguf_converter.__file__, CONVERTER]
     subprocess.run([*command, str(folder), "--outfile", str(out), *options], check=True)
 
 
@@ -182,7 +182,7 @@ def test_rules_by_name_are_llama_cpps(name: str, dense: Any, tmp_path: Path) -> 
     tokenizer = bpe(name, tmp_path)
     config = json.loads((dense("mistral") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert rules_of(json.loads((tmp_path / "tokenizer.json").read_text())) == name
+    assert gguf_converter.rules_of(json.loads((tmp_path / "tokenizer.json").read_text())) == name
     convert(tmp_path, tmp_path / "vocab.gguf", "--vocab-only")
     llama = llama_cpp.Llama(str(tmp_path / "vocab.gguf"), vocab_only=True, verbose=False)
     text = TEXT[:20_000] + "  12345 1.5e-7\t\n\n  don't WE'LL über 東京2024年   \n x"
