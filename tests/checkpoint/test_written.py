@@ -153,7 +153,7 @@ def test_the_record_names_mlps_by_their_paths(
     }
     assert recorded_keep(record) == {site: kept.tolist() for site, kept in keep.items()}
     card = (out / "README.md").read_text()
-    assert "3 of 4 experts, 11 of 24 neurons of each; 13 of 20 to 40" in card
+    assert "3 of 4 experts, 11 of 24 neurons of each and 13 of 20 to 40" in card
     assert f"{achieved['active_params']:,} of {achieved['dense_active_params']:,}" in card
 
 
