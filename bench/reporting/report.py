@@ -93,8 +93,9 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
     fidelity = [model for model in fidelity if not model.has_experts]
     samples = fidelity_tables.all_of(root, samples=True)
     recovered = recovery_tables.all_of(root)
-    drawn = pictures.planned(root, current, fidelity, recovered)
-    texts[page.path(root)] = page.markdown(root, current, fidelity, samples, drawn)
+    curves = [model for model in fidelity if len(model.ratios) > 1]  # of others a row alone
+    drawn = pictures.planned(root, current, curves, recovered)
+    texts[page.path(root)] = page.markdown(root, current, curves, samples, drawn)
     link, at = partial(page.link, root), recovery_tables.picture_path(root)
     image = f"![{drawn[at].alt}]({link(at)})" if at in drawn else ""
     by_hand: dict[Path, Callable[[str], str]] = {

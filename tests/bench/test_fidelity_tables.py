@@ -192,6 +192,9 @@ def test_evidence_and_readme(root: Path) -> None:
     small = text.partition("## On small models\n")[2]
     assert "[small (llama, 1.0 M)]" in small
     assert "smollm2" not in small
+    curves = (root / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert "[smollm2-135m " in curves
+    assert "smollm2-135m-mixed" not in curves  # one ratio is no curve
     assert evidence_tables.unsupported_claims(text) == []
     evidence.write_text(text.replace("{}", "3.14"), encoding="utf-8")
     assert "docs/evidence.md: a claim says 3.14, which" in "".join(report.disagreements(root))
