@@ -168,7 +168,7 @@ def _find_converter(given: Path | None) -> Path:
 
 def _convert(converter: Path, folder: Path, out: Path) -> None:
     """Run llama.cpp's converter."""
-    # As a file, which imports nothing of this package. -P: its folder holds no modules.
+    # As a file, so that nothing of this package is imported; -P keeps its folder off the path.
     command = [sys.executable, "-P", gguf_converter.__file__]
     command += [str(converter), str(folder), "--outfile", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
