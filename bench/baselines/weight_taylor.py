@@ -33,6 +33,7 @@ What the papers leave open, and what is done here:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from activations import gated_mlps
@@ -78,24 +79,25 @@ def published_settings(prune_ratio: float) -> tuple[float, float]:
     return PUBLISHED[min(PUBLISHED, key=lambda published: abs(published - prune_ratio))]
 
 
-def llm_pruner(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return Σ_w |w · mean_n g_n| of each neuron, (L, F), over sequences ids (N, T)."""
-    sums: Gradients = {}
-    for gradients in each_gradient(model, ids, cross_entropy):
-        for linear, gradient in gradients.items():
-            sums[linear] = sums[linear] + gradient if linear in sums else gradient
-    terms = {linear: linear.weight.detach() * g / len(ids) for linear, g in sums.items()}
-    return torch.stack([summed_by_neuron(mlp, terms) for mlp in gated_mlps(model)])
+class Importance(NamedTuple):
+    """Of each neuron, (L, F) float64, from the gradients of each sequence of a text."""
+
+    of_sums: Tensor  # LLM-Pruner's Σ_w |w · mean_n g_n|
+    of_each: Tensor  # SDMPrune's Σ_w Σ_n |w · g_n|
 
 
-def sdmprune(model: PreTrainedModel, ids: Tensor, loss: Loss) -> Tensor:
-    """Return Σ_w Σ_n |w · g_n| of each neuron, (L, F), over sequences ids (N, T)."""
+def importance(model: PreTrainedModel, ids: Tensor, loss: Loss = cross_entropy) -> Importance:
+    """Return both methods' importance over sequences ids (N, T), from one backward pass of each."""
     mlps = gated_mlps(model)
-    totals = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64)
+    sums: Gradients = {}
+    of_each = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64)
     for gradients in each_gradient(model, ids, loss):
         terms = {linear: linear.weight.detach() * g for linear, g in gradients.items()}
-        totals += torch.stack([summed_by_neuron(mlp, terms) for mlp in mlps])
-    return totals
+        of_each += torch.stack([summed_by_neuron(mlp, terms) for mlp in mlps])
+        for linear, term in terms.items():
+            sums[linear] = sums[linear].add_(term) if linear in sums else term
+    of_sums = torch.stack([summed_by_neuron(mlp, sums) for mlp in mlps]) / len(ids)
+    return Importance(of_sums, of_each)
 
 
 def summed_by_neuron(mlp: GatedMLP, terms: Gradients) -> Tensor:

@@ -51,7 +51,7 @@ class Baselines:
         if variant.criterion == "sdmprune":
             kept = self._budget(ratio).even_widths()[0]
             if kept >= self._light_width:
-                return self._budget(ratio).keep(self._first_scores, "uniform")
+                return self._budget(ratio).keep(self._of_cross_entropy.of_each, "uniform")
             scores = self._distilled(*weight_taylor.published_settings(ratio))
             narrower = WidthBudget(kept, (self._light_width,) * self._spec.num_layers)
             again = narrower.keep(scores, "uniform")
@@ -73,7 +73,7 @@ class Baselines:
             return flap.flap(self._moments, self._down)
         if variant.criterion == "wanda_sp":
             return flap.wanda_sp(self._moments, self._down)
-        return self._llm_pruner
+        return self._of_cross_entropy.of_sums
 
     def _budget(self, ratio: float) -> WidthBudget:
         # No floor: a threshold over all layers is what FLAP has.
@@ -92,16 +92,12 @@ class Baselines:
         return activations.grams(self._model, self._ids)
 
     @cached_property
-    def _llm_pruner(self) -> Tensor:
-        return weight_taylor.llm_pruner(self._model, self._ids)
-
-    @cached_property
-    def _first_scores(self) -> Tensor:
-        return weight_taylor.sdmprune(self._model, self._ids, weight_taylor.cross_entropy)
+    def _of_cross_entropy(self) -> weight_taylor.Importance:
+        return weight_taylor.importance(self._model, self._ids)
 
     @cached_property
     def _light_keep(self) -> Keep:
-        return self._budget(weight_taylor.LIGHT_CUT).keep(self._first_scores, "uniform")
+        return self._budget(weight_taylor.LIGHT_CUT).keep(self._of_cross_entropy.of_each, "uniform")
 
     @property
     def _light_width(self) -> int:
@@ -111,4 +107,4 @@ class Baselines:
         once = copy.deepcopy(self._model)
         hf.prune(once, self._light_keep)
         loss = weight_taylor.self_distillation(self._model, alpha, temperature)
-        return weight_taylor.sdmprune(once, self._ids, loss)
+        return weight_taylor.importance(once, self._ids, loss).of_each

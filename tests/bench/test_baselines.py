@@ -196,8 +196,7 @@ DIFFERENCES = 1e-6
 def test_llm_pruner_and_sdmprune_by_differences(family: str) -> None:
     with Float64():
         model = tiny_family_model(family, num_hidden_layers=2)
-        pruner = weight_taylor.llm_pruner(model, IDS)
-        light = weight_taylor.sdmprune(model, IDS, weight_taylor.cross_entropy)
+        pruner, light = weight_taylor.importance(model, IDS)
         w, g = terms_by_differences(model, 3)
     close(pruner[1, 3], (w * (g[0] + g[1]) / 2).abs().sum(), DIFFERENCES)
     close(light[1, 3], (w * g[0]).abs().sum() + (w * g[1]).abs().sum(), DIFFERENCES)
@@ -209,7 +208,7 @@ def test_self_distillation_by_differences() -> None:
         once = copy.deepcopy(dense)
         hf.prune(once, {layer: torch.arange(1, 40) for layer in range(2)})
         loss = weight_taylor.self_distillation(dense, 0.4, 0.2)
-        found = weight_taylor.sdmprune(once, IDS, loss)
+        found = weight_taylor.importance(once, IDS, loss).of_each
         w, g = terms_by_differences(once, 3, dense(input_ids=IDS).logits)
     close(found[1, 3], (w * g[0]).abs().sum() + (w * g[1]).abs().sum(), DIFFERENCES)
     assert not any(p.requires_grad for m in (dense, once) for p in m.parameters())
@@ -218,13 +217,13 @@ def test_self_distillation_by_differences() -> None:
 def test_sdmprune_cuts_twice() -> None:
     model = tiny_family_model("llama", num_hidden_layers=2, intermediate_size=80)
     baselines = Baselines(model, spec_of(model), IDS)
-    first = weight_taylor.sdmprune(model, IDS, weight_taylor.cross_entropy)
+    first = weight_taylor.importance(model, IDS).of_each
     light = [row.argsort(descending=True)[:78].sort().values for row in first]  # 2.5 % of 80
     once = copy.deepcopy(model)
     hf.prune(once, dict(enumerate(light)))
     for ratio, width, settings in ((0.2, 64, (0.4, 0.2)), (0.5, 40, (0.42, 0.5))):
         loss = weight_taylor.self_distillation(model, *settings)
-        second = weight_taylor.sdmprune(once, IDS, loss)
+        second = weight_taylor.importance(once, IDS, loss).of_each
         keep = baselines.keep(SDMPRUNE, ratio)
         for layer, row in enumerate(second):
             left = row.argsort(descending=True)[:width].sort().values
