@@ -80,7 +80,7 @@ types: $(VENV)/.dev install
 aot: install
 	$(BIN)/python tools/aot.py
 
-# Every operation beside its peers at sizes for a CPU, in 11 minutes at most on 2 cores with AVX2 alone: writes
+# Every operation beside its peers at sizes for a CPU, in 8 minutes on 2 cores, 11 at most with AVX2: writes
 # bench/results/<machine>-<date>.json and .md, from which `python bench/reporting/report.py` makes
 # docs/benchmarks.md.
 BENCH = CUDA_VISIBLE_DEVICES= $(BIN)/pytest bench -v --rows bench/results --benchmark-columns=median,iqr,rounds

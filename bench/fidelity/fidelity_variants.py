@@ -46,14 +46,11 @@ _RANKED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
 # ablation by layer is there too, as the threshold may do harm.
 WANDA_SP = Variant("wanda_sp", "weight × act")
 FLAP = Variant("flap", "fluctuation", "global", correction="bias")
-GRAILS = tuple(
-    replace(ranked, correction=form)
-    for form in ("grail", "grail, in turn")
-    for ranked in (WANDA_SP, FLAP)
-)
+WANDA_GRAIL, FLAP_GRAIL = (replace(each, correction="grail") for each in (WANDA_SP, FLAP))
+IN_TURN = tuple(replace(each, correction="grail, in turn") for each in (WANDA_SP, FLAP))
 LLM_PRUNER, SDMPRUNE = Variant("llm_pruner", "taylor"), Variant("sdmprune", "two steps")
 FLAP_BY_LAYER = replace(FLAP, allocation="uniform")
-PUBLISHED = (WANDA_SP, FLAP, FLAP_BY_LAYER, *GRAILS, LLM_PRUNER, SDMPRUNE)
+PUBLISHED = (WANDA_SP, FLAP, FLAP_BY_LAYER, WANDA_GRAIL, FLAP_GRAIL, *IN_TURN, LLM_PRUNER, SDMPRUNE)
 CRITERIA_OF_OTHERS = frozenset(variant.criterion for variant in PUBLISHED)
 BASELINES = (PAPER, MAGNITUDE, RANDOM, *PUBLISHED, UNIFORM, DEFAULT, MEASURED)
 VARIANTS = (

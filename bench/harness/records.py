@@ -1,6 +1,6 @@
 """The one form of a result file, whoever measured: a suite under pytest, or `gpu_check.py`.
 
-    {"machine": {"name": "amd-epyc-2core", "device": "cpu", "processor": ..., "cores": ..., ...},
+    {"machine": {"name": "amd-epyc-avx2-2core", "device": "cpu", "processor": ..., ...},
      "versions": {"torch": "2.13.0+cpu", ...}, "threads": 2, "date": ..., "commit": ...,
      "ceilings": [{"dtype": "bfloat16", "copy_gb_per_s": ..., "product_gflop_per_s": ...}],
      "rows": [row, ...]}
@@ -179,9 +179,10 @@ def _cpu() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     processor = model[1].strip() if model else platform.machine()
+    instructions = torch.backends.cpu.get_cpu_capability()  # AVX512, AVX2, DEFAULT, ...
     return {
-        "name": f"{_slug(processor)}-{cores}core", "device": "cpu", "processor": processor,
-        "instructions": torch.backends.cpu.get_cpu_capability(), "cores": cores,
+        "name": f"{_slug(f'{processor} {instructions}')}-{cores}core", "device": "cpu",
+        "processor": processor, "instructions": instructions, "cores": cores,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }  # fmt: skip
 

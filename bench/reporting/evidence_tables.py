@@ -16,12 +16,16 @@ from fidelity_tables import Measured, named, span
 from fidelity_variants import (
     BASELINES,
     DEFAULT,
-    MAGNITUDE,
+    FLAP,
+    FLAP_GRAIL,
+    LLM_PRUNER,
     MEASURED,
     PAPER,
     PUBLISHED,
-    RANDOM,
+    SDMPRUNE,
     UNIFORM,
+    WANDA_GRAIL,
+    WANDA_SP,
     Variant,
 )
 from report_text import hardware, number, table, under
@@ -37,6 +41,7 @@ CLAIMS, OTHERS, ELSEWHERE, SMALL, WINDOWS = (
 REAL, MIXED = "smollm2-135m", "smollm2-135m-mixed"  # the same, calibrated on several kinds of text
 README_ROW = "20% of the neurons removed by"
 RATIOS = (0.2, 0.3, 0.5)
+_IN_README = (PAPER, DEFAULT, WANDA_SP, FLAP, WANDA_GRAIL, FLAP_GRAIL, LLM_PRUNER, SDMPRUNE)
 _OURS = {
     DEFAULT: "**ours**",
     UNIFORM: "**ours, uniform widths**",
@@ -161,7 +166,7 @@ def readme(text: str, models: Iterable[Measured]) -> str:
                 "100%",
                 "100%",
             ]
-            ranked = [v for v in _ranked(model, RATIOS[0]) if v not in (MAGNITUDE, RANDOM)]
+            ranked = [v for v in _ranked(model, RATIOS[0]) if v in _IN_README]
             cells = [[name(v), *_cells(model, v, RATIOS[0])] for v in reversed(ranked)]
             after = rest[rest.index("\n\n") :]
             text = before + "\n".join(table([columns, dense, *cells])) + after

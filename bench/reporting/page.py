@@ -32,7 +32,7 @@ INTRODUCTION = """\
 
 This page is written by `python bench/reporting/report.py` from the files in
 [bench/results](../bench/results/README.md), and a test fails where they disagree. `make bench`
-measures on a CPU in 11 minutes at most, `python bench/gpu/gpu_check.py --out DIR` on a GPU, and
+measures on a CPU in 8 to 11 minutes, `python bench/gpu/gpu_check.py --out DIR` on a GPU, and
 `python bench/reporting/compare.py A.json B.json` compares two results.
 
 Every result was checked before it was timed: against fp64, with at most twice the error of plain

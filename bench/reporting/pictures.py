@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import fidelity_tables
 import recovery_tables
-from fidelity_variants import DEFAULT, GRAILS, MAGNITUDE, PAPER, RANDOM, UNIFORM, Variant
+from fidelity_variants import (
+    DEFAULT,
+    FLAP_GRAIL,
+    MAGNITUDE,
+    PAPER,
+    RANDOM,
+    UNIFORM,
+    WANDA_GRAIL,
+    Variant,
+)
 from records import Row
 from report_text import FLOORS, OURS, grouped, hardware, own_provider, provider
 
@@ -35,8 +44,8 @@ LINES: dict[str, tuple[Variant, str, str]] = {
     "magnitude": (MAGNITUDE, "#e69f00", "v"),
     "the paper's: entropy, l1, uniform": (PAPER, "#d55e00", "s"),
     "fisher, l2, uniform": (Variant("fisher", "l2"), "#009e73", "D"),
-    "Wanda-SP with GRAIL": (GRAILS[0], "#cc79a7", "P"),
-    "FLAP with GRAIL": (GRAILS[1], "#000000", "*"),
+    "Wanda-SP with GRAIL": (WANDA_GRAIL, "#cc79a7", "P"),
+    "FLAP with GRAIL": (FLAP_GRAIL, "#000000", "*"),
     "default, uniform widths": (UNIFORM, "#56b4e9", "^"),
     "default": (DEFAULT, "#0072b2", "o"),
 }
