@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import fidelity_tables
-import mixture_tables
 import recovery_tables
 import report_text as text
 import samples_tables
@@ -105,8 +104,7 @@ def markdown(
     ]
     if samples:
         lines += ["", "### Calibration windows", "", *samples_tables.section(samples)]
-    if mixture_tables.path(root).exists():
-        lines += ["", "Models with experts: [experts](experts.md#what-was-measured)."]
+    lines += ["", "Models with experts: [experts](experts.md#what-was-measured)."]
     if recovery:
         lines += ["", "## Recovery", "", recovery_tables.HINT, "", recovery]
     return "\n".join(lines).rstrip() + "\n"

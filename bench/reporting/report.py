@@ -124,7 +124,9 @@ def disagreements(root: Path) -> Iterator[str]:
     Of pictures only which there are: their bytes depend on the version of matplotlib.
     """
     texts, drawn = expected(root)
-    for path, want in {**texts, **dict.fromkeys(drawn, "")}.items():
+    tables = evidence_tables, mixture_tables, recovery_tables
+    by_hand = root / "README.md", *(each.path(root) for each in tables)
+    for path, want in {**dict.fromkeys((*by_hand, *drawn), ""), **texts}.items():
         now = path.read_text(encoding="utf-8") if path.exists() else None
         if now is None:
             yield f"{path.relative_to(root)}: missing"

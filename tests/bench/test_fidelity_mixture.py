@@ -12,7 +12,7 @@ from fidelity_mixture import keep, sizes
 from fidelity_subject import Seed, Subject
 from fidelity_variants import MIXTURE_RATIOS, MIXTURES, Variant, dropped
 from invented_fidelity import invented_header
-from invented_results import cells
+from invented_results import cells, write_pages
 from tiny_model import RECIPES, new_model
 from transformers import AutoTokenizer
 
@@ -126,8 +126,8 @@ def test_the_page_has_the_numbers_of_the_rows_and_keeps_its_words(tmp_path: Path
     folder.mkdir(parents=True)
     lines = "".join(json.dumps(line) + "\n" for line in invented())
     (folder / "mixed.jsonl").write_text(lines, encoding="utf-8")
+    write_pages(tmp_path)
     page = tmp_path / "docs/experts.md"
-    page.parent.mkdir()
     page.write_text("# Experts\n\n## What was measured\n\nOld.\n\n## Else\n\nWords.\n")
     report.write(tmp_path)
     text = page.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import pytest
 import report
 from fidelity_variants import DEFAULT, PAPER, RANDOM, Variant, variant_of
 from invented_fidelity import KL, invented, write
-from invented_results import cells
+from invented_results import cells, write_pages
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def root(tmp_path: Path) -> Path:
     }
     write(folder / "large.jsonl", invented("large", double, 8_000_000))
     (folder / "fidelity.svg").write_text("<svg/>")
+    write_pages(tmp_path)
     report.write(tmp_path)
     return tmp_path
 
@@ -54,8 +55,8 @@ def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:
     # Twice the KL of both is the same part; 30 % was not measured.
     row = ["0.32", "", f"{mean([0.25 / 1.0, 0.55 / 1.1, 0.6 / 1.2]):.2f}"]
     assert cells(page, "fisher", "obs", "uniform", "yes") == row * 2
-    links = re.findall(r"\]\((.+?)\)", page)
-    assert len(links) == 3
+    links = re.findall(r"\]\(([^)#]+)", page)
+    assert len(links) == 4
     assert all((root / "docs" / link).exists() for link in links)
 
 

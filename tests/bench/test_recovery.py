@@ -9,6 +9,7 @@ import pytest
 import recovery
 import recovery_tables
 import report
+from invented_results import write_pages
 from local_tasks import NAMES, write_tasks
 from records import ROOT
 
@@ -35,7 +36,7 @@ def test_the_page_has_every_row_and_an_edit_is_found(
     results = tmp_path / "bench" / "results" / "recovery"
     results.mkdir(parents=True)
     (results / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row, pruned)))
-    (tmp_path / "docs").mkdir()
+    write_pages(tmp_path)
     page = shutil.copy(ROOT / "docs" / "recovery.md", tmp_path / "docs")
     report.write(tmp_path)
     (results / "recovery.svg").write_text("<svg/>")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import records
 import report
-from invented_results import cells, invented
+from invented_results import PAGES, cells, invented, write_pages
 from report_text import count, duration, escaped, number, size, table, times
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,7 @@ def root(tmp_path: Path) -> Path:
         records.write(invented(device), results)
     for name in PICTURES:
         (results / name).write_text("<svg/>")
+    write_pages(tmp_path)
     report.write(tmp_path)
     return tmp_path
 
@@ -128,6 +129,15 @@ def test_what_is_missing_or_edited_is_found(root: Path, name: str, said: Said) -
     )
     report.write(root)
     assert path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_missing_page_whose_words_are_written_by_hand_is_found(
+    root: Path, name: str, said: Said
+) -> None:
+    assert said(root, "--check") == (0, "")
+    (root / name).unlink()
+    assert said(root, "--check") == (1, f"{name}: missing\n{report.HINT}\n")
 
 
 def test_pictures_are_drawn(root: Path, said: Said) -> None:

@@ -1,6 +1,7 @@
 """Result files of machines that do not exist, with every operation, provider and kind of row."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from records import Result, Row, row
@@ -20,6 +21,26 @@ OURS = ("ours, torch", "ours, cpp", "ours, triton")
 ENTROPY = (*OURS, "HFPrune's arithmetic", "eager", "torch.compile")
 COMPACT = ("ours, in place", "ours, out=", "index_select", "numpy.take, out=")
 WIDTH = {"bfloat16": 2, "float32": 4}
+
+# The pages whose words are written by hand, with little but where their tables are put.
+PAGES = {
+    "README.md": "| 20% of the neurons removed by |\n|---|\n\n",
+    "docs/evidence.md": "".join(
+        f"## {title}\n\nwords\n\n"
+        for title in (
+            "Claims", "Against other methods", "On other texts, and in generation",
+            "On small models", "How many calibration windows",
+        )
+    ),
+    "docs/experts.md": "## What was measured\n\n",
+    "docs/recovery.md": "## What was measured\n",
+}  # fmt: skip
+
+
+def write_pages(root: Path) -> None:
+    (root / "docs").mkdir(exist_ok=True)
+    for name, text in PAGES.items():
+        (root / name).write_text(text, encoding="utf-8")
 
 
 def invented(device: str = "cpu", date: str = "2030-01-02") -> Result:
