@@ -1,8 +1,8 @@
 """The tables of what `fidelity.py` measured.
 
 A file NAME.jsonl in bench/results/fidelity is a header and then a row a line: a variant, at a
-ratio, with a seed. A later run that adds rows adds its header before them. What is shown is the
-mean over the seeds, with the lowest and highest.
+ratio, with a seed, each once. A later run that adds rows adds its header before them. What is shown
+is the mean over the seeds, with the lowest and highest.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def read(file: Path) -> Measured:
             _check_fields("a row", row, NEEDED)
             for name, of_text in row.get("also", {}).items():
                 _check_fields(f"a row's text {name!r}", of_text, {"kl_nats": (int, float)})
+        _check_once(lines)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ResultError(f"{file}: no result of fidelity.py: {error}") from None
     return Measured(file, headers, rows)
@@ -119,6 +120,19 @@ def _check_fields(what: str, found: Row, kinds: Mapping[str, Any]) -> None:
             raise ValueError(f"{what} has no {name}")
         if not isinstance(found[name], kind) or isinstance(found[name], bool):
             raise ValueError(f"{what} has {name} {str(found[name])[:40]!r}")
+
+
+def _check_once(lines: list[Row]) -> None:
+    """Raise ValueError for a second row of a variant, ratio and seed: means would count it too."""
+    first: dict[Any, int] = {}
+    for line, row in enumerate(lines, 1):
+        if "machine" not in row:
+            # Those of `samples.py` are of a number of windows besides.
+            of = variant_of(row), row["prune_ratio"], row["seed"], row.get("samples")
+            if (before := first.setdefault(of, line)) != line:
+                raise ValueError(
+                    f"lines {before} and {line} are both of {of[0]} at {of[1]:.0%}, seed {of[2]}"
+                )
 
 
 def all_of(root: Path, samples: bool = False) -> list[Measured]:

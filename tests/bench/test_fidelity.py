@@ -193,7 +193,12 @@ def test_what_has_the_same_name_and_size_only_is_refused(
     for file, text in zip(files.values(), (held_out, calibration, held_out[9000:]), strict=True):
         file.write_text(text, encoding="utf-8")
     monkeypatch.setattr(fidelity, "Subject", lambda *_: None)
-    monkeypatch.setattr(Seed, "row", lambda *_: dict.fromkeys(NEEDED, 0) | vars(PAPER))
+
+    def row(own: Seed, variant: Variant, ratio: float) -> dict[str, Any]:
+        of = {**vars(variant), "prune_ratio": ratio, "seed": own.seed}
+        return dict.fromkeys(NEEDED, 0) | of
+
+    monkeypatch.setattr(Seed, "row", row)
 
     def again(*seeds: int) -> tuple[int, str]:
         also = f"c={files['c.txt']}"

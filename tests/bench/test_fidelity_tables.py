@@ -108,6 +108,9 @@ def test_a_text_that_no_row_is_measured_on_yet_is_left_out(root: Path) -> None:
     assert list(report.disagreements(root)) == []
 
 
+LINES = invented("x", KL)
+
+
 def damaged(**fields: Any) -> str:
     """A file whose header or row has other fields."""
     header, row = invented("x", KL)[:2]
@@ -126,6 +129,11 @@ def damaged(**fields: Any) -> str:
         (damaged(params="x"), "a header has params 'x'"),
         (damaged(calibration={}), "a header's calibration has no samples"),
         (damaged(kl_nats=None), "a row has kl_nats 'None'"),
+        (
+            "\n".join(map(json.dumps, [*LINES, LINES[0], LINES[2]])),
+            f"x.jsonl: no result of fidelity.py: lines 3 and {len(LINES) + 2} are both of entropy "
+            "l1 at 20%, seed 1",
+        ),
         (damaged(also=[]), "no result of fidelity.py: "),
         (damaged(also={"code": {}}), "a row's text 'code' has no kl_nats"),
         ("[" * 100_000, "no result of fidelity.py: "),
