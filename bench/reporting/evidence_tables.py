@@ -185,7 +185,8 @@ def _cells(model: Measured, variant: Variant, ratio: float) -> list[str]:
         span((row["kl_nats"] for row in rows), number),
         span((row["ppl_pruned"] for row in rows), "{:.2f}".format),
         span((row["top1_agreement"] for row in rows), "{:.1%}".format),
-        span((row["top5_agreement"] for row in rows), "{:.1%}".format),
+        # Older files have no top-5 agreement.
+        span((r["top5_agreement"] for r in rows if "top5_agreement" in r), "{:.1%}".format),
     ]
 
 

@@ -46,6 +46,7 @@ _NUMBERS = dict.fromkeys(
     (int, float),
 )
 NEEDED = {"criterion": str, "statistic": str, "seed": int, "tokens": int, **_NUMBERS}
+_OF_A_TEXT = dict.fromkeys(("kl_nats", "ppl_dense"), (int, float))
 _OF_A_HEADER = {
     **{"model": str, "model_type": str, "params": int, "calibration": dict, "texts": list},
     **{"machine": dict, "date": str},
@@ -85,8 +86,8 @@ class Measured:
         return next(row["param_ratio"] for row in self.rows if row["prune_ratio"] == ratio)
 
     def against_paper(self, variant: Variant, ratio: float) -> list[float]:
-        """Return KL as a part of the paper's with the same seed."""
-        paper = {row["seed"]: row["kl_nats"] for row in self.of(PAPER, ratio)}
+        """Return KL as a part of the paper's with the same seed, where that is above 0."""
+        paper = {row["seed"]: row["kl_nats"] for row in self.of(PAPER, ratio) if row["kl_nats"] > 0}
         found = self.of(variant, ratio)
         return [row["kl_nats"] / paper[row["seed"]] for row in found if row["seed"] in paper]
 
@@ -106,7 +107,7 @@ def read(file: Path) -> Measured:
         for row in rows:
             _check_fields("a row", row, NEEDED)
             for name, of_text in row.get("also", {}).items():
-                _check_fields(f"a row's text {name!r}", of_text, {"kl_nats": (int, float)})
+                _check_fields(f"a row's text {name!r}", of_text, _OF_A_TEXT)
         _check_once(lines)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ResultError(f"{file}: no result of fidelity.py: {error}") from None

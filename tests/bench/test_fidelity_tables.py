@@ -108,6 +108,23 @@ def test_a_text_that_no_row_is_measured_on_yet_is_left_out(root: Path) -> None:
     assert list(report.disagreements(root)) == []
 
 
+def test_without_top5_agreement_or_any_kl_of_the_papers_a_cell_is_empty(root: Path) -> None:
+    kl = KL | {PAPER: {0.2: (0.0, 0.0, 0.0), 0.5: (0.0, 1.1, 1.2)}}
+    write(root / "bench/results/fidelity/smollm2-135m.jsonl", invented("smollm2-135m", kl))
+    report.write(root)
+    text = (root / "docs/evidence.md").read_text(encoding="utf-8")
+    fifth, half = text.partition("## Against other methods\n")[2].split("\n50% of the neurons")
+    assert cells(fifth, "ours") == [
+        "0.0280 (0.0200–0.0400)",
+        "",
+        "30.03 (30.02–30.04)",
+        "99.7% (99.6%–99.8%)",
+        "",
+    ]
+    assert cells(half, "ours")[1] == "0.20"  # of the two seeds where the paper's is not 0
+    assert cells((root / "README.md").read_text(encoding="utf-8"), "ours")[-1] == ""
+
+
 LINES = invented("x", KL)
 
 
@@ -136,6 +153,7 @@ def damaged(**fields: Any) -> str:
         ),
         (damaged(also=[]), "no result of fidelity.py: "),
         (damaged(also={"code": {}}), "a row's text 'code' has no kl_nats"),
+        (damaged(also={"code": {"kl_nats": 1}}), "a row's text 'code' has no ppl_dense"),
         ("[" * 100_000, "no result of fidelity.py: "),
     ],
 )
