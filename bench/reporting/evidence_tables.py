@@ -110,11 +110,9 @@ def elsewhere(model: Measured) -> Iterator[str]:
     if generated:
         cells[0] += ["common prefix", "equal tokens"]
     for ratio in (r for r in RATIOS if r in model.ratios):
-        of_paper = _nats(model, PAPER, ratio)
         for variant in _ranked(model, ratio):
-            nats = _nats(model, variant, ratio)
-            if any(nats[text] for text in model.also):
-                shown = [_beside(nats[text], of_paper[text]) for text in texts]
+            if any(model.nats(variant, ratio, text) for text in model.also):
+                shown = (_with_ratio(model, variant, ratio, text) for text in texts)
                 cells.append([f"{ratio:.0%}", name(variant), *shown])
                 if generated:
                     of = [r["generated"] for r in model.of(variant, ratio) if "generated" in r]
@@ -125,8 +123,8 @@ def elsewhere(model: Measured) -> Iterator[str]:
     if not cells[1:]:
         return
     caption = (
-        "KL(dense ‖ pruned) in nats on each text, and times that of the paper's recipe there; all "
-        f"are calibrated on {model.header['texts'][0]}."
+        "KL(dense ‖ pruned) in nats on each text, and times that of the paper's recipe there with "
+        f"the same seed; all are calibrated on {model.header['texts'][0]}."
     )
     if generated:
         caption += (
@@ -137,20 +135,11 @@ def elsewhere(model: Measured) -> Iterator[str]:
     yield from (caption, "", *table(cells, 2), "")
 
 
-def _nats(model: Measured, variant: Variant, ratio: float) -> dict[str, list[float]]:
-    """Return KL by text, "" the main one; of a text that a row was not measured on, none."""
-    rows = model.of(variant, ratio)
-    return {
-        "": [row["kl_nats"] for row in rows],
-        **{
-            n: [r["also"][n]["kl_nats"] for r in rows if n in r.get("also", {})] for n in model.also
-        },
-    }
-
-
-def _beside(nats: list[float], of_paper: list[float]) -> str:
-    against = f" ({mean(nats) / mean(of_paper):.2f} ×)" if nats and of_paper else ""
-    return span(nats, number) + against
+def _with_ratio(model: Measured, variant: Variant, ratio: float, text: str) -> str:
+    """Write KL on a text, and the mean of what it is as a part of the paper's."""
+    against = model.against_paper(variant, ratio, text)
+    times = f" ({mean(against):.2f} ×)" if against else ""
+    return span(model.nats(variant, ratio, text).values(), number) + times
 
 
 def readme(text: str, models: Iterable[Measured]) -> str:

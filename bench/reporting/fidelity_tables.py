@@ -85,11 +85,17 @@ class Measured:
         """Return the part of all parameters that is removed, the same for all variants."""
         return next(row["param_ratio"] for row in self.rows if row["prune_ratio"] == ratio)
 
-    def against_paper(self, variant: Variant, ratio: float) -> list[float]:
+    def nats(self, variant: Variant, ratio: float, text: str = "") -> dict[int, float]:
+        """Return KL by seed on a text, "" the main one, of the rows that were measured on it."""
+        rows = {row["seed"]: row for row in self.of(variant, ratio)}
+        if text:
+            rows = {seed: row.get("also", {}).get(text) for seed, row in rows.items()}
+        return {seed: row["kl_nats"] for seed, row in rows.items() if row}
+
+    def against_paper(self, variant: Variant, ratio: float, text: str = "") -> list[float]:
         """Return KL as a part of the paper's with the same seed, where that is above 0."""
-        paper = {row["seed"]: row["kl_nats"] for row in self.of(PAPER, ratio) if row["kl_nats"] > 0}
-        found = self.of(variant, ratio)
-        return [row["kl_nats"] / paper[row["seed"]] for row in found if row["seed"] in paper]
+        paper, nats = (self.nats(each, ratio, text) for each in (PAPER, variant))
+        return [nats[seed] / paper[seed] for seed in nats if paper.get(seed, 0) > 0]
 
 
 def read(file: Path) -> Measured:

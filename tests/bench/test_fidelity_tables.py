@@ -115,14 +115,27 @@ def test_without_top5_agreement_or_any_kl_of_the_papers_a_cell_is_empty(root: Pa
     text = (root / "docs/evidence.md").read_text(encoding="utf-8")
     fifth, half = text.partition("## Against other methods\n")[2].split("\n50% of the neurons")
     assert cells(fifth, "ours") == [
-        "0.0280 (0.0200–0.0400)",
-        "",
-        "30.03 (30.02–30.04)",
-        "99.7% (99.6%–99.8%)",
-        "",
-    ]
+        "0.0280 (0.0200–0.0400)", "", "30.03 (30.02–30.04)", "99.7% (99.6%–99.8%)", "",
+    ]  # fmt: skip
     assert cells(half, "ours")[1] == "0.20"  # of the two seeds where the paper's is not 0
     assert cells((root / "README.md").read_text(encoding="utf-8"), "ours")[-1] == ""
+
+
+def test_on_further_texts_too_the_ratio_is_to_the_papers_with_the_same_seed(root: Path) -> None:
+    header, *rows = invented("smollm2-135m", KL)
+    for row in rows:
+        if (variant_of(row), row["seed"]) != (PAPER, 2):
+            row["also"] = {"code": {"kl_nats": 3 * row["kl_nats"], "ppl_dense": 40.0}}
+    lines = [header | {"also": {"code": "code.jsonl"}}, *rows]
+    write(root / "bench/results/fidelity/smollm2-135m.jsonl", lines)
+    report.write(root)
+    text = (root / "docs/evidence.md").read_text(encoding="utf-8")
+    text = text.partition("## On other texts, and in generation\n")[2]
+    parts = [0.05 / 0.10, 0.03 / 0.12, 0.04 / 0.20]
+    assert cells(text, "20%", "ours, uniform widths") == [
+        f"0.0400 (0.0300–0.0500) ({mean(parts):.2f} ×)",
+        f"0.120 (0.0900–0.150) ({mean(parts[:2]):.2f} ×)",
+    ]
 
 
 LINES = invented("x", KL)
