@@ -55,6 +55,8 @@ def operation(
                 if not torch.compiler.is_compiling() and any(map(_in_torch_func, tensors)):
                     raise RuntimeError(f"{name} cannot be differentiated by torch.func.grad or vjp")
                 args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+            if not torch.compiler.is_compiling() and _some_are_meta(tensors):
+                return function(*args)  # raises: its checks name the argument
             return op(*args)
 
         call.register_fake = op.register_fake  # type: ignore[attr-defined]
@@ -66,6 +68,12 @@ def operation(
 
 def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _some_are_meta(tensors: Sequence[Tensor]) -> bool:
+    """Return whether some tensors alone are on meta: torch would run the fake, without a check."""
+    kinds = {tensor.device.type for tensor in tensors}
+    return "meta" in kinds and len(kinds) > 1
 
 
 def _in_torch_func(tensor: Tensor) -> bool:

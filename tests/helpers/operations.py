@@ -184,7 +184,7 @@ _REFUSED: list[tuple[Callable[..., Any], dict[str, Any], list[tuple[dict[str, An
         ({"grad_scale": torch.inf}, "grad_scale must be"),
         ({"logits_budget_bytes": 0}, "logits_budget_bytes must be at least 1, got 0"),
     ]),
-    (linear_cross_entropy, _HEAD, [
+    (linear_cross_entropy, _HEAD | {"labels": torch.arange(3)}, [
         ({"labels": torch.arange(2)}, r"labels must be \(3,\) torch.int64, got \(2,\)"),
         ({"labels": torch.arange(3).int()}, r"labels must be .* got \(3,\) torch.int32"),
         ({"labels": torch.arange(3) + 5}, r"labels must be -100 or in 0 \.\. 6, got 7"),
@@ -279,4 +279,11 @@ REFUSED = [
     (operation, good | change, message)
     for operation, good, cases in _REFUSED
     for change, message in cases
+]
+# And each argument by turns on another device than the others.
+REFUSED += [
+    (operation, good | {name: tensor.to("meta")}, "must be .*on (cpu|meta)")
+    for operation, good, _ in _REFUSED
+    if len(good) > 1
+    for name, tensor in good.items()
 ]
