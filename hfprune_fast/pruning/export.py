@@ -18,11 +18,11 @@ from hfprune_fast.checkpoint.layouts import check_layout
 from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
-from hfprune_fast.errors import ArgumentError, CheckpointError, one_line_errors, printable
+from hfprune_fast.errors import ArgumentError, printable
 from hfprune_fast.pruning.model_card import model_card
 from hfprune_fast.pruning.on_disk import prune_checkpoint
 from hfprune_fast.pruning.record import RECORD, carried_record
-from hfprune_fast.report.facts import read_facts
+from hfprune_fast.report.facts import damaged, read_facts
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
@@ -95,10 +95,11 @@ def _record(source: ModelSource, widths: list[int], layout: str) -> dict[str, An
     if not (source.folder / RECORD).is_file():
         now |= {"dense_params": sizes["params"], "param_ratio": 0.0, "prune_ratio": 0.0}
         return {"achieved": {**sizes, **now, "dense_mlp_widths": widths}}
-    dense = read_facts(record).dense_params
+    file = source.folder / RECORD
+    dense = read_facts(record, file).dense_params
     now["param_ratio"] = 1 - sizes["params"] / dense
     record["achieved"] = {**record["achieved"], **now}
-    with one_line_errors(f"{source.folder / RECORD}, which is damaged,", CheckpointError):
+    with damaged(file):
         model_card(record, {})
     return record
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from hfprune_fast.checkpoint.atomic import check_file, write_whole
 from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.engine.run_log import RunLog, peak_bytes
-from hfprune_fast.errors import ScoresFileError, one_line_errors
+from hfprune_fast.errors import ScoresFileError
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.pruning.model_card import loading_text, made_rows, training_text
-from hfprune_fast.pruning.record import read_record
-from hfprune_fast.report.facts import DAMAGED, Facts, Measurement, read_facts, recorded_keep
+from hfprune_fast.pruning.record import RECORD, read_record
+from hfprune_fast.report.facts import Facts, Measurement, damaged, read_facts, recorded_keep
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
 from hfprune_fast.scoring.table import ImportanceTable
@@ -54,16 +54,18 @@ def write_report(
 ) -> None:
     """Write the report of a pruned checkpoint, from its record and what else is at hand."""
     record = read_record(folder)
-    facts = read_facts(record)
+    facts = read_facts(record, folder / RECORD)
     if measurement is not None:
         facts = replace(facts, measurement=measurement)
     ranked, unit = (None, "") if table is None else _ranked(table, record, facts)
+    with damaged(folder / RECORD):
+        about, training = _about(record), escape(training_text(record))
     report = Report(
         name=folder.resolve().name,
         facts=facts,
         loading=loading_text(facts.layout),
-        about=_about(record),
-        training=_training(record),
+        about=about,
+        training=training,
         ranked=ranked,
         importance_unit=unit,
         changed=changed,
@@ -116,18 +118,11 @@ def _would_choose(
     return best.tolist() == list(kept) or not bool(own.any())
 
 
-def _training(record: Mapping[str, Any]) -> str:
-    """Say whether training followed, as HTML."""
-    with one_line_errors(DAMAGED):
-        return escape(training_text(record))
-
-
 def _about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Say how the neurons were chosen, on what, and by which versions."""
-    with one_line_errors(DAMAGED):
-        rows, provenance = made_rows(record), record.get("provenance", {})
-        named = (("dtype", "scored in"), ("backend", "kernels"), ("seed", "seed"))
-        rows += [(label, str(provenance[key])) for key, label in named if key in provenance]
-        versions = dict(provenance.get("versions", {"hfprune_fast": record["hfprune_fast"]}))
-        made_with = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        return [*rows, ("versions", made_with)]
+    rows, provenance = made_rows(record), record.get("provenance", {})
+    named = (("dtype", "scored in"), ("backend", "kernels"), ("seed", "seed"))
+    rows += [(label, str(provenance[key])) for key, label in named if key in provenance]
+    versions = dict(provenance.get("versions", {"hfprune_fast": record["hfprune_fast"]}))
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return [*rows, ("versions", made_with)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hfprune_fast.errors import CheckpointError, one_line_errors, shown
@@ -13,7 +15,6 @@ from hfprune_fast.evaluation.changes import PositionBin
 from hfprune_fast.evaluation.fidelity import Fidelity
 from hfprune_fast.models.sites import SiteKey, site_of_path
 
-DAMAGED = "hfprune.json is damaged, or not written by hfprune"
 # Those that allocation "auto" tries, in words.
 ALLOCATION_TEXTS = {
     "uniform": "gives all the same",
@@ -73,14 +74,19 @@ class Facts:
         return own if self.experts is None else [*own, self.experts.width]
 
 
-def read_facts(record: Mapping[str, Any]) -> Facts:
-    """Return what a record says, or raise CheckpointError if it is damaged."""
+def damaged(file: Path) -> AbstractContextManager[None]:
+    """Turn what the contents of a record raise into one line that names its file."""
+    return one_line_errors(f"{file} is damaged, or not written by hfprune")
+
+
+def read_facts(record: Mapping[str, Any], file: Path) -> Facts:
+    """Return what a record says, read from `file`, or raise CheckpointError if it is damaged."""
     if "recovery" in record and "achieved" not in record:
         raise CheckpointError(
-            "it holds adapters or a model that was not pruned by hfprune; a report is of a pruned "
-            "model's folder"
+            f"{file.parent} holds adapters or a model that was not pruned by hfprune; a report is "
+            "of a pruned model's folder"
         )
-    with one_line_errors(DAMAGED):
+    with damaged(file):
         return _facts(record)
 
 

@@ -116,7 +116,7 @@ def test_a_keep_of_ones_own(llama_dir: Path, tmp_path: Path, hfprune: Hfprune) -
         (["OUT", "--out", "OUT/report.html"], "which is never written to"),
         (["OUT", "--out", "MINE", "--force"], "is not an hfprune report; --force replaces only"),
         (["OUT", "--out", "MINE"], "report mine.html exists; --force replaces an hfprune report"),
-        (["DAMAGED"], "hfprune.json is damaged"),
+        (["DAMAGED"], "damaged/hfprune.json is damaged"),
         (["OUT", "--dense", "demo", "--text", "nowhere.txt"], "no file"),
         (["OUT", "--dense", "OUT", "--text", "demo"], "was made of a model of 1,049,728 param"),
     ],

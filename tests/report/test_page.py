@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +181,7 @@ def test_scores_of_zero_are_drawn_or_left_out(important: list[int]) -> None:
     assert checked(page(report_of(ranked=ranked))).tags.count("svg") == 3 + len(important)
 
 
+FILE = Path("pruned/hfprune.json")
 RECORD: dict[str, Any] = {
     "base_model": "org/model", "hfprune_fast": "0.1.0",
     "keep": {"model.layers.0.mlp": [0, 1], "model.layers.1.mlp": [1]},
@@ -192,8 +194,13 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_adapters_have_no_report() -> None:
+    with pytest.raises(CheckpointError, match=r"^pruned holds adapters or a model that was not"):
+        read_facts({"base_model": "org/model", "recovery": {}}, FILE)
+
+
 def test_a_record_is_read_as_it_is_written() -> None:
-    facts = read_facts(RECORD)
+    facts = read_facts(RECORD, FILE)
     assert (facts.widths, facts.dense_widths, facts.allocation) == ((2, 1), (4, 4), "measured")
     assert facts.allocations_kl_nats == {"uniform": 0.2, "measured": 0.1}
     assert facts.measurement == MEASURED
@@ -216,7 +223,7 @@ OF_EXPERTS: dict[str, Any] = {
 
 
 def test_a_record_of_experts_is_read_and_shown() -> None:
-    facts = read_facts(OF_EXPERTS)
+    facts = read_facts(OF_EXPERTS, FILE)
     assert (facts.widths, facts.dense_widths) == ((2, 0, 0), (4, 0, 0))
     assert facts.experts == ExpertFacts(3, 8, 2, 8, 5, 9)
     html = page(report_of(ranked=None, facts=facts))
@@ -228,7 +235,7 @@ def test_a_record_of_experts_is_read_and_shown() -> None:
     sizes = {"mlp_widths": [0, 0, 0], "intermediate_size": 0}
     dense = {"dense_mlp_widths": [0, 0, 0], "dense_intermediate_size": 0}
     achieved = {**OF_EXPERTS["achieved"], **sizes, **dense}
-    facts = read_facts({**OF_EXPERTS, "keep": no_own, "achieved": achieved})
+    facts = read_facts({**OF_EXPERTS, "keep": no_own, "achieved": achieved}, FILE)
     checked(page(report_of(ranked=None, facts=facts)))
 
 
@@ -247,8 +254,8 @@ def test_a_record_of_experts_is_read_and_shown() -> None:
 def test_a_damaged_record_of_experts_is_one_line(where: Sequence[str], value: Any) -> None:
     record = {name: dict(v) if isinstance(v, dict) else v for name, v in OF_EXPERTS.items()}
     record[where[0]][where[1]] = value
-    with pytest.raises(CheckpointError, match=r"hfprune\.json is damaged") as error:
-        read_facts(record)
+    with pytest.raises(CheckpointError, match=r"^pruned/hfprune\.json is damaged") as error:
+        read_facts(record, FILE)
     assert len(str(error.value)) < 400
 
 
@@ -275,6 +282,6 @@ def test_a_damaged_record_is_one_line(where: Sequence[str], value: Any) -> None:
     for name in where[:-1]:
         place = place[name]
     place[where[-1]] = value
-    with pytest.raises(CheckpointError, match=r"hfprune\.json is damaged") as error:
-        read_facts(record)
+    with pytest.raises(CheckpointError, match=r"^pruned/hfprune\.json is damaged") as error:
+        read_facts(record, FILE)
     assert len(str(error.value)) < 400
