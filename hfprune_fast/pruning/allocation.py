@@ -34,7 +34,8 @@ def choose(
 
     Allocation "measured" ranks across layers by importance times each layer's factor (see
     `layer_factors`). "auto" takes this or "uniform", whichever refitted model has the lower
-    KL(dense || pruned) on sequences that it was not fitted to.
+    KL(dense || pruned) on sequences that it was not fitted to. Neither measures where nothing is
+    removed.
 
     Args:
         model: the dense model, entered; None where nothing is refitted.
@@ -51,10 +52,12 @@ def choose(
         raise ArgumentError(
             f"allocation {recipe.allocation} needs --calibration; choose uniform or global"
         )
+    uniform = budget.keep(importance, "uniform")
+    if [len(kept) for kept in uniform.values()] == budget.even_widths() == list(budget.dense):
+        return uniform, {"allocation": "uniform"}  # nothing to remove, so nothing to measure
     tried = trial_batches(batches)
     held_out = max(1, len(tried) // 4)
     fitted, few = tried[:-held_out], factor_batches(tried[-held_out:])
-    uniform = budget.keep(importance, "uniform")
     tokens = sum(batch.tokens for batch in (*fitted, *few))
     with token_bar("measuring layers", tokens, progress) as on_progress:
         factors = layer_factors(model, fitted, few, uniform, importance, on_progress)
