@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from masked_mixture import masked_logits
 from processes import in_another_process
 from safetensors.torch import load_file, save_file
 from tiny_mixtures import change_config, merge_files, tiny_mixture
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import hfprune_fast as hf
@@ -44,45 +45,6 @@ def some_keep(folder: Path, *, width: int = 11, own: int = 13, dropped: int = 1)
     return keep
 
 
-def masked_logits(folder: Path, keep: Keep) -> Tensor:
-    """Return what the dense model computes in float64 without what is dropped.
-
-    The neurons of an expert are dropped by zeros in down_proj; an expert by a router that gives it
-    no entry.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").double()
-    layers: Any = model.model.layers
-    for number, layer in enumerate(layers):
-        mlp: Any = getattr(layer, "mlp", None) or layer.block_sparse_moe
-        experts: Any = getattr(mlp, "experts", None)
-        own = mlp if experts is None else getattr(mlp, "shared_experts", None)
-        with torch.no_grad():
-            if own is not None:
-                mask(own.down_proj.weight, keep[number])
-            if experts is None:
-                continue
-            kept = [e for e in range(len(experts.down_proj)) if (number, e) in keep]
-            for e in kept:
-                weight = experts.down_proj[e]
-                mask(weight.t() if experts.is_transposed else weight, keep[number, e])
-        for module in (experts, getattr(mlp, "gate", None) or mlp.router):
-            for name, parameter in list(module.named_parameters()):
-                setattr(module, name, nn.Parameter(parameter[kept]))
-            for name, buffer in list(module.named_buffers()):
-                setattr(module, name, buffer[kept])
-        for module in mlp.modules():
-            if isinstance(getattr(module, "num_experts", None), int):
-                module.num_experts = len(kept)
-    logits: Tensor = model(IDS).logits
-    return logits.detach()
-
-
-def mask(down: Tensor, kept: Tensor) -> None:
-    gone = torch.ones(down.shape[1], dtype=torch.bool)
-    gone[kept] = False
-    down[:, gone] = 0
-
-
 FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", False, {}),
     "qwen3_moe, merged": ("qwen3_moe", True, {}),
@@ -106,7 +68,7 @@ def test_what_is_written_computes_what_is_kept(
     keep, out = some_keep(folder, **sizes), tmp_path / "out"
     achieved = hf.prune_checkpoint(folder, out, keep, verify=True)
     written = AutoModelForCausalLM.from_pretrained(out, experts_implementation="eager").double()
-    difference = (written(IDS).logits - masked_logits(folder, keep)).abs().max()
+    difference = (written(IDS).logits - masked_logits(folder, keep, IDS)).abs().max()
     assert difference.item() < 1e-12
     assert achieved["params"] == sum(p.numel() for p in written.parameters())
     assert achieved["params"] == open_source(out).spec.total_params

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from refit_truth import keep_of, plain_fit
+from refit_truth import keep_of, plain_refit
 from torch import Tensor
 from transformers import PreTrainedModel
-from truth import attention, rms_norm, tiny_model
+from truth import tiny_model
 from watch import Watch
 
 import hfprune_fast as hf
@@ -36,54 +36,6 @@ def batches_of(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS) -> li
         MicroBatch(ids[i : i + 2, : max(lengths[i : i + 2])], lengths[i : i + 2])
         for i in range(0, len(ids), 2)
     )
-
-
-def plain_refit(
-    model: PreTrainedModel, batches: list[MicroBatch], keep: dict[int, Tensor]
-) -> list[Tensor]:
-    """Each layer's least squares over all tokens at once, by lstsq on acts above a ridge."""
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    eps = model.config.rms_norm_eps
-    sequences = [
-        ids[:length]
-        for batch in batches
-        for ids, length in zip(batch.ids, batch.lengths, strict=True)
-    ]
-    dense = [weights["model.embed_tokens.weight"][ids] for ids in sequences]
-    pruned = list(dense)
-    found = []
-    for layer in range(model.config.num_hidden_layers):
-        name = f"model.layers.{layer}"
-
-        def before_mlp(hidden: Tensor, layer: int = layer, name: str = name) -> Tensor:
-            h = rms_norm(hidden, weights[f"{name}.input_layernorm.weight"], eps)
-            return hidden + attention(weights, model.config, layer, h)
-
-        def act_of(hidden: Tensor, name: str = name) -> Tensor:
-            h = rms_norm(hidden, weights[f"{name}.post_attention_layernorm.weight"], eps)
-            gate = linear(weights, f"{name}.mlp.gate_proj", h)
-            return gate * torch.sigmoid(gate) * linear(weights, f"{name}.mlp.up_proj", h)
-
-        down, bias = weights[f"{name}.mlp.down_proj.weight"], bias_of(weights, name)
-        dense = [before_mlp(h) for h in dense]
-        dense = [h + act_of(h) @ down.t() + bias for h in dense]
-        pruned = [before_mlp(h) for h in pruned]
-        acts = [act_of(h)[:, keep[layer]] for h in pruned]
-        rows = torch.cat(acts)
-        wanted = torch.cat([x - h - bias for x, h in zip(dense, pruned, strict=True)])
-        choosing = sum(map(len, acts[len(acts) - len(acts) // 8 :]))
-        fitted = plain_fit(rows, wanted, down[:, keep[layer]], choosing)
-        pruned = [h + a @ fitted.t() + bias for h, a in zip(pruned, acts, strict=True)]
-        found.append(fitted)
-    return found
-
-
-def linear(weights: dict[str, Tensor], name: str, h: Tensor) -> Tensor:
-    return h @ weights[f"{name}.weight"].t() + weights.get(f"{name}.bias", 0)
-
-
-def bias_of(weights: dict[str, Tensor], name: str) -> Any:
-    return weights.get(f"{name}.mlp.down_proj.bias", 0)
 
 
 @pytest.mark.parametrize("times", [1, 5])  # of four sequences, in which none chooses a ridge

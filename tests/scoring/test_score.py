@@ -14,8 +14,7 @@ from tolerances import (
     keep_differences_inside_band,
     relative_error,
 )
-from torch.nn import DataParallel
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 from truth import scores as true_scores
 from truth import tiny_model
 
@@ -25,12 +24,7 @@ from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.checkpoint.source import open_source
 from hfprune_fast.config import STATISTICS, CalibrationOptions
 from hfprune_fast.data.calibration import calibrate
-from hfprune_fast.errors import (
-    ArgumentError,
-    CalibrationError,
-    NumericsError,
-    UnsupportedModelError,
-)
+from hfprune_fast.errors import NumericsError
 from hfprune_fast.kernels import TaylorStatistics, linear_entropy, taylor_statistics
 from hfprune_fast.pruning.widths import most_important
 
@@ -166,39 +160,6 @@ def test_arrays_and_lists_are_token_batches_too() -> None:
     assert len({record["data_sha256"] for record in records}) == 2
 
 
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "error", "message"),
-    [
-        (random_llama, {"dtype": "float64"}, ArgumentError, "move or cast it first"),
-        (random_llama, {"parity": True, "backend": "triton"}, ArgumentError, "must be torch"),
-        (
-            random_llama,
-            {"parity": True, "backend": "cpp"},
-            ArgumentError,
-            "must be torch|not in use",
-        ),
-        (lambda: random_llama().double(), {"backend": "triton"}, ArgumentError, "float64"),
-        (lambda: torch.nn.Linear(2, 2), {}, UnsupportedModelError, "a causal language model"),
-        (lambda: DataParallel(random_llama()), {}, UnsupportedModelError, "a causal language"),
-        (gpt2, {}, UnsupportedModelError, r"GPT2LMHeadModel.*have no gate"),
-    ],
-)
-def test_what_is_refused(
-    model: Callable[[], Any], options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        hf.score(model(), torch.zeros(1, 4, dtype=torch.int64), **options)
-
-
-def test_no_batches() -> None:
-    with pytest.raises(CalibrationError, match="no token batches"):
-        hf.score(random_llama(), [])
-
-
 @pytest.mark.parametrize("family", ["llama", "shipped"])
 def test_float16_rounds_less_than_bfloat16(family: str) -> None:
     """With 3 more bits, and a gradient scale, an eighth of what bfloat16 loses in eager torch."""
@@ -255,17 +216,6 @@ def test_triton_kernels_score_within_the_error_rule(dtype: torch.dtype) -> None:
         assert_no_worse_together(
             *(torch.stack(each) for each in (found, theirs, expected)), floor=floor
         )
-
-
-def test_backend_is_chosen_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = random_llama(), torch.zeros(1, 4, dtype=torch.int64)
-    monkeypatch.setenv("HFPRUNE_BACKEND", "cuda")
-    with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
-        hf.score(model, ids)
-    assert hf.score(model, ids, backend="torch").provenance["backend"] == "torch"
-    monkeypatch.setattr("hfprune_fast.checkpoint.loading.blueprint", None)  # is refused before it
-    with pytest.raises(ArgumentError, match="HFPRUNE_BACKEND must be one of torch, triton"):
-        hf.score("demo", TINY_MODEL / "calibration.txt", samples=1)
 
 
 def test_parity_adds_up_in_bfloat16_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
