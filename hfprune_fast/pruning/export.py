@@ -19,10 +19,8 @@ from hfprune_fast.checkpoint.ours import begins_with, check_not_read, real
 from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.console import say
 from hfprune_fast.errors import ArgumentError, printable
-from hfprune_fast.pruning.model_card import model_card
 from hfprune_fast.pruning.on_disk import prune_checkpoint
-from hfprune_fast.pruning.record import RECORD, carried_record
-from hfprune_fast.report.facts import damaged, read_facts
+from hfprune_fast.pruning.record import RECORD, carried_record, facts_of
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _GET_CONVERTER = (
@@ -91,16 +89,12 @@ def _record(source: ModelSource, widths: list[int], layout: str) -> dict[str, An
     """Return the record of the pruning, with the sizes of the model in its new form."""
     sizes = source.spec.pruned_to(max(widths) if layout == "padded" else widths)
     now = {"params": sizes["params"], "layout": layout, "mlp_widths": widths}
-    record = carried_record(source, "fidelity")
-    if not (source.folder / RECORD).is_file():
+    record, facts = carried_record(source, "fidelity"), facts_of(source.folder)
+    if facts is None:
         now |= {"dense_params": sizes["params"], "param_ratio": 0.0, "prune_ratio": 0.0}
         return {"achieved": {**sizes, **now, "dense_mlp_widths": widths}}
-    file = source.folder / RECORD
-    dense = read_facts(record, file).dense_params
-    now["param_ratio"] = 1 - sizes["params"] / dense
+    now["param_ratio"] = 1 - sizes["params"] / facts.dense_params
     record["achieved"] = {**record["achieved"], **now}
-    with damaged(file):
-        model_card(record, {})
     return record
 
 

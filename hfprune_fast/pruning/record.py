@@ -17,6 +17,7 @@ from hfprune_fast.console import say
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.models.sites import SiteKey, experts_path, site_path
 from hfprune_fast.pruning.model_card import model_card
+from hfprune_fast.report.facts import Facts, damaged, read_facts
 
 RECORD = "hfprune.json"
 _MAX_RECORD_BYTES = 256 << 20
@@ -53,6 +54,21 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder} has no {RECORD}; expected the folder of a model that hfprune has pruned"
         )
     return read_json_object(folder / RECORD, _MAX_RECORD_BYTES)
+
+
+def facts_of(folder: Path) -> Facts | None:
+    """Return what the record of a pruned model says; None where there is none.
+
+    Raises:
+        CheckpointError: the record is damaged, so that none can be made from it either.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    record = read_record(folder)
+    with damaged(file):
+        model_card(record, {})
+    return read_facts(record, file)
 
 
 def carried_record(source: ModelSource, *others: str) -> dict[str, Any]:

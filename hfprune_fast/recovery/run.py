@@ -24,7 +24,7 @@ from hfprune_fast.errors import ArgumentError, CheckpointError, shown
 from hfprune_fast.evaluation.fidelity import check_vocabularies
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.on_disk import check_output_folder
-from hfprune_fast.pruning.record import read_record
+from hfprune_fast.pruning.record import facts_of, read_record
 from hfprune_fast.recovery.adapters import Trained, check_packages, reset_lora
 from hfprune_fast.recovery.data import RecoveryData, recovery_data
 from hfprune_fast.recovery.output import write_adapter, write_recovered
@@ -166,6 +166,7 @@ def _check_pair(
 ) -> None:
     """Refuse models that do not belong together, and options that mean nothing here."""
     check_vocabularies(dense.spec.vocab_size, pruned.spec.vocab_size)
+    facts_of(pruned.folder)  # else it would be found damaged after the training
     sizes = dense.spec.hidden_size, pruned.spec.hidden_size
     if sizes[0] != sizes[1]:
         raise ArgumentError(

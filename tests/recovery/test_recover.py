@@ -22,7 +22,7 @@ from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.checkpoint.pretrained import load_tokenizer
 from hfprune_fast.data.calibration import token_windows
 from hfprune_fast.engine import streaming
-from hfprune_fast.errors import NumericsError
+from hfprune_fast.errors import CheckpointError, NumericsError
 from hfprune_fast.recovery import teacher
 from hfprune_fast.recovery.student import Student
 
@@ -218,6 +218,10 @@ def test_a_damaged_pruned_model_is_refused_before_the_dense_one_runs(
     save_file(tensors, damaged / WEIGHTS, {"format": "pt"})
     monkeypatch.setattr(teacher, "open_model", lambda *_: pytest.fail("the dense model runs"))
     with pytest.raises(NumericsError, match=f"tensor {name} holds NaN or inf; the checkpoint is"):
+        hf.recover(TINY_MODEL, damaged, text, tmp_path / "out", **SHORT)
+    record = json.loads((damaged / "hfprune.json").read_text())
+    (damaged / "hfprune.json").write_text(json.dumps(record | {"achieved": {}}))
+    with pytest.raises(CheckpointError, match=r"hfprune\.json is damaged, or not written by"):
         hf.recover(TINY_MODEL, damaged, text, tmp_path / "out", **SHORT)
     assert not list(tmp_path.glob("out*"))
 
