@@ -24,6 +24,7 @@ from hfprune_fast.config import (
     Budget,
     CalibrationOptions,
     OutputOptions,
+    PruningCalibration,
     RecipeChanges,
     RecoveryOptions,
     ReportOptions,
@@ -103,7 +104,7 @@ def score(
 @flags(Budget)
 @flags(OutputOptions)
 @flags(ReportOptions)
-@flags(CalibrationOptions)
+@flags(PruningCalibration)
 @flags(ScoringOptions)
 @flags(RunOptions)
 @common
@@ -160,7 +161,7 @@ def evaluate(
 @cli.command()
 @click.argument("model")
 @flags(Budget, without=("min_keep", "protect"))
-@flags(CalibrationOptions, without=("seed", "text_field", "chat_template"))
+@flags(PruningCalibration, without=("seed", "text_field", "chat_template"))
 @flags(RunOptions, without=("attention",))
 @click.option("--recover", is_flag=True, help="Also what `hfprune recover` would take afterwards.")
 @flags(RecoveryOptions, only=("tokens", "lora", "train"))

@@ -12,6 +12,7 @@ from hfprune_fast.config import (
     Budget,
     CalibrationOptions,
     OutputOptions,
+    PruningCalibration,
     Recipe,
     RunOptions,
     ScoringOptions,
@@ -101,7 +102,7 @@ def test_what_does_not_go_together(fields: dict[str, Any], message: str) -> None
         Recipe(**fields)
 
 
-GROUPS = [CalibrationOptions, RunOptions, ScoringOptions, Budget, OutputOptions, Recipe]
+GROUPS = [PruningCalibration, RunOptions, ScoringOptions, Budget, OutputOptions, Recipe]
 
 
 def test_functions_take_every_option_as_a_keyword() -> None:
@@ -112,6 +113,23 @@ def test_functions_take_every_option_as_a_keyword() -> None:
             assert field.metadata["text"] in str(hf.oneshot.__doc__)
     names = [field.name for group in GROUPS for field in fields(group)]
     assert len(names) == len(set(names))  # so that they can be taken flat
+
+
+@pytest.mark.parametrize(
+    ("requested", "seq_len", "refitted", "samples"),
+    [
+        (None, 1024, 0, 128),
+        (None, 1024, 4096, 128),
+        (None, 1024, 4097, 129),
+        (None, 1024, 14336, 448),
+        (None, 256, 14336, 1792),
+        (7, 1024, 14336, 7),
+    ],
+)
+def test_how_many_samples_a_pruning_draws(
+    requested: int | None, seq_len: int, refitted: int, samples: int
+) -> None:
+    assert PruningCalibration(requested).drawn(seq_len, refitted) == samples
 
 
 def test_options_are_taken_flat_and_a_wrong_name_is_an_error() -> None:

@@ -18,7 +18,7 @@ from hfprune_fast.checkpoint.skeleton import spec_from_config
 from hfprune_fast.config import (
     DEFAULT_SEQ_LEN,
     Budget,
-    CalibrationOptions,
+    PruningCalibration,
     RecoveryOptions,
     RunOptions,
 )
@@ -38,14 +38,14 @@ _BYTES_A_SECOND = 1 << 30  # of a fast disk; what is fetched is in proportion
 
 
 @keyword_options(
-    budget=Budget, sampling=CalibrationOptions, options=RunOptions, recovery=RecoveryOptions
+    budget=Budget, sampling=PruningCalibration, options=RunOptions, recovery=RecoveryOptions
 )
 def run(
     model: str | Path,
     *,
     recover: bool = False,
     budget: Budget,
-    sampling: CalibrationOptions,
+    sampling: PruningCalibration,
     options: RunOptions,
     recovery: RecoveryOptions,
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def run(
     spec, config = spec_from_config(folder)
     sizes, dense_sizes = budget_of(spec, budget).sizes(spec), (spec.widths, None)
     seq_len = sampling.seq_len or min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
-    samples = sampling.samples or 1
+    samples = sampling.drawn(seq_len, spec.intermediate_size)
     stored: torch.dtype = config.dtype
     device = loading.torch_device(options.device)
     dtype = loading.dtype_to_run_in(options.dtype, stored, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 
 DEFAULT_SEQ_LEN = 1024
+DEFAULT_SAMPLES = 128
+# Calibration tokens for each neuron of a layer. KL after a refit is above that of unlimited text by
+# four times the inverse of the tokens of a kept neuron (docs/evidence.md), so by about a tenth.
+REFIT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class CalibrationOptions(Options):
     """Which windows of a text are used."""
 
     samples: int | None = option(
-        128,
+        DEFAULT_SAMPLES,
         "Samples to draw; None, the default of evaluate and report, takes the whole text in order.",
         least=1,
         most=LARGEST_COUNT,
@@ -40,6 +45,23 @@ class CalibrationOptions(Options):
     chat_template: bool = option(
         False, "Read chats by the tokenizer's chat template, not as plain text."
     )
+
+
+@dataclass(frozen=True)
+class PruningCalibration(CalibrationOptions):
+    """The same for a pruning, whose refit may need more of them."""
+
+    samples: int | None = option(
+        None,
+        f"Samples to draw. [default: {DEFAULT_SAMPLES}, or with a refit as many as hold "
+        f"{REFIT_TOKENS} tokens for each neuron of a layer]",
+        least=1,
+        most=LARGEST_COUNT,
+    )
+
+    def drawn(self, seq_len: int, refitted: int) -> int:
+        """Return how many windows of `seq_len` are drawn, for so many refitted neurons a layer."""
+        return self.samples or max(DEFAULT_SAMPLES, math.ceil(REFIT_TOKENS * refitted / seq_len))
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def calibrate(
     data = windows_of(text, source, options, evaluation=evaluation)
     if options.samples is not None and data.sequences < options.samples:
         say(
-            f"{text} holds {data.sequences} samples of {data.longest} tokens; "
-            f"{options.samples} were requested"
+            f"{text} holds {data.sequences} samples of {data.longest} tokens, "
+            f"fewer than {options.samples}"
         )
     return data
 

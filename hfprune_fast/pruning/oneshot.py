@@ -7,7 +7,7 @@ scored is the one that allocations are tried on and that down_proj is refitted t
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.config import (
     DATA_FREE,
     MEASURED_ALLOCATIONS,
+    REFIT_TOKENS,
     Budget,
     CalibrationOptions,
     OutputOptions,
+    PruningCalibration,
     Recipe,
     RecipeChanges,
     ReportOptions,
@@ -31,6 +33,7 @@ from hfprune_fast.config import (
 )
 from hfprune_fast.console import say, to_path
 from hfprune_fast.data.batches import MicroBatch
+from hfprune_fast.data.calibration import window_tokens
 from hfprune_fast.engine.distributed import Processes, joined, launched
 from hfprune_fast.engine.layerwise import ResidentModel, own_modes
 from hfprune_fast.engine.streaming import open_model
@@ -55,7 +58,7 @@ from hfprune_fast.scoring.table import ImportanceTable, check_table, saved_on_fa
 @keyword_options(
     changes=RecipeChanges,
     budget=Budget,
-    sampling=CalibrationOptions,
+    sampling=PruningCalibration,
     run=RunOptions,
     scoring=ScoringOptions,
     output=OutputOptions,
@@ -73,7 +76,7 @@ def oneshot(
     progress: bool = False,
     changes: Any,
     budget: Budget,
-    sampling: CalibrationOptions,
+    sampling: PruningCalibration,
     run: RunOptions,
     scoring: ScoringOptions,
     output: OutputOptions,
@@ -112,6 +115,10 @@ def oneshot(
     elif resolved.allocation != "uniform" or budget.protect:
         check_layout(source.config, output.layout)
     given = _checked(given, source, resolved, sampling)
+    if calibration is not None:
+        neurons = source.spec.intermediate_size if resolved.refits else 0
+        drawn = sampling.drawn(window_tokens(calibration, source, sampling), neurons)
+        sampling = replace(sampling, samples=drawn)
     if given is not None and processes.rank > 0:
         return {}
     after = AfterPruning.of(source, out, calibration, sampling, run, output, reported, processes)
@@ -136,16 +143,16 @@ def oneshot(
             keep, chosen = _chosen(table, dense, batches, widths, resolved, progress)
         with after.log.stage("refitting"):
             metrics = covariances if resolved.refit == "reconstruct" else None
-            replace: dict[str | tuple[str, int], Tensor] = {}
+            refitted: dict[str | tuple[str, int], Tensor] = {}
             if dense is not None:
-                replace, facts = refit_stored(dense, batches, source, keep, metrics, progress)
+                refitted, facts = refit_stored(dense, batches, source, keep, metrics, progress)
                 chosen |= facts
         record = {"requested": _requested(resolved, budget, widths, output)}
         record |= {"chosen": chosen, "provenance": table.provenance}
         with after.log.stage("writing"):
             written: dict[str, Any] = {"record": record, "progress": progress, **asdict(output)}
-            achieved = prune_checkpoint(source, out, keep, replace=replace, **written)
-    del dense, batches, covariances, replace, job  # memory for the models that are measured
+            achieved = prune_checkpoint(source, out, keep, replace=refitted, **written)
+    del dense, batches, covariances, refitted, job  # memory for the models that are measured
     delete_state(out)
     say_what_could_be_closer(achieved, widths, recipe, calibration)
     chosen |= {"verified": output.verify, **after.finish(table, progress)}
@@ -251,7 +258,7 @@ def _warn_of_few_tokens(job: ScoringJob) -> None:
     if tokens < TOKENS_A_NEURON * neurons:
         say(
             f"{tokens} calibration tokens are few to refit {neurons} neurons a layer; "
-            f"{TOKENS_A_NEURON * neurons} or more generalise better"
+            f"{REFIT_TOKENS * neurons} bring it closer to the dense model"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import source as source_module
+from hfprune_fast.checkpoint.folder import TINY_MODEL
 from hfprune_fast.checkpoint.loading import load_model
 from hfprune_fast.data import calibration as calibration_module
 from hfprune_fast.engine import streaming
@@ -22,9 +23,27 @@ def test_few_tokens_to_refit_to_are_reported(
     for samples in (24, 23):  # 8 tokens for each of 96 neurons are 768
         out = tmp_path / str(samples)
         hf.oneshot(llama_dir, text_file, out, prune_ratio=0.5, samples=samples, seq_len=32)
-    said = "hfprune: 736 calibration tokens are few to refit 96 neurons a layer; 768 or more"
+    said = "hfprune: 736 calibration tokens are few to refit 96 neurons a layer; 3072 bring"
     lines = [line for line in capfd.readouterr().err.splitlines() if "tokens are few" in line]
     assert [line[: len(said)] for line in lines] == [said]
+
+
+@pytest.mark.parametrize(
+    ("preset", "samples", "drawn"),
+    [("default", None, 384), ("default", 130, 130), ("paper", None, 128)],
+)
+def test_a_refit_draws_32_tokens_for_each_neuron(
+    preset: str, samples: int | None, drawn: int, llama_dir: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text((TINY_MODEL / "calibration.txt").read_text()[:20_000])
+    out = tmp_path / "out"
+    hf.oneshot(
+        llama_dir, text, out, recipe=preset, prune_ratio=0.5, samples=samples, seq_len=8,
+        device="cpu",
+    )  # fmt: skip
+    # 32 tokens for each of 96 neurons are 3072.
+    assert json.loads((out / "hfprune.json").read_text())["provenance"]["samples"] == drawn
 
 
 def test_the_whole_job_opens_tokenises_and_loads_once(
