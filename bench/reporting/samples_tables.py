@@ -6,6 +6,8 @@ what its rows have beside.
 
 from __future__ import annotations
 
+from statistics import mean
+
 from fidelity_tables import Measured, named, span
 from records import Row
 from report_text import hardware, number, table
@@ -29,12 +31,14 @@ def section(models: list[Measured]) -> list[str]:
             f"{header['texts'][0]}, seeds {model.seeds}; {tokens} tokens of {header['texts'][1]}. "
             f"{hardware(header)}, {header['date'][:10]}."
         )
-        cells = [["removed", "windows", *COLUMNS]]
+        cells = [["removed", "windows", "tokens a kept neuron", *COLUMNS]]
         for ratio in model.ratios:
             rows = [row for row in model.rows if row["prune_ratio"] == ratio]
             for count in sorted({row["samples"] for row in rows}):
                 its = [row for row in rows if row["samples"] == count]
-                cells.append([f"{ratio:.0%}", str(count), *_cells(its)])
+                calibrated = count * header["calibration"]["seq_len"]
+                a_neuron = f"{calibrated / mean(its[0]['widths']):.0f}"
+                cells.append([f"{ratio:.0%}", str(count), a_neuron, *_cells(its)])
         lines += ["", caption, "", *table(cells, 2)]
     return lines
 

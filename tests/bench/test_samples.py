@@ -131,5 +131,6 @@ def test_the_table_has_the_numbers_of_the_rows(tmp_path: Path) -> None:
     (folder / "small-samples.jsonl").write_text(lines, encoding="utf-8")
     assert fidelity_tables.all_of(tmp_path) == []
     text = "\n".join(samples_tables.section(fidelity_tables.all_of(tmp_path, samples=True)))
-    assert cells(text, "20%", "16") == ["0.150 (0.100–0.200)", "50.0%", "+25.0%", "1.23%", "60.0"]
+    found = cells(text, "20%", "16")
+    assert found == ["102", "0.150 (0.100–0.200)", "50.0%", "+25.0%", "1.23%", "60.0"]
     assert text.index("| 20%     | 16") < text.index("| 20%     | 32")
