@@ -55,7 +55,7 @@ def operation(
                 if not torch.compiler.is_compiling() and any(map(_in_torch_func, tensors)):
                     raise RuntimeError(f"{name} cannot be differentiated by torch.func.grad or vjp")
                 args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            if not torch.compiler.is_compiling() and _some_are_meta(tensors):
+            if not torch.compiler.is_compiling() and _only_some_on_meta(tensors):
                 return function(*args)  # raises: its checks name the argument
             return op(*args)
 
@@ -70,10 +70,9 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _some_are_meta(tensors: Sequence[Tensor]) -> bool:
-    """Return whether some tensors alone are on meta: torch would run the fake, without a check."""
-    kinds = {tensor.device.type for tensor in tensors}
-    return "meta" in kinds and len(kinds) > 1
+def _only_some_on_meta(tensors: Sequence[Tensor]) -> bool:
+    """Return whether some tensors, not all, are on meta: torch would run the unchecked fake."""
+    return len({tensor.device.type == "meta" for tensor in tensors}) == 2
 
 
 def _in_torch_func(tensor: Tensor) -> bool:

@@ -80,14 +80,14 @@ def published_settings(prune_ratio: float) -> tuple[float, float]:
 
 
 class Importance(NamedTuple):
-    """Of each neuron, (L, F) float64, from the gradients of each sequence of a text."""
+    """The importance of each neuron by both methods, (L, F) float64."""
 
     of_sums: Tensor  # LLM-Pruner's Σ_w |w · mean_n g_n|
     of_each: Tensor  # SDMPrune's Σ_w Σ_n |w · g_n|
 
 
 def importance(model: PreTrainedModel, ids: Tensor, loss: Loss = cross_entropy) -> Importance:
-    """Return both methods' importance over sequences ids (N, T), from one backward pass of each."""
+    """Return both methods' importance over sequences ids (N, T), by a backward pass of each."""
     mlps = gated_mlps(model)
     sums: Gradients = {}
     of_each = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64)

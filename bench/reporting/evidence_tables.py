@@ -136,7 +136,7 @@ def elsewhere(model: Measured) -> Iterator[str]:
 
 
 def _with_ratio(model: Measured, variant: Variant, ratio: float, text: str) -> str:
-    """Write KL on a text, and the mean of what it is as a part of the paper's."""
+    """Return the cell of KL on a text, and of its ratio to the paper's with the same seed."""
     against = model.against_paper(variant, ratio, text)
     times = f" ({mean(against):.2f} ×)" if against else ""
     return span(model.nats(variant, ratio, text).values(), number) + times

@@ -93,7 +93,7 @@ class Measured:
         return {seed: row["kl_nats"] for seed, row in rows.items() if row}
 
     def against_paper(self, variant: Variant, ratio: float, text: str = "") -> list[float]:
-        """Return KL as a part of the paper's with the same seed, where that is above 0."""
+        """Return the ratios of KL to the paper's with the same seed, where that is above 0."""
         paper, nats = (self.nats(each, ratio, text) for each in (PAPER, variant))
         return [nats[seed] / paper[seed] for seed in nats if paper.get(seed, 0) > 0]
 
@@ -130,7 +130,7 @@ def _check_fields(what: str, found: Row, kinds: Mapping[str, Any]) -> None:
 
 
 def _check_once(lines: list[Row]) -> None:
-    """Raise ValueError for a second row of a variant, ratio and seed: means would count it too."""
+    """Raise ValueError for two rows of one variant, ratio and seed: a mean would count both."""
     first: dict[Any, int] = {}
     for line, row in enumerate(lines, 1):
         if "machine" not in row:

@@ -11,7 +11,6 @@ from pathlib import Path
 import fidelity_tables
 import recovery_tables
 import report_text as text
-import samples_tables
 from pictures import Picture
 from records import Result, Row, key
 
@@ -69,9 +68,11 @@ def link(root: Path, at: Path) -> str:
 
 
 def markdown(
-    root: Path, current: list[Source], models: list[fidelity_tables.Measured],
-    samples: list[fidelity_tables.Measured], drawn: dict[Path, Picture],
-) -> str:  # fmt: skip
+    root: Path,
+    current: list[Source],
+    models: list[fidelity_tables.Measured],
+    drawn: dict[Path, Picture],
+) -> str:
     lines, devices = [INTRODUCTION], {}
     for title, ops in SECTIONS.items():
         lines += ["", f"## {title}"]
@@ -102,9 +103,11 @@ def markdown(
         "",
         fidelity,
     ]
-    if samples:
-        lines += ["", "### Calibration windows", "", *samples_tables.section(samples)]
-    lines += ["", "Models with experts: [experts](experts.md#what-was-measured)."]
+    lines += [
+        "",
+        "Models with experts: [experts](experts.md#what-was-measured). Numbers of calibration "
+        "windows: [evidence](evidence.md#how-many-calibration-windows).",
+    ]
     if recovery:
         lines += ["", "## Recovery", "", recovery_tables.HINT, "", recovery]
     return "\n".join(lines).rstrip() + "\n"

@@ -95,7 +95,7 @@ def expected(root: Path) -> tuple[dict[Path, str], dict[Path, pictures.Picture]]
     recovered = recovery_tables.all_of(root)
     curves = [model for model in fidelity if len(model.ratios) > 1]  # of others a row alone
     drawn = pictures.planned(root, current, curves, recovered)
-    texts[page.path(root)] = page.markdown(root, current, curves, samples, drawn)
+    texts[page.path(root)] = page.markdown(root, current, curves, drawn)
     link, at = partial(page.link, root), recovery_tables.picture_path(root)
     image = f"![{drawn[at].alt}]({link(at)})" if at in drawn else ""
     by_hand: dict[Path, Callable[[str], str]] = {

@@ -1,4 +1,4 @@
-"""The table of what `bench/fidelity/samples.py` measured, for docs/benchmarks.md.
+"""The table of what `bench/fidelity/samples.py` measured, for docs/evidence.md.
 
 A file NAME-samples.jsonl in bench/results/fidelity is in the form of NAME.jsonl; `samples.py` says
 what its rows have beside.

@@ -54,7 +54,8 @@ def choose(
         )
     uniform = budget.keep(importance, "uniform")
     if [len(kept) for kept in uniform.values()] == budget.even_widths() == list(budget.dense):
-        return uniform, {"allocation": "uniform"}  # nothing to remove, so nothing to measure
+        # Each rounds its widths by itself, and neither removes a neuron.
+        return uniform, {"allocation": "uniform"}
     tried = trial_batches(batches)
     held_out = max(1, len(tried) // 4)
     fitted, few = tried[:-held_out], factor_batches(tried[-held_out:])

@@ -17,7 +17,7 @@ from hfprune_fast.console import say
 from hfprune_fast.errors import CheckpointError
 from hfprune_fast.models.sites import SiteKey, experts_path, site_path
 from hfprune_fast.pruning.model_card import model_card
-from hfprune_fast.report.facts import Facts, damaged, read_facts
+from hfprune_fast.report.facts import Facts, read_facts, record_errors
 
 RECORD = "hfprune.json"
 _MAX_RECORD_BYTES = 256 << 20
@@ -57,16 +57,17 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def facts_of(folder: Path) -> Facts | None:
-    """Return what the record of a pruned model says; None where there is none.
+    """Return the facts of a model's record; None where it has no record.
 
     Raises:
-        CheckpointError: the record is damaged, so that none can be made from it either.
+        CheckpointError: the record is damaged, so that it has no facts, or no card can be made of
+            it.
     """
     file = folder / RECORD
     if not file.is_file():
         return None
     record = read_record(folder)
-    with damaged(file):
+    with record_errors(file):
         model_card(record, {})
     return read_facts(record, file)
 

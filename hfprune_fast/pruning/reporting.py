@@ -18,7 +18,7 @@ from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.models.sites import SiteKey
 from hfprune_fast.pruning.model_card import loading_text, made_rows, training_text
 from hfprune_fast.pruning.record import RECORD, read_record
-from hfprune_fast.report.facts import Facts, Measurement, damaged, read_facts, recorded_keep
+from hfprune_fast.report.facts import Facts, Measurement, read_facts, record_errors, recorded_keep
 from hfprune_fast.report.page import START, Report, page
 from hfprune_fast.report.pictures import check_matplotlib
 from hfprune_fast.scoring.table import ImportanceTable
@@ -58,7 +58,7 @@ def write_report(
     if measurement is not None:
         facts = replace(facts, measurement=measurement)
     ranked, unit = (None, "") if table is None else _ranked(table, record, facts)
-    with damaged(folder / RECORD):
+    with record_errors(folder / RECORD):
         about, training = _about(record), escape(training_text(record))
     report = Report(
         name=folder.resolve().name,

@@ -166,7 +166,7 @@ def _check_pair(
 ) -> None:
     """Refuse models that do not belong together, and options that mean nothing here."""
     check_vocabularies(dense.spec.vocab_size, pruned.spec.vocab_size)
-    facts_of(pruned.folder)  # else it would be found damaged after the training
+    facts_of(pruned.folder)  # raises if the record, which is carried over at the end, is damaged
     sizes = dense.spec.hidden_size, pruned.spec.hidden_size
     if sizes[0] != sizes[1]:
         raise ArgumentError(

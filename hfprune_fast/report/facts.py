@@ -74,8 +74,8 @@ class Facts:
         return own if self.experts is None else [*own, self.experts.width]
 
 
-def damaged(file: Path) -> AbstractContextManager[None]:
-    """Turn what the contents of a record raise into one line that names its file."""
+def record_errors(file: Path) -> AbstractContextManager[None]:
+    """Return a context in which what a record's contents raise is one line that names its file."""
     return one_line_errors(f"{file} is damaged, or not written by hfprune")
 
 
@@ -83,10 +83,9 @@ def read_facts(record: Mapping[str, Any], file: Path) -> Facts:
     """Return what a record says, read from `file`, or raise CheckpointError if it is damaged."""
     if "recovery" in record and "achieved" not in record:
         raise CheckpointError(
-            f"{file.parent} holds adapters or a model that was not pruned by hfprune; a report is "
-            "of a pruned model's folder"
+            f"{file.parent} holds adapters; expected the folder of a model that hfprune has pruned"
         )
-    with damaged(file):
+    with record_errors(file):
         return _facts(record)
 
 

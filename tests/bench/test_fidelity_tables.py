@@ -56,7 +56,7 @@ def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:
     row = ["0.32", "", f"{mean([0.25 / 1.0, 0.55 / 1.1, 0.6 / 1.2]):.2f}"]
     assert cells(page, "fisher", "obs", "uniform", "yes") == row * 2
     links = re.findall(r"\]\(([^)#]+)", page)
-    assert len(links) == 4
+    assert len(links) == 5
     assert all((root / "docs" / link).exists() for link in links)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import tiny_family_model
-from fused_names import llama, of, replaced
+from fused_names import like, llama, replaced
 from interpreted import rounding_as_a_gpu
 from paths import needs_triton
 from tolerances import assert_no_worse, relative_error
@@ -71,7 +71,7 @@ def test_plain_modules_of_a_family_and_its_logits(family: str, dtype: torch.dtyp
     model = tiny_family_model(family, dtype=dtype)
     ids = torch.arange(12).view(2, 6)
     expected = model(ids, use_cache=False).logits
-    with fused_modules(model, "triton", of(dtype)):
+    with fused_modules(model, "triton", like(dtype)):
         names = [name.rpartition(".")[2] for name in replaced(model)]
         logits = model(ids, use_cache=False).logits
     layers = model.config.num_hidden_layers
@@ -143,7 +143,7 @@ def test_a_dtype_that_was_not_compared_takes_the_own_forward(
     x = torch.randn(64, len(norm.weight)).bfloat16()
     expected, ids = norm(x), torch.arange(6)[None]
     logits = model(ids, use_cache=False).logits
-    with fused_modules(model, "triton", of(run)):
+    with fused_modules(model, "triton", like(run)):
         assert {norm, attention} <= {m for m in model.modules() if "forward" in vars(m)}
         calls.clear()
         assert torch.equal(norm(x), expected)
@@ -167,7 +167,7 @@ def test_shapes_that_transformers_broadcasts_take_its_own_function(
     model = llama()
     given = [torch.randn(shape) for shape in (q, k, *tables)]
     expected = modeling_llama.apply_rotary_pos_emb(*given)
-    with fused_modules(model, "triton", of()):
+    with fused_modules(model, "triton", like()):
         turn = model.model.layers[0].self_attn.forward.__func__.__globals__["apply_rotary_pos_emb"]
         calls.clear()
         assert all(map(torch.equal, turn(*given), expected))
@@ -179,7 +179,7 @@ def test_shapes_that_transformers_broadcasts_take_its_own_function(
 def test_what_the_kernels_do_not_compute_takes_the_own_forward(calls: Counter[str]) -> None:
     model, x = llama(BF16), torch.ones(2, 64)
     norm = model.model.norm
-    with fused_modules(model, "triton", of(BF16)):
+    with fused_modules(model, "triton", like(BF16)):
         width = len(norm.weight)
         calls.clear()
         assert norm(x[:, :width]).dtype == FP32  # fp32 activations of a bf16 model
@@ -197,7 +197,7 @@ def test_partial_rotary_takes_the_own_function(calls: Counter[str]) -> None:
     model = tiny_family_model("phi3", dtype=FP32, partial_rotary_factor=0.5)
     ids = torch.arange(6)[None]
     expected = model(ids, use_cache=False).logits
-    with fused_modules(model, "triton", of()):
+    with fused_modules(model, "triton", like()):
         logits = model(ids, use_cache=False).logits
     assert calls["rotary"] == 0
     assert calls["rms_norm"] > 0

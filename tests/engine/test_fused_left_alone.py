@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_names import fused_names, llama, of, replaced
+from fused_names import fused_names, like, llama, replaced
 from interpreted import rounding_as_a_gpu
 from paths import needs_triton
 from torch import nn
@@ -77,7 +77,7 @@ def test_a_changed_norm_is_left_alone(change: Callable[[nn.Module], None]) -> No
     everything = fused_names(model)
     change(norm)
     own = vars(norm).get("forward")
-    with fused_modules(model, "triton", of()):
+    with fused_modules(model, "triton", like()):
         names = set(replaced(model))
         assert vars(norm).get("forward") is own
     assert vars(norm).get("forward") is own
@@ -112,8 +112,6 @@ def test_what_computes_something_else_is_left_alone(
 
 
 _own = {kind: kind.forward for kind in (LlamaRMSNorm, LlamaAttention)}
-
-
 _calls = 0
 
 
@@ -130,7 +128,7 @@ def test_another_forward_of_a_class_is_called(
 ) -> None:
     model, before = llama(), _calls
     monkeypatch.setattr(kind, "forward", _counting)
-    with fused_modules(model, "triton", of()):
+    with fused_modules(model, "triton", like()):
         assert not any("forward" in vars(m) for m in model.modules() if type(m) is kind)
         model(torch.arange(4)[None], use_cache=False)
     assert _calls - before == expected
@@ -161,11 +159,11 @@ def test_no_other_model_is_touched_and_an_error_restores() -> None:
     own = modeling_llama.apply_rotary_pos_emb
 
     def fail_inside() -> None:
-        with fused_modules(model, "triton", of()):
+        with fused_modules(model, "triton", like()):
             assert replaced(model)
             assert replaced(other) == []
             assert modeling_llama.apply_rotary_pos_emb is own
-            with fused_modules(model, "triton", of()):  # nothing is left to replace
+            with fused_modules(model, "triton", like()):  # nothing is left to replace
                 pass
             assert replaced(model)
             raise KeyError
