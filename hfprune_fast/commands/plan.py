@@ -75,7 +75,7 @@ def run(
     scoring = planner.plan_run(spec, options, **shape)
     pruning = planner.plan_run(spec, options, refit="linear", **shape)
     in_dtype = dtype if scoring.offload == "cpu" else stored
-    flops = pruning_flops(spec, samples * seq_len, device)
+    flops = pruning_flops(spec, samples, seq_len, device)
     speed = machine.product_flops_per_second(device, dtype)
     recovering = {}
     if recover:

@@ -75,10 +75,14 @@ def choose(
     return keeps[best], {"allocation": best, "allocations_kl_nats": by_name}
 
 
+def trial_sequences(sequences: int) -> int:
+    """Return how many sequences of a calibration allocations are tried on."""
+    return min(max(sequences // 2, _MIN_TRIAL_SEQUENCES), _MAX_TRIAL_SEQUENCES, sequences)
+
+
 def trial_batches(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Return the first sequences of a calibration, in two micro-batches or more."""
-    half = sum(len(batch.ids) for batch in batches) // 2
-    needed = min(max(half, _MIN_TRIAL_SEQUENCES), _MAX_TRIAL_SEQUENCES)
+    needed = trial_sequences(sum(len(batch.ids) for batch in batches))
     first: list[MicroBatch] = []
     for batch in batches:
         if sum(len(b.ids) for b in first) >= needed:

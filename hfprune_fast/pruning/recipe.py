@@ -21,6 +21,7 @@ from hfprune_fast.engine.distributed import Processes
 from hfprune_fast.engine.planner import FACTOR_TOKENS
 from hfprune_fast.errors import ArgumentError, shown
 from hfprune_fast.models.spec import ModelSpec
+from hfprune_fast.pruning.allocation import trial_sequences
 from hfprune_fast.scoring.criteria import CRITERIA
 from hfprune_fast.scoring.job import check_criteria
 from hfprune_fast.scoring.table import ImportanceTable
@@ -112,17 +113,18 @@ def for_experts(recipe: Recipe, budget: Budget) -> Recipe:
     return replace(recipe, allocation="uniform")
 
 
-def pruning_flops(spec: ModelSpec, tokens: int, device: torch.device) -> int:
+def pruning_flops(spec: ModelSpec, sequences: int, seq_len: int, device: torch.device) -> int:
     """Return about the FLOPs of the default recipe's matrix products, without attention's.
 
     Forwards: 2 of scoring (one of them its backward), 1 of the removal costs, 2 of the refit (dense
-    and pruned), and 4 over half of the tokens of the allocation, dense twice and two pruned ones. A
+    and pruned), and 4 over the sequences of the allocation, dense twice and two pruned ones. A
     pruned layer runs twice on a GPU, and where it has experts. With each layer alone cut, the
     layers behind it run over a few tokens, and the head. Second moments, of which half is
     multiplied, are 2 · tokens · F² / 2 of each layer each time, and the greedy removal 3 updates of
     2 · n² for every n from F to 1, an inverse and two products. The ridges of the refits take 7
     factors of K³ / 3 three times, 4 · F³ at K = 0.8 F.
     """
+    tokens, tried = sequences * seq_len, trial_sequences(sequences) / sequences
     forward = spec.flops_per_token // 2 * tokens
     moments = removal = 0
     for site, width in spec.sites.items():
@@ -132,8 +134,8 @@ def pruning_flops(spec: ModelSpec, tokens: int, device: torch.device) -> int:
     if spec.experts:  # one allocation, so none is tried
         return 6 * forward + 2 * moments + removal
     of_pruned = 1 if device.type == "cpu" else 2
-    refitting = 1 + of_pruned + (2 + 2 * of_pruned) / 2
+    refitting = 1 + of_pruned + (2 + 2 * of_pruned) * tried
     head = 2 * spec.hidden_size * spec.vocab_size
-    few = min(tokens // 8, FACTOR_TOKENS) * spec.num_layers
+    few = min(int(tried * tokens) // 4, FACTOR_TOKENS) * spec.num_layers
     alone = few * (spec.flops_per_token // 2 + head) // 2
-    return int((3 + refitting) * forward + 3.5 * moments) + alone + removal
+    return int((3 + refitting) * forward + (2 + 3 * tried) * moments) + alone + removal

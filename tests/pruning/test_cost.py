@@ -10,6 +10,8 @@ from checkpoints import random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import hfprune_fast as hf
+from hfprune_fast.models.spec import spec_of
+from hfprune_fast.pruning.recipe import pruning_flops
 
 SAMPLES, SEQ_LEN, F = 32, 64, 256
 
@@ -41,3 +43,12 @@ def test_the_default_recipe_multiplies_less_than_seven_forward_passes(
     of_tokens = flops.get_total_flops() - 6 * F**3 * model.config.num_hidden_layers
     measured(f"the default recipe multiplies {of_tokens / forward:.2f} times what a forward does")
     assert of_tokens <= 7 * forward
+
+
+def test_text_beyond_the_allocations_costs_five_forward_passes() -> None:
+    """Two of scoring, one of the costs, two of the refit, and second moments twice."""
+    spec, device = spec_of(random_llama(intermediate_size=F)), torch.device("cpu")
+    few, many = (pruning_flops(spec, samples, SEQ_LEN, device) for samples in (128, 448))
+    tokens = (448 - 128) * SEQ_LEN
+    moments = tokens * F**2 * spec.num_layers
+    assert many - few == 5 * (spec.flops_per_token // 2) * tokens + 2 * moments
