@@ -83,8 +83,8 @@ def read_facts(record: Mapping[str, Any], file: Path) -> Facts:
     """Return what a record says, read from `file`, or raise CheckpointError if it is damaged."""
     if "recovery" in record and "achieved" not in record:
         raise CheckpointError(
-            f"{file.parent} holds adapters or a model that was not pruned by hfprune; a report is "
-            "of a pruned model's folder"
+            f"{file} is of adapters, or of a model that was not pruned by hfprune; expected the "
+            "folder of a pruned model, with its own"
         )
     with damaged(file):
         return _facts(record)
