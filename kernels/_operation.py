@@ -8,12 +8,15 @@ a word.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from hfprune_fast.kernels._arguments import check_devices
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,6 +44,7 @@ def operation(
     """
 
     def decorate(function: Callable[..., Any]) -> Operation:
+        signature = inspect.signature(function)
         op = torch.library.custom_op(f"hfprune_fast::{name}", function, mutates_args=mutates_args)
 
         @functools.wraps(function)
@@ -55,11 +59,22 @@ def operation(
                 if not torch.compiler.is_compiling() and any(map(_in_torch_func, tensors)):
                     raise RuntimeError(f"{name} cannot be differentiated by torch.func.grad or vjp")
                 args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            if not torch.compiler.is_compiling() and _only_some_on_meta(tensors):
-                return function(*args)  # raises: its checks name the argument
             return op(*args)
 
-        call.register_fake = op.register_fake  # type: ignore[attr-defined]
+        def register_fake(fake: Function, /) -> Function:
+            @functools.wraps(fake)
+            def checked(*args: Any) -> Any:
+                # torch runs the fake where one tensor alone is on meta too: without a check, the
+                # result would be memory that nothing has written.
+                named = signature.bind(*args).arguments.items()
+                tensors = {name: a for name, a in named if isinstance(a, Tensor)}
+                check_devices(next(iter(tensors.values())), **tensors)
+                return fake(*args)
+
+            op.register_fake(checked)
+            return fake
+
+        call.register_fake = register_fake  # type: ignore[attr-defined]
         call.register_autograd = op.register_autograd  # type: ignore[attr-defined]
         return cast(Operation, call)
 
@@ -68,11 +83,6 @@ def operation(
 
 def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _only_some_on_meta(tensors: Sequence[Tensor]) -> bool:
-    """Return whether some tensors, not all, are on meta: torch would run the unchecked fake."""
-    return len({tensor.device.type == "meta" for tensor in tensors}) == 2
 
 
 def _in_torch_func(tensor: Tensor) -> bool:

@@ -46,6 +46,10 @@ _NUMBERS = dict.fromkeys(
     (int, float),
 )
 NEEDED = {"criterion": str, "statistic": str, "seed": int, "tokens": int, **_NUMBERS}
+_OF_SAMPLES = {  # besides, in a row of `samples.py`
+    **{"samples": int, "widths": list},
+    **dict.fromkeys(("kept_overlap", "score_regret", "squared_error", "cpu_seconds"), (int, float)),
+}
 _OF_A_TEXT = dict.fromkeys(("kl_nats", "ppl_dense"), (int, float))
 _OF_A_HEADER = {
     **{"model": str, "model_type": str, "params": int, "calibration": dict, "texts": list},
@@ -110,14 +114,21 @@ def read(file: Path) -> Measured:
             _check_fields("a header", header, _OF_A_HEADER)
             sizes = {"samples": int, "seq_len": int}
             _check_fields("a header's calibration", header["calibration"], sizes)
+            if len(header["texts"]) != 2:
+                raise ValueError(f"a header has {len(header['texts'])} texts, expected 2")
+        needed = NEEDED | (_OF_SAMPLES if _of_samples(file) else {})
         for row in rows:
-            _check_fields("a row", row, NEEDED)
+            _check_fields("a row", row, needed)
             for name, of_text in row.get("also", {}).items():
                 _check_fields(f"a row's text {name!r}", of_text, _OF_A_TEXT)
         _check_once(lines)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ResultError(f"{file}: no result of fidelity.py: {error}") from None
     return Measured(file, headers, rows)
+
+
+def _of_samples(file: Path) -> bool:
+    return file.stem.endswith("-samples")
 
 
 def _check_fields(what: str, found: Row, kinds: Mapping[str, Any]) -> None:
@@ -145,7 +156,7 @@ def _check_once(lines: list[Row]) -> None:
 def all_of(root: Path, samples: bool = False) -> list[Measured]:
     """Return every model, the smallest first, or what `samples.py` measured of it."""
     files = sorted((root / FOLDER.relative_to(ROOT)).glob("*.jsonl"))
-    files = [file for file in files if file.stem.endswith("-samples") == samples]
+    files = [file for file in files if _of_samples(file) == samples]
     found = [measured for file in files if (measured := read(file)).rows]
     return sorted(found, key=lambda measured: int(measured.header["params"]))
 

@@ -13,9 +13,7 @@ from hfprune_fast.errors import ArgumentError
 from hfprune_fast.evaluation.changes import ChangedToken
 from hfprune_fast.options import keyword_options
 from hfprune_fast.pruning.checkpoint_fidelity import held_out_windows, measure
-from hfprune_fast.pruning.record import RECORD, read_record
-from hfprune_fast.pruning.reporting import check_report, write_report
-from hfprune_fast.report.facts import read_facts
+from hfprune_fast.pruning.reporting import check_report, unmeasured, write_report
 from hfprune_fast.scoring.table import ImportanceTable
 
 
@@ -37,9 +35,9 @@ def run(
         raise ArgumentError("--dense MODEL and --text SOURCE go together: one is compared over it")
     folder = find_model(pruned)
     read = [Path(name) for name in (scores, dense, text) if name and Path(name).exists()]
-    facts = read_facts(read_record(folder), folder / RECORD)
     check_report(out, [folder, *read], force=force)
     table = None if scores is None else ImportanceTable.load(scores)
+    facts = unmeasured(folder, table).facts
     measurement, changed = facts.measurement, list[ChangedToken]()
     if dense is not None and text is not None:
         source = open_source(dense)

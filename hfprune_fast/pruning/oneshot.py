@@ -144,7 +144,8 @@ def oneshot(
         with after.log.stage("refitting"):
             metrics = covariances if resolved.refit == "reconstruct" else None
             refitted: dict[str | tuple[str, int], Tensor] = {}
-            if dense is not None:
+            cut = {site: len(kept) for site, kept in keep.items()} != source.spec.sites
+            if dense is not None and cut:  # else a refit gives the weights but for rounding
                 refitted, facts = refit_stored(dense, batches, source, keep, metrics, progress)
                 chosen |= facts
         record = {"requested": _requested(resolved, budget, widths, output)}

@@ -67,9 +67,10 @@ def facts_of(folder: Path) -> Facts | None:
     if not file.is_file():
         return None
     record = read_record(folder)
+    facts = read_facts(record, file)
     with record_errors(file):
         model_card(record, {})
-    return read_facts(record, file)
+    return facts
 
 
 def carried_record(source: ModelSource, *others: str) -> dict[str, Any]:

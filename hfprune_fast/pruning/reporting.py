@@ -42,6 +42,28 @@ def _is_report(path: Path) -> bool:
     return begins_with(path, START.encode())
 
 
+def unmeasured(folder: Path, table: ImportanceTable | None = None) -> Report:
+    """Return what is told of a pruned checkpoint by its record, and by the scores if given.
+
+    Raises:
+        CheckpointError: the record is damaged.
+        ScoresFileError: the scores are not those that the neurons were chosen by.
+    """
+    record = read_record(folder)
+    facts = read_facts(record, folder / RECORD)
+    ranked, unit = (None, "") if table is None else _ranked(table, record, facts)
+    with record_errors(folder / RECORD):
+        return Report(
+            name=folder.resolve().name,
+            facts=facts,
+            loading=loading_text(facts.layout),
+            about=_about(record),
+            training=escape(training_text(record)),
+            ranked=ranked,
+            importance_unit=unit,
+        )
+
+
 def write_report(
     path: Path,
     folder: Path,
@@ -53,21 +75,10 @@ def write_report(
     force: bool = False,
 ) -> None:
     """Write the report of a pruned checkpoint, from its record and what else is at hand."""
-    record = read_record(folder)
-    facts = read_facts(record, folder / RECORD)
-    if measurement is not None:
-        facts = replace(facts, measurement=measurement)
-    ranked, unit = (None, "") if table is None else _ranked(table, record, facts)
-    with record_errors(folder / RECORD):
-        about, training = _about(record), escape(training_text(record))
-    report = Report(
-        name=folder.resolve().name,
-        facts=facts,
-        loading=loading_text(facts.layout),
-        about=about,
-        training=training,
-        ranked=ranked,
-        importance_unit=unit,
+    report = unmeasured(folder, table)
+    report = replace(
+        report,
+        facts=replace(report.facts, measurement=measurement or report.facts.measurement),
         changed=changed,
         seconds=log.seconds if log else {},
         peak_bytes=peak_bytes() if log else {},

@@ -83,7 +83,8 @@ def read_facts(record: Mapping[str, Any], file: Path) -> Facts:
     """Return what a record says, read from `file`, or raise CheckpointError if it is damaged."""
     if "recovery" in record and "achieved" not in record:
         raise CheckpointError(
-            f"{file.parent} holds adapters; expected the folder of a model that hfprune has pruned"
+            f"{file} is of adapters, or of a model that was not pruned by hfprune; expected the "
+            "folder of a pruned model, with its own"
         )
     with record_errors(file):
         return _facts(record)

@@ -158,6 +158,7 @@ def damaged(**fields: Any) -> str:
         (damaged(machine="x"), "a header has machine 'x'"),
         (damaged(params="x"), "a header has params 'x'"),
         (damaged(calibration={}), "a header's calibration has no samples"),
+        (damaged(texts=["one.txt"]), "a header has 1 texts, expected 2"),
         (damaged(kl_nats=None), "a row has kl_nats 'None'"),
         (
             "\n".join(map(json.dumps, [*LINES, LINES[0], LINES[2]])),

@@ -14,6 +14,7 @@ from family_models import tiny_family_model
 from fidelity_subject import CRITERIA
 from fidelity_variants import DEFAULT
 from invented_results import cells
+from records import ResultError
 from torch import Tensor
 
 import hfprune_fast as hf
@@ -134,3 +135,8 @@ def test_the_table_has_the_numbers_of_the_rows(tmp_path: Path) -> None:
     found = cells(text, "20%", "16")
     assert found == ["102", "0.150 (0.100–0.200)", "50.0%", "+25.0%", "1.23%", "60.0"]
     assert text.index("| 20%     | 16") < text.index("| 20%     | 32")
+    for field in ("samples", "widths", "kept_overlap", "score_regret", "squared_error"):
+        row = {name: value for name, value in rows[0].items() if name != field}
+        (folder / "small-samples.jsonl").write_text(f"{json.dumps(header)}\n{json.dumps(row)}\n")
+        with pytest.raises(ResultError, match=f"a row has no {field}"):
+            fidelity_tables.all_of(tmp_path, samples=True)

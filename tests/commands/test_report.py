@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint.folder import TINY_MODEL
-from hfprune_fast.commands import evaluate
+from hfprune_fast.commands import evaluate, report
 
 Hfprune = Callable[..., Any]
 SAMPLING: dict[str, Any] = {"samples": 8, "seq_len": 48}
@@ -143,6 +143,30 @@ def test_mistakes(
     assert "Traceback" not in done.err
     assert (tmp_path / "mine.html").read_text() == "my own"
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flags", "message"),
+    [
+        ("provenance", {"versions": 1}, [], "damaged/hfprune.json is damaged"),
+        ("recovery", {}, [], "damaged/hfprune.json is damaged"),
+        ("requested", {"select": "l", "criterion": "fisher", "statistic": "l1", "refit": "none"},
+         ["--scores", "SCORES"], "these scores are not the ones this model was pruned with"),
+    ],
+)  # fmt: skip
+def test_nothing_is_measured_for_a_report_that_cannot_be_written(
+    field: str, value: Any, flags: list[str], message: str, place: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, hfprune: Hfprune,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(report, "measure", lambda *_: pytest.fail("it was measured"))
+    shutil.copytree(place / "out", tmp_path / "damaged")
+    record = json.loads((place / "out" / "hfprune.json").read_text())
+    (tmp_path / "damaged" / "hfprune.json").write_text(json.dumps(record | {field: value}))
+    given = [str(place / "scores") if flag == "SCORES" else flag for flag in flags]
+    compared = ["--dense", "demo", "--text", "demo", "--out", tmp_path / "report.html"]
+    done = hfprune("report", tmp_path / "damaged", *given, *compared)
+    assert done.code == 2, done.err
+    assert message in done.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", ["prune", "report"])

@@ -47,6 +47,24 @@ def test_registration_passes_opcheck(operation: Any, arguments: tuple[Any, ...])
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize(("operation", "arguments"), registrations(SMALL))
+def test_an_operation_alone_refuses_tensors_of_which_some_are_on_meta(
+    operation: Any, arguments: tuple[Any, ...]
+) -> None:
+    tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+    for i in tensors if len(tensors) > 1 else ():
+        others = [*arguments, None]
+        others[i] = arguments[i].to("meta")
+        with pytest.raises(ValueError, match=r"must be on (cpu, got meta|meta, got cpu)"):
+            operation(*others)
+
+
+def test_torch_compile_refuses_tensors_of_which_some_are_on_meta() -> None:
+    compiled = torch.compile(kernels.linear_entropy, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="weight must be on cpu, got meta"):
+        compiled(SMALL.hidden, SMALL.weight.to("meta"))
+
+
 DIFFERENTIATED: dict[str, Callable[[Tensor], Any]] = {
     "softmax_entropy": kernels.softmax_entropy,
     "softmax_entropy_grad_": lambda x: kernels.softmax_entropy_grad_(x.clone(), torch.ones(3)),

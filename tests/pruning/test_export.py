@@ -150,6 +150,17 @@ def test_a_damaged_record_is_one_line(
         assert not (tmp_path / "out").exists()
 
 
+def test_a_model_with_the_record_of_its_adapters_is_not_called_damaged(
+    pruned: Callable[..., Path], hfprune: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As when peft's merged model is saved over the adapters."""
+    folder = pruned()
+    (folder / "hfprune.json").write_text(json.dumps({"base_model": "demo", "recovery": {}}))
+    run = hfprune("export", folder, "--to", "padded", "--out", tmp_path / "out")
+    assert run.code == 2, run.out + run.err
+    assert "hfprune.json is of adapters, or of a model that was not pruned by hfprune" in run.err
+
+
 def test_a_padded_model_is_not_pruned_as_if_it_were_dense(
     pruned: Callable[..., Path], hfprune: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import source as source_module
@@ -44,6 +45,15 @@ def test_a_refit_draws_32_tokens_for_each_neuron(
     )  # fmt: skip
     # 32 tokens for each of 96 neurons are 3072.
     assert json.loads((out / "hfprune.json").read_text())["provenance"]["samples"] == drawn
+
+
+@pytest.mark.parametrize("refit", ["linear", "reconstruct"])
+def test_where_nothing_is_removed_the_weights_stay(refit: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"samples": 8, "seq_len": 32, "dtype": "bfloat16", "device": "cpu"}
+    hf.oneshot("demo", "demo", tmp_path / "out", prune_ratio=0.0, refit=refit, **options)
+    before, after = (load_file(f / "model.safetensors") for f in (TINY_MODEL, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_the_whole_job_opens_tokenises_and_loads_once(

@@ -195,7 +195,7 @@ RECORD: dict[str, Any] = {
 
 
 def test_adapters_have_no_report() -> None:
-    with pytest.raises(CheckpointError, match=r"^pruned holds adapters; expected the folder"):
+    with pytest.raises(CheckpointError, match=r"^pruned/hfprune\.json is of adapters, or of a"):
         read_facts({"base_model": "org/model", "recovery": {}}, FILE)
 
 
