@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from hfprune_fast.checkpoint.source import ModelSource
 from hfprune_fast.config import CalibrationOptions, RecoveryOptions
 from hfprune_fast.console import say
-from hfprune_fast.data.batches import TokenData
+from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.data.calibration import window_tokens, windows_of
 from hfprune_fast.errors import CalibrationError
 
@@ -25,12 +27,14 @@ class RecoveryData:
     Args:
         data: all windows, (N, T), in one batch.
         held_out: numbers of the windows that are only evaluated.
+        taught: numbers of the windows that the dense model runs over.
         order: numbers of those that are trained on, in the order of the training.
         step_windows: how many are one step; `order` is a multiple of it.
     """
 
     data: TokenData
     held_out: tuple[int, ...]
+    taught: Sequence[int]
     order: tuple[int, ...]
     step_windows: int
 
@@ -38,6 +42,23 @@ class RecoveryData:
     def ids(self) -> Tensor:
         """Return all windows, (N, T) int64."""
         return self.data.batches[0].ids
+
+    @cached_property
+    def of_teacher(self) -> TokenData:
+        """Return the windows that the dense model runs over."""
+        if len(self.taught) == self.data.sequences:
+            return self.data
+        ids = self.ids[list(self.taught)]
+        return replace(self.data, batches=[MicroBatch(ids, (ids.shape[1],) * len(ids))])
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {number: place for place, number in enumerate(self.taught)}
+
+    def places(self, numbers: Sequence[int]) -> list[int] | None:
+        """Return where windows are in `of_teacher`; None where one of them is not."""
+        found = [self._places[n] for n in numbers if n in self._places]
+        return found if len(found) == len(numbers) else None
 
     @property
     def window_tokens(self) -> int:
@@ -107,7 +128,10 @@ def recovery_data(
     order: list[int] = []  # of a typing error's number of tokens it takes a while
     while len(order) < trained:
         order += _shuffled(rest, f"{sampling.seed}:{len(order) // len(rest)}")
-    return RecoveryData(data, tuple(drawn[:held_out]), tuple(order[:trained]), step_windows)
+    evaluated = tuple(drawn[:held_out])
+    # Training by cross entropy alone compares nothing with the dense model; the evaluation does.
+    taught = range(number) if "kl" in options.loss else evaluated
+    return RecoveryData(data, evaluated, taught, tuple(order[:trained]), step_windows)
 
 
 def _shuffled(numbers: list[int], key: str) -> list[int]:

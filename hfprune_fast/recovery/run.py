@@ -244,7 +244,7 @@ def _check_room(
         needed += sum(shard.path.stat().st_size for shard in pruned.shards.values())
     if options.teacher == "cached":
         states = hidden_bytes(
-            len(data.ids), data.window_tokens, dense.spec.hidden_size, setup.dtype
+            data.of_teacher.sequences, data.window_tokens, dense.spec.hidden_size, setup.dtype
         )
         cache = None if options.cache is None else Path(options.cache)
         if cache is None or (not cache.exists() and on_one_disk(cache, out)):

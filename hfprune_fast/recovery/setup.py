@@ -64,8 +64,10 @@ class Opened:
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Return what the student takes of windows, by their numbers."""
-        ids = self.data.ids[list(numbers)]
-        return {"ids": ids, **({"states": self.teacher.read(numbers)} if self.teacher else {})}
+        batch, places = {"ids": self.data.ids[list(numbers)]}, self.data.places(numbers)
+        if self.teacher is not None and places is not None:
+            batch["states"] = self.teacher.read(places)
+        return batch
 
 
 def set_up(
@@ -109,7 +111,7 @@ def set_up(
     )
     if plan.recompute and not options.gradient_checkpointing:
         say("memory is short, so activations are computed again in the backward pass")
-    states = len(data.ids) * data.window_tokens
+    states = data.of_teacher.tokens
     flops = product_flops(dense.spec, sizes, options, trained, states) / processes.count
     seconds = flops / machine.product_flops_per_second(device, dtype)
     if seconds > _LONG_SECONDS and processes.rank == 0:
@@ -205,13 +207,14 @@ def _cached(
 
     The model itself is gone then.
     """
-    identity = {"model": dense.fingerprint, "windows": data.data.sha256}
-    shape = (*data.ids.shape, dense.spec.hidden_size)
+    windows = data.of_teacher
+    identity = {"model": dense.fingerprint, "windows": windows.sha256}
+    shape = (windows.sequences, windows.longest, dense.spec.hidden_size)
     if setup.processes.rank == 0:
         file = TeacherFile(cache, identity, shape, setup.dtype)
         if not file.is_whole:
             _check_weights(pruned)
-        fill(file, loading.blueprint(dense, **in_dtype), data.data, setup.run, progress)
+        fill(file, loading.blueprint(dense, **in_dtype), windows, setup.run, progress)
     setup.processes.as_the_first(0)
     made = TeacherFile(cache, identity, shape, setup.dtype) if is_teacher(cache) else None
     if made is None or not made.is_whole:
