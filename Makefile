@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: install
 	$(BIN)/hfprune demo
 
-# Lint, types and the fast tests: three minutes on 2 idle cores of 2025, seven on older ones (AVX2 alone).
+# Lint, types and the fast tests: three minutes on 2 idle cores with AVX-512, seven with AVX2 alone.
 test: $(VENV)/.dev install lint
 	$(call beside-mypy,$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow")
 
