@@ -118,3 +118,8 @@ class RecoveryOptions(Options):
             raise ArgumentError("adapter needs lora 1 or more; lora 0 trains the weights")
         if self.cache is not None and self.teacher != "cached":
             raise ArgumentError("cache is for teacher cached; a resident one needs no file")
+
+    @property
+    def trains_on_dense(self) -> bool:
+        """Whether the loss compares with the dense model; the held-out KL always does."""
+        return "kl" in self.loss

@@ -60,8 +60,7 @@ def facts_of(folder: Path) -> Facts | None:
     """Return the facts of a model's record; None where it has no record.
 
     Raises:
-        CheckpointError: the record is damaged, so that it has no facts, or no card can be made of
-            it.
+        CheckpointError: the record is damaged: facts or a model card cannot be made from it.
     """
     file = folder / RECORD
     if not file.is_file():

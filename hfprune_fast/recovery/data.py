@@ -130,7 +130,7 @@ def recovery_data(
         order += _shuffled(rest, f"{sampling.seed}:{len(order) // len(rest)}")
     evaluated = tuple(drawn[:held_out])
     # Training by cross entropy alone compares nothing with the dense model; the evaluation does.
-    taught = range(number) if "kl" in options.loss else evaluated
+    taught = range(number) if options.trains_on_dense else evaluated
     return RecoveryData(data, evaluated, taught, tuple(order[:trained]), step_windows)
 
 

@@ -45,7 +45,7 @@ def estimate(
     windows = -(-options.tokens // seq_len) + options.held_out
     shape: dict[str, Any] = {"device": device, "dtype": dtype, "seq_len": seq_len}
     plan = plan_run(spec, student, **shape, sequences=windows, resident_bytes=sum(held.values()))
-    taught = windows if "kl" in options.loss else options.held_out
+    taught = windows if options.trains_on_dense else options.held_out
     flops = product_flops(spec, sizes, options, trained, taught * seq_len)
     parts = {**held, "activations_bytes": plan.activations_bytes}
     states = hidden_bytes(taught, seq_len, spec.hidden_size, dtype)

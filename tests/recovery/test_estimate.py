@@ -11,6 +11,7 @@ from tiny_mixtures import tiny_mixture
 from transformers import PreTrainedModel
 
 from hfprune_fast.checkpoint.loading import load_model
+from hfprune_fast.commands import plan
 from hfprune_fast.config import RecoveryOptions
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.recovery.adapters import add_lora, unfreeze
@@ -74,6 +75,12 @@ def test_the_file_of_hidden_states_is_as_large(
     planned = run.json()["recovery"]["hidden_states_bytes"]
     held_out = 32 * 128 * 4 * (16 - 1)  # windows; the plan has the default, the run has one
     assert 0 <= cache.stat().st_size - (planned - held_out) < 1000
+
+
+def test_cross_entropy_needs_the_states_of_held_out_windows_alone() -> None:
+    options: dict[str, Any] = {"prune_ratio": 0.5, "seq_len": 32, "dtype": "float32"}
+    found = plan.run("demo", recover=True, loss="ce", tokens=320, held_out=3, **options)
+    assert found["recovery"]["hidden_states_bytes"] == 3 * 32 * 128 * 4
 
 
 def test_people_read_it(hfprune: Callable[..., Any]) -> None:
