@@ -19,9 +19,15 @@ SHARED_RUN = 48
 
 
 def windows(
-    args: argparse.Namespace, source: ModelSource, text: str, samples: int, seed: int
+    args: argparse.Namespace,
+    source: ModelSource,
+    text: str,
+    samples: int,
+    seed: int,
+    seq_len: int | None = None,
 ) -> TokenData:
-    return calibrate(text, source, CalibrationOptions(samples, args.seq_len, seed))
+    """Return windows of a text, of --seq-len tokens unless another length is given."""
+    return calibrate(text, source, CalibrationOptions(samples, seq_len or args.seq_len, seed))
 
 
 def held_out_windows(

@@ -1,12 +1,14 @@
-"""How many calibration windows the default recipe needs.
+"""How many calibration windows the default recipe needs, and of what length.
 
     python bench/fidelity/samples.py MODEL --calibration TEXT --text TEXT [--name NAME]
 
 For each number N of windows the default recipe scores, allocates and refits on the first N windows
-of a seed. A row, in NAME-samples.jsonl in bench/results/fidelity, is one of `fidelity.py`'s of the
-default recipe, and also has
+of a seed; with --lengths also on as many tokens as the most windows have, in windows of T tokens.
+It is measured on windows of --seq-len tokens, whatever T is. A row, in NAME-samples.jsonl in
+bench/results/fidelity, is one of `fidelity.py`'s of the default recipe, and also has
 
     samples        N
+    seq_len        T; older rows do not have it, and are of the header's
     kept_overlap   part of the kept neurons that the most windows keep too
     score_regret   Σ cost of what N windows remove / Σ cost of what the most windows remove, less 1;
                    costs of removal by the scores of the most windows, as if they added up
@@ -45,7 +47,7 @@ from fidelity_windows import held_out_windows, windows
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfprune_fast.checkpoint.source import open_source
+from hfprune_fast.checkpoint.source import ModelSource, open_source
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ArgumentError
@@ -65,15 +67,26 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     counts = sorted((n for n in set(args.samples) if n <= most), reverse=True)
     if not counts:
         raise ArgumentError(f"{args.calibration} holds {most} windows, fewer than {args.samples}")
-    held_out = held_out_windows(args, source, args.text, drawn.values())
+    of_length = {
+        (length, seed): _of_length(args, source, counts[0] * args.seq_len, length, seed)
+        for length in args.lengths
+        for seed in args.seeds
+    }
+    texts = [*drawn.values(), *of_length.values()]
+    held_out = held_out_windows(args, source, args.text, texts)
     header = header_of(args, source, drawn, {"": held_out})
     # All rows of a file are compared with this number of windows.
     header["calibration"]["samples"] = counts[0]
     file, done = opened(args.out / f"{header['model']}-samples.jsonl", header)
-    measured = {(row["seed"], row["samples"], row["prune_ratio"]): row for row in done}
+    measured = {
+        (row["seed"], row["samples"], row.get("seq_len", args.seq_len), row["prune_ratio"]): row
+        for row in done
+    }
+    settings = [(count, args.seq_len) for count in counts]
+    settings += [(of_length[t, args.seeds[0]].sequences, t) for t in args.lengths]
     remaining = [
         each
-        for each in [(s, n, r) for s in args.seeds for n in counts for r in args.ratios]
+        for each in [(s, *n, r) for s in args.seeds for n in settings for r in args.ratios]
         if each not in measured
     ]
     if remaining:
@@ -81,21 +94,38 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
         subject = Subject(source, held_out)
 
     @cache
-    def on_first(count: int, seed: int) -> Seed:
-        at = scores_at(args, f"{header['model']}-samples-seed{seed}-{count}")
-        return Seed(subject, first(drawn[seed], count, seed), seed, at, criteria=["fisher"])
+    def on(count: int, length: int, seed: int) -> Seed:
+        data = of_length.get((length, seed)) or first(drawn[seed], count, seed)
+        of = "" if length == args.seq_len else f"-of{length}"
+        at = scores_at(args, f"{header['model']}-samples-seed{seed}-{count}{of}")
+        return Seed(subject, data, seed, at, criteria=["fisher"])
 
-    for i, (seed, count, ratio) in enumerate(remaining, 1):
-        begun = time.monotonic()
-        most_widths = measured.get((seed, counts[0], ratio), {}).get("widths")
-        row = compared(on_first(count, seed), on_first(counts[0], seed), ratio, most_widths)
+    for i, (seed, count, length, ratio) in enumerate(remaining, 1):
+        begun, most = time.monotonic(), (counts[0], args.seq_len)
+        most_widths = measured.get((seed, *most, ratio), {}).get("widths")
+        row = compared(on(count, length, seed), on(*most, seed), ratio, most_widths)
         append(file, row)
-        measured[seed, count, ratio] = row
+        measured[seed, count, length, ratio] = row
         say(
-            f"{header['model']} {i}/{len(remaining)}: seed {seed}, {count} windows, {ratio:.0%} "
-            f"in {time.monotonic() - begun:.0f} s"
+            f"{header['model']} {i}/{len(remaining)}: seed {seed}, {count} windows of {length} "
+            f"tokens, {ratio:.0%} in {time.monotonic() - begun:.0f} s"
         )
     return file
+
+
+def _of_length(
+    args: argparse.Namespace, source: ModelSource, tokens: int, length: int, seed: int
+) -> TokenData:
+    """Return as many tokens in windows of a length."""
+    if length > tokens:
+        raise ArgumentError(f"--lengths {length}: the most windows have {tokens} tokens in all")
+    data = windows(args, source, args.calibration, tokens // length, seed, length)
+    if data.sequences < tokens // length:
+        raise ArgumentError(
+            f"{args.calibration} holds {data.sequences} windows of {length} tokens, fewer than "
+            f"{tokens // length}; give fewer --samples"
+        )
+    return data
 
 
 def first(data: TokenData, count: int, seed: int) -> TokenData:
@@ -121,6 +151,7 @@ def compared(
     smaller = subject.pruned(pruning)
     return row | {
         "samples": few.calibration.sequences,
+        "seq_len": few.ids.shape[1],
         "kept_overlap": int((kept & want).sum()) / int(want.sum()),
         "score_regret": float(costs[~kept].sum() / costs[~want].sum()) - 1,
         "squared_error": squared_error(subject.model, smaller, subject.held_out.batches),
@@ -154,8 +185,15 @@ def squared_error(
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--samples", type=int, nargs="+", default=COUNTS, help="of windows")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[], metavar="T",
+        help="as many tokens as the most windows have, in windows of T tokens too",
+    )  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of MLP neurons")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if wrong := [t for t in args.lengths if t < 2 or t == args.seq_len]:
+        parser.error(f"--lengths {wrong[0]}: give other lengths than --seq-len's, of 2 or more")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,19 +28,20 @@ from fidelity_variants import (
     WANDA_SP,
     Variant,
 )
-from report_text import hardware, number, table, under
+from report_text import number, table, under
 
 Link = Callable[[Path], str]
-CLAIMS, OTHERS, ELSEWHERE, SMALL, WINDOWS = (
+CLAIMS, OTHERS, ELSEWHERE, SMALL, CRITERIA, WINDOWS = (
     f"## {title}\n\n"
     for title in (
         "Claims", "Against other methods", "On other texts, and in generation", "On small models",
-        "How many calibration windows",
+        "Which criterion", "How many calibration windows",
     )
 )  # fmt: skip
 REAL, MIXED = "smollm2-135m", "smollm2-135m-mixed"  # the same, calibrated on several kinds of text
 README_ROW = "20% of the neurons removed by"
-RATIOS = (0.2, 0.3, 0.5)
+RATIOS, CRITERIA_RATIOS = (0.2, 0.3, 0.5), (0.2, 0.5)
+RANKED = ("entropy", "fisher", "cross_entropy", "self_distillation")
 _IN_README = (PAPER, DEFAULT, WANDA_SP, FLAP, WANDA_GRAIL, FLAP_GRAIL, LLM_PRUNER, SDMPRUNE)
 _OURS = {
     DEFAULT: "**ours**",
@@ -70,6 +71,7 @@ def page(text: str, models: list[Measured], samples: list[Measured], link: Link)
         OTHERS: [line for model in real for line in others(model, link)],
         ELSEWHERE: [line for model in real + mixed for line in elsewhere(model)],
         SMALL: list(small_models(small, link)),
+        CRITERIA: list(criteria(small + real)),
         WINDOWS: samples_tables.section(samples) if samples else [],
     }
     for heading, lines in tables.items():
@@ -91,13 +93,14 @@ def name(variant: Variant) -> str:
 def others(model: Measured, link: Link) -> list[str]:
     """Return all methods on a model, at each ratio a table, the closest to the dense model last."""
     lines = [_caption(model, link)]
-    columns = ["method", "KL, nats", "× the paper's", "perplexity", "top-1", "top-5"]
-    for ratio in (r for r in RATIOS if r in model.ratios):
+    columns = ["method", "seeds", "KL, nats", "× the paper's", "perplexity", "top-1", "top-5"]
+    for ratio in model.ratios:
         cells = [columns]
         for variant in _ranked(model, ratio):
+            seeds = str(len(model.of(variant, ratio)))
             against = span(model.against_paper(variant, ratio), "{:.2f}".format)
             nats, *others = _cells(model, variant, ratio)
-            cells.append([name(variant), nats, against, *others])
+            cells.append([name(variant), seeds, nats, against, *others])
         lines += ["", f"{_removed(model, ratio)}:", "", *table(cells)]
     return lines
 
@@ -172,7 +175,7 @@ def _cells(model: Measured, variant: Variant, ratio: float) -> list[str]:
     rows = model.of(variant, ratio)
     return [
         span((row["kl_nats"] for row in rows), number),
-        span((row["ppl_pruned"] for row in rows), "{:.2f}".format),
+        span((row["ppl_pruned"] for row in rows), lambda p: f"{p:.2f}" if p < 1000 else number(p)),
         span((row["top1_agreement"] for row in rows), "{:.1%}".format),
         # Older files have no top-5 agreement.
         span((r["top5_agreement"] for r in rows if "top5_agreement" in r), "{:.1%}".format),
@@ -192,8 +195,9 @@ def _caption(model: Measured, link: Link) -> str:
     tokens = calibration["samples"] * calibration["seq_len"]
     return (
         f"{named(model)}: {calibration['samples']} calibration windows of {calibration['seq_len']} "
-        f"tokens of {text}, {tokens:,} in all, drawn with seed {model.seeds}; measured on "
-        f"{first['tokens']:,} tokens of {held_out}. {hardware(header)}, {model.runs}. "
+        f"tokens of {text}, {tokens:,} in all, drawn with seeds {model.seeds}, of which each row "
+        f"says how many; measured on {first['tokens']:,} tokens of {held_out}. Mean over the seeds "
+        f"(lowest–highest). {model.runs}. "
         f"[All rows]({link(model.path.with_suffix('.md'))})."
     )
 
@@ -219,6 +223,25 @@ def small_models(models: list[Measured], link: Link) -> Iterator[str]:
     yield from table(cells, 2)
 
 
+def criteria(models: list[Measured]) -> Iterator[str]:
+    """Yield a row a model, ratio and statistic: KL of each criterion by rank alone."""
+    yield (
+        "KL(dense ‖ pruned) by rank alone, with uniform widths and nothing refitted, times that of "
+        "the paper's recipe, which is entropy with l1, with the same seed; mean over the seeds "
+        "(lowest–highest). Each costs one pass forward and one backward."
+    )
+    yield ""
+    cells = [["model", "removed", "statistic", *RANKED]]
+    for model in models:
+        for ratio in (r for r in CRITERIA_RATIOS if r in model.ratios):
+            for statistic in ("l1", "l2"):
+                against = [model.against_paper(Variant(each, statistic), ratio) for each in RANKED]
+                if sum(map(bool, against)) > 1:
+                    start = model.header["model"], f"{ratio:.0%}", statistic
+                    cells.append([*start, *(span(each, "{:.2f}".format) for each in against)])
+    yield from table(cells, 3)
+
+
 def unsupported_claims(text: str) -> list[str]:
     """Return the numbers with a decimal point in the claims that no table of the page has."""
     claims = text.partition(CLAIMS)[2].partition("\n## ")[0]
@@ -232,7 +255,7 @@ def lost_headings(evidence: str | None, readme: str | None) -> Iterator[str]:
 
     Nothing would be compared there.
     """
-    headings = (CLAIMS, OTHERS, ELSEWHERE, SMALL, WINDOWS)
+    headings = (CLAIMS, OTHERS, ELSEWHERE, SMALL, CRITERIA, WINDOWS)
     for file, text, places in (
         ("docs/evidence.md", evidence, headings),
         ("README.md", readme, (f"| {README_ROW}",)),

@@ -24,7 +24,7 @@ from fidelity_variants import (
     variant_of,
 )
 from records import RESULTS, ROOT, ResultError, Row
-from report_text import commit, hardware, number, table
+from report_text import commit, grouped, hardware, number, table
 
 Form = Callable[[float], str]
 FOLDER = RESULTS / "fidelity"
@@ -77,9 +77,12 @@ class Measured:
 
     @property
     def runs(self) -> str:
-        """The date and commit of each run that added rows."""
-        each = (f"{header['date'][:10]}, {commit(header)}" for header in self.headers)
-        return "; ".join(dict.fromkeys(each))
+        """The machines on which rows were measured, each with the dates and commits of its runs."""
+        of_machines = grouped(self.headers, hardware)
+        return "; ".join(
+            ", ".join([machine, *dict.fromkeys(f"{h['date'][:10]} {commit(h)}" for h in headers)])
+            for machine, headers in of_machines.items()
+        )
 
     def of(self, variant: Variant, ratio: float) -> list[Row]:
         rows = (row for row in self.rows if row["prune_ratio"] == ratio)
@@ -145,8 +148,9 @@ def _check_once(lines: list[Row]) -> None:
     first: dict[Any, int] = {}
     for line, row in enumerate(lines, 1):
         if "machine" not in row:
-            # Those of `samples.py` are of a number of windows besides.
-            of = variant_of(row), row["prune_ratio"], row["seed"], row.get("samples")
+            # Those of `samples.py` are of a number of windows and their length besides.
+            of_windows = row.get("samples"), row.get("seq_len")
+            of = variant_of(row), row["prune_ratio"], row["seed"], of_windows
             if (before := first.setdefault(of, line)) != line:
                 raise ValueError(
                     f"lines {before} and {line} are both of {of[0]} at {of[1]:.0%}, seed {of[2]}"
@@ -195,7 +199,7 @@ def markdown(model: Measured) -> str:
     header, first = model.header, model.rows[0]
     calibration, (text, held_out) = header["calibration"], header["texts"]
     caption = (
-        f"{hardware(header)}, {model.runs}. Calibration: {calibration['samples']} windows of "
+        f"{model.runs}. Calibration: {calibration['samples']} windows of "
         f"{calibration['seq_len']} tokens of {text}, drawn with seeds {model.seeds}; measured on "
         f"{first['tokens']} tokens of {held_out}, where the dense model's perplexity is "
         f"{first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest)."

@@ -10,7 +10,7 @@ from statistics import mean
 
 from fidelity_tables import Measured, named, span
 from records import Row
-from report_text import hardware, number, table
+from report_text import number, table
 
 COLUMNS = ("KL, nats", "kept alike", "score regret", "squared error", "CPU s")
 
@@ -24,23 +24,56 @@ def section(models: list[Measured]) -> list[str]:
         "residual stream on held-out text, relative, mean over the layers; CPU seconds are of "
         "choosing and refitting. Mean over the seeds (lowest–highest)."
     ]
+    if any(_other_lengths(model) for model in models):
+        lines[0] += (
+            " Below, as many tokens as the most windows have, in windows of other lengths; those "
+            "that are measured on are of the same length as in the table above."
+        )
     for model in models:
         header, tokens = model.header, model.rows[0]["tokens"]
         caption = (
             f"{named(model)}: windows of {header['calibration']['seq_len']} tokens of "
             f"{header['texts'][0]}, seeds {model.seeds}; {tokens} tokens of {header['texts'][1]}. "
-            f"{hardware(header)}, {header['date'][:10]}."
+            f"{model.runs}."
         )
         cells = [["removed", "windows", "tokens a kept neuron", *COLUMNS]]
+        usual = header["calibration"]["seq_len"]
         for ratio in model.ratios:
-            rows = [row for row in model.rows if row["prune_ratio"] == ratio]
-            for count in sorted({row["samples"] for row in rows}):
-                its = [row for row in rows if row["samples"] == count]
-                calibrated = count * header["calibration"]["seq_len"]
-                a_neuron = f"{calibrated / mean(its[0]['widths']):.0f}"
+            groups = _groups(model, ratio, usual)
+            for count, its in sorted(groups.items()):
+                a_neuron = f"{count * usual / mean(its[0]['widths']):.0f}"
                 cells.append([f"{ratio:.0%}", str(count), a_neuron, *_cells(its)])
         lines += ["", caption, "", *table(cells, 2)]
+        if lengths := _other_lengths(model):
+            cells = [["removed", "tokens a window", "windows", *COLUMNS]]
+            for ratio in model.ratios:
+                for length in sorted([*lengths, usual]):
+                    groups = _groups(model, ratio, length)
+                    if groups:
+                        count = max(groups)
+                        ends = f"{ratio:.0%}", str(length), str(count)
+                        cells.append([*ends, *_cells(groups[count])])
+            lines += ["", *table(cells, 3)]
     return lines
+
+
+def _length(model: Measured, row: Row) -> int:
+    """Return the tokens of a row's windows."""
+    return int(row.get("seq_len", model.header["calibration"]["seq_len"]))
+
+
+def _other_lengths(model: Measured) -> set[int]:
+    usual = model.header["calibration"]["seq_len"]
+    return {_length(model, row) for row in model.rows} - {usual}
+
+
+def _groups(model: Measured, ratio: float, length: int) -> dict[int, list[Row]]:
+    """Return the rows of a ratio and a length of windows, by the number of windows."""
+    groups: dict[int, list[Row]] = {}
+    for row in model.rows:
+        if row["prune_ratio"] == ratio and _length(model, row) == length:
+            groups.setdefault(row["samples"], []).append(row)
+    return groups
 
 
 def _cells(rows: list[Row]) -> list[str]:

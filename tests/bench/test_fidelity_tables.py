@@ -46,7 +46,7 @@ def test_tables_have_the_numbers_of_the_rows(root: Path) -> None:
     assert cells(perplexity, "entropy", "l1", "uniform", "")[0] == "30.14 (30.10–30.20)"
     assert cells(agreement, "entropy", "l1", "uniform", "")[0] == "0.986 (0.980–0.990)"
     assert "20%: 10.00%; 50%: 25.00%" in text
-    assert "2030-01-02, commit 0123456789" in text
+    assert "2030-01-02 commit 0123456789" in text
     assert "8 windows of 64 tokens of one.txt, drawn with seeds 0, 1, 2" in text
 
     page = (root / "docs/benchmarks.md").read_text(encoding="utf-8").split("## Fidelity")[1]
@@ -115,9 +115,9 @@ def test_without_top5_agreement_or_any_kl_of_the_papers_a_cell_is_empty(root: Pa
     text = (root / "docs/evidence.md").read_text(encoding="utf-8")
     fifth, half = text.partition("## Against other methods\n")[2].split("\n50% of the neurons")
     assert cells(fifth, "ours") == [
-        "0.0280 (0.0200–0.0400)", "", "30.03 (30.02–30.04)", "99.7% (99.6%–99.8%)", "",
+        "3", "0.0280 (0.0200–0.0400)", "", "30.03 (30.02–30.04)", "99.7% (99.6%–99.8%)", "",
     ]  # fmt: skip
-    assert cells(half, "ours")[1] == "0.20"  # of the two seeds where the paper's is not 0
+    assert cells(half, "ours")[2] == "0.20"  # of the two seeds where the paper's is not 0
     assert cells((root / "README.md").read_text(encoding="utf-8"), "ours")[-1] == ""
 
 
@@ -136,6 +136,18 @@ def test_on_further_texts_too_the_ratio_is_to_the_papers_with_the_same_seed(root
         f"0.0400 (0.0300–0.0500) ({mean(parts):.2f} ×)",
         f"0.120 (0.0900–0.150) ({mean(parts[:2]):.2f} ×)",
     ]
+
+
+def test_criteria_are_compared_by_rank_alone_with_the_same_statistic(root: Path) -> None:
+    of = {Variant("fisher", "l1"): {0.2: (0.05, 0.06, 0.1)}, Variant("entropy", "l2"): KL[RANDOM]}
+    write(root / "bench/results/fidelity/smollm2-135m.jsonl", invented("smollm2-135m", KL | of))
+    report.write(root)
+    text = (root / "docs/evidence.md").read_text(encoding="utf-8")
+    text = text.partition("## Which criterion\n")[2].partition("\n## ")[0]
+    assert cells(text, "model")[2:] == ["entropy", "fisher", "cross_entropy", "self_distillation"]
+    assert cells(text, "smollm2-135m", "20%", "l1") == ["1.00", "0.50", "", ""]
+    # One alone is compared with nothing.
+    assert re.findall(r"^\| (smollm2-135m|small) .*\|$", text, re.M) == ["smollm2-135m"]
 
 
 LINES = invented("x", KL)
@@ -202,7 +214,7 @@ def test_evidence_and_readme(root: Path) -> None:
     page = "## Claims\n\nOurs: 0.0280, of small 0.20. {}\n\n"
     for title in (
         "Against other methods", "On other texts, and in generation", "On small models",
-        "How many calibration windows",
+        "Which criterion", "How many calibration windows",
     ):  # fmt: skip
         page += f"## {title}\n\nold\n\n"
     evidence, readme = root / "docs/evidence.md", root / "README.md"
@@ -216,8 +228,8 @@ def test_evidence_and_readme(root: Path) -> None:
     assert "\nold\n" not in text
     real = text.partition("## Against other methods\n")[2].partition("50% of the neurons")[0]
     # The mean of three seeds, and the mean of their ratios to the paper's.
-    assert cells(real, "ours")[:2] == ["0.0280 (0.0200–0.0400)", "0.20"]
-    assert cells(real, "FLAP with its bias")[0] == "0.300"
+    assert cells(real, "ours")[:3] == ["3", "0.0280 (0.0200–0.0400)", "0.20"]
+    assert cells(real, "FLAP with its bias")[1] == "0.300"
     methods = re.findall(r"^\| (.+?) +\|", real, re.M)[1:]
     assert {*methods[:2]} == {"FLAP with its bias", "at random"}
     assert methods[-1] == "**ours**"
@@ -232,7 +244,7 @@ def test_evidence_and_readme(root: Path) -> None:
     assert len(re.findall(r"^\| 20%", other, re.M)) == 2  # those that were measured there
     small = text.partition("## On small models\n")[2]
     assert "[small (llama, 1.0 M)]" in small
-    assert "smollm2" not in small
+    assert "smollm2" not in small.partition("\n## ")[0]
     curves = (root / "docs/benchmarks.md").read_text(encoding="utf-8")
     assert "[smollm2-135m " in curves
     assert "smollm2-135m-mixed" not in curves  # one ratio is no curve

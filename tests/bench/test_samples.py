@@ -68,24 +68,25 @@ def test_rows_of_a_run_and_what_a_rerun_adds(
     tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def run() -> str:
+    def run(*more: str) -> str:
         capsys.readouterr()
         code = samples.main(
             ["demo", "--calibration", str(CALIBRATION), "--text", str(HELD_OUT),
              "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--seeds", "0",
              "--samples", "4", "8", "100000", "--ratios", "0.5", "--eval-samples", "2",
-             "--seq-len", "64"]
+             "--seq-len", "64", *more]
         )  # fmt: skip
         said = capsys.readouterr().err
         assert code == 0, said
         return said
 
-    assert "1/2: seed 0, 8 windows, 50% in " in run()
+    assert "1/2: seed 0, 8 windows of 64 tokens, 50% in " in run()
     file = tmp_path / "demo-samples.jsonl"
     header, most, few = map(json.loads, file.read_text().splitlines())
     assert header["calibration"] == {"samples": 8, "seq_len": 64}
     assert (most["samples"], most["kept_overlap"], most["score_regret"]) == (8, 1, 0)
     assert few["samples"] == 4
+    assert most["seq_len"] == few["seq_len"] == 64
     assert 0.6 < few["kept_overlap"] < 1
     assert few["score_regret"] > 0
     assert few["squared_error"] > most["squared_error"] > 0
@@ -105,9 +106,33 @@ def test_rows_of_a_run_and_what_a_rerun_adds(
     # Interrupted after the first row: the other comes again, of the scores that are there.
     monkeypatch.setattr(hf, "score", lambda *_, **__: pytest.fail("scored again"))
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
-    assert "1/1: seed 0, 4 windows, 50% in " in run()
+    assert "1/1: seed 0, 4 windows of 64 tokens, 50% in " in run()
     again = json.loads(file.read_text().splitlines()[-1])
     assert {**again, "cpu_seconds": 0} == {**few, "cpu_seconds": 0}
+
+    # As many tokens in windows of another length, measured on the same windows as the others.
+    monkeypatch.undo()
+    assert "1/1: seed 0, 16 windows of 32 tokens, 50% in " in run("--lengths", "32")
+    short = json.loads(file.read_text().splitlines()[-1])
+    assert (short["samples"], short["seq_len"], short["tokens"]) == (16, 32, few["tokens"])
+    assert short["ppl_dense"] == few["ppl_dense"]
+    assert 0.6 < short["kept_overlap"] < 1
+    assert "seed 0" not in run("--lengths", "32")
+
+
+def test_lengths_of_windows_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["demo", "--calibration", str(CALIBRATION), "--text", str(HELD_OUT)]
+    start += ["--out", str(tmp_path), "--seq-len", "64", "--samples", "8", "--lengths"]
+    for wrong in ("64", "1"):
+        with pytest.raises(SystemExit):
+            samples.main([*start, wrong])
+        assert f"--lengths {wrong}: give other lengths" in capsys.readouterr().err
+    assert samples.main([*start, "999999"]) == 2
+    said = capsys.readouterr().err
+    assert said == "samples.py: --lengths 999999: the most windows have 512 tokens in all\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_has_the_numbers_of_the_rows(tmp_path: Path) -> None:
@@ -135,6 +160,14 @@ def test_the_table_has_the_numbers_of_the_rows(tmp_path: Path) -> None:
     found = cells(text, "20%", "16")
     assert found == ["102", "0.150 (0.100–0.200)", "50.0%", "+25.0%", "1.23%", "60.0"]
     assert text.index("| 20%     | 16") < text.index("| 20%     | 32")
+    assert "tokens a window" not in text
+    longer = {**rows[0], "samples": 16, "seq_len": 128, "kl_nats": 0.075}
+    (folder / "small-samples.jsonl").write_text(lines + json.dumps(longer), encoding="utf-8")
+    text = "\n".join(samples_tables.section(fidelity_tables.all_of(tmp_path, samples=True)))
+    usual, of_lengths = text.split("| tokens a window")
+    assert cells(usual, "20%", "16") == found
+    assert cells(of_lengths, "20%", "64")[:2] == ["32", "0.150 (0.100–0.200)"]
+    assert cells(of_lengths, "20%", "128")[:2] == ["16", "0.0750"]
     for field in ("samples", "widths", "kept_overlap", "score_regret", "squared_error"):
         row = {name: value for name, value in rows[0].items() if name != field}
         (folder / "small-samples.jsonl").write_text(f"{json.dumps(header)}\n{json.dumps(row)}\n")

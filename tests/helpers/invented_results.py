@@ -29,7 +29,7 @@ PAGES = {
         f"## {title}\n\nwords\n\n"
         for title in (
             "Claims", "Against other methods", "On other texts, and in generation",
-            "On small models", "How many calibration windows",
+            "On small models", "Which criterion", "How many calibration windows",
         )
     ),
     "docs/experts.md": "## What was measured\n\n",
