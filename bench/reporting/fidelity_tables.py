@@ -55,6 +55,7 @@ _OF_A_HEADER = {
     **{"model": str, "model_type": str, "params": int, "calibration": dict, "texts": list},
     **{"machine": dict, "date": str},
 }
+_WHERE_THERE = {"also": dict, "seq_len": int}  # a field that a header or row may have
 
 
 class Measured:
@@ -117,6 +118,7 @@ def read(file: Path) -> Measured:
             _check_fields("a header", header, _OF_A_HEADER)
             sizes = {"samples": int, "seq_len": int}
             _check_fields("a header's calibration", header["calibration"], sizes)
+            _check_fields("a header's machine", header["machine"], {"processor": str})
             if len(header["texts"]) != 2:
                 raise ValueError(f"a header has {len(header['texts'])} texts, expected 2")
         needed = NEEDED | (_OF_SAMPLES if _of_samples(file) else {})
@@ -136,7 +138,8 @@ def _of_samples(file: Path) -> bool:
 
 def _check_fields(what: str, found: Row, kinds: Mapping[str, Any]) -> None:
     """Raise ValueError unless an object has values of these kinds."""
-    for name, kind in kinds.items():
+    there = {name: kind for name, kind in _WHERE_THERE.items() if name in found}
+    for name, kind in (kinds | there).items():
         if name not in found:
             raise ValueError(f"{what} has no {name}")
         if not isinstance(found[name], kind) or isinstance(found[name], bool):

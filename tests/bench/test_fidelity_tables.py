@@ -177,7 +177,9 @@ def damaged(**fields: Any) -> str:
             f"x.jsonl: no result of fidelity.py: lines 3 and {len(LINES) + 2} are both of entropy "
             "l1 at 20%, seed 1",
         ),
-        (damaged(also=[]), "no result of fidelity.py: "),
+        (damaged(machine={}), "a header's machine has no processor"),
+        (json.dumps(LINES[0] | {"also": []}), "a header has also '[]'"),
+        (damaged(also=[]), "a row has also '[]'"),
         (damaged(also={"code": {}}), "a row's text 'code' has no kl_nats"),
         (damaged(also={"code": {"kl_nats": 1}}), "a row's text 'code' has no ppl_dense"),
         ("[" * 100_000, "no result of fidelity.py: "),
