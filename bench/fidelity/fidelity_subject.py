@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import hfprune_fast as hf
 from hfprune_fast.checkpoint import loading
 from hfprune_fast.checkpoint.source import ModelSource
-from hfprune_fast.config import MEASURED_ALLOCATIONS, Recipe
+from hfprune_fast.config import MEASURED_ALLOCATIONS, Budget, Recipe
 from hfprune_fast.data.batches import MicroBatch, TokenData
 from hfprune_fast.engine.layerwise import ResidentModel
 from hfprune_fast.errors import ScoresFileError
@@ -28,7 +28,7 @@ from hfprune_fast.evaluation.fidelity import HeldOut
 from hfprune_fast.models.sites import parts_of
 from hfprune_fast.pruning import allocation
 from hfprune_fast.pruning.refit import refit
-from hfprune_fast.pruning.selection import Keep
+from hfprune_fast.pruning.selection import Keep, WidthBudget
 from hfprune_fast.scoring.data_free import data_free_table
 from hfprune_fast.scoring.table import check_table
 
@@ -157,7 +157,8 @@ class Seed:
             return fidelity_mixture.keep(variant, ratio, self._table(variant), self.seed)
         if variant.criterion in CRITERIA_OF_OTHERS:
             return self._baselines.keep(variant, ratio)
-        width = width_budget(spec, ratio)
+        rounded = WidthBudget.of(spec, Budget(prune_ratio=ratio)) if variant.rounded else None
+        width = rounded or width_budget(spec, ratio)
         importance = self._importance(variant)
         if variant.allocation not in MEASURED_ALLOCATIONS:
             return width.keep(importance, variant.allocation)

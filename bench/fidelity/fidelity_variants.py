@@ -17,12 +17,13 @@ class Variant:
     refit: bool = False
     dropped_by: str = ""  # what experts are ranked by, where some are dropped
     correction: str = ""  # in place of a refit, what another method does: bias, grail
+    rounded: bool = False  # to widths that quantisers take, as by --round-to auto
 
     def __str__(self) -> str:
         experts = f"experts by {self.dropped_by}" if self.dropped_by else ""
         ranking = f"{self.criterion} {self.statistic}".strip()
         refit = "refit" if self.refit else self.correction
-        parts = [experts, ranking, refit, self.allocation]
+        parts = [experts, ranking, refit, self.allocation, "rounded" if self.rounded else ""]
         return ", ".join(part for part in parts if part not in ("", "uniform"))
 
 
@@ -40,6 +41,7 @@ PAPER = Variant("entropy", "l1")
 DEFAULT = Variant("fisher", "obs", "auto", refit=True)
 UNIFORM = Variant("fisher", "obs", refit=True)
 MEASURED = Variant("fisher", "obs", "measured", refit=True)
+ROUNDED = replace(DEFAULT, rounded=True)  # of about the same size, to half a step of one layer
 RANDOM, MAGNITUDE = Variant("random", "uniform"), Variant("magnitude", "weight_norm")
 _RANKED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
 # Other authors' methods, by bench/baselines. FLAP is its own form, with the global threshold; its
@@ -52,7 +54,7 @@ LLM_PRUNER, SDMPRUNE = Variant("llm_pruner", "taylor"), Variant("sdmprune", "two
 FLAP_BY_LAYER = replace(FLAP, allocation="uniform")
 PUBLISHED = (WANDA_SP, FLAP, FLAP_BY_LAYER, WANDA_GRAIL, FLAP_GRAIL, *IN_TURN, LLM_PRUNER, SDMPRUNE)
 CRITERIA_OF_OTHERS = frozenset(variant.criterion for variant in PUBLISHED)
-BASELINES = (PAPER, MAGNITUDE, RANDOM, *PUBLISHED, UNIFORM, DEFAULT, MEASURED)
+BASELINES = (PAPER, MAGNITUDE, RANDOM, *PUBLISHED, UNIFORM, DEFAULT, MEASURED, ROUNDED)
 VARIANTS = (
     PAPER,
     Variant("entropy, parity", "l1"),
@@ -68,6 +70,7 @@ VARIANTS = (
     Variant("activation", "act", refit=True),
     DEFAULT,
     MEASURED,
+    ROUNDED,
     *PUBLISHED,
 )
 QUICK = (PAPER, Variant("fisher", "l2"), RANDOM, UNIFORM, DEFAULT)

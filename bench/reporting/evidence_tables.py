@@ -22,6 +22,7 @@ from fidelity_variants import (
     MEASURED,
     PAPER,
     PUBLISHED,
+    ROUNDED,
     SDMPRUNE,
     UNIFORM,
     WANDA_GRAIL,
@@ -47,6 +48,7 @@ _OURS = {
     DEFAULT: "**ours**",
     UNIFORM: "**ours, uniform widths**",
     MEASURED: "ours, allocation measured",
+    ROUNDED: "ours, widths rounded for quantisers",
 }
 _NAMES = {
     "wanda_sp": "Wanda-SP", "flap": "FLAP", "llm_pruner": "LLM-Pruner's Taylor term",

@@ -179,7 +179,8 @@ def named(model: Measured) -> str:
 
 def variant_cells(variant: Variant) -> list[str]:
     refit = "yes" if variant.refit else variant.correction
-    return [variant.criterion, variant.statistic, variant.allocation, refit]
+    allocation = variant.allocation + (", rounded" if variant.rounded else "")
+    return [variant.criterion, variant.statistic, allocation, refit]
 
 
 def mixture_cells(variant: Variant) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fidelity_subject import Pruning, Seed, Subject
 from fidelity_tables import NEEDED
-from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, UNIFORM, Variant, variant_of
+from fidelity_variants import DEFAULT, PAPER, QUICK, RANDOM, ROUNDED, UNIFORM, Variant, variant_of
 from invented_fidelity import invented, write
 
 import hfprune_fast as hf
@@ -108,6 +108,18 @@ def test_auto_keeps_what_is_closest(seed: Seed, best: int, monkeypatch: pytest.M
     one, other = seed.row(as_itself, 0.3), seed.row(DEFAULT, 0.3)
     assert {**untimed(one), "allocation": "auto"} == untimed(other)
     assert sum(one["widths"]) == 4 * round(0.7 * 384)
+
+
+def test_rounded_widths_are_those_of_round_to_auto(
+    seed: Seed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "held_out_kl", lambda *_: [1.0, 0.0])  # measured
+    exact, rounded = (
+        [len(kept) for kept in seed.keep(each, 0.3).values()] for each in (DEFAULT, ROUNDED)
+    )
+    assert {width % 32 for width in rounded} == {0} != {width % 32 for width in exact}
+    assert len({*rounded}) > 1
+    assert abs(sum(rounded) - sum(exact)) <= 16 + 4  # half a step, and a neuron of a layer
 
 
 def test_rows_of_older_files_are_read() -> None:
