@@ -34,6 +34,7 @@ from fidelity_subject import CRITERIA, Seed, Subject
 from fidelity_tables import FOLDER, read
 from fidelity_variants import (
     BASELINES,
+    CORE,
     MIXTURE_RATIOS,
     MIXTURES,
     QUICK,
@@ -52,7 +53,7 @@ from hfprune_fast.models.spec import ModelSpec
 
 Study = Callable[[argparse.Namespace, Callable[[str], None]], Path]
 RATIOS = (0.1, 0.2, 0.3, 0.5)
-ROWS = {"all": VARIANTS, "baselines": BASELINES, "quick": QUICK}
+ROWS = {"all": VARIANTS, "baselines": BASELINES, "core": CORE, "quick": QUICK}
 ROWS_OF_MIXTURES = {"all": MIXTURES, "quick": QUICK_MIXTURES}
 # A file is of one of each: rows of others cannot be compared with it.
 SETTINGS = ("model_type", "params", "calibration", "evaluation", "texts", "weights")

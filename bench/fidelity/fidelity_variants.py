@@ -73,6 +73,13 @@ VARIANTS = (
     ROUNDED,
     *PUBLISHED,
 )
+# Of a real model over several seeds: the paper's recipe, its criterion's rivals by rank alone, the
+# closest other methods, and ours.
+CORE = (
+    PAPER, *(Variant(each, "l1") for each in ("fisher", "cross_entropy", "self_distillation")),
+    *(Variant(each, "l2") for each in ("entropy", "fisher")), WANDA_GRAIL, FLAP_GRAIL, UNIFORM,
+    DEFAULT,
+)  # fmt: skip
 QUICK = (PAPER, Variant("fisher", "l2"), RANDOM, UNIFORM, DEFAULT)
 
 
