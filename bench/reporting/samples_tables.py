@@ -24,56 +24,40 @@ def section(models: list[Measured]) -> list[str]:
         "residual stream on held-out text, relative, mean over the layers; CPU seconds are of "
         "choosing and refitting. Mean over the seeds (lowest–highest)."
     ]
-    if any(_other_lengths(model) for model in models):
-        lines[0] += (
-            " Below, as many tokens as the most windows have, in windows of other lengths; those "
-            "that are measured on are of the same length as in the table above."
-        )
     for model in models:
         header, tokens = model.header, model.rows[0]["tokens"]
-        caption = (
-            f"{named(model)}: windows of {header['calibration']['seq_len']} tokens of "
-            f"{header['texts'][0]}, seeds {model.seeds}; {tokens} tokens of {header['texts'][1]}. "
-            f"{model.runs}."
-        )
-        cells = [["removed", "windows", "tokens a kept neuron", *COLUMNS]]
         usual = header["calibration"]["seq_len"]
-        for ratio in model.ratios:
-            groups = _groups(model, ratio, usual)
-            for count, its in sorted(groups.items()):
-                a_neuron = f"{count * usual / mean(its[0]['widths']):.0f}"
-                cells.append([f"{ratio:.0%}", str(count), a_neuron, *_cells(its)])
+        caption = (
+            f"{named(model)}: windows of {usual} tokens of {header['texts'][0]}, seeds "
+            f"{model.seeds}; {tokens} tokens of {header['texts'][1]}. {model.runs}."
+        )
+        groups = _grouped(model)
+        cells = [["removed", "windows", "tokens a kept neuron", *COLUMNS]]
+        for (ratio, length, count), rows in groups.items():
+            if length == usual:
+                a_neuron = f"{count * usual / mean(rows[0]['widths']):.0f}"
+                cells.append([f"{ratio:.0%}", str(count), a_neuron, *_cells(rows)])
         lines += ["", caption, "", *table(cells, 2)]
-        if lengths := _other_lengths(model):
-            cells = [["removed", "tokens a window", "windows", *COLUMNS]]
-            for ratio in model.ratios:
-                for length in sorted([*lengths, usual]):
-                    groups = _groups(model, ratio, length)
-                    if groups:
-                        count = max(groups)
-                        ends = f"{ratio:.0%}", str(length), str(count)
-                        cells.append([*ends, *_cells(groups[count])])
-            lines += ["", *table(cells, 3)]
+        cells = [["removed", "tokens a window", "windows", *COLUMNS]]
+        others = {ratio for ratio, length, _ in groups if length != usual}
+        most = max(count for _, length, count in groups if length == usual)
+        for (ratio, length, count), rows in groups.items():
+            if ratio in others and (length != usual or count == most):
+                cells.append([f"{ratio:.0%}", str(length), str(count), *_cells(rows)])
+        if others:
+            lines += ["", f"As many tokens in all, measured on windows of {usual}:", ""]
+            lines += table(cells, 3)
     return lines
 
 
-def _length(model: Measured, row: Row) -> int:
-    """Return the tokens of a row's windows."""
-    return int(row.get("seq_len", model.header["calibration"]["seq_len"]))
-
-
-def _other_lengths(model: Measured) -> set[int]:
+def _grouped(model: Measured) -> dict[tuple[float, int, int], list[Row]]:
+    """Return the rows of each ratio, number of tokens a window and number of windows, in order."""
     usual = model.header["calibration"]["seq_len"]
-    return {_length(model, row) for row in model.rows} - {usual}
-
-
-def _groups(model: Measured, ratio: float, length: int) -> dict[int, list[Row]]:
-    """Return the rows of a ratio and a length of windows, by the number of windows."""
-    groups: dict[int, list[Row]] = {}
+    groups: dict[tuple[float, int, int], list[Row]] = {}
     for row in model.rows:
-        if row["prune_ratio"] == ratio and _length(model, row) == length:
-            groups.setdefault(row["samples"], []).append(row)
-    return groups
+        setting = row["prune_ratio"], row.get("seq_len", usual), row["samples"]
+        groups.setdefault(setting, []).append(row)
+    return dict(sorted(groups.items()))
 
 
 def _cells(rows: list[Row]) -> list[str]:
