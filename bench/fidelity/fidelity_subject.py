@@ -157,8 +157,9 @@ class Seed:
             return fidelity_mixture.keep(variant, ratio, self._table(variant), self.seed)
         if variant.criterion in CRITERIA_OF_OTHERS:
             return self._baselines.keep(variant, ratio)
-        rounded = WidthBudget.of(spec, Budget(prune_ratio=ratio)) if variant.rounded else None
-        width = rounded or width_budget(spec, ratio)
+        width = width_budget(spec, ratio)
+        if variant.rounded:
+            width = WidthBudget.of(spec, Budget(prune_ratio=ratio))
         importance = self._importance(variant)
         if variant.allocation not in MEASURED_ALLOCATIONS:
             return width.keep(importance, variant.allocation)

@@ -41,7 +41,7 @@ PAPER = Variant("entropy", "l1")
 DEFAULT = Variant("fisher", "obs", "auto", refit=True)
 UNIFORM = Variant("fisher", "obs", refit=True)
 MEASURED = Variant("fisher", "obs", "measured", refit=True)
-ROUNDED = replace(DEFAULT, rounded=True)  # of about the same size, to half a step of one layer
+ROUNDED = replace(DEFAULT, rounded=True)  # in all within half a step of DEFAULT's widths
 RANDOM, MAGNITUDE = Variant("random", "uniform"), Variant("magnitude", "weight_norm")
 _RANKED = (("entropy", "l1"), ("fisher", "l2"), ("fisher", "obs"))
 # Other authors' methods, by bench/baselines. FLAP is its own form, with the global threshold; its
@@ -73,7 +73,7 @@ VARIANTS = (
     ROUNDED,
     *PUBLISHED,
 )
-# Of a real model over several seeds: the paper's recipe, its criterion's rivals by rank alone, the
+# For a real model over several seeds: the paper's recipe, other criteria by rank alone, the two
 # closest other methods, and ours.
 CORE = (
     PAPER, *(Variant(each, "l1") for each in ("fisher", "cross_entropy", "self_distillation")),

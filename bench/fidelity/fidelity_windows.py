@@ -61,6 +61,6 @@ def check_windows(calibration: Tensor, held_out: Tensor, text: str) -> None:
     sharing = sum(not seen.isdisjoint(window) for window in runs(held_out))
     if sharing:
         raise ArgumentError(
-            f"{sharing} of {len(held_out)} held-out windows of {text} have {SHARED_RUN} tokens in "
+            f"{sharing} of {len(held_out)} held-out windows of {text} have {length} tokens in "
             "a row in common with calibration windows; give texts of different documents"
         )

@@ -3,12 +3,13 @@
     python bench/fidelity/samples.py MODEL --calibration TEXT --text TEXT [--name NAME]
 
 For each number N of windows the default recipe scores, allocates and refits on the first N windows
-of a seed; with --lengths also on as many tokens as the most windows have, in windows of T tokens.
-It is measured on windows of --seq-len tokens, whatever T is. A row, in NAME-samples.jsonl in
-bench/results/fidelity, is one of `fidelity.py`'s of the default recipe, and also has
+of a seed; with --lengths also on the same number of tokens as the most windows have, cut into
+windows of T. The windows to measure on are of --seq-len tokens, whatever T is. A row, in
+NAME-samples.jsonl in bench/results/fidelity, is one of `fidelity.py`'s of the default recipe, and
+also has
 
     samples        N
-    seq_len        T; older rows do not have it, and are of the header's
+    seq_len        T; older rows lack it: theirs is the header's
     kept_overlap   part of the kept neurons that the most windows keep too
     score_regret   Σ cost of what N windows remove / Σ cost of what the most windows remove, less 1;
                    costs of removal by the scores of the most windows, as if they added up
@@ -38,6 +39,7 @@ from fidelity import (
     header_of,
     opened,
     parser_of,
+    refuse_twice,
     reported,
     scores_at,
 )
@@ -63,12 +65,13 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     if source.spec.experts:
         raise ArgumentError("samples.py is of models without experts")
     drawn = {s: windows(args, source, args.calibration, max(args.samples), s) for s in args.seeds}
-    most = min(data.sequences for data in drawn.values())
-    counts = sorted((n for n in set(args.samples) if n <= most), reverse=True)
+    held = min(data.sequences for data in drawn.values())
+    counts = sorted((n for n in set(args.samples) if n <= held), reverse=True)
     if not counts:
-        raise ArgumentError(f"{args.calibration} holds {most} windows, fewer than {args.samples}")
+        raise ArgumentError(f"{args.calibration} holds {held} windows, fewer than {args.samples}")
+    most, tokens = (counts[0], args.seq_len), counts[0] * args.seq_len
     of_length = {
-        (length, seed): _of_length(args, source, counts[0] * args.seq_len, length, seed)
+        (length, seed): _of_length(args, source, tokens, length, seed)
         for length in args.lengths
         for seed in args.seeds
     }
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
         for row in done
     }
     settings = [(count, args.seq_len) for count in counts]
-    settings += [(of_length[t, args.seeds[0]].sequences, t) for t in args.lengths]
+    settings += [(tokens // length, length) for length in args.lengths]
     remaining = [
         each
         for each in [(s, *n, r) for s in args.seeds for n in settings for r in args.ratios]
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
         return Seed(subject, data, seed, at, criteria=["fisher"])
 
     for i, (seed, count, length, ratio) in enumerate(remaining, 1):
-        begun, most = time.monotonic(), (counts[0], args.seq_len)
+        begun = time.monotonic()
         most_widths = measured.get((seed, *most, ratio), {}).get("widths")
         row = compared(on(count, length, seed), on(*most, seed), ratio, most_widths)
         append(file, row)
@@ -116,9 +119,9 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
 def _of_length(
     args: argparse.Namespace, source: ModelSource, tokens: int, length: int, seed: int
 ) -> TokenData:
-    """Return as many tokens in windows of a length."""
-    if length > tokens:
-        raise ArgumentError(f"--lengths {length}: the most windows have {tokens} tokens in all")
+    """Return `tokens` calibration tokens in windows of `length`."""
+    if tokens % length:
+        raise ArgumentError(f"--lengths {length} does not divide the {tokens} tokens in all")
     data = windows(args, source, args.calibration, tokens // length, seed, length)
     if data.sequences < tokens // length:
         raise ArgumentError(
@@ -187,12 +190,13 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, nargs="+", default=COUNTS, help="of windows")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[], metavar="T",
-        help="as many tokens as the most windows have, in windows of T tokens too",
+        help="also calibrate on as many tokens as the most windows have, in windows of T",
     )  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of MLP neurons")
     args = parser.parse_args(argv)
     if wrong := [t for t in args.lengths if t < 2 or t == args.seq_len]:
-        parser.error(f"--lengths {wrong[0]}: give other lengths than --seq-len's, of 2 or more")
+        parser.error(f"--lengths {wrong[0]}: expected 2 or more, and not --seq-len")
+    refuse_twice(parser, ratios=args.ratios, seeds=args.seeds, lengths=args.lengths)
     return args
 
 

@@ -117,7 +117,9 @@ def elsewhere(model: Measured) -> Iterator[str]:
     for ratio in (r for r in RATIOS if r in model.ratios):
         for variant in _ranked(model, ratio):
             if any(model.nats(variant, ratio, text) for text in model.also):
-                shown = (_with_ratio(model, variant, ratio, text) for text in texts)
+                seeds = set.intersection(*(set(model.nats(variant, ratio, t)) for t in model.also))
+                on_all = model.with_seeds(seeds)
+                shown = (_with_ratio(on_all, variant, ratio, text) for text in texts)
                 cells.append([f"{ratio:.0%}", name(variant), *shown])
                 if generated:
                     of = [r["generated"] for r in model.of(variant, ratio) if "generated" in r]
@@ -161,6 +163,9 @@ def readme(text: str, models: Iterable[Measured]) -> str:
                 "100%",
             ]
             ranked = [v for v in _ranked(model, RATIOS[0]) if v in _IN_README]
+            # All methods on the same calibration tokens.
+            common = set.intersection(*(set(model.nats(v, RATIOS[0])) for v in ranked))
+            model = model.with_seeds(common)
             cells = [[name(v), *_cells(model, v, RATIOS[0])] for v in reversed(ranked)]
             after = rest[rest.index("\n\n") :]
             text = before + "\n".join(table([columns, dense, *cells])) + after
@@ -170,7 +175,7 @@ def readme(text: str, models: Iterable[Measured]) -> str:
 def _ranked(model: Measured, ratio: float) -> list[Variant]:
     """Return what was measured at a ratio, the closest to the dense model last."""
     measured = [v for v in BASELINES if model.of(v, ratio)]
-    return sorted(measured, key=lambda v: -min(row["kl_nats"] for row in model.of(v, ratio)))
+    return sorted(measured, key=lambda v: -mean(row["kl_nats"] for row in model.of(v, ratio)))
 
 
 def _cells(model: Measured, variant: Variant, ratio: float) -> list[str]:
@@ -197,9 +202,9 @@ def _caption(model: Measured, link: Link) -> str:
     tokens = calibration["samples"] * calibration["seq_len"]
     return (
         f"{named(model)}: {calibration['samples']} calibration windows of {calibration['seq_len']} "
-        f"tokens of {text}, {tokens:,} in all, drawn with seeds {model.seeds}, of which each row "
-        f"says how many; measured on {first['tokens']:,} tokens of {held_out}. Mean over the seeds "
-        f"(lowest–highest). {model.runs}. "
+        f"tokens of {text}, {tokens:,} in all, drawn with seeds {model.seeds}; a column has how "
+        f"many of them a row has. Measured on {first['tokens']:,} tokens of {held_out}. Mean over "
+        f"the seeds (lowest–highest). {model.runs}. "
         f"[All rows]({link(model.path.with_suffix('.md'))})."
     )
 
@@ -228,9 +233,9 @@ def small_models(models: list[Measured], link: Link) -> Iterator[str]:
 def criteria(models: list[Measured]) -> Iterator[str]:
     """Yield a row a model, ratio and statistic: KL of each criterion by rank alone."""
     yield (
-        "KL(dense ‖ pruned) by rank alone, with uniform widths and nothing refitted, times that of "
-        "the paper's recipe, which is entropy with l1, with the same seed; mean over the seeds "
-        "(lowest–highest). Each costs one pass forward and one backward."
+        "KL(dense ‖ pruned) relative to the paper's recipe (entropy, l1) with the same seed. "
+        "Neurons are removed by rank alone: uniform widths, no refit. Mean over the seeds "
+        "(lowest–highest). Every criterion takes one forward and one backward pass."
     )
     yield ""
     cells = [["model", "removed", "statistic", *RANKED]]

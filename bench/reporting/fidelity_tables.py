@@ -8,7 +8,7 @@ is the mean over the seeds, with the lowest and highest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -55,7 +55,7 @@ _OF_A_HEADER = {
     **{"model": str, "model_type": str, "params": int, "calibration": dict, "texts": list},
     **{"machine": dict, "date": str},
 }
-_WHERE_THERE = {"also": dict, "seq_len": int}  # a field that a header or row may have
+_OPTIONAL = {"also": dict, "seq_len": int}  # fields of a header or row
 
 
 class Measured:
@@ -89,9 +89,13 @@ class Measured:
         rows = (row for row in self.rows if row["prune_ratio"] == ratio)
         return [row for row in rows if variant_of(row) == variant]
 
+    def with_seeds(self, seeds: Collection[int]) -> Measured:
+        return Measured(self.path, self.headers, [r for r in self.rows if r["seed"] in seeds])
+
     def removed(self, ratio: float) -> float:
-        """Return the part of all parameters that is removed, the same for all variants."""
-        return next(row["param_ratio"] for row in self.rows if row["prune_ratio"] == ratio)
+        """Return the part of all parameters that is removed; rounded widths differ a little."""
+        rows = (row for row in self.rows if row["prune_ratio"] == ratio)
+        return min(rows, key=lambda row: row.get("rounded", False))["param_ratio"]
 
     def nats(self, variant: Variant, ratio: float, text: str = "") -> dict[int, float]:
         """Return KL by seed on a text, "" the main one, of the rows that were measured on it."""
@@ -121,7 +125,7 @@ def read(file: Path) -> Measured:
             _check_fields("a header's machine", header["machine"], {"processor": str})
             if len(header["texts"]) != 2:
                 raise ValueError(f"a header has {len(header['texts'])} texts, expected 2")
-        needed = NEEDED | (_OF_SAMPLES if _of_samples(file) else {})
+        needed = NEEDED | (_OF_SAMPLES if of_samples(file) else {})
         for row in rows:
             _check_fields("a row", row, needed)
             for name, of_text in row.get("also", {}).items():
@@ -132,14 +136,14 @@ def read(file: Path) -> Measured:
     return Measured(file, headers, rows)
 
 
-def _of_samples(file: Path) -> bool:
+def of_samples(file: Path) -> bool:
     return file.stem.endswith("-samples")
 
 
 def _check_fields(what: str, found: Row, kinds: Mapping[str, Any]) -> None:
     """Raise ValueError unless an object has values of these kinds."""
-    there = {name: kind for name, kind in _WHERE_THERE.items() if name in found}
-    for name, kind in (kinds | there).items():
+    optional = {name: kind for name, kind in _OPTIONAL.items() if name in found}
+    for name, kind in (kinds | optional).items():
         if name not in found:
             raise ValueError(f"{what} has no {name}")
         if not isinstance(found[name], kind) or isinstance(found[name], bool):
@@ -149,10 +153,11 @@ def _check_fields(what: str, found: Row, kinds: Mapping[str, Any]) -> None:
 def _check_once(lines: list[Row]) -> None:
     """Raise ValueError for two rows of one variant, ratio and seed: a mean would count both."""
     first: dict[Any, int] = {}
+    usual = next(line["calibration"]["seq_len"] for line in lines if "machine" in line)
     for line, row in enumerate(lines, 1):
         if "machine" not in row:
             # Those of `samples.py` are of a number of windows and their length besides.
-            of_windows = row.get("samples"), row.get("seq_len")
+            of_windows = row.get("samples"), row.get("seq_len", usual)
             of = variant_of(row), row["prune_ratio"], row["seed"], of_windows
             if (before := first.setdefault(of, line)) != line:
                 raise ValueError(
@@ -163,7 +168,7 @@ def _check_once(lines: list[Row]) -> None:
 def all_of(root: Path, samples: bool = False) -> list[Measured]:
     """Return every model, the smallest first, or what `samples.py` measured of it."""
     files = sorted((root / FOLDER.relative_to(ROOT)).glob("*.jsonl"))
-    files = [file for file in files if _of_samples(file) == samples]
+    files = [file for file in files if of_samples(file) == samples]
     found = [measured for file in files if (measured := read(file)).rows]
     return sorted(found, key=lambda measured: int(measured.header["params"]))
 
@@ -206,7 +211,7 @@ def markdown(model: Measured) -> str:
         f"{model.runs}. Calibration: {calibration['samples']} windows of "
         f"{calibration['seq_len']} tokens of {text}, drawn with seeds {model.seeds}; measured on "
         f"{first['tokens']} tokens of {held_out}, where the dense model's perplexity is "
-        f"{first['ppl_dense']:.2f}. fp32. Mean over the seeds (lowest–highest)."
+        f"{first['ppl_dense']:.2f}. fp32. Mean over the seeds that a row has (lowest–highest)."
     )
     lines = [f"# {named(model)}", "", caption]
     head, cells_of, what = HEADER, variant_cells, "neurons"
@@ -282,7 +287,7 @@ def section(found: list[Measured], link: Callable[[Path], str]) -> list[str]:
         bold = variant in (UNIFORM, DEFAULT)
         cells.append([f"**{cell}**" if cell and bold else cell for cell in row])
     links = ", ".join(f"[{named(m)}]({link(m.path.with_suffix('.md'))})" for m in found)
-    seeds = sorted({len({row["seed"] for row in model.rows}) for model in found})
+    seeds = sorted({len(model.of(v, r)) for model, r in pairs for v in SHOWN} - {0})
     caption = (
         f"KL(dense ‖ pruned) on held-out text, times that of the paper's recipe at the same number "
         f"of neurons removed; mean over {' or '.join(map(str, seeds))} calibration seeds, "

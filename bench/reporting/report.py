@@ -1,6 +1,7 @@
 """Turn result files (`harness/records.py`) into tables, pictures and docs/benchmarks.md.
 
-    python bench/reporting/report.py FILE.json ...     FILE.md beside each: all of its rows
+    python bench/reporting/report.py FILE ...          FILE.md beside each: all rows of a .json, or
+                                                       of a .jsonl of fidelity.py or samples.py
     python bench/reporting/report.py                   bench/results/*.md, docs/benchmarks.md and,
                                                        where matplotlib is installed, the pictures
     python bench/reporting/report.py --check           exit 1, and say which Markdown disagrees with
@@ -32,6 +33,7 @@ import page
 import pictures
 import recovery_tables
 import report_text as text
+import samples_tables
 from page import Source
 from records import ROOT, Result, ResultError, read
 
@@ -46,14 +48,14 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     args = parser.parse_args(arguments)
     if args.check and args.files:
         parser.error("--check is of all that is committed; give it no files")
     try:
         for path in args.files:
-            path.with_suffix(".md").write_text(markdown(read(path)), encoding="utf-8")
+            path.with_suffix(".md").write_text(of_file(path), encoding="utf-8")
             print(path.with_suffix(".md"))
         if not args.files and not args.check:
             write(root)
@@ -142,6 +144,16 @@ def disagreements(root: Path) -> Iterator[str]:
     for path in sorted(p for each in patterns for p in (root / "bench" / "results").glob(each)):
         if path not in texts and path not in drawn:
             yield f"{path.relative_to(root)}: of no result file that counts; delete it"
+
+
+def of_file(path: Path) -> str:
+    """Return all of a result file in Markdown."""
+    if path.suffix != ".jsonl":
+        return markdown(read(path))
+    measured = fidelity_tables.read(path)
+    if fidelity_tables.of_samples(path):
+        return "\n".join(samples_tables.section([measured])) + "\n"
+    return fidelity_tables.markdown(measured)
 
 
 def markdown(result: Result) -> str:

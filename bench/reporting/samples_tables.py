@@ -40,12 +40,12 @@ def section(models: list[Measured]) -> list[str]:
         lines += ["", caption, "", *table(cells, 2)]
         cells = [["removed", "tokens a window", "windows", *COLUMNS]]
         others = {ratio for ratio, length, _ in groups if length != usual}
-        most = max(count for _, length, count in groups if length == usual)
+        most = header["calibration"]["samples"]
         for (ratio, length, count), rows in groups.items():
             if ratio in others and (length != usual or count == most):
                 cells.append([f"{ratio:.0%}", str(length), str(count), *_cells(rows)])
         if others:
-            lines += ["", f"As many tokens in all, measured on windows of {usual}:", ""]
+            lines += ["", f"As many tokens in windows of other lengths, measured on {usual}:", ""]
             lines += table(cells, 3)
     return lines
 

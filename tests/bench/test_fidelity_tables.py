@@ -136,6 +136,31 @@ def test_on_further_texts_too_the_ratio_is_to_the_papers_with_the_same_seed(root
         f"0.0400 (0.0300–0.0500) ({mean(parts):.2f} ×)",
         f"0.120 (0.0900–0.150) ({mean(parts[:2]):.2f} ×)",
     ]
+    # Of the two seeds that were measured on all texts.
+    assert cells(text, "20%", "HFPrune, the paper's recipe") == [
+        "0.110 (0.100–0.120) (1.00 ×)", "0.330 (0.300–0.360) (1.00 ×)",
+    ]  # fmt: skip
+
+
+def test_readme_compares_on_the_same_calibration_tokens(root: Path) -> None:
+    lines = invented("smollm2-135m", KL)
+    kept = [r for r in lines if "machine" in r or variant_of(r) != PAPER or r["seed"] == 1]
+    write(root / "bench/results/fidelity/smollm2-135m.jsonl", kept)
+    report.write(root)
+    assert cells((root / "README.md").read_text(encoding="utf-8"), "ours")[0] == "0.0240"
+    text = (root / "docs/evidence.md").read_text(encoding="utf-8")
+    assert cells(text, "HFPrune, the paper's recipe")[:2] == ["1", "0.120"]
+    assert cells(text, "ours")[:2] == ["3", "0.0280 (0.0200–0.0400)"]
+
+
+def test_a_file_of_ones_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = root / "mine.jsonl"
+    write(file, invented("mine", KL))
+    assert report.main([str(file)], root) == 0
+    assert capsys.readouterr().out == f"{file.with_suffix('.md')}\n"
+    text = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert text.startswith("# mine (llama, 1.0 M)\n")
+    assert cells(text, "entropy", "l1", "uniform", "")[0] == "1.000"
 
 
 def test_criteria_are_compared_by_rank_alone_with_the_same_statistic(root: Path) -> None:
@@ -241,7 +266,7 @@ def test_evidence_and_readme(root: Path) -> None:
     assert cells(mixed, "20%", "ours") == ["0.0200 (0.20 ×)", "0.250 (0.50 ×)"]
     assert "Greedy continuations of 64 prompts of 32 tokens, 16 tokens each" in other
     nats, on_code = cells(other, "20%", "ours")[:2]
-    assert (nats, on_code) == ("0.0280 (0.0200–0.0400) (0.20 ×)", "0.250 (0.50 ×)")
+    assert (nats, on_code) == ("0.0200 (0.20 ×)", "0.250 (0.50 ×)")  # of seed 0 alone
     assert cells(other, "20%", "ours")[2:] == ["3.2", "12.5%"]
     assert len(re.findall(r"^\| 20%", other, re.M)) == 2  # those that were measured there
     small = text.partition("## On small models\n")[2]

@@ -125,13 +125,18 @@ def test_lengths_of_windows_that_cannot_be(
 ) -> None:
     start = ["demo", "--calibration", str(CALIBRATION), "--text", str(HELD_OUT)]
     start += ["--out", str(tmp_path), "--seq-len", "64", "--samples", "8", "--lengths"]
-    for wrong in ("64", "1"):
+    for wrong, reason in (
+        (["64"], "--lengths 64: expected 2 or more, and not --seq-len"),
+        (["1"], "--lengths 1: expected 2 or more, and not --seq-len"),
+        (["128", "128"], "--lengths has 128 twice"),
+    ):
         with pytest.raises(SystemExit):
-            samples.main([*start, wrong])
-        assert f"--lengths {wrong}: give other lengths" in capsys.readouterr().err
-    assert samples.main([*start, "999999"]) == 2
-    said = capsys.readouterr().err
-    assert said == "samples.py: --lengths 999999: the most windows have 512 tokens in all\n"
+            samples.main([*start, *wrong])
+        assert reason in capsys.readouterr().err
+    for length in ("200", "1024"):
+        assert samples.main([*start, length]) == 2
+        said = capsys.readouterr().err
+        assert said == f"samples.py: --lengths {length} does not divide the 512 tokens in all\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,6 +171,10 @@ def test_the_table_has_the_numbers_of_the_rows(tmp_path: Path) -> None:
     text = "\n".join(samples_tables.section(fidelity_tables.all_of(tmp_path, samples=True)))
     usual, of_lengths = text.split("| tokens a window")
     assert cells(usual, "20%", "16") == found
+    again = {**rows[0], "seq_len": 64}
+    (folder / "small-samples.jsonl").write_text(lines + json.dumps(again), encoding="utf-8")
+    with pytest.raises(ResultError, match="lines 2 and 6 are both of"):
+        fidelity_tables.all_of(tmp_path, samples=True)
     assert cells(of_lengths, "20%", "64")[:2] == ["32", "0.150 (0.100–0.200)"]
     assert cells(of_lengths, "20%", "128")[:2] == ["16", "0.0750"]
     for field in ("samples", "widths", "kept_overlap", "score_regret", "squared_error"):
