@@ -43,7 +43,17 @@ REAL, MIXED = "smollm2-135m", "smollm2-135m-mixed"  # the same, calibrated on se
 README_ROW = "20% of the neurons removed by"
 RATIOS, CRITERIA_RATIOS = (0.2, 0.3, 0.5), (0.2, 0.5)
 RANKED = ("entropy", "fisher", "cross_entropy", "self_distillation")
-_IN_README = (PAPER, DEFAULT, WANDA_SP, FLAP, WANDA_GRAIL, FLAP_GRAIL, LLM_PRUNER, SDMPRUNE)
+_IN_README = (
+    PAPER,
+    DEFAULT,
+    UNIFORM,
+    WANDA_SP,
+    FLAP,
+    WANDA_GRAIL,
+    FLAP_GRAIL,
+    LLM_PRUNER,
+    SDMPRUNE,
+)
 _OURS = {
     DEFAULT: "**ours**",
     UNIFORM: "**ours, uniform widths**",
