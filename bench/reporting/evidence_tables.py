@@ -41,7 +41,7 @@ CLAIMS, OTHERS, ELSEWHERE, SMALL, CRITERIA, WINDOWS = (
 )  # fmt: skip
 REAL, MIXED = "smollm2-135m", "smollm2-135m-mixed"  # the same, calibrated on several kinds of text
 README_ROW = "20% of the neurons removed by"
-RATIOS, CRITERIA_RATIOS = (0.2, 0.3, 0.5), (0.2, 0.5)
+RATIOS = (0.2, 0.3, 0.5)
 RANKED = ("entropy", "fisher", "cross_entropy", "self_distillation")
 _IN_README = (
     PAPER,
@@ -250,7 +250,7 @@ def criteria(models: list[Measured]) -> Iterator[str]:
     yield ""
     cells = [["model", "removed", "statistic", *RANKED]]
     for model in models:
-        for ratio in (r for r in CRITERIA_RATIOS if r in model.ratios):
+        for ratio in (r for r in RATIOS if r in model.ratios):
             for statistic in ("l1", "l2"):
                 against = [model.against_paper(Variant(each, statistic), ratio) for each in RANKED]
                 if sum(map(bool, against)) > 1:

@@ -17,7 +17,7 @@ ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 DEFAULT_SEQ_LEN = 1024
 DEFAULT_SAMPLES = 128
 # Calibration tokens for each neuron of a layer. With n for each kept neuron, KL after a refit is
-# at most about 1 + 4 / n times that with unlimited text (docs/evidence.md): here 1.1 times.
+# about 1 + 5 / n times that with much more text (docs/evidence.md): here 1.1 times.
 REFIT_TOKENS = 32
 
 
