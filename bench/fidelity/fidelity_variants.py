@@ -74,11 +74,12 @@ VARIANTS = (
     *PUBLISHED,
 )
 # For a real model over several seeds: the paper's recipe, other criteria by rank alone, the two
-# closest other methods, and ours.
+# closest other methods, ours, and what each part of it gives.
 CORE = (
     PAPER, *(Variant(each, "l1") for each in ("fisher", "cross_entropy", "self_distillation")),
     *(Variant(each, "l2") for each in ("entropy", "fisher")), WANDA_GRAIL, FLAP_GRAIL, UNIFORM,
-    DEFAULT,
+    DEFAULT, replace(PAPER, allocation="global"), replace(PAPER, refit=True),
+    replace(UNIFORM, refit=False),
 )  # fmt: skip
 QUICK = (PAPER, Variant("fisher", "l2"), RANDOM, UNIFORM, DEFAULT)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean
 
+import ablation_tables
 import samples_tables
 from fidelity_tables import Measured, named, span
 from fidelity_variants import (
@@ -32,17 +33,16 @@ from fidelity_variants import (
 from report_text import number, table, under
 
 Link = Callable[[Path], str]
-CLAIMS, OTHERS, ELSEWHERE, SMALL, CRITERIA, WINDOWS = (
+CLAIMS, OTHERS, ELSEWHERE, SMALL, PARTS, CRITERIA, WINDOWS = (
     f"## {title}\n\n"
     for title in (
         "Claims", "Against other methods", "On other texts, and in generation", "On small models",
-        "Which criterion", "How many calibration windows",
+        "What each part gives", "Which criterion", "How many calibration windows",
     )
 )  # fmt: skip
 REAL, MIXED = "smollm2-135m", "smollm2-135m-mixed"  # the same, calibrated on several kinds of text
 README_ROW = "20% of the neurons removed by"
 RATIOS = (0.2, 0.3, 0.5)
-RANKED = ("entropy", "fisher", "cross_entropy", "self_distillation")
 _IN_README = (
     PAPER,
     DEFAULT,
@@ -83,7 +83,8 @@ def page(text: str, models: list[Measured], samples: list[Measured], link: Link)
         OTHERS: [line for model in real for line in others(model, link)],
         ELSEWHERE: [line for model in real + mixed for line in elsewhere(model)],
         SMALL: list(small_models(small, link)),
-        CRITERIA: list(criteria(small + real)),
+        PARTS: list(ablation_tables.parts(small + real)),
+        CRITERIA: list(ablation_tables.criteria(small + real)),
         WINDOWS: samples_tables.section(samples) if samples else [],
     }
     for heading, lines in tables.items():
@@ -240,25 +241,6 @@ def small_models(models: list[Measured], link: Link) -> Iterator[str]:
     yield from table(cells, 2)
 
 
-def criteria(models: list[Measured]) -> Iterator[str]:
-    """Yield a row a model, ratio and statistic: KL of each criterion by rank alone."""
-    yield (
-        "KL(dense ‖ pruned) relative to the paper's recipe (entropy, l1) with the same seed. "
-        "Neurons are removed by rank alone: uniform widths, no refit. Mean over the seeds "
-        "(lowest–highest). Every criterion takes one forward and one backward pass."
-    )
-    yield ""
-    cells = [["model", "removed", "statistic", *RANKED]]
-    for model in models:
-        for ratio in (r for r in RATIOS if r in model.ratios):
-            for statistic in ("l1", "l2"):
-                against = [model.against_paper(Variant(each, statistic), ratio) for each in RANKED]
-                if sum(map(bool, against)) > 1:
-                    start = model.header["model"], f"{ratio:.0%}", statistic
-                    cells.append([*start, *(span(each, "{:.2f}".format) for each in against)])
-    yield from table(cells, 3)
-
-
 def unsupported_claims(text: str) -> list[str]:
     """Return the numbers with a decimal point in the claims that no table of the page has."""
     claims = text.partition(CLAIMS)[2].partition("\n## ")[0]
@@ -272,7 +254,7 @@ def lost_headings(evidence: str | None, readme: str | None) -> Iterator[str]:
 
     Nothing would be compared there.
     """
-    headings = (CLAIMS, OTHERS, ELSEWHERE, SMALL, CRITERIA, WINDOWS)
+    headings = (CLAIMS, OTHERS, ELSEWHERE, SMALL, PARTS, CRITERIA, WINDOWS)
     for file, text, places in (
         ("docs/evidence.md", evidence, headings),
         ("README.md", readme, (f"| {README_ROW}",)),

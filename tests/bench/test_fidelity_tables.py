@@ -168,6 +168,8 @@ def test_criteria_are_compared_by_rank_alone_with_the_same_statistic(root: Path)
     write(root / "bench/results/fidelity/smollm2-135m.jsonl", invented("smollm2-135m", KL | of))
     report.write(root)
     text = (root / "docs/evidence.md").read_text(encoding="utf-8")
+    each_part = text.partition("## What each part gives\n")[2].partition("\n## ")[0]
+    assert cells(each_part, "small")[2:] == ["", "0.32 (0.20–0.50)", "0.20"]
     text = text.partition("## Which criterion\n")[2].partition("\n## ")[0]
     assert cells(text, "model")[2:] == ["entropy", "fisher", "cross_entropy", "self_distillation"]
     assert cells(text, "smollm2-135m", "20%", "l1") == ["1.00", "0.50", "", ""]
@@ -241,7 +243,7 @@ def test_evidence_and_readme(root: Path) -> None:
     page = "## Claims\n\nOurs: 0.0280, of small 0.20. {}\n\n"
     for title in (
         "Against other methods", "On other texts, and in generation", "On small models",
-        "Which criterion", "How many calibration windows",
+        "What each part gives", "Which criterion", "How many calibration windows",
     ):  # fmt: skip
         page += f"## {title}\n\nold\n\n"
     evidence, readme = root / "docs/evidence.md", root / "README.md"

@@ -29,7 +29,8 @@ PAGES = {
         f"## {title}\n\nwords\n\n"
         for title in (
             "Claims", "Against other methods", "On other texts, and in generation",
-            "On small models", "Which criterion", "How many calibration windows",
+            "On small models", "What each part gives", "Which criterion",
+            "How many calibration windows",
         )
     ),
     "docs/experts.md": "## What was measured\n\n",
