@@ -112,7 +112,7 @@ evidence: given-texts $(VENV)/.dev install
 	    --seeds 0 --ratios 0.2 0.3 0.5 $(ON_OTHERS) --generate 0.2 0.3 0.5
 	$(call STUDY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows core --ratios 0.2
 	$(call STUDY,fidelity) --name smollm2-135m --calibration '$(TEXT)' --samples 128 --rows core \
-	    --ratios 0.4 0.5 0.6 --only $(PAPER_GRAIL_OURS)
+	    --ratios 0.1 0.4 0.5 0.6 --only $(PAPER_GRAIL_OURS) "fisher obs, refit"
 	$(call STUDY,fidelity) --name smollm2-135m-mixed --calibration $(EVIDENCE)/texts/mixed.jsonl --samples 128 \
 	    --rows baselines --seeds 0 --ratios 0.2 $(ON_OTHERS) --only $(PAPER_GRAIL_OURS) \
 	    "flap fluctuation, grail, global"
