@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fidelity_tables import SHOWN_RATIOS as RATIOS
 from fidelity_tables import Measured, span
 from fidelity_variants import DEFAULT, PAPER, UNIFORM, Variant
 from report_text import table
 
-RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("entropy", "fisher", "cross_entropy", "self_distillation")
 PARTS = {
     "entropy l1, across layers": replace(PAPER, allocation="global"),

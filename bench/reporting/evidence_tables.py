@@ -13,6 +13,7 @@ from statistics import mean
 
 import ablation_tables
 import samples_tables
+from fidelity_tables import SHOWN_RATIOS as RATIOS
 from fidelity_tables import Measured, named, span
 from fidelity_variants import (
     BASELINES,
@@ -42,7 +43,6 @@ CLAIMS, OTHERS, ELSEWHERE, SMALL, PARTS, CRITERIA, WINDOWS = (
 )  # fmt: skip
 REAL, MIXED = "smollm2-135m", "smollm2-135m-mixed"  # the same, calibrated on several kinds of text
 README_ROW = "20% of the neurons removed by"
-RATIOS = (0.2, 0.3, 0.5)
 _IN_README = (
     PAPER,
     DEFAULT,

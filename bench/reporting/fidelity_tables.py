@@ -90,6 +90,7 @@ class Measured:
         return [row for row in rows if variant_of(row) == variant]
 
     def with_seeds(self, seeds: Collection[int]) -> Measured:
+        """Return the rows of these seeds alone."""
         return Measured(self.path, self.headers, [r for r in self.rows if r["seed"] in seeds])
 
     def removed(self, ratio: float) -> float:

@@ -1,6 +1,8 @@
 """fidelity.py over interrupted sessions and further texts: what is kept, refused and timed."""
 
 import json
+import shlex
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import fidelity
 import fidelity_subject
 import pytest
+import samples
 import torch
 from fidelity_subject import Seed, Subject
 from fidelity_tables import NEEDED, read
@@ -190,3 +193,18 @@ def test_only_some_rows_by_their_names(run: Run) -> None:
     assert code == 2
     assert said.startswith("fidelity.py: --only 'fisher' is not one of --rows quick: entropy l1; ")
     assert said.count(";") == len(QUICK) - 1
+
+
+def test_make_evidence_asks_for_rows_that_there_are() -> None:
+    root = Path(__file__).parents[2]
+    command = ["make", "-n", "evidence", "TEXT=one.txt", "HELD_OUT=other.txt"]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    lines = said.replace("\\\n", " ").splitlines()
+    studies = [shlex.split(line)[1:] for line in lines if "bench/fidelity/" in line]
+    assert len(studies) == 5
+    for script, *options in studies:
+        if Path(script).name == "fidelity.py":
+            args = fidelity.parsed(options)
+            assert {*(args.only or ())} <= {str(each) for each in fidelity.ROWS[args.rows]}
+        else:
+            samples.parsed(options)
